@@ -1,0 +1,100 @@
+"""The page that compares runs: final numbers, differences of their configs, curves over one another."""
+
+import json
+from collections.abc import Sequence
+
+from dpo_jax import metrics
+from dpo_jax.charts import chart
+from dpo_jax.page import RUN_COLORS, count, number, section, setting, table, text
+from dpo_jax.runs import (
+    LABELS,
+    MAIN_PLOTS,
+    OTHER_PLOTS,
+    Plot,
+    Run,
+    accuracy_error,
+    held_out_series,
+    last_step,
+    median,
+    training_series,
+)
+
+
+def compare_page(runs: Sequence[Run]) -> tuple[str, str]:
+    """The title and the HTML body."""
+    names = _names(runs)
+    swatches = "".join(
+        f'<span><i class="dot" style="color:var(--{_color(i)})"></i>{text(name)}</span>' for i, name in enumerate(names)
+    )
+    differences = _differences(runs)
+    words = tuple(range(len(runs) + 1))
+    body = [
+        f'<header><h1>{len(runs)} DPO runs</h1><p class="key">{swatches}</p></header>',
+        section("Held-out pairs at the end", table(("", *names), _finals(runs)), "The best accuracy is bold."),
+        section(
+            "What differs",
+            table(("key", *names), differences, words=words)
+            if differences
+            else "<p>The configurations are equal, or not there.</p>",
+        ),
+        section("Curves", _curves(runs, names), "By step. Dots are held-out pairs, thin lines training batches."),
+    ]
+    return "Compared: " + ", ".join(names), "".join(body)
+
+
+def _color(i: int) -> str:
+    return f"run-{i % RUN_COLORS}"
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    names = [run.name for run in runs]
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
+
+
+def _differences(runs: Sequence[Run]) -> list[list[str]]:
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    return [
+        [f"<code>{text(key)}</code>", *(f"<code>{setting(run.config.get(key))}</code>" for run in runs)]
+        for key in keys
+        if len({json.dumps(run.config.get(key)) for run in runs}) > 1
+    ]
+
+
+def _finals(runs: Sequence[Run]) -> list[list[str]]:
+    finals = [{name: after for name, _, after in metrics.before_after(run.records)} for run in runs]
+    rows = []
+    for name in metrics.HELD_OUT:
+        values = [final.get(name) for final in finals]
+        known = [value for value in values if value is not None]
+        if not known:
+            continue
+        # Accuracy alone can be ranked: loss, margin and rewards depend on each run's beta.
+        best = max(known) if name == "accuracy" else None
+        cells = []
+        for run, value in zip(runs, values, strict=True):
+            error = accuracy_error(run, value) if name == "accuracy" else None
+            cell = number(name, value) + (f" ± {number(name, error)}" if error is not None else "")
+            cells.append(f"<strong>{cell}</strong>" if value is not None and value == best else cell)
+        rows.append([text(LABELS[name]), *cells])
+    rows.append(["Last step", *(count(last_step(run)) for run in runs)])
+    rows.append(
+        ["Pairs per second (median)", *(number("pairs_per_second", median(run, "pairs_per_second")) for run in runs)]
+    )
+    return rows
+
+
+def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
+    figures = "".join(_figure(runs, names, plot, name) for plot in (*MAIN_PLOTS, *OTHER_PLOTS) for name in plot.names)
+    return f'<div class="charts compared">{figures}</div>' if figures else ""
+
+
+def _figure(runs: Sequence[Run], names: Sequence[str], plot: Plot, name: str) -> str:
+    series = []
+    for i, run in enumerate(runs):
+        label: str | None = names[i]
+        held_out = held_out_series(run, name, names[i], _color(i))
+        if plot.split == "train" and held_out.points:
+            series.append(held_out)
+            label = None  # one entry of the legend for each run
+        series.append(training_series(run, plot, name, label, _color(i)))
+    return chart(LABELS[name], series, guide=plot.guide, from_zero=plot.from_zero)

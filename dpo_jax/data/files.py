@@ -1,0 +1,237 @@
+"""Finding data files and reading their rows one by one, so that memory does not grow with the row count.
+
+What a file holds is decided by its first bytes (gzip, Parquet, a JSON array, else JSON lines), not by its name. A line
+that is no row is a `BadLine`, which the caller counts; a file that cannot be read on is one `UserError`.
+"""
+
+import codecs
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+import fsspec
+
+from dpo_jax.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
+# JSON files that lie beside the data in published repositories and are no data.
+_NOT_DATA = {"config.json", "manifest.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+_CHUNK = 1 << 20
+_WHOLE_HASH_LIMIT = 4 << 30  # bytes; beyond it, the ends, the size and the time of change stand for the content
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that gives no row: `reason` is counted, `text` is what stood there (broken bytes replaced)."""
+
+    reason: str
+    text: str
+
+
+def is_remote(path: str) -> bool:
+    """True for `gs://` and every other address that fsspec opens."""
+    return "://" in path
+
+
+def find_files(path: str) -> list[str]:
+    """The data files that `path` (a file, a glob, a directory or an fsspec address of these) names, sorted.
+
+    Raises:
+      UserError: nothing is there, or the directory holds no data file.
+    """
+    if is_remote(path):
+        return _find_remote(path)
+    path = os.path.expanduser(path)
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        walked = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
+        return _data_files(path, list(walked))
+    found = sorted(found for found in glob.glob(path, recursive=True) if os.path.isfile(found))
+    if not found:
+        raise UserError(f"{path}: no such file or directory, and no file matches it as a glob; check the path")
+    return found
+
+
+def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any] | BadLine]]:
+    """Yields (`path:line`, row) for every row of one file; for Parquet the line is the row's number, from 1.
+
+    Raises:
+      UserError: the file is missing, empty, truncated or damaged.
+    """
+    rows = 0
+    try:
+        with _open(path) as raw:
+            stream = io.BufferedReader(raw) if isinstance(raw, io.RawIOBase) else raw
+            for line, row in _rows_of(stream):
+                rows += 1
+                yield f"{path}:{line}", row
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: the gzip data is truncated or damaged after {rows} rows; fetch it again") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be read ({reason}, after {rows} rows); check the path") from error
+    except ValueError as error:  # a JSON array or Parquet file that cannot be read on
+        raise UserError(f"{path}: damaged after {rows} rows ({str(error):.200}); fetch or write it again") from error
+    if rows == 0:
+        raise UserError(f"{path}: the file is empty; give a file with rows or take it out of the path")
+
+
+def fingerprint(path: str) -> dict[str, Any]:
+    """What tells this file's content from any other: path, bytes, digest (a remote file's: what its store says).
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        if is_remote(path):
+            filesystem, inner = fsspec.core.url_to_fs(path)
+            return {"path": path, "bytes": filesystem.size(inner), "digest": str(filesystem.ukey(inner))}
+        size, digest = os.path.getsize(path), hashlib.blake2b(digest_size=16)
+        with open(path, "rb") as stream:
+            if size <= _WHOLE_HASH_LIMIT:
+                while chunk := stream.read(_CHUNK):
+                    digest.update(chunk)
+            else:
+                digest.update(f"{os.stat(path).st_mtime_ns} ".encode() + stream.read(16 * _CHUNK))
+                stream.seek(-16 * _CHUNK, os.SEEK_END)
+                digest.update(stream.read())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    return {"path": os.path.abspath(path), "bytes": size, "digest": digest.hexdigest()}
+
+
+def download(repository: str, patterns: list[str]) -> str:
+    """The local directory of a hub dataset's files that match `patterns`, downloaded if they are not there yet.
+
+    Raises:
+      UserError: the hub or the repository cannot be reached and there is no local copy.
+    """
+    import huggingface_hub  # here, because it is slow to import and local data needs none of it
+
+    try:
+        return huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
+    except Exception as error:  # httpx, hub and validation errors have no common parent
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"dataset {repository} cannot be fetched from the Hugging Face hub ({reason:.160}); fetch it elsewhere with "
+            f"`hf download {repository} --repo-type dataset --local-dir DIR` and give --config.dataset_path=DIR, or try "
+            "--config=configs/hhh.py:tiny, which needs no hub"
+        ) from error
+
+
+def _open(path: str) -> IO[bytes]:
+    return fsspec.open(path, "rb").open() if is_remote(path) else open(path, "rb")  # noqa: SIM115 (the caller closes)
+
+
+def _rows_of(stream: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
+    magic = stream.read(4)
+    stream.seek(0)
+    if magic[:2] == b"\x1f\x8b":
+        with gzip.GzipFile(fileobj=stream) as unpacked:
+            yield from _json_rows(io.BufferedReader(unpacked, _CHUNK))  # type: ignore[type-var]
+    elif magic == b"PAR1":
+        yield from _parquet_rows(stream)
+    else:
+        yield from _json_rows(stream)
+
+
+def _json_rows(stream: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
+    """Rows of JSON lines, or of one array if the first character that is no white space is `[`."""
+    head = stream.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
+    stream.seek(0)
+    if head.startswith(b"["):
+        yield from _array_rows(stream)
+        return
+    for number, line in enumerate(stream, 1):
+        row = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if row.strip():
+            yield number, _json_row(row)
+
+
+def _json_row(line: bytes) -> dict[str, Any] | BadLine:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError:
+        return BadLine("invalid_utf8", line.decode("utf-8", errors="replace").rstrip("\n"))
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):  # not JSON, a number of 5,000 digits, brackets 10,000 deep
+        return BadLine("invalid_json", text.rstrip("\n"))
+    return row if isinstance(row, dict) else BadLine("not_an_object", text.rstrip("\n"))
+
+
+def _array_rows(stream: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
+    """The elements of a JSON array, decoded from a sliding window.
+
+    Broken UTF-8 becomes lone surrogates, which the row's parser refuses: one bad row, not a lost file.
+    """
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+    scan, window, line, ended = json.JSONDecoder().raw_decode, decode(stream.read(_CHUNK)), 1, False
+    at = window.index("[") + 1
+    line += window.count("\n", 0, at)
+    while True:
+        begin = at
+        while begin < len(window) and window[begin] in " \t\r\n,":
+            begin += 1
+        if begin < len(window) and window[begin] == "]":
+            return
+        line += window.count("\n", at, begin)
+        at = begin
+        try:
+            value, end = scan(window, begin)
+            if end == len(window) and not ended:  # "12" may go on as "123"
+                raise ValueError
+        except (ValueError, RecursionError):
+            if ended:
+                raise ValueError(f"line {line}: the array breaks off or holds no JSON here") from None
+            # Twice as much each time, so that one very long row costs linear time.
+            chunk = stream.read(max(_CHUNK, len(window) - at))
+            window, at, ended = window[at:] + decode(chunk, not chunk), 0, not chunk
+            continue
+        yield line, value if isinstance(value, dict) else BadLine("not_an_object", window[begin:end])
+        line, at = line + window.count("\n", begin, end), end
+
+
+def _parquet_rows(stream: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow.parquet  # slow to import, and most runs read JSON lines
+
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=256):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
+
+
+def _find_remote(path: str) -> list[str]:
+    try:
+        filesystem, inner = fsspec.core.url_to_fs(path)
+        if filesystem.isdir(inner):
+            return _data_files(path, [filesystem.unstrip_protocol(found) for found in filesystem.find(inner)])
+        found = sorted(filesystem.glob(inner)) if glob.has_magic(inner) else [inner] if filesystem.exists(inner) else []
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{path}: {error}; for gs:// run pip install 'dpo_jax[gcs]'") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be reached ({error}); check the address and the credentials") from error
+    if not found:
+        raise UserError(f"{path}: no such file or directory, and no file matches it as a glob; check the address")
+    return [filesystem.unstrip_protocol(one) for one in found]
+
+
+def _data_files(directory: str, paths: list[str]) -> list[str]:
+    named = [(path, path.rsplit("/", 1)[-1]) for path in sorted(paths)]
+    found = [
+        path
+        for path, name in named
+        if name.removesuffix(".gz").endswith(SUFFIXES) and not name.startswith(".") and name not in _NOT_DATA
+    ]
+    if not found:
+        raise UserError(f"{directory}: no data files in this directory; needed are {', '.join(SUFFIXES)} (also .gz)")
+    return found

@@ -1,0 +1,176 @@
+"""Plan → NumPy rows: a grain dataset over the steps of a run, random access by step number.
+
+No JAX here: grain's workers import this module in fresh processes.
+
+Shapes: M microbatches, B rows of a microbatch, K pairs in a row, T tokens of a row, N completion tokens of a row.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from dpo_jax.data.packing import EpochPlan, RowLimits, RowShape, choose_ladder, plan_epoch
+
+
+class PairSource(Protocol):
+    """Tokenised pairs by index: `lengths` int `[n, 3]`, and (prompt, chosen, rejected) token ids of pair i."""
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenOnly:
+    """The same pairs with an empty rejected completion: what SFT trains on."""
+
+    pairs: PairSource
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.asarray(self.pairs.lengths) * np.array([1, 1, 0])
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        prompt, chosen, _ = self.pairs[i]
+        return prompt, chosen, np.zeros(0, np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Every step of a run, by number from 0: which epoch it lies in and where its pairs go."""
+
+    pairs: PairSource
+    batch_size: int
+    shapes: tuple[RowShape, ...]
+    seed: int
+    shuffle: bool
+    drop_remainder: bool
+
+    @property
+    def steps_per_epoch(self) -> int:
+        n = len(self.pairs)
+        return n // self.batch_size if self.drop_remainder else -(-n // self.batch_size)
+
+    def place(self, step: int) -> tuple[RowShape, np.ndarray]:
+        """The shape of a step, and the pair indices `[rows, pairs]` in it."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        plan = _epoch_plan(self, epoch)
+        return plan.shapes[plan.shape[i]], plan.placed[i]
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_plan(schedule: Schedule, epoch: int) -> EpochPlan:
+    return plan_epoch(
+        schedule.pairs.lengths,
+        schedule.batch_size,
+        schedule.shapes,
+        seed=schedule.seed,
+        epoch=epoch,
+        shuffle=schedule.shuffle,
+        drop_remainder=schedule.drop_remainder,
+    )
+
+
+def make_schedule(
+    pairs: PairSource, batch_size: int, limits: RowLimits, *, seed: int, shuffle: bool, drop_remainder: bool
+) -> Schedule:
+    """Choose row shapes for these pairs and plan them."""
+    order = {"seed": seed, "shuffle": shuffle, "drop_remainder": drop_remainder}
+    return Schedule(pairs, batch_size, choose_ladder(pairs.lengths, batch_size, limits, **order), **order)
+
+
+def build_rows(pairs: PairSource, placed: np.ndarray, shape: RowShape) -> dict[str, np.ndarray]:
+    """Lay pairs into rows.
+
+    Args:
+      pairs: where the token ids come from.
+      placed: int `[B, K]` pair indices; -1 is an empty place.
+      shape: the slots' widths.
+
+    Returns:
+      `tokens`, `segments`, `positions` int32 `[B, T]`; `source` int32 `[B, N]`: the row index of the token whose hidden
+      state predicts completion token n; `is_pair` bool `[B, K]`; `completion_tokens` int32 `[B, K, 2]`.
+    """
+    B, K = placed.shape
+    T, N = sum(shape.widths), shape.chosen + shape.rejected
+    starts = (0, shape.prompt, shape.prompt + shape.chosen)
+    out = {
+        "tokens": np.zeros((B, T), np.int32),
+        "segments": np.zeros((B, T), np.int32),
+        "positions": np.zeros((B, T), np.int32),
+        "source": np.zeros((B, N), np.int32),
+        "is_pair": placed >= 0,
+        "completion_tokens": np.zeros((B, K, 2), np.int32),
+    }
+    for b in range(B):
+        used = list(starts)
+        for k in np.flatnonzero(placed[b] >= 0):
+            parts = pairs[int(placed[b, k])]
+            prompt_end = used[0] + len(parts[0])
+            for slot, ids in enumerate(parts):
+                a, z = used[slot], used[slot] + len(ids)
+                used[slot] = z
+                if z > starts[slot] + shape.widths[slot]:
+                    raise AssertionError(f"pair {placed[b, k]} overflows slot {slot} of {shape}")
+                first = 0 if slot == 0 else len(parts[0])
+                out["tokens"][b, a:z] = ids
+                out["segments"][b, a:z] = k + 1
+                out["positions"][b, a:z] = np.arange(first, first + len(ids))
+                if slot > 0 and z > a:
+                    n = a - shape.prompt
+                    out["source"][b, n : n + z - a] = np.arange(a - 1, z - 1)
+                    out["source"][b, n] = prompt_end - 1
+                    out["completion_tokens"][b, k, slot - 1] = len(ids)
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSource:
+    """Random access to the rows of a step: what grain reads.
+
+    Attributes:
+      schedule: the plan.
+      microbatches: M; rows are dealt to microbatches in order.
+      row_range: the part `[low, high)`, as fractions of a microbatch's rows, that this process loads.
+      steps: how many steps there are.
+    """
+
+    schedule: Schedule
+    microbatches: int
+    rows_of: dict[int, np.ndarray]
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: Any) -> dict[str, Any]:
+        """Rows `[M, B, ...]` of this process, and facts about the whole step under `info`."""
+        step = int(step)
+        shape, placed = self.schedule.place(step)
+        per_micro = placed.reshape(self.microbatches, -1, placed.shape[1])
+        mine = per_micro[:, self.rows_of[shape.rows // self.microbatches]]
+        flat = build_rows(self.schedule.pairs, mine.reshape(-1, placed.shape[1]), shape)
+        arrays = {name: x.reshape(*mine.shape[:2], *x.shape[1:]) for name, x in flat.items()}
+        ids = placed[placed >= 0]
+        real = int(np.asarray(self.schedule.pairs.lengths)[ids].sum())
+        info = {"step": step, "shape": shape, "pairs": len(ids), "tokens": real, "fraction": real / shape.tokens}
+        return {"arrays": arrays, "info": info}
+
+
+def batches(source: StepSource, start: int, *, threads: int = 2, prefetch: int = 4) -> Iterator[dict[str, Any]]:
+    """Steps `start ..` in order, read ahead in threads."""
+    dataset = grain.MapDataset.source(source)[start:]
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))

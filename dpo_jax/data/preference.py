@@ -1,0 +1,161 @@
+"""The types of the preference API: what every dataset becomes before it is rendered to tokens.
+
+    >>> user = {"role": "user", "content": "Name a colour."}
+    >>> red, shrug = {"role": "assistant", "content": "Red."}, {"role": "assistant", "content": "No."}
+    >>> comparison = Comparison(prompt_conversation=[user], completion_a=[red], completion_b=[shrug])
+    >>> labeled = LabeledComparison(comparison, label="A")
+    >>> labeled.chosen[0]["content"], labeled.rejected[0]["content"]
+    ('Red.', 'No.')
+
+A dataset is one function `row -> LabeledComparison | Skip`:
+
+    >>> def parse(row):
+    ...     if not row["better"]:
+    ...         return Skip("empty_chosen")
+    ...     answers = [[{"role": "assistant", "content": row[key]}] for key in ("better", "worse")]
+    ...     return LabeledComparison(Comparison([{"role": "user", "content": row["question"]}], *answers), "A")
+    >>> parse({"question": "Name a colour.", "better": "Red.", "worse": "No."}).label
+    'A'
+    >>> parse({"question": "Name a colour.", "better": "", "worse": "No."})
+    Skip(reason='empty_chosen', detail='')
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypedDict
+
+Role = Literal["system", "user", "assistant", "tool"]
+Label = Literal["A", "B", "Tie"]
+ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
+LABELS: tuple[str, ...] = ("A", "B", "Tie")
+
+# Reasons that a sound row is left out on purpose: counted, but neither quarantined nor held against the file. Every
+# other reason means that the row does not say what its format promises.
+DELIBERATE = frozenset({"tie", "identical_answers", "identical_after_truncation", "too_long"})
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates take it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two completions of one conversation; a completion is a list of messages, in practice one assistant turn.
+
+    >>> Comparison([{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "a"}],
+    ...            [{"role": "assistant", "content": "b"}]).completion_b
+    [{'role': 'assistant', 'content': 'b'}]
+    """
+
+    prompt_conversation: Sequence[Message]
+    completion_a: Sequence[Message]
+    completion_b: Sequence[Message]
+
+
+@dataclass(frozen=True)
+class LabeledComparison:
+    """A comparison and which completion is better: "A", "B" or "Tie".
+
+    >>> ask = [{"role": "user", "content": "Hi"}]
+    >>> a, b = [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    >>> LabeledComparison(Comparison(ask, a, b), "B").chosen == b
+    True
+    """
+
+    comparison: Comparison
+    label: Label
+
+    def __post_init__(self) -> None:
+        if self.label not in LABELS:
+            raise ValueError(f"label={self.label!r}; a label is one of {', '.join(LABELS)}")
+
+    @property
+    def chosen(self) -> Sequence[Message]:
+        """The better completion; ValueError for a tie, which has none."""
+        return self.comparison.completion_a if self._a_wins() else self.comparison.completion_b
+
+    @property
+    def rejected(self) -> Sequence[Message]:
+        """The worse completion; ValueError for a tie, which has none."""
+        return self.comparison.completion_b if self._a_wins() else self.comparison.completion_a
+
+    def swap(self) -> "LabeledComparison":
+        """The same judgement with A and B exchanged: swapping twice changes nothing.
+
+        >>> ask = [{"role": "user", "content": "Hi"}]
+        >>> a, b = [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]
+        >>> once = LabeledComparison(Comparison(ask, a, b), "A").swap()
+        >>> once.label, once.comparison.completion_a == b, once.chosen == a
+        ('B', True, True)
+        """
+        swapped: dict[Label, Label] = {"A": "B", "B": "A", "Tie": "Tie"}
+        old = self.comparison
+        comparison = replace(old, completion_a=old.completion_b, completion_b=old.completion_a)
+        return LabeledComparison(comparison, swapped[self.label])
+
+    def _a_wins(self) -> bool:
+        if self.label == "Tie":
+            raise ValueError("a tie has no chosen completion; drop it or break it before training")
+        return self.label == "A"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A row that gives no pair. `reason` is a short stable word that is counted, `detail` is for the reader.
+
+    >>> Skip("tie").deliberate, Skip("no_transcript").deliberate
+    (True, False)
+    """
+
+    reason: str
+    detail: str = ""
+
+    @property
+    def deliberate(self) -> bool:
+        """True if the row is sound and left out on purpose (see `DELIBERATE`)."""
+        return self.reason in DELIBERATE
+
+
+def checked(labeled: LabeledComparison) -> LabeledComparison | Skip:
+    """The comparison if a model can learn from it, else why not; every parser's last step.
+
+    Messages must have a known role and text that UTF-8 can hold; the prompt must say something and must not end with
+    the assistant; each completion is one assistant turn that is neither empty nor the same as the other. White space
+    around an answer is no difference between answers.
+    """
+    comparison = labeled.comparison
+    for message in (*comparison.prompt_conversation, *comparison.completion_a, *comparison.completion_b):
+        if (skip := _message_fault(message)) is not None:
+            return skip
+    prompt = comparison.prompt_conversation
+    if not any(message["content"].strip() for message in prompt):
+        return Skip("empty_prompt")
+    if prompt[-1]["role"] not in ("user", "tool"):
+        return Skip("prompt_not_user_last", f"the prompt ends with a {prompt[-1]['role']} turn")
+    named = {"completion_a": comparison.completion_a, "completion_b": comparison.completion_b}
+    if labeled.label != "Tie":
+        named = {"chosen": labeled.chosen, "rejected": labeled.rejected}
+    for name, completion in named.items():
+        if len(completion) != 1 or completion[0]["role"] != "assistant":
+            return Skip("answer_not_one_turn", f"{name} has roles {[message['role'] for message in completion]}")
+        if not completion[0]["content"].strip():
+            return Skip(f"empty_{name}")
+    first, second = (completion[0]["content"].strip() for completion in named.values())
+    return Skip("identical_answers") if first == second else labeled
+
+
+def _message_fault(message: Message) -> Skip | None:
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        return Skip("not_text", f"a message is {message!r:.80}, needed is {{role, content}} with text")
+    if message.get("role") not in ROLES:
+        return Skip("unknown_role", f"role {message.get('role')!r}; known are {', '.join(ROLES)}")
+    content = message["content"]
+    if not content.isascii():
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError as error:  # a lone surrogate: legal in JSON, fatal in a tokenizer
+            return Skip("invalid_text", str(error))
+    return None

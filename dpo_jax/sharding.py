@@ -1,0 +1,121 @@
+"""The mesh, the logical-axis rules, and host arrays → global arrays. Mesh axis names occur here and nowhere else."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax.errors import UserError
+from dpo_jax.model import ModelConfig, init_params
+
+AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices as data x fsdp x tensor; at most one size may be -1 (whatever is left).
+
+    Raises:
+      UserError: the product does not use the devices exactly.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    asked = f"mesh_data={data} mesh_fsdp={fsdp} mesh_tensor={tensor}"
+    if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+        raise UserError(f"{asked}: sizes are positive, and at most one of them -1 (all devices that are left)")
+    fixed = math.prod(s for s in sizes if s > 0)
+    if -1 in sizes:
+        if len(devices) % fixed:
+            raise UserError(f"{asked}: {fixed} does not divide the {len(devices)} devices; use a divisor")
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"{asked} is a mesh of {fixed} devices, but there are {len(devices)} ({devices[0].platform}); make the "
+            f"product {len(devices)}, or leave one of the three at -1"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Over how many parts the rows of a batch divide."""
+    return math.prod(mesh.shape[a] for a in ROW_AXES)
+
+
+def axis_rules(config: ModelConfig, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
+    """Logical axis → mesh axis for one model.
+
+    Raises:
+      UserError: a dimension of the model does not divide over its mesh axis.
+    """
+    tensor = mesh.shape["tensor"]
+    for name, size, axis in (
+        ("hidden_size", config.hidden_size, "fsdp"),
+        ("num_attention_heads", config.num_attention_heads, "tensor"),
+        ("intermediate_size", config.intermediate_size, "tensor"),
+    ):
+        if size % mesh.shape[axis]:
+            raise UserError(f"mesh_{axis}={mesh.shape[axis]} does not divide the model's {name}={size}; use a divisor")
+    return (
+        ("rows", ROW_AXES),
+        ("tokens", None),
+        ("activation", None),
+        ("embed", "fsdp"),
+        # A vocabulary that does not divide is kept whole on every tensor shard.
+        ("vocab", "tensor" if config.vocab_size % tensor == 0 else None),
+        ("heads", "tensor"),
+        # Fewer kv-heads than tensor shards: each shard keeps them all, as it needs some of each.
+        ("kv_heads", "tensor" if config.num_key_value_heads % tensor == 0 else None),
+        ("head_dim", None),
+        ("mlp", "tensor"),
+        ("norm", None),
+        ("layers", None),
+    )
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
+    """A tree of `NamedSharding` shaped like the parameters."""
+    abstract = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, axis_rules(config, mesh))
+
+
+def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of `tx.init(params)`: every moment lies like its parameter, every scalar is replicated."""
+    replicated = NamedSharding(mesh, P())
+    return optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, params),
+        shardings,
+        transform_non_params=lambda _: replicated,
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches are `[microbatches, rows, ...]`, rows over the data shards."""
+    return NamedSharding(mesh, P(None, ROW_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, P())
+
+
+def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which of `rows` rows of a microbatch this process holds, ascending."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((1, rows)).values()
+    return np.unique(np.concatenate([np.arange(rows)[index[1]] for index in held if index is not None]))
+
+
+def to_global(arrays: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, jax.Array]:
+    """This process's rows `[microbatches, local rows, ...]` → global arrays `[microbatches, rows, ...]`."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, x, (x.shape[0], rows, *x.shape[2:]))
+        for name, x in arrays.items()
+    }
