@@ -22,6 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 from tensorboardX import FileWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
@@ -236,6 +237,15 @@ class MetricsWriter:
         for name, before, after in rows:
             change = "" if before is None or after is None else f"{after - before:+{FORMATS.get(name, '.4g')}}"
             table.add_row(name, *("–" if v is None else show(name, v) for v in (before, after)), change)
+        self._console.print(table)
+
+    def side_by_side(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print texts in columns, a line between rows."""
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", show_lines=True)
+        for name in columns:
+            table.add_column(name, ratio=1, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(printable(text)) for text in row))
         self._console.print(table)
 
     def close(self) -> None:

@@ -16,11 +16,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpo_jax.attention import Slots
 from dpo_jax.losses import log_ratio
 
 Params = Any
 Batch = dict[str, jax.Array]
-LogpsFn = Callable[[Params, Batch], jax.Array]  # (params, one microbatch) -> float32 [B, K, 2]
+LogpsFn = Callable[[Params, Batch, Slots], jax.Array]  # (params, one microbatch, widths) -> float32 [B, K, 2]
+
+# Relative error of a summed float32 log-probability: equal models then have an accuracy of exactly 0.
+ROUNDING = 1e-6
 
 
 @flax.struct.dataclass
@@ -55,9 +59,11 @@ def preference_objective(loss_fn: Callable[..., jax.Array], *, beta: float, labe
     def values(policy: jax.Array, reference: jax.Array | None) -> dict[str, jax.Array]:
         assert reference is not None
         rewards = beta * (policy - reference)
+        # The two forward passes are compiled apart and may differ in the last bits: below that, nothing is preferred.
+        noise = beta * ROUNDING * jnp.sum(jnp.abs(policy), axis=-1)
         return {
             "dpo_loss": loss_fn(policy, reference, beta=beta, label_smoothing=label_smoothing),
-            "accuracy": (rewards[..., 0] > rewards[..., 1]).astype(jnp.float32),
+            "accuracy": (rewards[..., 0] > rewards[..., 1] + noise).astype(jnp.float32),
             "margin": beta * log_ratio(policy, reference),
             "chosen_reward": rewards[..., 0],
             "rejected_reward": rewards[..., 1],
@@ -74,7 +80,7 @@ def sft_objective() -> Objective:
     def values(policy: jax.Array, reference: jax.Array | None) -> dict[str, jax.Array]:
         return {"loss": -policy[..., 0]}
 
-    return Objective(values, "loss", lambda batch: jnp.sum(batch["chosen_tokens"]), needs_reference=False)
+    return Objective(values, "loss", lambda batch: jnp.sum(batch["completion_tokens"][..., 0]), needs_reference=False)
 
 
 def _summed(objective: Objective, policy, reference, is_pair_BK: jax.Array) -> dict[str, jax.Array]:
@@ -82,29 +88,33 @@ def _summed(objective: Objective, policy, reference, is_pair_BK: jax.Array) -> d
     return {k: jnp.sum(jnp.where(is_pair_BK, v, 0.0)) for k, v in objective.values(policy, reference).items()}
 
 
-def make_train_step(logps: LogpsFn, objective: Objective, tx: optax.GradientTransformation, *, compute_dtype: Any):
-    """Build the jitted `train_step(state, ref_params, batch) -> (state, metrics)`; the state is donated.
+def make_train_step(
+    logps: LogpsFn, objective: Objective, tx: optax.GradientTransformation, rate: optax.Schedule, *, compute_dtype: Any
+):
+    """Build the jitted `train_step(state, ref_params, batch, slots) -> (state, metrics)`; the state is donated.
 
     Args:
       logps: the model: log-probabilities of a microbatch's pairs.
       objective: what is minimised.
       tx: the optimiser, clipping included.
+      rate: the learning rate by update, to report.
       compute_dtype: master parameters are cast to it once a step. Gradients are summed over microbatches in float32.
 
     Returns:
-      The step. `metrics` holds float32 scalars: the objective's values as means, and `grad_norm` before clipping.
+      The step; `slots` is static, so it compiles once per row shape. `metrics` holds float32 scalars: the objective's
+      values as means, `grad_norm` before clipping, and `learning_rate`.
     """
 
-    def train_step(state: TrainState, ref_params: Params | None, batch: Batch):
+    def train_step(state: TrainState, ref_params: Params | None, batch: Batch, slots: Slots):
         count = jnp.maximum(objective.count(batch), 1).astype(jnp.float32)
         compute_params = jax.tree.map(lambda p: p.astype(compute_dtype), state.params)
 
         def loss_fn(params: Params, micro: Batch, reference: jax.Array | None):
-            sums = _summed(objective, logps(params, micro), reference, micro["is_pair"])
+            sums = _summed(objective, logps(params, micro, slots), reference, micro["is_pair"])
             return sums[objective.loss] / count, sums
 
         def micro_grads(micro: Batch):
-            reference = logps(ref_params, micro) if objective.needs_reference else None  # constant to the gradient
+            reference = logps(ref_params, micro, slots) if objective.needs_reference else None  # constant to the gradient
             (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(compute_params, micro, reference)
             return grads, sums
 
@@ -119,28 +129,31 @@ def make_train_step(logps: LogpsFn, objective: Objective, tx: optax.GradientTran
             sums_shape = jax.eval_shape(micro_grads, jax.tree.map(lambda x: x[0], batch))[1]
             zeros = jax.tree.map(jnp.zeros_like, state.params), jax.tree.map(lambda s: jnp.zeros((), s.dtype), sums_shape)
             (grads, sums), _ = jax.lax.scan(accumulate, zeros, batch)
-        metrics = {k: v / count for k, v in sums.items()} | {"grad_norm": optax.global_norm(grads)}
+        metrics = {k: v / count for k, v in sums.items()} | {
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
+        }
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnames="state")
+    return jax.jit(train_step, donate_argnames="state", static_argnames="slots")
 
 
 def make_eval_step(logps: LogpsFn, objective: Objective, *, compute_dtype: Any):
-    """Build the jitted `eval_step(params, ref_params, batch) -> (sums, count)`, to be added up over batches."""
+    """Build the jitted `eval_step(params, ref_params, batch, slots) -> (sums, count)`, to be added up over batches."""
 
-    def eval_step(params: Params, ref_params: Params | None, batch: Batch):
+    def eval_step(params: Params, ref_params: Params | None, batch: Batch, slots: Slots):
         compute_params = jax.tree.map(lambda p: p.astype(compute_dtype), params)
 
         def one(_, micro: Batch):
-            reference = logps(ref_params, micro) if objective.needs_reference else None
-            return None, _summed(objective, logps(compute_params, micro), reference, micro["is_pair"])
+            reference = logps(ref_params, micro, slots) if objective.needs_reference else None
+            return None, _summed(objective, logps(compute_params, micro, slots), reference, micro["is_pair"])
 
         _, sums = jax.lax.scan(one, None, batch)
         return jax.tree.map(jnp.sum, sums), objective.count(batch)
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, static_argnames="slots")
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:

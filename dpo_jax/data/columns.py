@@ -110,12 +110,13 @@ def parse_chosen_rejected(row: Row) -> LabeledComparison | Skip:
     if isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
         return parse_hh(row)
     stated = () if prompt is None else _transcript_prompt(prompt) or conversation(prompt)
-    sides = [conversation(side, role="assistant") for side in (chosen, rejected)]
-    for part in (stated, *sides):
-        if isinstance(part, Skip):
-            return part
-    first, second = sides
-    assert not isinstance(first, Skip) and not isinstance(second, Skip) and not isinstance(stated, Skip)
+    if isinstance(stated, Skip):
+        return stated
+    first, second = conversation(chosen, role="assistant"), conversation(rejected, role="assistant")
+    if isinstance(first, Skip):
+        return first
+    if isinstance(second, Skip):
+        return second
     if first and second and (len(first) > 1 or len(second) > 1 or first[0]["role"] != "assistant"):
         if first[:-1] != second[:-1]:
             return Skip("prompts_differ", "the message lists differ before their last message")
@@ -131,7 +132,11 @@ def parse_chosen_rejected(row: Row) -> LabeledComparison | Skip:
 def parse_argilla(row: Row) -> LabeledComparison | Skip:
     """argilla/ultrafeedback-binarized-preferences: `instruction`, `chosen_response`, `rejected_response`."""
     return parse_chosen_rejected(
-        {"prompt": row.get("instruction"), "chosen": row.get("chosen_response"), "rejected": row.get("rejected_response")}
+        {
+            "prompt": row.get("instruction"),
+            "chosen": row.get("chosen_response"),
+            "rejected": row.get("rejected_response"),
+        }
     )
 
 
@@ -160,11 +165,13 @@ def parse_ranking(row: Row) -> LabeledComparison | Skip:
     turns = row.get("conversations")
     if isinstance(system, str) and system and isinstance(turns, list):
         turns = [{"role": "system", "content": system}, *turns]
-    return parse_chosen_rejected({"prompt": turns or None, "chosen": row.get("chosen"), "rejected": row.get("rejected")})
+    return parse_chosen_rejected(
+        {"prompt": turns or None, "chosen": row.get("chosen"), "rejected": row.get("rejected")}
+    )
 
 
 def parse_comparison(row: Row) -> LabeledComparison | Skip:
-    """The preference API's own columns: `prompt_conversation`, `completion_a`, `completion_b`, `label` (A, B or Tie)."""
+    """The preference API's columns: `prompt_conversation`, `completion_a`, `completion_b`, `label` (A, B or Tie)."""
     label = row.get("label")
     if label not in ("A", "B", "Tie"):
         return Skip("bad_label", f"label is {label!r:.40}, needed is A, B or Tie")
@@ -259,9 +266,7 @@ def _labeled(prompt: Sequence[Message], a: Any, b: Any, label: Label) -> Labeled
 
 
 def _messages(speakers: Sequence[str], texts: Sequence[str]) -> tuple[Message, ...]:
-    return tuple(
-        {"role": _HH_ROLES[who], "content": text.strip()} for who, text in zip(speakers, texts, strict=True)
-    )
+    return tuple({"role": _HH_ROLES[who], "content": text.strip()} for who, text in zip(speakers, texts, strict=True))
 
 
 def _missing(row: Row, column: str) -> Skip:

@@ -4,6 +4,7 @@ To add one: write a function `row -> LabeledComparison | Skip` and a line in `DA
 `--config.dataset=my_module:my_function --config.dataset_path=FILES`.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dpo_jax.data.columns import (
     parse_own,
     score_tie,
 )
-from dpo_jax.data.preference import LabeledComparison, Skip
+from dpo_jax.data.preference import LabeledComparison, Skip, checked
 from dpo_jax.errors import UserError
 
 
@@ -96,17 +97,34 @@ def known_datasets() -> str:
 
 
 def load_parser(name: str) -> Parser:
-    """The function that `module:function` names; UserError if there is none."""
+    """The function that `module:function` names, guarded: what it raises or returns wrongly is one bad row.
+
+    Raises:
+      UserError: there is no such module or function.
+    """
     module_name, _, function_name = name.partition(":")
     try:
-        parser = getattr(importlib.import_module(module_name), function_name)
+        parse = getattr(importlib.import_module(module_name), function_name)
     except ImportError as error:
         raise UserError(
             f"dataset={name}: module {module_name} cannot be imported ({error}); run from its directory or add that to "
             "PYTHONPATH"
         ) from error
     except AttributeError as error:
-        raise UserError(f"dataset={name}: module {module_name} has no {function_name}") from error
-    if not callable(parser):
-        raise UserError(f"dataset={name}: {function_name} is a {type(parser).__name__}; needed is a function of one row")
-    return parser
+        raise UserError(f"dataset={name}: module {module_name} has no {function_name}; check the name") from error
+    if not callable(parse):
+        raise UserError(f"dataset={name}: {function_name} is a {type(parse).__name__}; needed is a function of one row")
+
+    @functools.wraps(parse)
+    def guarded(row: Row) -> LabeledComparison | Skip:
+        try:
+            result = parse(row)
+            if isinstance(result, Skip):
+                return result
+            if isinstance(result, LabeledComparison):
+                return checked(result)
+        except Exception as error:
+            return Skip("parser_error", f"{name} raised {type(error).__name__}: {error}")
+        return Skip("parser_error", f"{name} returned {type(result).__name__}, not LabeledComparison or Skip")
+
+    return guarded

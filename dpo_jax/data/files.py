@@ -22,7 +22,14 @@ from dpo_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 # JSON files that lie beside the data in published repositories and are no data.
-_NOT_DATA = {"config.json", "manifest.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+_NOT_DATA = {
+    "config.json",
+    "manifest.json",
+    "dataset_dict.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "state.json",
+}
 _CHUNK = 1 << 20
 _WHOLE_HASH_LIMIT = 4 << 30  # bytes; beyond it, the ends, the size and the time of change stand for the content
 
@@ -79,7 +86,7 @@ def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any] | BadLine]]:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be read ({reason}, after {rows} rows); check the path") from error
     except ValueError as error:  # a JSON array or Parquet file that cannot be read on
-        raise UserError(f"{path}: damaged after {rows} rows ({str(error):.200}); fetch or write it again") from error
+        raise UserError(f"{path}: damaged after {rows} rows ({error!s:.200}); fetch or write it again") from error
     if rows == 0:
         raise UserError(f"{path}: the file is empty; give a file with rows or take it out of the path")
 
@@ -121,14 +128,14 @@ def download(repository: str, patterns: list[str]) -> str:
     except Exception as error:  # httpx, hub and validation errors have no common parent
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"dataset {repository} cannot be fetched from the Hugging Face hub ({reason:.160}); fetch it elsewhere with "
-            f"`hf download {repository} --repo-type dataset --local-dir DIR` and give --config.dataset_path=DIR, or try "
-            "--config=configs/hhh.py:tiny, which needs no hub"
+            f"dataset {repository} cannot be fetched from the Hugging Face hub ({reason:.160}); fetch it elsewhere "
+            f"(`hf download {repository} --repo-type dataset --local-dir DIR`) and give --config.dataset_path=DIR, or "
+            "try --config=configs/hhh.py:tiny, which needs no hub"
         ) from error
 
 
 def _open(path: str) -> IO[bytes]:
-    return fsspec.open(path, "rb").open() if is_remote(path) else open(path, "rb")  # noqa: SIM115 (the caller closes)
+    return fsspec.open(path, "rb").open() if is_remote(path) else open(path, "rb")
 
 
 def _rows_of(stream: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
@@ -136,7 +143,7 @@ def _rows_of(stream: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
     stream.seek(0)
     if magic[:2] == b"\x1f\x8b":
         with gzip.GzipFile(fileobj=stream) as unpacked:
-            yield from _json_rows(io.BufferedReader(unpacked, _CHUNK))  # type: ignore[type-var]
+            yield from _json_rows(io.BufferedReader(unpacked, _CHUNK))
     elif magic == b"PAR1":
         yield from _parquet_rows(stream)
     else:

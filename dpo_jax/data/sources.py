@@ -67,12 +67,12 @@ def _find(dataset: str, dataset_path: str) -> Found:
         return _named(name, tuple(filter(None, subsets.split(","))), dataset_path)
     if (match := _HUB.fullmatch(dataset)) is not None:
         return _hub(dataset, match.group(1), match.group(2) or "", dataset_path)
-    if _FUNCTION.fullmatch(dataset) and not files.is_remote(dataset):
+    if _FUNCTION.fullmatch(dataset) and not dataset.startswith("hf:"):
         if not dataset_path:
             raise UserError(f"dataset={dataset}: needs --config.dataset_path=FILES, the rows to give to this function")
         spec = replace(OWN, parse=load_parser(dataset), tied=lambda row: False)
         return _directory(dataset, dataset_path, spec, parser=dataset)
-    if re.search(r"[/*?\\]|\.\w+$", dataset) or os.path.exists(dataset):
+    if (re.search(r"[/*?\\]|\.\w+$", dataset) and ":" not in dataset.replace("://", "")) or os.path.exists(dataset):
         if dataset_path:
             raise UserError(f"dataset={dataset} is a path, and so is dataset_path={dataset_path}; give one of them")
         return _directory(dataset, dataset, OWN, parser="own")
@@ -90,10 +90,16 @@ def _named(name: str, subsets: tuple[str, ...], path: str) -> Found:
         raise UserError(f"dataset={name}: needs dataset_path=DIR, where its files lie")
     wanted = subsets or spec.subsets or ("",)
     heads = [f"{subset}/" if subset else "" for subset in wanted]
-    patterns = [head + (split.removeprefix("*/") if head else split) for head in heads for split in (spec.train, spec.test)]
-    found = _directory(name, files.download(spec.hub, patterns), spec, parser=name, subsets=wanted if spec.subsets else ())
+    patterns = [
+        head + (split.removeprefix("*/") if head else split) for head in heads for split in (spec.train, spec.test)
+    ]
+    found = _directory(
+        name, files.download(spec.hub, patterns), spec, parser=name, subsets=wanted if spec.subsets else ()
+    )
     splits = {source.split for source in found.sources}
-    if splits != {"train", "test"} or len(found.sources) != 2 * len(wanted):  # an old, partial local copy, found offline
+    if splits != {"train", "test"} or len(found.sources) != 2 * len(
+        wanted
+    ):  # an old, partial local copy, found offline
         raise UserError(
             f"dataset={name}: the local copy of {spec.hub} is not whole; fetch it with `hf download {spec.hub} "
             "--repo-type dataset`, or give --config.dataset_path=DIR"
@@ -135,7 +141,9 @@ def _directory(name: str, path: str, spec: DatasetSpec, parser: str, subsets: tu
     missing = [subset for subset in subsets if subset not in present and "" not in present]
     if missing or not grouped:
         there = sorted({text.split("/")[0] for text in inside.values()})
-        raise UserError(f"dataset={name}: no subset {', '.join(missing or subsets)} in {path}; found {', '.join(there)}")
+        raise UserError(
+            f"dataset={name}: no subset {', '.join(missing or subsets)} in {path}; found {', '.join(there)}"
+        )
     if all(split == "test" for _, split in grouped):
         sources = [Source(label, "train", tuple(paths), spec, parser) for (label, _), paths in grouped.items()]
         return Found(tuple(sources), "only a published test split was found, so it is divided again")
@@ -144,7 +152,9 @@ def _directory(name: str, path: str, spec: DatasetSpec, parser: str, subsets: tu
         for (label, split), paths in sorted(grouped.items(), key=lambda item: item[0][1] == "test")
     ]
     published = any(source.split == "test" for source in sources)
-    return Found(tuple(sources), "the published held-out split" if published else "no published evaluation split was found")
+    return Found(
+        tuple(sources), "the published held-out split" if published else "no published evaluation split was found"
+    )
 
 
 def _matching(inside: dict[str, str], pattern: str) -> list[str]:
@@ -154,7 +164,7 @@ def _matching(inside: dict[str, str], pattern: str) -> list[str]:
 def _split_by_words(inside: dict[str, str]) -> dict[str, list[str]]:
     """Training and evaluation files, told by words in their paths; one that names no split is for training."""
     words = {path: re.findall(r"[a-z]+", relative.lower()) for path, relative in inside.items()}
-    kinds: dict[str, int | None] = {path: None for path in words}
+    kinds: dict[str, int | None] = dict.fromkeys(words)
     for path, said in words.items():
         for word in said:  # the last word that names a split counts: validation/train.jsonl is training data
             if word in ("train", "training"):
@@ -170,7 +180,7 @@ def _split_by_words(inside: dict[str, str]) -> dict[str, list[str]]:
 def _relative(path: str, root: str) -> str:
     """The part of `path` below the directory `root`; the bare file name where `root` is a file or a glob."""
     if files.is_remote(root):
-        below = path.removeprefix(root.rstrip("/") + "/")
-        return path.rsplit("/", 1)[-1] if below == path else below
+        inner, top = (address.split("://", 1)[1].strip("/") for address in (path, root))
+        return inner.removeprefix(top + "/") if inner.startswith(top + "/") else inner.rsplit("/", 1)[-1]
     root = os.path.expanduser(root)
     return os.path.relpath(path, root).replace(os.sep, "/") if os.path.isdir(root) else os.path.basename(path)

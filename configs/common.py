@@ -1,0 +1,75 @@
+"""Every key of a run with its default and its unit. The dataset's files change what differs; keys are flat."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+
+    # --- what is trained
+    c.seed = 0  # of every random choice: data order, hold-out, fresh parameters, sampling
+    c.model = ""  # Hugging Face id, a local directory in that layout, or "tiny" (made from scratch, no download)
+    c.reference = ""  # empty = the policy as it is when DPO starts; else an id or a directory
+
+    # --- data
+    c.dataset = "hhh"  # hhh, helpsteer3, ultrafeedback, synthetic, a path or glob, hf:OWNER/NAME
+    c.dataset_path = ""  # where a named dataset's raw files lie; empty = download from the hub
+    c.eval_path = ""  # a file of held-out pairs; empty = the published test split, else a seeded hold-out
+    c.eval_pairs = 512  # held-out pairs; 0 = no evaluation, -1 = the whole published split
+    c.shuffle = True  # a new order every epoch with evenly filled batches; False = file order
+    c.drop_remainder = True  # leave out the last, short batch of an epoch
+    c.drop_ties = True  # drop pairs whose scores are equal
+    c.max_bad_fraction = 0.1  # stop before training if more of the rows are malformed
+    c.prompt_format = "auto"  # chat (the tokenizer's template), plain (\n\nHuman: ...), auto = chat if there is one
+    c.max_prompt_length = 512  # tokens; a longer prompt loses its beginning
+    c.max_completion_length = 512  # tokens; a longer completion loses its end
+    c.overlong = "truncate"  # truncate, or drop the pair
+    c.cache_dir = ""  # tokenised pairs; empty = $DPO_JAX_CACHE or ~/.cache/dpo_jax
+
+    # --- batch and length of the run
+    c.batch_size = 64  # pairs a step, exactly
+    c.microbatches = 1  # parts of a batch computed one after the other, to save memory
+    c.num_steps = 0  # updates of DPO; 0 = num_epochs
+    c.num_epochs = 1.0  # passes over the training pairs
+    c.sft_steps = 0  # updates of light SFT on chosen completions before DPO
+    c.sft_learning_rate = 1e-5  # constant after the warm-up
+
+    # --- objective and optimiser
+    c.dpo_beta = 0.1  # start at 0.1; higher keeps the policy closer to the reference
+    c.loss = "sigmoid"  # sigmoid (DPO), robust, hinge
+    c.label_smoothing = 0.0  # probability that a label is flipped, below 0.5
+    c.learning_rate = 1e-6  # peak; 5e-7 to 1e-5, lower than SFT's
+    c.lr_schedule = "linear"  # constant, linear or cosine to 0 after the warm-up
+    c.warmup_steps = 0.1  # updates from 0 to the peak; below 1 = a fraction of all updates
+    c.optimizer = "adamw"  # adamw or rmsprop
+    c.weight_decay = 0.0  # decoupled; norms do not decay
+    c.max_grad_norm = 1.0  # clip by global norm; 0 = off
+    c.lora_rank = 0  # 0 = all parameters are trained; adapters are not there yet
+
+    # --- numbers and machine
+    c.param_dtype = "float32"  # of the trained parameters and the optimiser's moments
+    c.compute_dtype = "auto"  # of activations, products and the reference; auto = bfloat16, on CPU float32
+    c.remat = "dots"  # what the backward pass computes again: none, dots (element-wise work), attention, full
+    c.mesh_data = 1  # devices over which rows are spread and parameters are whole; -1 = all that are left
+    c.mesh_fsdp = -1  # devices over which rows and parameters are spread
+    c.mesh_tensor = 1  # devices over which heads, ffn and vocabulary are spread
+
+    # --- what is written
+    c.log_every = 10  # updates between train records (the first is always written)
+    c.eval_every = 100  # updates between evaluations; one comes first and last in any case; 0 = only those
+    c.checkpoint_every = 200  # updates between checkpoints; the end is always saved; 0 = only the end
+    c.keep_checkpoints = 2  # newest ones kept
+    c.export = True  # write export/: a Hugging Face directory of the aligned policy
+    c.sample_prompts = 4  # held-out prompts answered before and after; 0 = none
+    c.sample_tokens = 64  # most tokens of an answer
+    c.sample_temperature = 0.8  # of the sampled answers, shown beside the greedy ones
+    c.sample_top_p = 0.95  # nucleus mass of the sampled answers
+    return c
+
+
+def choose(presets: dict, name: str, file: str) -> dict:
+    """The preset `name` ("" = the default one)."""
+    if name not in presets:
+        known = ", ".join(f"{file}:{p}" if p else file for p in presets)
+        raise ValueError(f"preset {name!r} does not exist; there are {known}")
+    return presets[name]

@@ -1,0 +1,179 @@
+"""The command line and the config: read, checked and compared before anything is loaded or compiled."""
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from dpo_jax.errors import UserError
+from dpo_jax.losses import LOSSES, SMOOTHED
+from dpo_jax.model import REMAT_POLICIES
+from dpo_jax.optim import OPTIMIZERS, SCHEDULES
+
+DTYPES = ("float32", "bfloat16")
+
+
+def define_flags() -> flags.FlagValues:
+    """The flags of `python -m dpo_jax.train`, on a registry of their own."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", help_string="Config file, FILE.py or FILE.py:PRESET.", flag_values=values)
+    flags.DEFINE_string("workdir", None, "Directory of the run; the same command continues it.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
+    return values
+
+
+def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path]:
+    """Read `--config=FILE.py[:PRESET] --workdir=DIR [--config.KEY=VALUE ...]`.
+
+    Raises:
+      UserError: anything wrong with it, in one line.
+      SystemExit: 0 after `--help`.
+    """
+    usage = "python -m dpo_jax.train --config=configs/hhh.py[:PRESET] --workdir=DIR [--config.KEY=VALUE ...]"
+    if any(a in ("--help", "-h", "--helpfull") for a in argv[1:]):
+        print(f"usage: {usage}\n\nEvery key, its unit and its default: configs/common.py.")
+        raise SystemExit(0)
+    file = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    if file is None:
+        raise UserError(f"--config is missing; usage: {usage}")
+    path = Path(file.split(":")[0])
+    if not path.is_file():
+        there = ", ".join(sorted(str(p) for p in path.parent.glob("*.py") if p.name not in ("__init__.py", "common.py")))
+        raise UserError(f"--config={file}: no such file; " + (f"there are {there}" if there else f"usage: {usage}"))
+    # A config imports its neighbours as `configs.NAME`, wherever the command is run from.
+    root = str(path.resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    values = define_flags()
+    # config_flags finds overrides such as --config.seed in sys.argv, whatever it is given to parse.
+    before, sys.argv = sys.argv, list(argv)
+    try:
+        rest = values(list(argv))
+        config = values["config"].value
+    except AttributeError as e:  # config_flags' word for an unknown key
+        raise UserError(_unknown_key(str(e).strip("\"' "), values)) from None
+    except (flags.Error, ValueError, TypeError, KeyError) as e:
+        raise UserError(" ".join(str(e).split())) from None
+    finally:
+        sys.argv = before
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; usage: {usage}")
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config={file} cannot be read: get_config() must return a ConfigDict")
+    if not values["workdir"].value:
+        raise UserError(f"--workdir is missing; usage: {usage}")
+    return config, Path(values["workdir"].value)
+
+
+def _unknown_key(key: str, values: flags.FlagValues) -> str:
+    from configs.common import get_config
+
+    known = sorted(get_config())
+    near = difflib.get_close_matches(key, known, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"config key {key!r} does not exist; {hint}keys: {', '.join(known)}"
+
+
+# What a key's value must be, and the words for it.
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "batch_size": (lambda v: v >= 1, "at least 1"),
+    "microbatches": (lambda v: v >= 1, "at least 1"),
+    "max_prompt_length": (lambda v: v >= 1, "at least 1"),
+    "max_completion_length": (lambda v: v >= 1, "at least 1"),
+    "eval_pairs": (lambda v: v >= -1, "-1 (all), 0 (none) or a number of pairs"),
+    "num_steps": (lambda v: v >= 0, "0 (by num_epochs) or more"),
+    "num_epochs": (lambda v: v >= 0, "0 or more"),
+    "sft_steps": (lambda v: v >= 0, "0 or more"),
+    "learning_rate": (lambda v: v >= 0, "0 or more"),
+    "sft_learning_rate": (lambda v: v >= 0, "0 or more"),
+    "warmup_steps": (lambda v: v >= 0, "0 or more (below 1: a fraction of all updates)"),
+    "weight_decay": (lambda v: v >= 0, "0 or more"),
+    "max_grad_norm": (lambda v: v >= 0, "0 (off) or more"),
+    "dpo_beta": (lambda v: v > 0, "above 0"),
+    "label_smoothing": (lambda v: 0 <= v < 0.5, "in [0, 0.5)"),
+    "lora_rank": (lambda v: v == 0, "0: adapters are not supported yet"),
+    "log_every": (lambda v: v >= 1, "at least 1"),
+    "eval_every": (lambda v: v >= 0, "0 (only first and last) or more"),
+    "checkpoint_every": (lambda v: v >= 0, "0 (only the end) or more"),
+    "keep_checkpoints": (lambda v: v >= 1, "at least 1"),
+    "sample_prompts": (lambda v: v >= 0, "0 or more"),
+    "sample_tokens": (lambda v: v >= 1, "at least 1"),
+    "sample_temperature": (lambda v: v >= 0, "0 (greedy) or more"),
+    "sample_top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "max_bad_fraction": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+}
+_CHOICES: dict[str, Sequence[str]] = {
+    "loss": tuple(LOSSES),
+    "lr_schedule": SCHEDULES,
+    "optimizer": OPTIMIZERS,
+    "remat": tuple(REMAT_POLICIES),
+    "param_dtype": DTYPES,
+    "compute_dtype": ("auto", *DTYPES),
+    "overlong": ("truncate", "drop"),
+    "prompt_format": ("auto", "chat", "plain"),
+}
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Check keys and values against each other.
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    from configs.common import get_config
+
+    known = get_config()
+    for key in config:
+        if key not in known:
+            raise UserError(_unknown_key(key, flags.FlagValues()))
+    missing = [key for key in known if key not in config]
+    if missing:
+        raise UserError(f"config keys are missing: {', '.join(missing)}; start from configs/common.py: get_config()")
+    for key, (is_good, words) in _CHECKS.items():
+        if not is_good(config[key]):
+            raise UserError(f"{key}={config[key]!r}: must be {words}")
+    for key, choices in _CHOICES.items():
+        if config[key] not in choices:
+            raise UserError(f"{key}={config[key]!r} does not exist; choose from {', '.join(choices)}")
+    if config["label_smoothing"] and config["loss"] not in SMOOTHED:
+        raise UserError(f"label_smoothing has no meaning for loss={config['loss']}; set it to 0 or use {SMOOTHED[0]}")
+    if not config["model"]:
+        raise UserError("model is empty; name a Hugging Face id, a directory, or tiny")
+    if not config["num_steps"] and not config["num_epochs"]:
+        raise UserError("num_steps and num_epochs are both 0; set one of them")
+
+
+def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None:
+    """Make `workdir` this config's: write config.json, or compare with the one that is there.
+
+    Raises:
+      UserError: the directory belongs to another config, or cannot be written.
+    """
+    path = workdir / "config.json"
+    mine = dict(config)
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is not valid JSON; delete it to start the run anew") from None
+        changed = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
+        if changed:
+            difference = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} asked" for k in changed)
+            raise UserError(f"{workdir} holds a run of another config ({difference}); use another --workdir or its config")
+        return
+    if not write:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(mine, indent=1, sort_keys=True) + "\n")
+        temporary.replace(path)
+    except OSError as e:
+        raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); choose another --workdir") from None

@@ -1,0 +1,205 @@
+"""The cache of tokenised pairs: an ArrayRecord file with random access, small arrays beside it, and a manifest.
+
+A cache directory is `ROOT/KEY`, where KEY is a hash of the fingerprint: of everything that decides its content. It is
+written under another name and renamed when whole, so a writer that is killed leaves nothing that is taken for a cache.
+One writer at a time holds `ROOT/KEY.lock`; the others wait and then read what it wrote.
+
+Nothing here imports JAX: a `PairCache` is opened again in every data-loading process.
+"""
+
+import array
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_record.python import array_record_data_source, array_record_module
+
+from dpo_jax.errors import UserError
+
+FORMAT = 1  # raise it when the files below change; older caches are then built anew
+QUARANTINE = "quarantine.jsonl"
+_RECORDS, _MANIFEST = "pairs.array_record", "manifest.json"
+_LEFT_OVER_SECONDS = 3600
+
+
+class Pair(NamedTuple):
+    """One pair on its way into the cache: token ids, its source's number, the hash of its prompt (64 bits)."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    source: int
+    prompt_hash: int
+
+
+# Given the path for quarantined rows, yields the pairs and returns what the manifest says about them.
+Produce = Callable[[Path], Generator[Pair, None, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class PairCache:
+    """Tokenised pairs on disk; cheap to open, to pickle (as its directory) and to read from several threads.
+
+    `lengths` int32 [n, 3] (prompt, chosen, rejected, in tokens), `source` int32 [n], `prompt_hash` uint64 [n]: memory
+    maps. `manifest` is the JSON object that the writer left.
+    """
+
+    directory: str
+    lengths: np.ndarray
+    source: np.ndarray
+    prompt_hash: np.ndarray
+    manifest: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of pair `index`: prompt, chosen, rejected, int32 each and read-only."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        ids = np.frombuffer(_reader(self.directory, self.manifest["id"])[int(index)], dtype="<i4")
+        prompt, chosen, _ = (int(length) for length in self.lengths[index])
+        return ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_cache, (self.directory,)
+
+
+def cache_root(cache_dir: str = "") -> Path:
+    """Where caches lie: `cache_dir`, else $DPO_JAX_CACHE, else ~/.cache/dpo_jax."""
+    chosen = cache_dir or os.environ.get("DPO_JAX_CACHE", "") or "~/.cache/dpo_jax"
+    if "://" in chosen:
+        raise UserError(f"cache_dir={chosen}: the cache needs a file system; give a local or mounted directory")
+    return Path(chosen).expanduser()
+
+
+def find_or_build(root: Path, fingerprint: dict[str, Any], produce: Produce) -> tuple[PairCache, bool]:
+    """The cache for `fingerprint` below `root`, and whether it had to be built (by `produce`).
+
+    Raises:
+      UserError: the directory cannot be written, or whatever `produce` raises; then no cache is left.
+    """
+    key = hashlib.blake2b(_canonical(fingerprint), digest_size=12).hexdigest()
+    target = root / key
+    if (cache := _open_if_whole(target, fingerprint)) is not None:
+        return cache, False
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f"{key}.lock"):
+            if (cache := _open_if_whole(target, fingerprint)) is not None:  # another process built it while we waited
+                return cache, False
+            _clear_left_overs(root, key)
+            building = Path(tempfile.mkdtemp(prefix=f"{key}.building-", dir=root))
+            try:
+                _write(building, fingerprint, produce)
+                if target.exists():  # damaged: not whole, or we would have returned it
+                    target.rename(root / f"{key}.building-damaged-{uuid.uuid4().hex}")
+                building.rename(target)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+            _clear_left_overs(root, f"{key}.building-damaged", older_than=0)
+    except OSError as error:
+        raise UserError(
+            f"cache_dir={root}: cannot be written ({error.strerror or error}); give a writable --config.cache_dir"
+        ) from error
+    return open_cache(str(target)), True
+
+
+def open_cache(directory: str) -> PairCache:
+    """Opens a whole cache; UserError if it is none, or one of its files is not as long as it was written."""
+    path = Path(directory)
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        lengths, source, prompt_hash = (
+            np.load(path / f"{name}.npy", mmap_mode="r") for name in ("lengths", "source", "prompt_hash")
+        )
+        sizes = {name: (path / name).stat().st_size for name in manifest["bytes"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{directory}: no cache of pairs, or a damaged one ({error}); delete it to build it anew"
+        ) from error
+    if manifest["format"] != FORMAT or sizes != manifest["bytes"]:
+        raise UserError(f"{directory}: a cache of another version, or a damaged one; delete it to build it anew")
+    return PairCache(directory, lengths, source, prompt_hash, manifest)
+
+
+def _open_if_whole(target: Path, fingerprint: dict[str, Any]) -> PairCache | None:
+    if not target.is_dir():
+        return None
+    try:
+        cache = open_cache(str(target))
+    except UserError:
+        return None
+    return cache if _canonical(cache.manifest["fingerprint"]) == _canonical(fingerprint) else None
+
+
+def _write(directory: Path, fingerprint: dict[str, Any], produce: Produce) -> None:
+    """All files of a cache; the arrays cost 24 bytes of memory a pair, the records none."""
+    lengths, sources, hashes = array.array("i"), array.array("i"), array.array("Q")
+    # One record per group: the pipeline reads pairs in random order.
+    writer = array_record_module.ArrayRecordWriter(str(directory / _RECORDS), "group_size:1")
+    found: dict[str, Any] = {}
+
+    def remembered() -> Iterator[Pair]:
+        found.update((yield from produce(directory / QUARANTINE)))
+
+    try:
+        for pair in remembered():
+            writer.write(np.asarray([*pair.prompt, *pair.chosen, *pair.rejected], dtype="<i4").tobytes())
+            lengths.extend((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
+            sources.append(pair.source)
+            hashes.append(pair.prompt_hash)
+    finally:
+        writer.close()
+    np.save(directory / "lengths.npy", np.asarray(lengths, dtype=np.int32).reshape(-1, 3))
+    np.save(directory / "source.npy", np.asarray(sources, dtype=np.int32))
+    np.save(directory / "prompt_hash.npy", np.asarray(hashes, dtype=np.uint64))
+    manifest = {
+        "format": FORMAT,
+        "id": uuid.uuid4().hex,
+        "fingerprint": fingerprint,
+        "pairs": len(sources),
+        "bytes": {path.name: path.stat().st_size for path in sorted(directory.iterdir())},
+        **found,
+    }
+    (directory / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in directory.iterdir():  # on disk before the rename: a machine that dies leaves no hollow cache
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+
+
+@functools.lru_cache(maxsize=16)
+def _reader(directory: str, identity: str) -> Any:
+    """The open record file of this process; `identity` tells a cache that was built anew in the same place."""
+    del identity
+    return array_record_data_source.ArrayRecordDataSource(os.path.join(directory, _RECORDS))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # released by the kernel if we are killed
+        yield
+
+
+def _clear_left_overs(root: Path, prefix: str, older_than: float = _LEFT_OVER_SECONDS) -> None:
+    """Removes what killed writers left; recent directories stay, where a file system's locks may not hold."""
+    for path in root.glob(f"{prefix}*"):
+        if ".building-" in path.name and time.time() - path.stat().st_mtime >= older_than:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

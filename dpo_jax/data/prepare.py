@@ -1,0 +1,346 @@
+"""Raw files to training and evaluation pairs, with a report of every row that was read and of every one left out."""
+
+import collections
+import hashlib
+import inspect
+import itertools
+import json
+import shutil
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from dpo_jax.data import columns, datasets, preference, render
+from dpo_jax.data.cache import QUARANTINE, Pair, PairCache, cache_root, find_or_build
+from dpo_jax.data.files import BadLine, fingerprint, read_rows
+from dpo_jax.data.preference import DELIBERATE, LabeledComparison, Skip
+from dpo_jax.data.render import Renderer, make_renderer, render_batch
+from dpo_jax.data.sources import Found, Source, resolve
+from dpo_jax.errors import UserError
+
+_BATCH = 512  # rows parsed and tokenised together: enough for the tokenizer's threads, little memory
+_PARTS = ("prompt", "chosen", "rejected")
+_WRONG_COLUMNS = ("unknown_columns", "missing_column")
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What to prepare; the fields are the configuration's keys. Lengths in tokens, `eval_pairs` -1 = all of a split.
+
+    `drop_ties` drops rows whose scores are equal; a row labelled a tie names no winner and is always dropped.
+    """
+
+    dataset: str
+    dataset_path: str = ""
+    eval_path: str = ""
+    eval_pairs: int = 512
+    seed: int = 0
+    prompt_format: str = "auto"
+    max_prompt_length: int = 512
+    max_completion_length: int = 512
+    overlong: str = "truncate"
+    drop_ties: bool = True
+    max_bad_fraction: float = 0.1
+    cache_dir: str = ""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Some pairs of a cache, in the order of the files: `index` int64 [n] are positions in `cache`."""
+
+    cache: PairCache
+    index: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32 [n, 3]: tokens of prompt, chosen, rejected."""
+        return self.cache.lengths[self.index]
+
+    @property
+    def source(self) -> np.ndarray:
+        """int32 [n]: which of the report's `source_names` each pair is from."""
+        return self.cache.source[self.index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of prompt, chosen, rejected, int32 each."""
+        return self.cache[int(self.index[position])]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Training and evaluation pairs (of one cache) and the report that a run keeps as data.json."""
+
+    train: Pairs
+    evaluation: Pairs
+    report: dict[str, Any]
+
+
+def prepare(request: DataRequest, tokenizer: Any, quarantine: Path | None = None) -> Prepared:
+    """Pairs for `request`, from the cache if it holds exactly these, with bad rows written to `quarantine` (JSONL).
+
+    Raises:
+      UserError: the data cannot be found or read, too many rows are bad, or no pair is left.
+    """
+    if request.eval_pairs < -1:
+        raise UserError(f"eval_pairs={request.eval_pairs}; use a number of pairs, 0 for none, or -1 for all")
+    found = resolve(request.dataset, request.dataset_path, request.eval_path)
+    renderer = make_renderer(
+        tokenizer, request.prompt_format, request.max_prompt_length, request.max_completion_length, request.overlong
+    )
+    identity = _fingerprint(found, renderer, request.drop_ties)
+    cache, _ = find_or_build(
+        cache_root(request.cache_dir),
+        identity,
+        lambda path: _produce(found.sources, renderer, request.drop_ties, path),
+    )
+    written = _copy_quarantine(cache, quarantine)
+    _refuse_bad(cache.manifest["sources"], request.max_bad_fraction, written)
+    train, evaluation, held_out = split(cache, found, request.eval_pairs, request.seed)
+    if not len(train):
+        raise UserError(
+            f"dataset={request.dataset}: no training pair is left; {_drop_summary(cache.manifest['sources'])}"
+        )
+    report = _report(request, renderer, cache, held_out, {"train": train, "eval": evaluation})
+    return Prepared(train, evaluation, {**report, "quarantine": written})
+
+
+def split(cache: PairCache, found: Found, eval_pairs: int, seed: int) -> tuple[Pairs, Pairs, str]:
+    """Training pairs, evaluation pairs, and a sentence that says where the latter come from.
+
+    A published split is sampled; without one, whole prompts are held out (at most half of the pairs), so that no
+    prompt of the evaluation is in training. Prompts are compared as conversations, before any template or limit: the
+    same rows are held out whatever the tokenizer.
+    """
+    in_test = np.zeros(len(cache), dtype=bool)
+    for entry in cache.manifest["sources"]:
+        in_test[entry["start"] : entry["stop"]] = entry["split"] == "test"
+    train = np.flatnonzero(~in_test)
+    rng = np.random.default_rng(seed)
+    if eval_pairs == 0:
+        return Pairs(cache, train), Pairs(cache, train[:0]), "no evaluation (eval_pairs=0)"
+    if found.published_split:
+        test = np.flatnonzero(in_test)
+        taken = test if eval_pairs == -1 else np.sort(rng.permutation(test)[:eval_pairs])
+        known = int(np.isin(cache.prompt_hash[taken], cache.prompt_hash[train]).sum())
+        said = f"{found.note}: {len(taken)} of its {len(test)} pairs (seed {seed}); {known} have a prompt of training"
+        return Pairs(cache, train), Pairs(cache, taken), said
+    if eval_pairs == -1:
+        raise UserError(f"eval_pairs=-1 (all) needs an evaluation split, but {found.note}; give a number or eval_path")
+    hashes, prompt_of, counts = np.unique(cache.prompt_hash[train], return_inverse=True, return_counts=True)
+    order = rng.permutation(len(hashes))
+    wanted = min(eval_pairs, len(train) // 2)
+    before = np.cumsum(counts[order]) - counts[order]
+    held_prompts = np.zeros(len(hashes), dtype=bool)
+    # A prompt is taken while pairs are missing and if it leaves half of the pairs to training.
+    held_prompts[order] = (before < wanted) & (before + counts[order] <= max(wanted, len(train) // 2))
+    held = held_prompts[prompt_of]
+    taken = train[held][:wanted]
+    said = (
+        f"{found.note}: {len(taken)} pairs of {int(held_prompts.sum())} prompts are held out by prompt (seed {seed}), "
+        "none of these prompts is in training"
+    )
+    return Pairs(cache, train[~held]), Pairs(cache, taken), said
+
+
+def _produce(
+    sources: tuple[Source, ...], renderer: Renderer, drop_ties: bool, path: Path
+) -> Generator[Pair, None, dict[str, Any]]:
+    """Yields the pairs of all sources; returns the manifest's entries: what was read, kept, dropped and truncated."""
+    names = list(dict.fromkeys(source.name for source in sources))
+    entries: list[dict[str, Any]] = []
+    start = 0
+    with open(path, "w") as bad_rows:
+        for source in sources:
+            tally = {key: collections.Counter() for key in ("rows", "dropped", "truncated")}  # type: ignore[var-annotated]
+            examples: dict[str, str] = {}
+            for batch in _batches(source):
+                for pair in _batch_pairs(batch, source, renderer, drop_ties, _Notes(tally, examples, bad_rows)):
+                    yield pair._replace(source=names.index(source.name))
+                _refuse_wrong_columns(tally, examples)
+            rows, kept = tally["rows"], tally["rows"]["kept"]
+            entries.append(
+                {
+                    "name": source.name,
+                    "split": source.split,
+                    "files": list(source.files),
+                    "read": rows["read"],
+                    "kept": kept,
+                    "dropped": dict(tally["dropped"].most_common()),
+                    "truncated": {part: tally["truncated"][part] for part in _PARTS},
+                    "boundary_moved": rows["boundary_moved"],
+                    "examples": examples,
+                    "start": start,
+                    "stop": start + kept,
+                }
+            )
+            start += kept
+    return {"sources": entries, "source_names": names}
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """Where one source's rows are counted, its bad ones written, and the first bad one of each reason kept."""
+
+    tally: dict[str, collections.Counter[str]]
+    examples: dict[str, str]
+    bad_rows: IO[str]
+
+    def drop(self, location: str, skip: Skip, row: Any) -> None:
+        self.tally["dropped"][skip.reason] += 1
+        if skip.deliberate:
+            return
+        self.examples.setdefault(skip.reason, f"{location}: {skip.detail}" if skip.detail else location)
+        line = {"location": location, "reason": skip.reason, "detail": skip.detail, "row": row}
+        self.bad_rows.write(json.dumps(line, default=str) + "\n")
+
+
+def _batches(source: Source) -> Iterator[list[tuple[str, dict[str, Any] | BadLine]]]:
+    rows = itertools.chain.from_iterable(read_rows(path) for path in source.files)
+    while batch := list(itertools.islice(rows, _BATCH)):
+        yield batch
+
+
+def _batch_pairs(
+    batch: list[tuple[str, dict[str, Any] | BadLine]],
+    source: Source,
+    renderer: Renderer,
+    drop_ties: bool,
+    notes: _Notes,
+) -> Iterator[Pair]:
+    good: list[tuple[str, dict[str, Any], LabeledComparison]] = []
+    notes.tally["rows"]["read"] += len(batch)
+    for location, row in batch:
+        if isinstance(row, BadLine):
+            notes.drop(location, Skip(row.reason), row.text)
+            continue
+        parsed = source.spec.parse(row)
+        if isinstance(parsed, LabeledComparison) and (parsed.label == "Tie" or (drop_ties and source.spec.tied(row))):
+            parsed = Skip("tie")
+        if isinstance(parsed, Skip):
+            notes.drop(location, parsed, row)
+        else:
+            good.append((location, row, parsed))
+    for (location, row, pair), rendered in zip(good, render_batch(renderer, [item[2] for item in good]), strict=True):
+        if isinstance(rendered, Skip):
+            notes.drop(location, rendered, row)
+            continue
+        notes.tally["rows"].update(kept=1, boundary_moved=int(rendered.boundary_moved))
+        notes.tally["truncated"].update(rendered.truncated)
+        yield Pair(rendered.prompt, rendered.chosen, rendered.rejected, 0, _prompt_hash(pair))
+
+
+def _prompt_hash(pair: LabeledComparison) -> int:
+    turns = [[message["role"], message["content"]] for message in pair.comparison.prompt_conversation]
+    return int.from_bytes(hashlib.blake2b(json.dumps(turns).encode(), digest_size=8).digest(), "little")
+
+
+def _refuse_wrong_columns(tally: dict[str, collections.Counter[str]], examples: dict[str, str]) -> None:
+    """Stops at once where the columns are plainly not those of the format, rather than after a million rows."""
+    wrong = sum(tally["dropped"][reason] for reason in _WRONG_COLUMNS)
+    if not tally["rows"]["kept"] and wrong > 0.9 * tally["rows"]["read"]:
+        raise UserError(next(examples[reason] for reason in _WRONG_COLUMNS if reason in examples))
+
+
+def _refuse_bad(sources: list[dict[str, Any]], max_bad_fraction: float, written: str | None) -> None:
+    for entry in sources:
+        bad = {reason: count for reason, count in entry["dropped"].items() if reason not in DELIBERATE}
+        if sum(bad.values()) > max_bad_fraction * entry["read"]:
+            reasons = ", ".join(
+                f"{count} {reason} (first {entry['examples'][reason]})" for reason, count in bad.items()
+            )
+            raise UserError(
+                f"{entry['name']}: {sum(bad.values())} of {entry['read']} rows are bad, more than max_bad_fraction="
+                f"{max_bad_fraction}: {reasons}; mend them{f' (they are in {written})' if written else ''} or raise it"
+            )
+
+
+def _drop_summary(sources: list[dict[str, Any]]) -> str:
+    return "; ".join(
+        f"{entry['name']} ({entry['split']}): {entry['read']} rows read, {entry['kept']} kept, dropped "
+        + (", ".join(f"{count} {reason}" for reason, count in entry["dropped"].items()) or "none")
+        for entry in sources
+    )
+
+
+def _copy_quarantine(cache: PairCache, quarantine: Path | None) -> str | None:
+    """Copies the bad rows beside the run; a file that an earlier run left there goes if there are none."""
+    if quarantine is None:
+        return None
+    kept = Path(cache.directory) / QUARANTINE
+    if kept.stat().st_size == 0:
+        quarantine.unlink(missing_ok=True)
+        return None
+    quarantine.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(kept, quarantine)
+    return str(quarantine)
+
+
+def _report(
+    request: DataRequest, renderer: Renderer, cache: PairCache, held_out: str, splits: dict[str, Pairs]
+) -> dict[str, Any]:
+    shown = ("name", "split", "files", "read", "kept", "dropped", "truncated", "boundary_moved")
+    return {
+        "dataset": request.dataset,
+        "prompt_format": renderer.form,
+        "held_out": held_out,
+        "source_names": cache.manifest["source_names"],
+        "sources": [{key: entry[key] for key in shown} for entry in cache.manifest["sources"]],
+        "splits": {name: {"pairs": len(pairs), "tokens": _token_table(pairs)} for name, pairs in splits.items()},
+        "fingerprint": Path(cache.directory).name,
+    }
+
+
+def _token_table(pairs: Pairs) -> dict[str, dict[str, float]]:
+    lengths = pairs.lengths
+    if not len(lengths):
+        return {part: {"mean": 0.0, "p50": 0.0, "p90": 0.0, "max": 0} for part in _PARTS}
+    return {
+        part: {
+            "mean": round(float(column.mean()), 2),
+            "p50": round(float(np.percentile(column, 50)), 1),
+            "p90": round(float(np.percentile(column, 90)), 1),
+            "max": int(column.max()),
+        }
+        for part, column in zip(_PARTS, lengths.T, strict=True)
+    }
+
+
+def _fingerprint(found: Found, renderer: Renderer, drop_ties: bool) -> dict[str, Any]:
+    """Everything that decides the cache's content: files, parsers and our own code, tokenizer, template, limits."""
+    own_code = [Path(inspect.getfile(module)) for module in (columns, datasets, preference, render)]
+    return {
+        "sources": [
+            {
+                "name": source.name,
+                "split": source.split,
+                "parser": source.parser,
+                "code": _digest(inspect.getsource(inspect.getmodule(inspect.unwrap(source.spec.parse)) or datasets)),
+                "files": [fingerprint(path) for path in source.files],
+            }
+            for source in found.sources
+        ],
+        "code": [_digest(path.read_text()) for path in (*own_code, Path(__file__))],
+        "tokenizer": _tokenizer_digest(renderer.tokenizer),
+        "form": renderer.form,
+        "limits": [renderer.max_prompt_length, renderer.max_completion_length, renderer.overlong],
+        "drop_ties": drop_ties,
+    }
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """Of the vocabulary, the rules and the template; not of padding and truncation, which a caller may have set."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, getattr(tokenizer, "chat_template", None)]
+    return _digest(json.dumps([type(tokenizer).__name__, rules, special], sort_keys=True))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

@@ -1,0 +1,155 @@
+"""The loop of one phase: steps, evaluations, checkpoints. Metrics of step n are fetched while step n+1 runs."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dpo_jax.attention import Slots
+from dpo_jax.data.packing import RowShape
+from dpo_jax.data.pipeline import StepSource, batches
+from dpo_jax.metrics import MetricsWriter, Throughput
+from dpo_jax.sharding import to_global
+from dpo_jax.step import TrainState
+
+
+class Stopped(Exception):
+    """A signal asked for the end; the state was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What one phase does and how often.
+
+    Attributes:
+      split: the records' split, `sft` or `train`.
+      source: the rows of every step of the phase.
+      train_step: from `step.make_train_step`.
+      log_every, eval_every, checkpoint_every: in updates; 0 is never.
+      evaluate: state → the values of an `eval` record, or None.
+      save: (updates done in this phase, state); saves a checkpoint.
+    """
+
+    split: str
+    source: StepSource
+    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    evaluate: Callable[[TrainState], dict[str, Any]] | None
+    save: Callable[[int, TrainState], None]
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets: the loop then saves and ends. A second SIGTERM ends the process at once."""
+    event = threading.Event()
+
+    def handle(*_: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():  # a notebook's kernel may run us elsewhere
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def slots_of(shape: RowShape) -> Slots:
+    """The static widths that a step is compiled for."""
+    return Slots(shape.prompt, shape.chosen, shape.rejected)
+
+
+def place(item: dict[str, Any], mesh: Mesh) -> tuple[dict[str, jax.Array], Slots]:
+    """A loaded step → its global arrays and the widths it is compiled for."""
+    shape = item["info"]["shape"]
+    return to_global(item["arrays"], mesh, shape.rows // item["arrays"]["tokens"].shape[0]), slots_of(shape)
+
+
+def evaluate(
+    eval_step: Callable[..., Any], params: Any, ref_params: Any, source: StepSource, mesh: Mesh
+) -> dict[str, float]:
+    """Means over all pairs of `source`, and how many there are (`pairs`)."""
+    totals: dict[str, float] = {}
+    count, pending = 0.0, None
+    for item in batches(source, 0):
+        batch, slots = place(item, mesh)
+        running = eval_step(params, ref_params, batch, slots)
+        for done in (pending,) if pending is not None else ():
+            totals, count = _add(totals, count, done)
+        pending = running
+    if pending is not None:
+        totals, count = _add(totals, count, pending)
+    return {name: value / max(count, 1.0) for name, value in totals.items()} | {"pairs": int(count)}
+
+
+def _add(totals: dict[str, float], count: float, done: Any) -> tuple[dict[str, float], float]:
+    sums, n = jax.device_get(done)
+    return {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}, count + float(n)
+
+
+def run_phase(
+    phase: Phase, state: TrainState, ref_params: Any, start: int, *, mesh: Mesh, writer: MetricsWriter, stop: threading.Event
+) -> TrainState:
+    """Run updates `start+1 ..` of a phase to its end.
+
+    Raises:
+      Stopped: `stop` was set; everything up to the last update is recorded and saved.
+    """
+    total = len(phase.source)
+    throughput = Throughput()
+    compiled: set[Slots] = set()
+    pending: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
+
+    def record() -> None:
+        nonlocal pending
+        if pending is None:
+            return
+        n, metrics, info = pending
+        pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}  # waits for update n
+        throughput.count(info["pairs"])
+        if n == 1 or n % phase.log_every == 0 or n == total:
+            facts = {"pairs": info["pairs"], "tokens": info["tokens"], "useful_token_fraction": info["fraction"]}
+            writer.write({"step": n, "split": phase.split} | values | facts | throughput.take())
+
+    def evaluate_at(n: int) -> None:
+        if phase.evaluate is not None:
+            with throughput.paused():
+                writer.write({"step": n, "split": "eval"} | phase.evaluate(state))
+
+    if start == 0:
+        evaluate_at(0)
+    if start >= total:
+        return state
+    for item in batches(phase.source, start):
+        n = item["info"]["step"] + 1
+        batch, slots = place(item, mesh)
+        # Compiling is not training: the first step of a shape waits for it before it is dispatched.
+        with throughput.paused() if slots not in compiled else contextlib.nullcontext():
+            state, metrics = phase.train_step(state, ref_params, batch, slots)
+        compiled.add(slots)
+        record()
+        pending = (n, metrics, item["info"])
+        last, stopping = n == total, stop.is_set()
+        eval_due = last or (phase.eval_every > 0 and n % phase.eval_every == 0)
+        save_due = last or stopping or (phase.checkpoint_every > 0 and n % phase.checkpoint_every == 0)
+        if eval_due or save_due:
+            record()
+        if eval_due:
+            evaluate_at(n)
+        if save_due:
+            with throughput.paused():
+                phase.save(n, state)
+        if stopping and not last:
+            raise Stopped
+    return state

@@ -1,0 +1,271 @@
+"""Finding and reading files: every container, every kind of damage, and where a `dataset` string leads."""
+
+import gzip
+import json
+import tracemalloc
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from dpo_jax.data import files
+from dpo_jax.data.files import BadLine, find_files, fingerprint, read_rows
+from dpo_jax.data.sources import resolve
+from dpo_jax.errors import UserError
+
+ROWS = [{"prompt": f"Frage {number}?", "chosen": "jä 🙂", "rejected": "no"} for number in range(5)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def written(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+CONTAINERS = {
+    "jsonl": LINES,
+    "no last newline": LINES.rstrip(),
+    "blank lines": "\n \n" + LINES.replace("\n", "\n\n"),
+    "byte order mark": "\ufeff" + LINES,
+    "windows": LINES.replace("\n", "\r\n"),
+    "gzip": gzip.compress(LINES.encode()),
+    "array": json.dumps(ROWS, ensure_ascii=False),
+    "pretty array": "\ufeff \n" + json.dumps(ROWS, indent=2),
+    "gzip array": gzip.compress(json.dumps(ROWS).encode()),
+}
+
+
+@pytest.mark.parametrize("content", CONTAINERS.values(), ids=CONTAINERS)
+def test_every_container_gives_the_same_rows(tmp_path, content):
+    assert [row for _, row in read_rows(written(tmp_path / "data", content))] == ROWS
+
+
+def test_parquet_is_read_by_row(tmp_path):
+    path = str(tmp_path / "data.parquet")
+    pa.parquet.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
+    assert list(read_rows(path)) == [(f"{path}:{number}", row) for number, row in enumerate(ROWS, 1)]
+
+
+def test_locations_are_lines(tmp_path):
+    path = written(tmp_path / "data.jsonl", "\n" + LINES)
+    assert [place for place, _ in read_rows(path)] == [f"{path}:{line}" for line in range(2, 7)]
+    path = written(tmp_path / "data.json", "[\n" + ",\n".join(json.dumps(row) for row in ROWS) + "\n]")
+    assert [place for place, _ in read_rows(path)] == [f"{path}:{line}" for line in range(2, 7)]
+
+
+def test_arrays_longer_than_the_window_keep_rows_and_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_CHUNK", 16)  # smaller than a row, and it cuts characters in two
+    path = written(tmp_path / "data.json", "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n]")
+    assert list(read_rows(path)) == [(f"{path}:{number + 2}", row) for number, row in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"prompt": "\xff\xfe"}', "invalid_utf8"),
+        (b'{"prompt": ', "invalid_json"),
+        (b"[1, 2]", "not_an_object"),
+        (b'"text"', "not_an_object"),
+        (b"[" * 100_000, "invalid_json"),
+        (b'{"a": ' + b"1" * 10_000 + b"}", "invalid_json"),
+    ],
+)
+def test_a_line_that_is_no_row_costs_that_line_only(tmp_path, line, reason):
+    first, rest = LINES.encode().split(b"\n", 1)
+    path = written(tmp_path / "data.jsonl", first + b"\n" + line + b"\n" + rest)
+    rows = [row for _, row in read_rows(path)]
+    assert isinstance(rows[1], BadLine)
+    assert rows[1].reason == reason
+    assert [rows[0], *rows[2:]] == ROWS
+
+
+def test_in_an_array_too(tmp_path):
+    path = written(tmp_path / "data.json", json.dumps([ROWS[0], 17, None, ROWS[1]]))
+    rows = [row for _, row in read_rows(path)]
+    assert rows == [ROWS[0], BadLine("not_an_object", "17"), BadLine("not_an_object", "null"), ROWS[1]]
+
+
+DAMAGED = {
+    "truncated gzip": (gzip.compress(LINES.encode() * 500)[:-30], "gzip data is truncated or damaged after"),
+    "gzip header only": (gzip.compress(b"")[:10], "gzip data is truncated"),
+    "broken gzip": (gzip.compress(LINES.encode() * 500)[:40] + b"\0" * 80, "gzip data is truncated or damaged"),
+    "empty": (b"", "is empty"),
+    "empty gzip": (gzip.compress(b""), "is empty"),
+    "white space": (b"\n\n", "is empty"),
+    "empty array": (b"[]", "is empty"),
+    "array that breaks off": (json.dumps(ROWS).encode()[:-20], "damaged after 4 rows .line 1"),
+    "broken parquet": (b"PAR1" + b"\0" * 50 + b"PAR1", "damaged after 0 rows|cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_one_clear_error(tmp_path, content, message):
+    path = written(tmp_path / "data", content)
+    with pytest.raises(UserError, match=message) as caught:
+        list(read_rows(path))
+    assert str(caught.value).startswith(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_are_named(tmp_path):
+    for path in (tmp_path / "absent.jsonl", tmp_path / "*.jsonl"):
+        with pytest.raises(UserError, match="no such file"):
+            find_files(str(path))
+    with pytest.raises(UserError, match="no data files"):
+        find_files(str(tmp_path))
+    with pytest.raises(UserError, match="cannot be read"):
+        list(read_rows(str(tmp_path / "absent.jsonl")))
+
+
+def test_files_globs_and_directories(tmp_path):
+    for name in ("b.jsonl", "a.jsonl.gz", "deep/c.json", "deep/d.parquet", "notes.txt", ".hidden.jsonl", "config.json"):
+        written(tmp_path / name, "x")
+    below = lambda path: [found.removeprefix(f"{tmp_path}/") for found in find_files(str(path))]
+    assert below(tmp_path) == ["a.jsonl.gz", "b.jsonl", "deep/c.json", "deep/d.parquet"]
+    assert below(tmp_path / "*.jsonl") == ["b.jsonl"]
+    assert below(tmp_path / "notes.txt") == ["notes.txt"]
+
+
+def test_fsspec_addresses_are_read_like_files():
+    filesystem = fsspec.filesystem("memory")
+    for name in ("train", "test"):
+        filesystem.pipe(f"/bucket/{name}.jsonl", LINES.encode())
+    found = resolve("memory://bucket")
+    assert [source.split for source in found.sources] == ["train", "test"]
+    assert [row for _, row in read_rows(found.sources[0].files[0])] == ROWS
+    assert find_files("memory://bucket/tr*.jsonl") == ["memory:///bucket/train.jsonl"]
+    assert fingerprint("memory://bucket/train.jsonl")["bytes"] == len(LINES.encode())
+    for path in ("memory://bucket/absent.jsonl", "nosuch://bucket/x.jsonl"):
+        with pytest.raises(UserError, match="://"):
+            find_files(path)
+
+
+def test_the_fingerprint_follows_the_content(tmp_path):
+    path = written(tmp_path / "data.jsonl", LINES)
+    before = fingerprint(path)
+    assert fingerprint(path) == before
+    written(tmp_path / "data.jsonl", LINES.replace("no", "na"))
+    assert fingerprint(path)["digest"] != before["digest"]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.json"])
+def test_memory_does_not_grow_with_the_rows(tmp_path, name):
+    line = json.dumps({"prompt": "x" * 2000}) + "\n"
+    content = "[" + ",".join([line] * 5000) + "]" if name.endswith(".json") else line * 5000
+    path = written(tmp_path / name, gzip.compress(content.encode(), 1) if name.endswith(".gz") else content)
+    tracemalloc.start()
+    assert sum(1 for _ in read_rows(path)) == 5000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20  # the file has 10 MB
+
+
+# What a `dataset` string leads to.
+
+
+def hh_layout(root, *paths):
+    for path in paths:
+        written(root / path, LINES)
+    return str(root)
+
+
+def shape(found):
+    return [(source.name, source.split, len(source.files)) for source in found.sources]
+
+
+def test_named_dataset_in_the_hubs_layout(tmp_path):
+    root = hh_layout(tmp_path, *(f"{subset}/{split}.jsonl.gz" for subset in ("harmless-base", "helpful-base", "red-team")
+                                 for split in ("train", "test")))
+    both = resolve("hhh/harmless-base,helpful-base", root)
+    assert shape(both) == [
+        ("hhh/harmless-base", "train", 1),
+        ("hhh/helpful-base", "train", 1),
+        ("hhh/harmless-base", "test", 1),
+        ("hhh/helpful-base", "test", 1),
+    ]
+    assert len(resolve("hhh", root).sources) == 6
+    with pytest.raises(UserError, match="helpful-online.*found harmless-base"):
+        resolve("hhh/helpful-online", root)
+
+
+def test_a_test_split_alone_is_divided_again(tmp_path):
+    found = resolve("hhh", hh_layout(tmp_path, "harmless-base/test.jsonl.gz"))
+    assert shape(found) == [("hhh/harmless-base", "train", 1)]
+    assert "divided again" in found.note
+    assert not found.published_split
+
+
+def test_a_directorys_splits_are_told_by_words(tmp_path):
+    root = hh_layout(tmp_path, "data/train-0.jsonl", "data/more.jsonl", "data/validation-0.jsonl", "data/test-0.jsonl")
+    found = resolve(root)
+    assert shape(found) == [(root, "train", 2), (root, "test", 1)]
+    assert found.sources[1].files[0].endswith("validation-0.jsonl")
+    assert shape(resolve(f"{root}/data/more.jsonl")) == [(f"{root}/data/more.jsonl", "train", 1)]
+
+
+def test_eval_path_replaces_the_published_split(tmp_path):
+    root = hh_layout(tmp_path, "train.jsonl", "test.jsonl")
+    mine = written(tmp_path.parent / "mine.jsonl", LINES)
+    found = resolve(root, eval_path=mine)
+    assert [(source.split, source.files) for source in found.sources] == [
+        ("train", (f"{root}/train.jsonl",)),
+        ("test", (mine,)),
+    ]
+    with pytest.raises(UserError, match="training data too"):
+        resolve(root, eval_path=f"{root}/train.jsonl")
+
+
+@pytest.mark.parametrize("name", ["hh", "", "HelpSteer3", "hhh:0.7,ultrafeedback:0.3", "ultrafeedback:0.5"])
+def test_unknown_names_list_the_known_ones(name):
+    with pytest.raises(UserError, match="unknown; known are hhh, helpsteer3, ultrafeedback, synthetic"):
+        resolve(name)
+
+
+def test_other_requests_that_cannot_be_met(tmp_path):
+    path = written(tmp_path / "data.jsonl", LINES)
+    with pytest.raises(UserError, match="give one of them"):
+        resolve(path, path)
+    with pytest.raises(UserError, match="needs --config.dataset_path"):
+        resolve("my_module:parse")
+    with pytest.raises(UserError, match="unknown subset harmful"):
+        resolve("hhh/harmful")
+    with pytest.raises(UserError, match="needs dataset_path"):
+        resolve("synthetic")
+
+
+def test_the_hub_is_asked_for_the_right_files(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repository, *, repo_type, allow_patterns):
+        asked.append((repository, repo_type, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    hh_layout(tmp_path, "harmless-base/train.jsonl.gz", "harmless-base/test.jsonl.gz")
+    assert len(resolve("hhh/harmless-base").sources) == 2
+    assert asked[0][:2] == ("Anthropic/hh-rlhf", "dataset")
+    assert asked[0][2] == ["harmless-base/train.jsonl*", "harmless-base/test.jsonl*"]
+    with pytest.raises(UserError, match="not whole"):  # a partial copy that an offline machine still has
+        resolve("hhh/harmless-base,helpful-base")
+
+
+def test_any_hub_dataset_with_and_without_a_split(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: str(tmp_path))
+    hh_layout(tmp_path, *(f"data/{name}-00000-of-00001.jsonl" for name in ("train_prefs", "test_prefs", "train_sft")))
+    found = resolve("hf:some/data:train_prefs")
+    assert shape(found) == [("hf:some/data:train_prefs", "train", 1), ("hf:some/data:train_prefs", "test", 1)]
+    assert shape(resolve("hf:some/data")) == [("hf:some/data", "train", 2), ("hf:some/data", "test", 1)]
+    with pytest.raises(UserError, match="no file of split dev; the repository has data/test_prefs"):
+        resolve("hf:some/data:dev")
+
+
+def test_an_unreachable_hub_says_what_to_do(monkeypatch):
+    def snapshot_download(*args, **options):
+        raise OSError("We couldn't connect\nand so on")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match="dataset_path=DIR.*hhh.py:tiny") as caught:
+        resolve("helpsteer3")
+    assert "\n" not in str(caught.value)
