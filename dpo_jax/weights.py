@@ -251,7 +251,7 @@ def _more(names: list[str]) -> str:
 
 
 def _check_tied(directory: Path, tensors: Mapping[str, Any]) -> None:
-    """A tied model's file may hold the table twice; two different tables are an untied model (as transformers has it)."""
+    """A tied model's file may hold the table twice; two different tables are an untied model, as in transformers."""
     table, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
     (rows, width), same = table.get_shape(), table.get_shape() == head.get_shape()
     step = max(1, int(PIECE_BYTES) // (4 * width))
@@ -285,8 +285,8 @@ def _load_leaf(
                 host[row] = _read(tensors[leaf.name.format(layer)], leaf, sizes, bounds)
         else:
             host[...] = _read(tensors[leaf.name], leaf, sizes, bounds)
-        # An array that aliases our buffer could not be donated. Blocking keeps one part on the host, not a queue of them.
-        arrays += jax.block_until_ready([jax.device_put(host, device, may_alias=False) for device in devices])
+        # Transfers are asynchronous: without waiting, parts would queue up on the host.
+        arrays += jax.block_until_ready([jax.device_put(host, device) for device in devices])
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
@@ -306,12 +306,12 @@ def _read(tensor: Any, leaf: Leaf, sizes: Mapping[str, int], bounds: Mapping[str
 # --------------------------------------------------------------------------------------------------------- write
 
 
-def hf_config(config: ModelConfig, **token_ids: int | None) -> dict[str, Any]:
-    """The config.json of a model made from scratch, as every version of transformers and vLLM reads it.
+def hf_config(
+    config: ModelConfig, *, bos_token_id: int | None = None, eos_token_id: int | None = None, dtype: Any = "float32"
+) -> dict[str, Any]:
+    """The config.json of a model made from scratch, with the keys that every version of transformers reads.
 
-    Args:
-      config: the model's numbers.
-      **token_ids: bos_token_id, eos_token_id, pad_token_id of its tokenizer; null where not given.
+    Generation ends at `eos_token_id`: give the tokenizer's, also to a `save` of this model.
     """
     hf: dict[str, Any] = {
         "architectures": [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[config.model_type]],
@@ -319,9 +319,9 @@ def hf_config(config: ModelConfig, **token_ids: int | None) -> dict[str, Any]:
         "rope_scaling": dict(config.rope_scaling) or None,
         "hidden_act": "silu",
         "initializer_range": 0.02,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
-        **token_ids,
-        "torch_dtype": "float32",
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "torch_dtype": jnp.dtype(dtype).name,
     }
     # Left out, transformers would give a Mistral a window of 4096.
     return hf | (
@@ -344,7 +344,7 @@ def save(
 
     Args:
       params: the parameter tree of `model.py`, plain arrays, sharded anyhow.
-      config: the loaded model's own config.json, or the numbers of one made from scratch.
+      config: the loaded model's own config.json, or one by `hf_config`, or only the numbers.
       directory: the new directory.
       dtype: of the file: float32, bfloat16 or float16.
       tokenizer_from: a directory whose tokenizer files and generation_config.json are copied.
@@ -360,7 +360,7 @@ def save(
     flat = flax.traverse_util.flatten_dict(params)
     assert set(flat) == {leaf.path for leaf in leaves(numbers)}, f"not the tree of this config: {sorted(flat)}"
     files = _plan_files(numbers, jnp.dtype(dtype).itemsize, max_shard_bytes)
-    directory = Path(directory)
+    directory = Path(directory).absolute()
     new, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
     writes = jax.process_index() == 0
     try:
@@ -370,8 +370,9 @@ def save(
             (new / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
             _write_index(new, files, jnp.dtype(dtype).itemsize, numbers)
             _copy_files(tokenizer_from, new)
-        for file, tensors in files.items():
-            _write_file(new / file if writes else None, tensors, flat, _sizes(numbers), name)
+        with jax.transfer_guard("allow"):  # row numbers go to the device unasked; a guard is for the training loop
+            for file, tensors in files.items():
+                _write_file(new / file if writes else None, tensors, flat, _sizes(numbers), name)
         if writes:
             shutil.rmtree(old, ignore_errors=True)
             if directory.exists():

@@ -38,11 +38,14 @@ UNTIED = ModelConfig("llama", 96, 32, 48, 2, 4, 2, 8)
 TIED = dataclasses.replace(UNTIED, head_dim=12, num_key_value_heads=1, tie_word_embeddings=True)
 
 
+def shapes(config: ModelConfig) -> dict:
+    return jax.eval_shape(lambda: nn.meta.unbox(init_params(jax.random.key(0), config)))
+
+
 def random_params(config: ModelConfig) -> dict:
     """Every number another one, so that no exchange goes unseen."""
-    params = nn.meta.unbox(init_params(jax.random.key(0), config))
     draw = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), jnp.float32), params)
+    return jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), jnp.float32), shapes(config))
 
 
 def one_device() -> jax.sharding.Sharding:
@@ -92,8 +95,7 @@ def counted_reads(monkeypatch):
 
 @pytest.mark.parametrize("config", [UNTIED, TIED], ids=["untied", "tied"])
 def test_table_covers_the_tree(config):
-    shapes = jax.eval_shape(lambda: nn.meta.unbox(init_params(jax.random.key(0), config)))
-    tree = {path: x.shape for path, x in flax.traverse_util.flatten_dict(shapes).items()}
+    tree = {path: x.shape for path, x in flax.traverse_util.flatten_dict(shapes(config)).items()}
     sizes = weights._sizes(config)
     assert tree == {leaf.path: leaf.shape(sizes) for leaf in weights.leaves(config)}
     assert sum(np.prod(shape) for shape in tree.values()) == config.parameter_count()
@@ -186,7 +188,8 @@ def test_eight_devices_read_their_own_parts_once(tmp_path, monkeypatch):
     # `data` replicates almost everything, and yet nothing is read twice, but for the cut heads of v (whole, twice).
     cut = params["layers"]["attention"]["v"].nbytes
     assert sum(sizes) == 4 * UNTIED.parameter_count() + cut
-    weights.save(sharded, UNTIED, tmp_path / "again", dtype=jnp.float32)
+    with jax.set_mesh(shardings["embedding"].mesh), jax.transfer_guard("disallow"):  # as in the trainer
+        weights.save(sharded, UNTIED, tmp_path / "again", dtype=jnp.float32)
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "m/model.safetensors").read_bytes()
 
 
@@ -208,8 +211,9 @@ def test_host_memory_is_bounded_by_one_leaf(tmp_path, monkeypatch):
         loading = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+    # On a CPU the arrays may lie in our own host memory (jax aliases it), so the model itself counts once.
     assert max(sizes) <= tensor
-    assert loading < leaf + 2 * tensor
+    assert loading < 4 * config.parameter_count() + leaf + 2 * tensor
     assert saving < 4 * tensor
 
 
@@ -303,7 +307,7 @@ def test_known_buffers_and_a_second_copy_of_a_tied_table_are_harmless(tmp_path):
     edit(tmp_path, **{"lm_head.weight": table, "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)})
     assert_same(load(tmp_path, TIED), params)
     edit(tmp_path, **{"lm_head.weight": table + 1})
-    with pytest.raises(UserError, match="tie_word_embeddings is true but 'lm_head.weight' is not"):
+    with pytest.raises(UserError, match=r"tie_word_embeddings is true but 'lm_head\.weight' is not"):
         load(tmp_path, TIED)
 
 
@@ -389,7 +393,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         if not (self.root / repository).is_dir():
             self.reply(404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
         elif parts[0] == "api" and "tree" in parts:
-            files = [f for f in (self.root / repository).iterdir()]
+            files = list((self.root / repository).iterdir())
             listing = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f"id-{f.name}"} for f in files]
             self.reply(200, json.dumps(listing).encode(), Content_Type="application/json")
         elif parts[0] == "api":
@@ -401,7 +405,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
             body = (self.root / repository / parts[-1]).read_bytes()
             self.reply(200, body, ETag=f'"{parts[-1]}"', X_Repo_Commit=self.sha)
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 (its caller's name)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -423,14 +427,18 @@ def hub(tmp_path, monkeypatch):
 
 
 def use_hub(monkeypatch, tmp_path, port: int) -> None:
+    """Let the client go online (conftest keeps it off), but to this port of loopback alone."""
     endpoint = f"http://127.0.0.1:{port}"
-    for name, value in (("ENDPOINT", endpoint), ("HF_HUB_CACHE", str(tmp_path / "cache"))):
+    for name, value in {
+        "HF_HUB_OFFLINE": False,
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+    }.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    huggingface_hub.close_session()  # of an earlier test, with its proxies
 
 
 def closed_port() -> int:
@@ -476,7 +484,6 @@ def test_unreachable_hub(tmp_path, monkeypatch):
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    huggingface_hub.close_session()
     with pytest.raises(UserError, match="cannot be downloaded"):
         weights.resolve("someone/small")
     huggingface_hub.close_session()
@@ -537,12 +544,22 @@ ROPES = {
 }
 
 
-@pytest.mark.parametrize("base", [UNTIED, TIED, dataclasses.replace(UNTIED, model_type="mistral")])
-@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize(
+    ("base", "rope"),
+    [
+        (UNTIED, "linear"),
+        (TIED, "llama3"),
+        (dataclasses.replace(UNTIED, model_type="mistral"), "default"),
+    ],
+    ids=["llama", "llama tied", "mistral"],
+)
 def test_transformers_loads_what_we_made_from_scratch(torch_logits, tmp_path, base, rope):
     config = dataclasses.replace(base, rope_scaling=ROPES[rope])
     params = jax.tree.map(lambda x: 0.2 * x, random_params(config))
-    weights.save(params, config, tmp_path / "m", dtype=jnp.float32)
-    assert weights.read_config(tmp_path / "m")[0] == config
+    hf = weights.hf_config(config, bos_token_id=1, eos_token_id=2)
+    weights.save(params, hf, tmp_path / "m", dtype=jnp.float32)
+    found, stored = weights.read_config(tmp_path / "m")
+    assert found == config
+    assert stored == hf
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 64), dtype=np.int32)
     np.testing.assert_allclose(logits(params, config, ids), torch_logits(tmp_path / "m", ids), atol=1e-4, rtol=0)

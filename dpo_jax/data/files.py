@@ -83,10 +83,9 @@ def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any] | BadLine]]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: the gzip data is truncated or damaged after {rows} rows; fetch it again") from error
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot be read ({reason}, after {rows} rows); check the path") from error
+        raise UserError(f"{path}: cannot be read ({_one_line(error)}, after {rows} rows); check the path") from error
     except ValueError as error:  # a JSON array or Parquet file that cannot be read on
-        raise UserError(f"{path}: damaged after {rows} rows ({error!s:.200}); fetch or write it again") from error
+        raise UserError(f"{path}: damaged after {rows} rows ({_one_line(error)}); fetch or write it again") from error
     if rows == 0:
         raise UserError(f"{path}: the file is empty; give a file with rows or take it out of the path")
 
@@ -111,7 +110,7 @@ def fingerprint(path: str) -> dict[str, Any]:
                 stream.seek(-16 * _CHUNK, os.SEEK_END)
                 digest.update(stream.read())
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+        raise UserError(f"{path}: cannot be read ({_one_line(error)}); check the path") from error
     return {"path": os.path.abspath(path), "bytes": size, "digest": digest.hexdigest()}
 
 
@@ -132,6 +131,11 @@ def download(repository: str, patterns: list[str]) -> str:
             f"(`hf download {repository} --repo-type dataset --local-dir DIR`) and give --config.dataset_path=DIR, or "
             "try --config=configs/hhh.py:tiny, which needs no hub"
         ) from error
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong without the path (it is named already), the error number and line breaks."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
 
 
 def _open(path: str) -> IO[bytes]:
@@ -226,7 +230,9 @@ def _find_remote(path: str) -> list[str]:
     except (ImportError, ValueError) as error:
         raise UserError(f"{path}: {error}; for gs:// run pip install 'dpo_jax[gcs]'") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be reached ({error}); check the address and the credentials") from error
+        raise UserError(
+            f"{path}: cannot be reached ({_one_line(error)}); check the address and the credentials"
+        ) from error
     if not found:
         raise UserError(f"{path}: no such file or directory, and no file matches it as a glob; check the address")
     return [filesystem.unstrip_protocol(one) for one in found]

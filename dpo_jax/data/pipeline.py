@@ -45,11 +45,12 @@ class ChosenOnly:
         return prompt, chosen, np.zeros(0, np.int32)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
     """Every step of a run, by number from 0: which epoch it lies in and where its pairs go."""
 
     pairs: PairSource
+    lengths: np.ndarray
     batch_size: int
     shapes: tuple[RowShape, ...]
     seed: int
@@ -67,14 +68,11 @@ class Schedule:
         plan = _epoch_plan(self, epoch)
         return plan.shapes[plan.shape[i]], plan.placed[i]
 
-    def __hash__(self) -> int:
-        return id(self)
-
 
 @functools.lru_cache(maxsize=4)
 def _epoch_plan(schedule: Schedule, epoch: int) -> EpochPlan:
     return plan_epoch(
-        schedule.pairs.lengths,
+        schedule.lengths,
         schedule.batch_size,
         schedule.shapes,
         seed=schedule.seed,
@@ -89,7 +87,8 @@ def make_schedule(
 ) -> Schedule:
     """Choose row shapes for these pairs and plan them."""
     order = {"seed": seed, "shuffle": shuffle, "drop_remainder": drop_remainder}
-    return Schedule(pairs, batch_size, choose_ladder(pairs.lengths, batch_size, limits, **order), **order)
+    lengths = np.asarray(pairs.lengths)
+    return Schedule(pairs, lengths, batch_size, choose_ladder(lengths, batch_size, limits, **order), **order)
 
 
 def build_rows(pairs: PairSource, placed: np.ndarray, shape: RowShape) -> dict[str, np.ndarray]:
@@ -144,7 +143,7 @@ class StepSource:
     Attributes:
       schedule: the plan.
       microbatches: M; rows are dealt to microbatches in order.
-      row_range: the part `[low, high)`, as fractions of a microbatch's rows, that this process loads.
+      rows_of: for a microbatch of so many rows, which of them this process loads.
       steps: how many steps there are.
     """
 
@@ -165,7 +164,7 @@ class StepSource:
         flat = build_rows(self.schedule.pairs, mine.reshape(-1, placed.shape[1]), shape)
         arrays = {name: x.reshape(*mine.shape[:2], *x.shape[1:]) for name, x in flat.items()}
         ids = placed[placed >= 0]
-        real = int(np.asarray(self.schedule.pairs.lengths)[ids].sum())
+        real = int(self.schedule.lengths[ids].sum())
         info = {"step": step, "shape": shape, "pairs": len(ids), "tokens": real, "fraction": real / shape.tokens}
         return {"arrays": arrays, "info": info}
 

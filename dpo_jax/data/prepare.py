@@ -320,7 +320,7 @@ def _fingerprint(found: Found, renderer: Renderer, drop_ties: bool) -> dict[str,
                 "name": source.name,
                 "split": source.split,
                 "parser": source.parser,
-                "code": _digest(inspect.getsource(inspect.getmodule(inspect.unwrap(source.spec.parse)) or datasets)),
+                "code": _digest(Path(inspect.getfile(inspect.unwrap(source.spec.parse))).read_text()),
                 "files": [fingerprint(path) for path in source.files],
             }
             for source in found.sources

@@ -233,9 +233,9 @@ def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
 def _clean_starts(renderer: Renderer) -> tuple[str, frozenset[str]]:
     """The text with which prompts end, and the characters with which a completion may begin to be encoded alone.
 
-    Every printable ASCII character is tried with several continuations behind a real boundary. All others, white space
-    first, take the whole text. A tokenizer without pre-tokenization (Llama 2's) may merge anything with anything, so
-    there a trial proves nothing, unless the boundary ends in a special token.
+    Every printable ASCII character is tried with several continuations behind a real boundary; all other beginnings,
+    white space first, take the whole text. Equal ids prove something only where nothing can merge across the boundary:
+    behind a special token, or where the tokenizer cuts the text there before it merges (Llama 2's does not).
     """
     questions = [[Message(role="user", content=text)] for text in ("Why?", "a b")]
     prompts = [prompt_text(renderer, messages) for messages in questions]
@@ -245,11 +245,24 @@ def _clean_starts(renderer: Renderer) -> tuple[str, frozenset[str]]:
     if backend is None or not boundary:
         return boundary, frozenset()
     (prompt_ids,) = _encode(renderer, prompts[:1])
-    if backend.pre_tokenizer is None and prompt_ids[-1] not in renderer.tokenizer.all_special_ids:
-        return boundary, frozenset()
+    special = prompt_ids[-1] in renderer.tokenizer.all_special_ids
     space = " " if renderer.form == "plain" else ""
     trials = [space + start + tail for start in _STARTS for tail in _TAILS]
     whole = _encode(renderer, [prompts[0] + trial for trial in trials])
     alone = _encode(renderer, trials)
-    failed = {trial[len(space)] for trial, w, a in zip(trials, whole, alone, strict=True) if w != prompt_ids + a}
+    failed = {
+        trial[len(space)]
+        for trial, whole_ids, ids in zip(trials, whole, alone, strict=True)
+        if whole_ids != prompt_ids + ids or not (special or _cut_between(backend, boundary, trial))
+    }
     return boundary, frozenset(_STARTS) - failed
+
+
+def _cut_between(backend: Any, before: str, after: str) -> bool:
+    """True if the pre-tokenizer cuts between the two texts, so that no merge can cross."""
+    if backend.pre_tokenizer is None:
+        return False
+    normalize = backend.normalizer.normalize_str if backend.normalizer is not None else str
+    left, both = normalize(before), normalize(before + after)
+    cuts = {begin for _, (begin, _) in backend.pre_tokenizer.pre_tokenize_str(both)}
+    return both.startswith(left) and len(left) in cuts

@@ -1,0 +1,304 @@
+"""From files to training and evaluation pairs: counts, the hold-out, ties, the quarantine, and the cache in between."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_jax.data import prepare as prepare_module
+from dpo_jax.data.prepare import DataRequest, prepare
+from dpo_jax.errors import UserError
+from tests.data.test_render import bpe_tokenizer
+
+SAMPLES = Path(__file__).parents[3] / "shared" / "data"
+TOKENIZER = bpe_tokenizer()
+
+
+def rows(number, prompts=None, start=0):
+    """Distinct pairs; `prompts` of them share each prompt."""
+    return [
+        {"prompt": f"question {i // (prompts or 1)}?", "chosen": f"yes {i}", "rejected": f"no {i}"}
+        for i in range(start, start + number)
+    ]
+
+
+def jsonl(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (line if isinstance(line, str) else json.dumps(line) for line in content)
+    path.write_text("".join(line + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run_it(dataset, path="", quarantine=None, tokenizer=TOKENIZER, **options):
+        options.setdefault("cache_dir", str(tmp_path / "cache"))
+        return prepare(DataRequest(str(dataset), str(path), **options), tokenizer, quarantine)
+
+    return run_it
+
+
+def texts(pairs):
+    return [tuple(TOKENIZER.decode(part) for part in pairs[number]) for number in range(len(pairs))]
+
+
+def prompts(pairs):
+    return {prompt for prompt, _, _ in texts(pairs)}
+
+
+def test_pairs_keep_the_order_of_the_file(tmp_path, run):
+    prepared = run(jsonl(tmp_path / "data.jsonl", rows(10)), eval_pairs=0)
+    start, end = "<|im_start|>user\nquestion ", "?<|im_end|>\n<|im_start|>assistant\n"
+    assert texts(prepared.train) == [
+        (f"{start}{i}{end}", f"yes {i}<|im_end|>\n", f"no {i}<|im_end|>\n") for i in range(10)
+    ]
+    assert len(prepared.evaluation) == 0
+    assert prepared.train.lengths.tolist() == [[len(part) for part in prepared.train[i]] for i in range(10)]
+    assert prepared.report["held_out"] == "no evaluation (eval_pairs=0)"
+
+
+def test_pairs_are_held_out_by_prompt(tmp_path, run):
+    path = jsonl(tmp_path / "data.jsonl", rows(60, prompts=3))
+    prepared = run(path, eval_pairs=10)
+    assert len(prepared.evaluation) == 10
+    assert not prompts(prepared.train) & prompts(prepared.evaluation)
+    assert len(prepared.train) == 60 - 12  # four prompts are out of training; two of their pairs are not needed
+    assert "10 pairs of 4 prompts are held out by prompt (seed 0)" in prepared.report["held_out"]
+    assert texts(run(path, eval_pairs=10).evaluation) == texts(prepared.evaluation)
+    assert texts(run(path, eval_pairs=10, seed=1).evaluation) != texts(prepared.evaluation)
+
+
+def test_the_same_prompts_are_held_out_whatever_the_tokenizer(tmp_path, run):
+    path = jsonl(tmp_path / "data.jsonl", rows(40))
+    other = bpe_tokenizer(limit=300)
+    assert run(path, eval_pairs=10).evaluation.index.tolist() == (
+        run(path, eval_pairs=10, tokenizer=other, prompt_format="plain").evaluation.index.tolist()
+    )
+
+
+def test_at_most_half_is_held_out(tmp_path, run):
+    prepared = run(jsonl(tmp_path / "data.jsonl", rows(10)), eval_pairs=512)
+    assert (len(prepared.train), len(prepared.evaluation)) == (5, 5)
+    with pytest.raises(UserError, match="eval_pairs=-1"):
+        run(tmp_path / "data.jsonl", eval_pairs=-1)
+
+
+def test_one_prompt_for_all_pairs_leaves_nothing_to_hold_out(tmp_path, run):
+    prepared = run(jsonl(tmp_path / "data.jsonl", rows(10, prompts=10)), eval_pairs=3)
+    assert (len(prepared.train), len(prepared.evaluation)) == (10, 0)
+
+
+def test_a_published_split_is_sampled(tmp_path, run):
+    jsonl(tmp_path / "data/train.jsonl", rows(20))
+    jsonl(tmp_path / "data/test.jsonl", rows(12, start=18))
+    prepared = run(tmp_path / "data", eval_pairs=5)
+    assert (len(prepared.train), len(prepared.evaluation)) == (20, 5)
+    assert min(prepared.evaluation.index) >= 20
+    everything = run(tmp_path / "data", eval_pairs=-1)
+    assert len(everything.evaluation) == 12
+    assert "12 of its 12 pairs (seed 0); 2 have a prompt of training" in everything.report["held_out"]
+
+
+def test_eval_path_is_evaluated(tmp_path, run):
+    train, held = jsonl(tmp_path / "a.jsonl", rows(20)), jsonl(tmp_path / "b.jsonl", rows(4, start=50))
+    prepared = run(train, eval_path=held)
+    assert (len(prepared.train), len(prepared.evaluation)) == (20, 4)
+    assert f"eval_path={held}" in prepared.report["held_out"]
+    assert prepared.evaluation.source.tolist() == [1] * 4
+    assert prepared.report["source_names"] == [train, held]
+
+
+BAD_LINES = ["{broken", {"prompt": "q", "chosen": "", "rejected": "b"}, {"chosen": 1}]
+SAME = {"prompt": "q", "chosen": "b", "rejected": "b "}
+
+
+def test_bad_rows_are_counted_and_quarantined_with_their_place(tmp_path, run):
+    path = jsonl(tmp_path / "data.jsonl", [*rows(30), *BAD_LINES, SAME])
+    quarantine = tmp_path / "run/quarantine.jsonl"
+    first = run(path, quarantine=quarantine).report
+    (source,) = first["sources"]
+    assert (source["read"], source["kept"]) == (34, 30)
+    assert source["dropped"] == {"invalid_json": 1, "empty_chosen": 1, "unknown_columns": 1, "identical_answers": 1}
+    assert first["quarantine"] == str(quarantine)
+    lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    assert [(line["location"], line["reason"], line["row"]) for line in lines] == [
+        (f"{path}:31", "invalid_json", BAD_LINES[0]),
+        (f"{path}:32", "empty_chosen", BAD_LINES[1]),
+        (f"{path}:33", "unknown_columns", BAD_LINES[2]),
+    ]
+    content = quarantine.read_text()
+    quarantine.unlink()
+    assert run(path, quarantine=quarantine).report == first  # from the cache
+    assert quarantine.read_text() == content
+
+
+def test_an_old_quarantine_goes_when_there_are_no_bad_rows(tmp_path, run):
+    (tmp_path / "quarantine.jsonl").write_text("old\n")
+    report = run(jsonl(tmp_path / "data.jsonl", rows(4)), quarantine=tmp_path / "quarantine.jsonl").report
+    assert report["quarantine"] is None
+    assert not (tmp_path / "quarantine.jsonl").exists()
+
+
+def test_too_many_bad_rows_stop_the_run_and_name_their_reasons(tmp_path, run):
+    path = jsonl(tmp_path / "data.jsonl", [*rows(10), *BAD_LINES])
+    quarantine = tmp_path / "quarantine.jsonl"
+    for _ in range(2):  # built, then from the cache
+        with pytest.raises(
+            UserError, match=r"3 of 13 rows are bad.*1 invalid_json.*data.jsonl:11.*1 empty_chosen"
+        ) as caught:
+            run(path, quarantine=quarantine)
+        assert "\n" not in str(caught.value)
+        assert str(quarantine) in str(caught.value)
+        assert len(quarantine.read_text().splitlines()) == 3
+    assert len(run(path, max_bad_fraction=0.3, eval_pairs=0).train) == 10
+
+
+def test_deliberate_drops_are_not_bad(tmp_path, run):
+    tied = [{**row, "score_chosen": 3, "score_rejected": 3} for row in rows(20, start=30)]
+    path = jsonl(tmp_path / "data.jsonl", [*rows(10), *[SAME] * 20, *tied])
+    prepared = run(path, eval_pairs=0)
+    assert len(prepared.train) == 10
+    assert prepared.report["sources"][0]["dropped"] == {"identical_answers": 20, "tie": 20}
+    assert prepared.report["quarantine"] is None
+    assert len(run(path, eval_pairs=0, drop_ties=False).train) == 30
+
+
+def test_a_row_labelled_a_tie_is_dropped_whatever_drop_ties_says(tmp_path, run):
+    row = {"context": [{"role": "user", "content": "q"}], "response1": "a", "response2": "b"}
+    path = jsonl(tmp_path / "data.jsonl", [{**row, "overall_preference": value} for value in range(-3, 4)])
+    prepared = run("helpsteer3", path, eval_pairs=0, drop_ties=False)
+    assert [chosen[0] for _, chosen, _ in texts(prepared.train)] == list("aaabbb")
+    assert prepared.report["sources"][0]["dropped"] == {"tie": 1}
+
+
+def test_wrong_columns_are_an_error_that_lists_found_and_accepted(tmp_path, run):
+    path = jsonl(tmp_path / "data.jsonl", [{"question": "q", "answer": "a"}] * 3)
+    with pytest.raises(UserError, match=r"data.jsonl:1: found question, answer; accepted are .*prompt.chosen.rejected"):
+        run(path)
+    with pytest.raises(UserError, match=r"data.jsonl:1: no value in chosen; found question, answer"):
+        run("hhh", path)
+
+
+def test_no_pair_left_is_an_error_that_says_where_they_went(tmp_path, run):
+    with pytest.raises(UserError, match=r"no training pair is left.*3 rows read, 0 kept, dropped 3 identical_answers"):
+        run(jsonl(tmp_path / "data.jsonl", [SAME] * 3))
+
+
+def test_a_truncated_file_leaves_no_cache(tmp_path, run):
+    (tmp_path / "data.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps(row) + "\n" for row in rows(999)).encode())[:-20]
+    )
+    with pytest.raises(UserError, match="truncated or damaged after"):
+        run(tmp_path / "data.jsonl.gz")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_the_cache_is_used_for_the_same_request_and_for_no_other(tmp_path, run, monkeypatch):
+    path = jsonl(tmp_path / "data.jsonl", rows(20))
+    directory = lambda **options: run(path, **options).train.cache.directory
+    first = directory()
+    assert directory(seed=7, eval_pairs=3, max_bad_fraction=0.5) == first  # a view of the same pairs
+    others = {
+        directory(max_prompt_length=9),
+        directory(max_completion_length=9),
+        directory(overlong="drop"),
+        directory(drop_ties=False),
+        directory(prompt_format="plain"),
+        directory(tokenizer=bpe_tokenizer(limit=300)),
+        directory(tokenizer=bpe_tokenizer(bpe_tokenizer().chat_template + " ")),
+    }
+    assert len(others | {first}) == 8
+    cutting = bpe_tokenizer()
+    cutting.backend_tokenizer.enable_truncation(4)  # somebody else's setting, which our calls do not use
+    assert directory(tokenizer=cutting) == first
+    jsonl(tmp_path / "data.jsonl", rows(21))
+    assert directory() not in others | {first}
+
+
+def test_ones_own_function_and_a_change_in_it(tmp_path, run, monkeypatch):
+    source = (
+        "from dpo_jax.data.preference import Comparison, LabeledComparison\n"
+        "def parse(row):\n"
+        "    ask, one, two = row['text'].split('|')\n"
+        "    say = lambda role, text: [{'role': role, 'content': text}]\n"
+        "    answers = say('assistant', one), say('assistant', two)\n"
+        "    return LabeledComparison(Comparison(say('user', ask), *answers), 'B')\n"
+    )
+    (tmp_path / "bar_rows.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = jsonl(tmp_path / "data.jsonl", [{"text": f"q{i}|a|b"} for i in range(19)] + [{"text": "no bars"}])
+    prepared = run("bar_rows:parse", path, eval_pairs=0)
+    assert len(prepared.train) == 19
+    assert texts(prepared.train)[0][1] == "b<|im_end|>\n"
+    assert prepared.report["sources"][0]["dropped"] == {"parser_error": 1}
+    before = prepared.train.cache.directory
+    (tmp_path / "bar_rows.py").write_text(source.replace("'B'", "'A'") + "# the other way round\n")
+    monkeypatch.delitem(sys.modules, "bar_rows")
+    changed = run("bar_rows:parse", path, eval_pairs=0)
+    assert changed.train.cache.directory != before
+    assert texts(changed.train)[0][1] == "a<|im_end|>\n"
+
+
+def test_lengths_truncation_and_sources_are_reported(tmp_path, run):
+    for subset, number in (("one", 12), ("two", 8)):
+        start = 0 if subset == "one" else 100
+        for split, many in (("train", number), ("test", 4)):
+            content = [
+                {
+                    key: f"\n\nHuman: q{split}{start + i}\n\nAssistant: {answer}"
+                    for key, answer in (("chosen", "yes " * (i + 1)), ("rejected", "no"))
+                }
+                for i in range(many)
+            ]
+            jsonl(tmp_path / "synth" / subset / f"{split}.jsonl", content)
+    report = run("synthetic", tmp_path / "synth", eval_pairs=3, max_completion_length=8).report
+    assert report["source_names"] == ["synthetic/one", "synthetic/two"]
+    assert [(entry["name"], entry["split"], entry["kept"]) for entry in report["sources"]] == [
+        ("synthetic/one", "train", 12),
+        ("synthetic/two", "train", 8),
+        ("synthetic/one", "test", 4),
+        ("synthetic/two", "test", 4),
+    ]
+    assert report["sources"][0]["truncated"]["chosen"] > 0
+    assert report["splits"]["train"]["pairs"] == 20
+    assert report["splits"]["eval"]["pairs"] == 3
+    assert report["splits"]["train"]["tokens"]["chosen"]["max"] == 8
+    json.dumps(report)
+
+
+def test_over_long_pairs_are_dropped_on_request(tmp_path, run):
+    path = jsonl(tmp_path / "data.jsonl", [*rows(5), {"prompt": "q", "chosen": "a " * 99, "rejected": "b"}])
+    report = run(path, overlong="drop", max_prompt_length=64, max_completion_length=32, eval_pairs=0).report
+    assert report["sources"][0]["dropped"] == {"too_long": 1}
+
+
+def test_the_batch_size_changes_nothing(tmp_path, run, monkeypatch):
+    path = jsonl(tmp_path / "data.jsonl", [*rows(30), *BAD_LINES])
+    whole = run(path, cache_dir=str(tmp_path / "one"))
+    monkeypatch.setattr(prepare_module, "_BATCH", 4)
+    parts = run(path, cache_dir=str(tmp_path / "two"))
+    assert texts(whole.train) == texts(parts.train)
+    assert np.array_equal(whole.evaluation.index, parts.evaluation.index)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "path", "read", "kept"),
+    [
+        ("hhh", "hh", [2312, 1137], [2299, 1123]),
+        ("hhh/harmless-base", "hh", [2312], [2299]),
+        ("ultrafeedback", "ultrafeedback", [1000], [884]),
+        ("helpsteer3", "helpsteer3", [2], [2]),
+    ],
+)
+def test_the_real_samples(run, dataset, path, read, kept):
+    if not (SAMPLES / path).exists():
+        pytest.skip(f"the real sample {path} is not beside the repository")
+    prepared = run(dataset, SAMPLES / path, eval_pairs=64)
+    assert [entry["read"] for entry in prepared.report["sources"]] == read
+    assert [entry["kept"] for entry in prepared.report["sources"]] == kept
+    hashes = [prepared.train.cache.prompt_hash[pairs.index] for pairs in (prepared.train, prepared.evaluation)]
+    assert not len(np.intersect1d(*hashes))
+    assert sum(map(len, hashes)) in range(sum(kept) - 2, sum(kept) + 1)  # a held-out prompt may have a pair too many

@@ -1,0 +1,81 @@
+"""Chunked log-probabilities against float64 NumPy, and packed rows against unpacked sequences."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from dpo_jax.attention import Slots
+from dpo_jax.data.packing import RowShape
+from dpo_jax.logprobs import pair_logps, token_logps
+from dpo_jax.model import hidden_states, init_params, unembedding
+from tests import oracle
+from tests.oracle import CONFIG
+
+
+@pytest.fixture(scope="module")
+def params():
+    fresh = nn.meta.unbox(init_params(jax.random.key(0), CONFIG))
+    # Larger weights than a fresh model's: attention and the MLP then matter to the result.
+    return jax.tree.map(lambda p: p * 8 if p.ndim > 1 and p.shape[-1] != 1 else p, fresh)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 7, 1024])
+def test_chunks_do_not_change_token_logps(chunk):
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(2, 13, 6)).astype(np.float32)
+    table = rng.normal(size=(17, 6)).astype(np.float32)
+    targets = rng.integers(0, 17, (2, 13))
+    z = hidden.astype(np.float64) @ table.T.astype(np.float64)
+    logps = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    expected = np.take_along_axis(logps, targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(token_logps(hidden, jnp.asarray(targets), table, chunk_tokens=chunk), expected, atol=1e-5)
+
+
+def test_no_completions_no_logps():
+    assert token_logps(jnp.zeros((3, 0, 4)), jnp.zeros((3, 0), jnp.int32), jnp.zeros((5, 4))).shape == (3, 0)
+
+
+def test_the_gradient_of_chunks_is_that_of_whole_logits():
+    rng = np.random.default_rng(1)
+    hidden, table = jnp.asarray(rng.normal(size=(2, 9, 6))), jnp.asarray(rng.normal(size=(17, 6)))
+    targets = jnp.asarray(rng.integers(0, 17, (2, 9)))
+    weight = jnp.asarray(rng.normal(size=(2, 9)))
+
+    def whole(hidden, table):
+        logps = jax.nn.log_softmax(jnp.einsum("bnd,vd->bnv", hidden, table))
+        return (jnp.take_along_axis(logps, targets[..., None], -1)[..., 0] * weight).sum()
+
+    def chunked(hidden, table):
+        return (token_logps(hidden, targets, table, chunk_tokens=4) * weight).sum()
+
+    ours, theirs = (jax.grad(f, argnums=(0, 1))(hidden, table) for f in (chunked, whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
+
+
+def _logps(params, pairs, placed, shape):
+    slots = Slots(shape.prompt, shape.chosen, shape.rejected)
+    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), oracle.rows(pairs, placed, shape))
+
+    @functools.partial(jax.jit, static_argnames="slots")
+    def run(params, batch, slots):
+        hidden = hidden_states(params, batch, config=CONFIG, slots=slots)
+        return pair_logps(hidden, batch, unembedding(params), slots=slots, pairs_per_row=placed.shape[1])
+
+    return np.asarray(run(params, batch, slots))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+def test_packed_is_unpacked_and_both_are_the_float64_oracle(params, remat):
+    pairs = oracle.RandomPairs([(5, 3, 2), (1, 1, 4), (7, 2, 2), (3, 4, 1)])
+    packed = _logps(params, pairs, np.array([[2, 0, -1], [1, 3, -1]]), RowShape(2, 16, 8, 8, 3))
+    alone = _logps(params, pairs, np.array([[0], [1], [2], [3]]), RowShape(4, 8, 4, 4, 1))[:, 0]
+    assert packed[0, 2].tolist() == [0, 0]
+    packed = np.stack([packed[0, 1], packed[1, 0], packed[0, 0], packed[1, 1]])
+    np.testing.assert_allclose(packed, alone, atol=1e-5, rtol=1e-5)
+    for i, (prompt, chosen, rejected) in enumerate(pairs.ids):
+        expected = [oracle.completion_logp(params, prompt, x, CONFIG) for x in (chosen, rejected)]
+        np.testing.assert_allclose(packed[i], expected, atol=3e-4, rtol=1e-5)

@@ -1,0 +1,75 @@
+"""Schedules against transformers' formulas, optimisers against torch's update rules written out in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.optim import optimizer, schedule
+
+PARAMS = {"w": jnp.asarray([1.0, -2.0, 3.0]), "norm": {"scale": jnp.asarray([1.0, 1.0])}}
+
+
+def _after(kind, step, warmup, total):
+    """transformers' get_scheduler multiplier, by update counted from 0."""
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, total - warmup)
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + np.cos(np.pi * progress))}[kind]
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_schedule_is_that_of_transformers(kind, warmup):
+    rate = schedule(kind, peak=2e-3, warmup_steps=warmup, total_steps=20)
+    ours = [float(rate(jnp.asarray(i))) for i in range(20)]
+    np.testing.assert_allclose(ours, [2e-3 * _after(kind, i, warmup, 20) for i in range(20)], rtol=1e-5, atol=1e-10)
+
+
+def _run(kind, grads, weight_decay=0.0, max_grad_norm=0.0, lr=0.1):
+    tx = optimizer(kind, lambda _: lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    params, state = PARAMS, tx.init(PARAMS)
+    for g in grads:
+        updates, state = tx.update(g, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    return params
+
+
+def _grads(n=4):
+    rng = np.random.default_rng(0)
+    return [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), PARAMS) for _ in range(n)]
+
+
+def test_adamw_decays_weights_and_not_norms():
+    grads, lr, decay = _grads(), 0.1, 0.01
+    ours = _run("adamw", grads, weight_decay=decay)
+    for path, has_decay in ((("w",), True), (("norm", "scale"), False)):
+        get = lambda tree, path=path: np.asarray(tree[path[0]] if len(path) == 1 else tree[path[0]][path[1]], np.float64)
+        w, m, v = get(PARAMS), 0.0, 0.0
+        for t, g in enumerate(map(get, grads), 1):
+            w = w * (1 - lr * decay * has_decay)
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            w = w - lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        np.testing.assert_allclose(get(ours), w, rtol=1e-5)
+
+
+def test_rmsprop_is_torchs():
+    grads, lr = _grads(), 0.1
+    w, v = np.asarray(PARAMS["w"], np.float64), 0.0
+    for g in (np.asarray(g["w"], np.float64) for g in grads):
+        v = 0.99 * v + 0.01 * g * g
+        w = w - lr * g / (np.sqrt(v) + 1e-8)
+    np.testing.assert_allclose(_run("rmsprop", grads)["w"], w, rtol=1e-5)
+
+
+def test_clipping_is_by_global_norm():
+    """RMSprop's first update depends on the gradient's direction only, its second on both gradients' sizes."""
+    grads = _grads(2)
+    norm = lambda g: np.sqrt(sum(float((np.asarray(x) ** 2).sum()) for x in jax.tree.leaves(g)))
+    clipped = [jax.tree.map(lambda x, g=g: x * min(1, 0.5 / norm(g)), g) for g in grads]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        _run("rmsprop", grads, max_grad_norm=0.5),
+        _run("rmsprop", clipped),
+    )
+    assert norm(grads[0]) > 0.5
