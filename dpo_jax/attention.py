@@ -124,7 +124,9 @@ def cached_attention(
 
 
 @functools.cache
-def _inverse_frequencies(head_dim: int, theta: float, scaling: tuple[tuple[str, float | str], ...]) -> tuple[float, ...]:
+def _inverse_frequencies(
+    head_dim: int, theta: float, scaling: tuple[tuple[str, float | str], ...]
+) -> tuple[float, ...]:
     """Rotary inverse frequencies with the checkpoint's rope scaling (`linear`, `llama3` or none), in float64."""
     import math
 

@@ -45,7 +45,9 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path]:
         raise UserError(f"--config is missing; usage: {usage}")
     path = Path(file.split(":")[0])
     if not path.is_file():
-        there = ", ".join(sorted(str(p) for p in path.parent.glob("*.py") if p.name not in ("__init__.py", "common.py")))
+        there = ", ".join(
+            sorted(str(p) for p in path.parent.glob("*.py") if p.name not in ("__init__.py", "common.py"))
+        )
         raise UserError(f"--config={file}: no such file; " + (f"there are {there}" if there else f"usage: {usage}"))
     # A config imports its neighbours as `configs.NAME`, wherever the command is run from.
     root = str(path.resolve().parent.parent)
@@ -166,7 +168,9 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None
         changed = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
         if changed:
             difference = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} asked" for k in changed)
-            raise UserError(f"{workdir} holds a run of another config ({difference}); use another --workdir or its config")
+            raise UserError(
+                f"{workdir} holds a run of another config ({difference}); use another --workdir or its config"
+            )
         return
     if not write:
         return

@@ -98,7 +98,14 @@ def _add(totals: dict[str, float], count: float, done: Any) -> tuple[dict[str, f
 
 
 def run_phase(
-    phase: Phase, state: TrainState, ref_params: Any, start: int, *, mesh: Mesh, writer: MetricsWriter, stop: threading.Event
+    phase: Phase,
+    state: TrainState,
+    ref_params: Any,
+    start: int,
+    *,
+    mesh: Mesh,
+    writer: MetricsWriter,
+    stop: threading.Event,
 ) -> TrainState:
     """Run updates `start+1 ..` of a phase to its end.
 

@@ -22,6 +22,10 @@ from dpo_jax.errors import UserError
 Params = Any  # a nested dict of arrays
 
 MODEL_TYPES = ("llama", "mistral")
+ROPE_KEYS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 # What the backward pass keeps of a layer; everything else is computed again.
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -77,7 +81,10 @@ def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
             raise UserError(f"{where}: {key}=true is not supported for model_type={model_type!r}")
     if hf.get("hidden_act", "silu") != "silu":
         raise UserError(f"{where}: hidden_act={hf['hidden_act']!r} is not supported; supported: silu")
-    # Mistral 7B v0.1 alone has a sliding window; a window wider than any row changes nothing, one narrower would.
+    # Absent keys mean transformers' defaults, and Mistral's has a window (as Mistral 7B v0.1) and 8 kv-heads.
+    if model_type == "mistral":
+        hf = {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 4096 * 32} | hf
+    # A window as wide as any sequence changes nothing, a narrower one would.
     if hf.get("sliding_window") and hf["sliding_window"] < hf.get("max_position_embeddings", 0):
         raise UserError(
             f"{where}: sliding_window={hf['sliding_window']} is not supported; set it to null in config.json if every "
@@ -90,6 +97,9 @@ def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
     scaling["rope_type"] = kind
     if kind not in ("default", "linear", "llama3"):
         raise UserError(f"{where}: rope type {kind!r} is not supported; supported: default, linear, llama3")
+    missing = [k for k in ROPE_KEYS.get(kind, ()) if k not in scaling]
+    if missing:
+        raise UserError(f"{where}: rope type {kind!r} needs {', '.join(missing)} beside it")
     try:
         heads = int(hf["num_attention_heads"])
         return ModelConfig(
@@ -108,13 +118,15 @@ def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
             max_position_embeddings=int(hf.get("max_position_embeddings", 2048)),
         )
     except KeyError as e:
-        raise UserError(f"{where}: key {e.args[0]!r} is missing; is this a complete Hugging Face config.json?") from None
+        raise UserError(
+            f"{where}: key {e.args[0]!r} is missing; is this a complete Hugging Face config.json?"
+        ) from None
 
 
 def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], dtype) -> jax.Array:
     """A weight with logical axis names, drawn from N(0, 0.02²) as Llama's are, in the compute dtype."""
     init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
-    return module.param(name, init, shape, jnp.float32).astype(dtype)
+    return jnp.asarray(module.param(name, init, shape, jnp.float32), dtype)
 
 
 class RMSNorm(nn.Module):
@@ -128,7 +140,7 @@ class RMSNorm(nn.Module):
         scale_D = self.param("scale", init, (x_BTD.shape[-1],), jnp.float32)
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * scale_D.astype(jnp.float32)[None, None, :]).astype(x_BTD.dtype)
+        return (x * jnp.asarray(scale_D, jnp.float32)[None, None, :]).astype(x_BTD.dtype)
 
 
 class Attention(nn.Module):
@@ -223,9 +235,7 @@ class Decoder(nn.Module):
 
 
 def _angles(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return rotary_angles(
-        positions_BT, head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling
-    )
+    return rotary_angles(positions_BT, head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
 
 
 def hidden_states(
@@ -252,8 +262,15 @@ def hidden_states(
 
 
 def decode(
-    params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Any, where: jax.Array, real_BS: jax.Array,
-    *, config: ModelConfig, dtype=jnp.float32,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    cache: Any,
+    where: jax.Array,
+    real_BS: jax.Array,
+    *,
+    config: ModelConfig,
+    dtype=jnp.float32,
 ) -> tuple[jax.Array, Any]:
     """Hidden states `[B, T, D]` of new tokens given a cache (see `empty_cache`), and the new cache."""
 

@@ -114,7 +114,9 @@ def make_train_step(
             return sums[objective.loss] / count, sums
 
         def micro_grads(micro: Batch):
-            reference = logps(ref_params, micro, slots) if objective.needs_reference else None  # constant to the gradient
+            reference = (
+                logps(ref_params, micro, slots) if objective.needs_reference else None
+            )  # constant to the gradient
             (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(compute_params, micro, reference)
             return grads, sums
 
@@ -127,10 +129,13 @@ def make_train_step(
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         else:
             sums_shape = jax.eval_shape(micro_grads, jax.tree.map(lambda x: x[0], batch))[1]
-            zeros = jax.tree.map(jnp.zeros_like, state.params), jax.tree.map(lambda s: jnp.zeros((), s.dtype), sums_shape)
+            zeros = (
+                jax.tree.map(jnp.zeros_like, state.params),
+                jax.tree.map(lambda s: jnp.zeros((), s.dtype), sums_shape),
+            )
             (grads, sums), _ = jax.lax.scan(accumulate, zeros, batch)
         metrics = {k: v / count for k, v in sums.items()} | {
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
         }
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -139,16 +139,16 @@ def _check_batch(c: Mapping[str, Any], mesh: Mesh, train: Pairs) -> None:
             f"{parts} ({' or '.join(map(str, dict.fromkeys(near)))})"
         )
     if len(train) < size and c["drop_remainder"]:
-        raise UserError(f"batch_size={size} is more than the {len(train)} training pairs; lower it, or drop_remainder=False")
+        raise UserError(
+            f"batch_size={size} is more than the {len(train)} training pairs; lower it, or drop_remainder=False"
+        )
 
 
 def _logps_fn(config: ModelConfig, rules: Any, *, dtype: Any, remat: str) -> LogpsFn:
     def logps(params: Params, micro: dict[str, jax.Array], slots: Slots) -> jax.Array:
         with nn.logical_axis_rules(rules):
             hidden = hidden_states(params, micro, config=config, slots=slots, dtype=dtype, remat=remat)
-            return pair_logps(
-                hidden, micro, unembedding(params), slots=slots, pairs_per_row=micro["is_pair"].shape[-1]
-            )
+            return pair_logps(hidden, micro, unembedding(params), slots=slots, pairs_per_row=micro["is_pair"].shape[-1])
 
     return logps
 
@@ -216,7 +216,9 @@ class _Run:
         return make_train_step(self.logps, objective, tx, rate, compute_dtype=self.dtype)
 
     def start_state(self, params: Params, tx: Any) -> TrainState:
-        return jax.jit(init_state, static_argnums=1, donate_argnums=0, out_shardings=self.state_sharding(tx))(params, tx)
+        return jax.jit(init_state, static_argnums=1, donate_argnums=0, out_shardings=self.state_sharding(tx))(
+            params, tx
+        )
 
     def abstract_params(self, dtype: Any) -> Any:
         shapes = jax.eval_shape(lambda: nn.meta.unbox(init_params(jax.random.key(0), self.policy.config)))
@@ -232,11 +234,23 @@ class _Run:
         return checkpoint.abstract(shapes, self.state_sharding(tx))
 
 
+def _check_reference(directory: Path, config: ModelConfig) -> None:
+    theirs = dataclasses.asdict(weights.read_config(directory)[0])
+    ours = dataclasses.asdict(config)
+    irrelevant = ("model_type", "max_position_embeddings")
+    different = [
+        f"{k}: {theirs[k]!r}, the policy {ours[k]!r}" for k in ours if k not in irrelevant and theirs[k] != ours[k]
+    ]
+    if different:
+        raise UserError(f"reference {directory} is another architecture than the policy ({'; '.join(different)})")
+
+
 def _reference(run: _Run, state: TrainState, resumed: bool) -> Params:
     """The reference's parameters: named, else the policy as it is when DPO starts."""
     c, policy = run.c, run.policy
     if c["reference"]:
         directory = weights.resolve(c["reference"], what="reference")
+        _check_reference(directory, policy.config)
         return weights.load(directory, policy.config, run.shardings, run.dtype)
     if policy.directory is not None and not c["sft_steps"]:
         return weights.load(policy.directory, policy.config, run.shardings, run.dtype)
@@ -379,7 +393,9 @@ def _introduce(run: _Run, plan: Schedule, done: int, writer: metrics.MetricsWrit
         f"data {c['dataset']}: {len(run.data.train):,} training pairs, {len(run.data.evaluation):,} held out "
         f"({run.data.report['held_out']})"
     )
-    writer.message(f"rows {shape.rows} x [{shape.prompt} | {shape.chosen} | {shape.rejected}] for {c['batch_size']} pairs")
+    writer.message(
+        f"rows {shape.rows} x [{shape.prompt} | {shape.chosen} | {shape.rejected}] for {c['batch_size']} pairs"
+    )
     if done:
         writer.message(f"going on from checkpoint {done}")
 
@@ -429,9 +445,17 @@ def _finish(run: _Run, state: TrainState, steps: int, writer: metrics.MetricsWri
     if not any(r["when"] == "after" for r in answered):
         answered += _answer(run, state.params, "after", steps)
     if c["export"] and not (workdir / "export" / "config.json").exists():
-        source = weights.read_config(run.policy.directory)[1] if run.policy.directory else run.policy.config
+        if run.policy.directory is not None:
+            source = weights.read_config(run.policy.directory)[1]
+        else:
+            tokens = {f"{name}_token_id": getattr(run.policy.tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
+            source = weights.hf_config(run.policy.config, **tokens)
         weights.save(
-            state.params, source, workdir / "export", dtype=run.param_dtype, tokenizer_from=run.policy.tokenizer_directory
+            state.params,
+            source,
+            workdir / "export",
+            dtype=run.param_dtype,
+            tokenizer_from=run.policy.tokenizer_directory,
         )
     records = metrics.read(workdir / "metrics.jsonl")
     if jax.process_index() == 0:
@@ -445,8 +469,12 @@ def _finish(run: _Run, state: TrainState, steps: int, writer: metrics.MetricsWri
 
 def _show_answers(answered: Sequence[Mapping[str, Any]], writer: metrics.MetricsWriter) -> None:
     """Greedy answers before and after, side by side, on the console."""
-    by_when = {w: {r["prompt"]: r for r in answered if r["when"] == w and r["mode"] == "greedy"} for w in ("before", "after")}
-    rows = [(p, r["answer"], by_when["after"][p]["answer"]) for p, r in by_when["before"].items() if p in by_when["after"]]
+    by_when = {
+        w: {r["prompt"]: r for r in answered if r["when"] == w and r["mode"] == "greedy"} for w in ("before", "after")
+    }
+    rows = [
+        (p, r["answer"], by_when["after"][p]["answer"]) for p, r in by_when["before"].items() if p in by_when["after"]
+    ]
     if rows:
         writer.side_by_side("Answers (greedy)", ("prompt", "before", "after"), rows)
 

@@ -32,7 +32,9 @@ def test_chunks_do_not_change_token_logps(chunk):
     z = hidden.astype(np.float64) @ table.T.astype(np.float64)
     logps = z - np.log(np.exp(z).sum(-1, keepdims=True))
     expected = np.take_along_axis(logps, targets[..., None], -1)[..., 0]
-    np.testing.assert_allclose(token_logps(hidden, jnp.asarray(targets), table, chunk_tokens=chunk), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        token_logps(hidden, jnp.asarray(targets), table, chunk_tokens=chunk), expected, atol=1e-5
+    )
 
 
 def test_no_completions_no_logps():

@@ -44,7 +44,9 @@ def test_adamw_decays_weights_and_not_norms():
     grads, lr, decay = _grads(), 0.1, 0.01
     ours = _run("adamw", grads, weight_decay=decay)
     for path, has_decay in ((("w",), True), (("norm", "scale"), False)):
-        get = lambda tree, path=path: np.asarray(tree[path[0]] if len(path) == 1 else tree[path[0]][path[1]], np.float64)
+        get = lambda tree, path=path: np.asarray(
+            tree[path[0]] if len(path) == 1 else tree[path[0]][path[1]], np.float64
+        )
         w, m, v = get(PARAMS), 0.0, 0.0
         for t, g in enumerate(map(get, grads), 1):
             w = w * (1 - lr * decay * has_decay)

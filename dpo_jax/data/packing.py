@@ -251,7 +251,9 @@ def choose_ladder(
 def _row_candidates(batch_size: int, multiple: int) -> list[int]:
     """Numbers of rows to try: multiples of `multiple`, geometrically spaced up to one pair a row."""
     most = -(-batch_size // multiple)
-    return [multiple * m for m in sorted({*range(1, min(most, 8) + 1), *(min(most, round(8 * 1.3**i)) for i in range(20))})]
+    return [
+        multiple * m for m in sorted({*range(1, min(most, 8) + 1), *(min(most, round(8 * 1.3**i)) for i in range(20))})
+    ]
 
 
 def plan_epoch(

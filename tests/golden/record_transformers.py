@@ -8,10 +8,6 @@ Each directory is a Hugging Face model of about 20,000 parameters beside expecte
 import shutil
 from pathlib import Path
 
-import torch
-import transformers
-from safetensors.torch import save_file
-
 OUT = Path(__file__).parent / "transformers"
 SMALL = {
     "vocab_size": 96,
@@ -35,26 +31,30 @@ LLAMA3 = {
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 MODELS = {
-    "llama_untied_gqa": ("llama", torch.float32, {"num_key_value_heads": 2}),
-    "llama3_rope": ("llama", torch.bfloat16, {"num_key_value_heads": 2, "rope_parameters": LLAMA3, "head_dim": 16}),
+    "llama_untied_gqa": ("llama", "float32", {"num_key_value_heads": 2}),
+    "llama3_rope": ("llama", "bfloat16", {"num_key_value_heads": 2, "rope_parameters": LLAMA3, "head_dim": 16}),
     "llama_tied_wide_heads": (
         "llama",
-        torch.float32,
+        "float32",
         {"num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": 12, "rms_norm_eps": 1e-5},
     ),
-    "mistral": ("mistral", torch.bfloat16, {"num_key_value_heads": 2, "sliding_window": None}),
-    "linear_rope": ("llama", torch.float16, {"num_key_value_heads": 4, "rope_parameters": LINEAR}),
+    "mistral": ("mistral", "bfloat16", {"num_key_value_heads": 2, "sliding_window": None}),
+    "linear_rope": ("llama", "float16", {"num_key_value_heads": 4, "rope_parameters": LINEAR}),
 }
 
 
-def record(name: str, model_type: str, dtype: torch.dtype, options: dict, seed: int) -> None:
+def record(name: str, model_type: str, dtype: str, options: dict, seed: int) -> None:
+    import torch  # here, so that collecting doctests needs neither
+    import transformers
+    from safetensors.torch import save_file
+
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(model_type, **SMALL, **options)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     for key, value in model.named_parameters():
         if key.endswith("norm.weight"):
             value.data.uniform_(0.5, 1.5)
-    model = model.to(dtype)
+    model = model.to(getattr(torch, dtype))
     shutil.rmtree(OUT / name, ignore_errors=True)
     model.save_pretrained(OUT / name)
     # Read again: the file's rounded weights in float32, and rotary frequencies that were never rounded.

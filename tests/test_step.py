@@ -1,0 +1,229 @@
+"""The step: the same numbers on every mesh and with every number of microbatches, the reference never touched."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.attention import Slots
+from dpo_jax.data.packing import RowShape
+from dpo_jax.logprobs import pair_logps
+from dpo_jax.losses import LOSSES
+from dpo_jax.model import hidden_states, init_params, unembedding
+from dpo_jax.optim import optimizer, schedule
+from dpo_jax.sharding import axis_rules, make_mesh, param_shardings, state_shardings, to_global
+from dpo_jax.step import TrainState, init_state, make_eval_step, make_train_step, preference_objective, sft_objective
+from tests import oracle
+from tests.oracle import CONFIG
+
+SHAPE = RowShape(8, 12, 8, 8, 2)
+SLOTS = Slots(12, 8, 8)
+PAIRS = oracle.RandomPairs(np.random.default_rng(0).integers(1, 5, (14, 3)))
+PLACED = np.append(np.arange(14), [-1, -1]).reshape(8, 2)
+OBJECTIVE = preference_objective(LOSSES["sigmoid"], beta=0.1, label_smoothing=0.0)
+RATE = schedule("constant", peak=1e-2, warmup_steps=0, total_steps=10)
+TX = optimizer("adamw", RATE, weight_decay=0.01, max_grad_norm=1.0)
+
+
+@functools.cache
+def _fresh(seed):
+    fresh = nn.meta.unbox(jax.jit(functools.partial(init_params, config=CONFIG))(jax.random.key(seed)))
+    return jax.device_get(jax.tree.map(lambda p: p * 8 if p.ndim > 2 else p, fresh))
+
+
+def _params(seed):
+    return jax.tree.map(jnp.array, _fresh(seed))
+
+
+def _logps(rules):
+    def logps(params, micro, slots):
+        with nn.logical_axis_rules(rules):
+            hidden = hidden_states(params, micro, config=CONFIG, slots=slots, remat="dots")
+            return pair_logps(hidden, micro, unembedding(params), slots=slots, pairs_per_row=2)
+
+    return logps
+
+
+def _run(sizes, microbatches=1, steps=2, objective=OBJECTIVE, devices=None):
+    """Train a few steps on a mesh; returns (state, reference, metrics of each step)."""
+    mesh = make_mesh(*sizes, devices=devices)
+    shardings = param_shardings(CONFIG, mesh)
+    with jax.set_mesh(mesh):
+        params, reference = (jax.device_put(_params(seed), shardings) for seed in (0, 1))
+        state = jax.jit(init_state, static_argnums=1, out_shardings=_state_shardings(params, shardings, mesh))(
+            params, TX
+        )
+        step = make_train_step(_logps(axis_rules(CONFIG, mesh)), objective, TX, RATE, compute_dtype=jnp.float32)
+        batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE, microbatches), mesh, 8 // microbatches)
+        metrics = []
+        for _ in range(steps):
+            state, m = step(state, reference, batch, SLOTS)
+            metrics.append(jax.device_get(m))
+        return state, reference, metrics
+
+
+def _state_shardings(params, shardings, mesh):
+    replicated = jax.NamedSharding(mesh, jax.P())
+    return TrainState(replicated, shardings, state_shardings(TX, params, shardings, mesh))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return _run((1, 1, 1), devices=jax.devices()[:1])
+
+
+def _close(a, b, atol=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=atol, rtol=1e-4), a, b)
+
+
+def test_the_first_step_is_the_float64_oracles(one_device):
+    policy, reference = (
+        np.array([[oracle.completion_logp(_fresh(s), p, x, CONFIG) for x in xs] for p, *xs in PAIRS.ids])
+        for s in (0, 1)
+    )
+    rewards = 0.1 * (policy - reference)
+    margin = rewards[:, 0] - rewards[:, 1]
+    first = one_device[2][0]
+    expected = {
+        "dpo_loss": np.logaddexp(0, -margin).mean(),
+        "accuracy": (margin > 0).mean(),
+        "margin": margin.mean(),
+        "chosen_reward": rewards[:, 0].mean(),
+        "rejected_reward": rewards[:, 1].mean(),
+        "chosen_logp": policy[:, 0].mean(),
+        "rejected_logp": policy[:, 1].mean(),
+    }
+    for name, value in expected.items():
+        assert float(first[name]) == pytest.approx(value, abs=1e-4), name
+    assert float(first["learning_rate"]) == pytest.approx(1e-2)
+
+
+def test_the_gradient_is_the_oracles_by_finite_differences(one_device):
+    """grad_norm bounds nothing by itself: one direction of the gradient is checked against float64 differences."""
+    params, reference = _params(0), _params(1)
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), oracle.rows(PAIRS, PLACED, SHAPE))
+
+    def loss(params):
+        logps = _logps(axis_rules(CONFIG, mesh))
+        policy, ref = (logps(p, batch, SLOTS) for p in (params, reference))
+        return jnp.sum(jnp.where(batch["is_pair"], OBJECTIVE.values(policy, ref)["dpo_loss"], 0.0)) / 14
+
+    with jax.set_mesh(mesh):
+        grads = jax.jit(jax.grad(loss))(params)
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda p: rng.normal(size=p.shape), params)
+    along = sum(
+        float((np.asarray(g, np.float64) * d).sum())
+        for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True)
+    )
+
+    def exact(t):
+        moved = jax.tree.map(lambda p, d: np.asarray(p, np.float64) + t * d, params, direction)
+        logp = lambda tree, i, j: oracle.completion_logp(tree, PAIRS.ids[i][0], PAIRS.ids[i][j], CONFIG)
+        h = [
+            0.1 * (logp(moved, i, 1) - logp(reference, i, 1) - logp(moved, i, 2) + logp(reference, i, 2))
+            for i in range(14)
+        ]
+        return np.logaddexp(0, -np.array(h)).mean()
+
+    assert along == pytest.approx((exact(1e-6) - exact(-1e-6)) / 2e-6, rel=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)])
+def test_every_mesh_gives_the_same_numbers(sizes, one_device):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    state, reference, metrics = _run(sizes, devices=devices)
+    _close(metrics, one_device[2])
+    _close(state.params, one_device[0].params)
+    assert_sharded(state.params, reference, state.opt_state, sizes)
+
+
+def _assert_same_sharding(a, b):
+    assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.sharding, b.sharding)
+
+
+def assert_sharded(params, reference, opt_state, sizes):
+    """Parameters, reference and both moments lie alike, and really in parts."""
+    _, fsdp, tensor = sizes
+    adam = next(s for s in opt_state if hasattr(s, "mu"))
+    for tree in (reference, adam.mu, adam.nu):
+        jax.tree.map(_assert_same_sharding, params, tree)
+    gate = params["layers"]["mlp"]["gate"]
+    assert gate.addressable_shards[0].data.shape == (2, 16 // fsdp, 24 // tensor)
+    query = params["layers"]["attention"]["q"]
+    assert query.addressable_shards[0].data.shape == (2, 16 // fsdp, 4 // tensor, 4)
+
+
+@pytest.mark.parametrize("microbatches", [2, 8])
+def test_microbatches_do_not_change_the_result(microbatches, one_device):
+    state, _, metrics = _run((1, 1, 1), microbatches, devices=jax.devices()[:1])
+    _close(metrics, one_device[2])
+    _close(state.params, one_device[0].params)
+
+
+def test_sft_is_the_mean_loss_per_chosen_token():
+    _, _, metrics = _run((1, 1, 1), 2, steps=1, objective=sft_objective(), devices=jax.devices()[:1])
+    logps = [oracle.completion_logp(_fresh(0), p, chosen, CONFIG) for p, chosen, _ in PAIRS.ids]
+    assert float(metrics[0]["loss"]) == pytest.approx(-sum(logps) / PAIRS.lengths[:, 1].sum(), abs=1e-5)
+
+
+def test_the_reference_survives_donated_steps_and_the_step_is_traced_once_a_shape():
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        params = _params(0)
+        reference = jax.tree.map(jnp.copy, params)
+        before = jax.tree.map(lambda x: np.array(x, copy=True), reference)
+        state = init_state(params, TX)
+        logps = chex.assert_max_traces(_logps(axis_rules(CONFIG, mesh)), n=4)  # twice a shape: policy and reference
+        step = make_train_step(logps, OBJECTIVE, TX, RATE, compute_dtype=jnp.float32)
+        other = RowShape(8, 16, 8, 8, 2)
+        for i in range(6):
+            shape = SHAPE if i % 2 == 0 else other
+            batch = to_global(oracle.rows(PAIRS, PLACED, shape), mesh, 8)
+            old = state
+            state, metrics = step(state, reference, batch, Slots(shape.prompt, 8, 8))
+            if i == 0:
+                assert float(metrics["dpo_loss"]) == pytest.approx(np.log(2), abs=1e-6)
+                assert float(metrics["accuracy"]) == 0.0
+            assert jax.tree.leaves(old.params)[0].is_deleted()
+    chex.assert_trees_all_equal(reference, before)
+    assert int(state.step) == 6
+
+
+def test_padding_may_hold_anything(one_device):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    rows = oracle.rows(PAIRS, PLACED, SHAPE)
+    rows["tokens"] = np.where(rows["segments"] == 0, 60, rows["tokens"]).astype(np.int32)
+    with jax.set_mesh(mesh):
+        step = make_train_step(_logps(axis_rules(CONFIG, mesh)), OBJECTIVE, TX, RATE, compute_dtype=jnp.float32)
+        _, metrics = step(init_state(_params(0), TX), _params(1), to_global(rows, mesh, 8), SLOTS)
+    _close(jax.device_get(metrics), one_device[2][0], atol=1e-6)
+
+
+def test_evaluation_is_what_a_training_step_reports(one_device):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        step = make_eval_step(_logps(axis_rules(CONFIG, mesh)), OBJECTIVE, compute_dtype=jnp.float32)
+        sums, count = step(_params(0), _params(1), to_global(oracle.rows(PAIRS, PLACED, SHAPE, 2), mesh, 4), SLOTS)
+    assert int(count) == 14
+    for name, value in sums.items():
+        assert float(value) / 14 == pytest.approx(float(one_device[2][0][name]), abs=1e-5), name
+
+
+def test_swapping_the_completions_negates_the_margin():
+    swapped = oracle.RandomPairs(PAIRS.lengths[:, [0, 2, 1]])
+    swapped.ids = [(p, r, c) for p, c, r in PAIRS.ids]
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        step = make_eval_step(_logps(axis_rules(CONFIG, mesh)), OBJECTIVE, compute_dtype=jnp.float32)
+        a, b = (
+            step(_params(0), _params(1), to_global(oracle.rows(p, PLACED, SHAPE), mesh, 8), SLOTS)[0]
+            for p in (PAIRS, swapped)
+        )
+    assert float(a["margin"]) == pytest.approx(-float(b["margin"]), abs=1e-5)
+    assert float(a["accuracy"]) + float(b["accuracy"]) == 14

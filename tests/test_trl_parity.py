@@ -1,0 +1,155 @@
+"""The same data in the same order gives the numbers that TRL's DPOTrainer gives, step by step, through the whole trainer.
+
+Golden numbers come from `tests/golden/record_trl.py`, which says what its models and settings are. Every run here is
+the product's own: files → tokens → pair rows → packed, sharded step → metrics.jsonl.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common
+from dpo_jax import metrics, train
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "trl"
+SHARED = ROOT.parent / "shared" / "data"
+SMOLLM2 = os.environ.get("DPO_JAX_SMOLLM2", "")
+TINY = json.loads((GOLDEN / "tiny.json").read_text())
+# TRL's names → ours.
+NAMES = {
+    "loss": "dpo_loss",
+    "logps/chosen": "chosen_logp",
+    "logps/rejected": "rejected_logp",
+    "rewards/chosen": "chosen_reward",
+    "rewards/rejected": "rejected_reward",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+}
+# TRL's settings where dpo_jax's own defaults differ; nothing is cut, sampled or exported.
+SAME_AS_TRL = {
+    "shuffle": False,
+    "eval_pairs": 0,
+    "log_every": 1,
+    "sample_prompts": 0,
+    "export": False,
+    "max_prompt_length": 8192,
+    "max_completion_length": 8192,
+    "lr_schedule": "constant",
+    "warmup_steps": 0,
+    "max_grad_norm": 0.0,
+    "learning_rate": 1e-5,
+    "batch_size": 4,
+    "num_steps": 8,
+    "compute_dtype": "float32",
+}
+
+
+def compare(ours: list[dict], theirs: list[dict], tolerances: dict[str, tuple[float, float]]) -> None:
+    """Every metric of every step, by (absolute, relative) tolerance; says the largest differences if one fails."""
+    assert [r["step"] for r in ours] == list(range(1, len(theirs) + 1))
+    failed = []
+    for name, here in NAMES.items():
+        if name not in theirs[0]:
+            continue
+        a, b = np.array([r[here] for r in ours]), np.array([r[name] for r in theirs])
+        absolute, relative = tolerances.get(here, (1e-9, 1e-6))
+        worst = int(np.argmax(np.abs(a - b)))
+        print(
+            f"{here}: largest difference {np.abs(a - b).max():.3g} at step {worst + 1} ({a[worst]} here, {b[worst]} TRL)"
+        )
+        if not np.allclose(a, b, atol=absolute, rtol=relative):
+            failed.append(f"{here}: ours {a.tolist()}, TRL {b.tolist()}")
+    assert not failed, "\n".join(failed)
+
+
+def run_in_process(tmp_path: Path, settings: dict) -> list[dict]:
+    """Train on all of the test's devices: pairs over up to four of them, heads, ffn and vocabulary over the rest."""
+    config = common.get_config()
+    mesh = {"mesh_data": math.gcd(4, jax.device_count()), "mesh_fsdp": 1, "mesh_tensor": -1}
+    config.update({**SAME_AS_TRL, **mesh, "cache_dir": str(tmp_path / "cache"), **settings})
+    train.run(config, tmp_path / "run")
+    return metrics.read(tmp_path / "run" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("name", TINY["runs"])
+def test_tiny_agrees_with_trl(name, tmp_path):
+    golden = TINY["runs"][name]
+    data = {"model": str(GOLDEN / "tiny"), "dataset": str(GOLDEN / "pairs.jsonl")}
+    ours = run_in_process(tmp_path, {**data, **golden["settings"]})
+    per_step = np.sum(TINY["lengths"], axis=1).reshape(-1, TINY["batch_size"]).sum(axis=1)
+    assert [r["tokens"] for r in ours] == per_step.tolist()
+    tolerances = {
+        "dpo_loss": (2e-5, 0),
+        "chosen_logp": (2e-3, 0),
+        "rejected_logp": (2e-3, 0),
+        "chosen_reward": (2e-4, 0),
+        "rejected_reward": (2e-4, 0),
+        "margin": (2e-4, 0),
+        "grad_norm": (0, 5e-4),
+    }
+    compare(ours, golden["steps"], tolerances)
+
+
+@pytest.mark.skipif(not (SHARED / "stories260k").is_dir(), reason="needs ../shared/data/stories260k, not in this clone")
+def test_stories260k_agrees_with_trl(tmp_path):
+    recorded = json.loads((GOLDEN / "stories260k.json").read_text())
+    golden = recorded["runs"]["dpo"]
+    data = {
+        "model": str(SHARED / "stories260k"),
+        "dataset": str(SHARED / "trl" / "pairs.jsonl"),
+        "prompt_format": "plain",
+    }
+    ours = run_in_process(tmp_path, {**data, **golden["settings"]})
+    per_step = np.sum(recorded["lengths"], axis=1).reshape(-1, recorded["batch_size"]).sum(axis=1)
+    assert [r["tokens"] for r in ours] == per_step.tolist()
+    tolerances = {
+        "dpo_loss": (2e-4, 0),
+        "chosen_logp": (0.02, 0),
+        "rejected_logp": (0.02, 0),
+        "chosen_reward": (2e-3, 0),
+        "rejected_reward": (2e-3, 0),
+        "margin": (2e-3, 0),
+        "grad_norm": (0, 5e-3),
+    }
+    compare(ours, golden["steps"], tolerances)
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="set DPO_JAX_SMOLLM2 to a directory with SmolLM2-135M-Instruct")
+@pytest.mark.skipif(not (SHARED / "trl" / "trl.json").is_file(), reason="needs ../shared/data/trl, not in this clone")
+def test_smollm2_agrees_with_trl(tmp_path):
+    """The command line, on one device, in a process of its own: 135M parameters on eight would be eight times slower."""
+    settings = {**SAME_AS_TRL, "model": SMOLLM2, "dataset": str(SHARED / "trl" / "pairs.jsonl")}
+    settings["cache_dir"] = str(tmp_path / "cache")
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    command = [
+        sys.executable,
+        "-m",
+        "dpo_jax.train",
+        "--config=configs/hhh.py",
+        f"--workdir={tmp_path / 'run'}",
+        *flags,
+    ]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tolerances = {
+        "dpo_loss": (2e-4, 0),
+        "chosen_logp": (0.02, 0),
+        "rejected_logp": (0.02, 0),
+        "chosen_reward": (2e-3, 0),
+        "rejected_reward": (2e-3, 0),
+        "margin": (2e-3, 0),
+        "grad_norm": (0, 5e-3),
+    }
+    theirs = json.loads((SHARED / "trl" / "trl.json").read_text())["logged"]
+    compare(metrics.read(tmp_path / "run" / "metrics.jsonl"), theirs, tolerances)
