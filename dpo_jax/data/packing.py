@@ -22,6 +22,11 @@ SLACK = 0.02
 # How much wider than anything the sample needed a shuffled run's third shape is: other epochs have other luck.
 ROOM = 0.08
 SAMPLE_PAIRS = 4096
+# A slot of the common shapes holds all but this share of the completions (or prompts). The few longer ones would make
+# every row of a run that wide; in a shuffled run they meet in a few batches of a wider shape.
+LONG_SHARE = 0.004
+# At most this part of such a batch is long pairs: the rest are any others.
+LONG_PART = 0.25
 ROUNDS = 80
 
 
@@ -190,8 +195,60 @@ def _needed(placed: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return padded[placed].sum(2).max(1)
 
 
-def _order(n: int, *, shuffle: bool, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch, 0]).permutation(n) if shuffle else np.arange(n)
+def _with_long_together(
+    order: np.ndarray, lengths: np.ndarray, widths: np.ndarray, batch_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reorder so that pairs too long for `widths` meet in few batches.
+
+    Returns:
+      The order, and bool per batch (of `batch_size`, the short last one included): whether it is for long pairs.
+    """
+    n_batches = -(-len(order) // batch_size)
+    marked = np.zeros(n_batches, bool)
+    long = (lengths[order] > widths).any(1)
+    full = len(order) // batch_size
+    share = max(1, int(batch_size * LONG_PART))
+    batches = min(full, -(-int(long.sum()) // share))
+    if batches == 0:
+        marked[:] = long.any()  # fewer pairs than one batch
+        return order, marked
+    marked[np.sort(rng.choice(full, batches, replace=False))] = True
+    home = np.zeros(len(order), bool)  # the places of marked batches, in turns, so that long pairs spread over them
+    home[: full * batch_size] = np.repeat(marked[:full], batch_size)
+    places = np.flatnonzero(home).reshape(batches, batch_size).T.reshape(-1)
+    taken = places[: int(long.sum())]
+    if len(taken) < int(long.sum()):
+        return order, np.ones(n_batches, bool)  # most pairs are long: no batch is special
+    out = np.full(len(order), EMPTY, np.int64)
+    out[taken] = order[long]
+    out[out == EMPTY] = order[~long]
+    return out, marked
+
+
+def _lay(
+    lengths: np.ndarray, batch_size: int, shape: RowShape, wide: np.ndarray, order: dict[str, int | bool]
+) -> tuple[np.ndarray, np.ndarray]:
+    """One epoch laid into rows: common batches aim at `shape`, those of long pairs at `wide` widths.
+
+    Returns:
+      int64 `[steps, rows, places]`, and bool `[steps]`: whether a step is one for long pairs.
+    """
+    seed, epoch = int(order["seed"]), int(order["epoch"])
+    shuffle, drop = bool(order["shuffle"]), bool(order["drop_remainder"])
+    rng = np.random.default_rng([seed, epoch if shuffle else 0])  # file order is the same in every epoch
+    ids = rng.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
+    widths = np.asarray(shape.widths, np.int64)
+    marked = np.zeros(-(-len(ids) // batch_size), bool)
+    if shuffle:
+        ids, marked = _with_long_together(ids, lengths, widths, batch_size, rng)
+    batches = _batches(ids, batch_size, drop)
+    marked = marked[: len(batches)]
+    placed = np.empty((len(batches), shape.rows, shape.pairs), np.int64)
+    for part, target in ((~marked, widths), (marked, wide)):
+        if part.any():
+            dealt = _deal(batches[part], lengths, shape.rows, shape.pairs, target)
+            placed[part] = _balance(dealt, lengths, target, rng, across=shuffle)
+    return placed, marked
 
 
 def choose_ladder(
@@ -217,35 +274,61 @@ def choose_ladder(
     lengths = np.asarray(lengths, np.int64)
     w = limits.width_multiple
     longest = _round_up(lengths.max(0), w)
-    order = _order(len(lengths), shuffle=shuffle, seed=seed, epoch=0)
-    batches = _batches(order[: max(batch_size, SAMPLE_PAIRS)] if shuffle else order, batch_size, drop_remainder)
+    order: dict[str, int | bool] = {"seed": seed, "epoch": 0, "shuffle": shuffle, "drop_remainder": drop_remainder}
+    sample = lengths
+    if shuffle and len(lengths) > max(batch_size, SAMPLE_PAIRS):
+        chosen = np.random.default_rng([seed, 1]).permutation(len(lengths))[: max(batch_size, SAMPLE_PAIRS)]
+        sample = lengths[chosen]
+    narrowest = _round_up(np.quantile(lengths, 1 - LONG_SHARE, axis=0), w) if shuffle else longest
     pairs = min(batch_size, len(lengths))
     best: tuple[float, tuple[RowShape, ...]] | None = None
     for rows in _row_candidates(batch_size, limits.row_multiple):
-        target = np.maximum(_round_up(lengths.mean(0) * pairs / rows * (1 + SLACK), w), longest)
+        mean = _round_up(lengths.mean(0) * pairs / rows * (1 + SLACK), w)
+        target = np.maximum(mean, narrowest)
         if best is not None and _cost(rows, target, limits.key_cost) >= best[0]:
             continue  # even perfectly filled it would not be cheaper
-        placed = _deal(batches, lengths, rows, _places(batch_size, rows), target)
-        placed = _balance(placed, lengths, target, np.random.default_rng([seed, 0, rows]), across=shuffle)
-        need = np.maximum(_round_up(_needed(placed, lengths), w), longest)
-        need = np.maximum(need, target) if shuffle else need
-        # Nested shapes: batches sorted by their tightest slot, in three groups, each as wide as its widest member.
-        scale = (need / np.maximum(target, 1)).max(1)
-        ranked = need[np.argsort(scale, kind="stable")]
-        cuts = sorted({max(1, math.ceil(len(ranked) * q)) for q in ((0.8, 1.0) if shuffle else (0.6, 0.9, 1.0))})
-        widths = [ranked[:cut].max(0) for cut in cuts]
-        costs = [_cost(rows, x, limits.key_cost) for x in widths]
-        total = sum(c * (b - a) for c, a, b in zip(costs, [0, *cuts], cuts, strict=False)) / len(ranked)
-        if shuffle:
-            widths.append(_round_up(widths[-1] * (1 + ROOM), w))
+        shape = _shape(rows, target, _places(batch_size, rows))
+        placed, marked = _lay(sample, batch_size, shape, np.maximum(mean, longest), order)
+        widths, counts = _rungs(_needed(placed, sample), marked, ROOM if shuffle else 0.0)
+        least = target if shuffle else longest
+        widths = [_round_up(np.maximum(x, least), w) for x in widths]
+        widths[-1] = np.maximum(widths[-1], longest)
+        total = sum(_cost(rows, x, limits.key_cost) * n for x, n in zip(widths, counts, strict=True)) / len(placed)
         if best is None or total < best[0]:
-            places = _places(batch_size, rows)
-            shapes = [RowShape(rows, *(int(v) for v in x), places) for x in widths]
-            best = total, tuple(dict.fromkeys(shapes))
+            best = total, tuple(dict.fromkeys(_shape(rows, x, shape.pairs) for x in widths))
     assert best is not None
-    sure_rows = int(_round_up(batch_size, limits.row_multiple))
-    sure = RowShape(sure_rows, *(int(v) for v in longest), 1)
+    if not shuffle:  # what the plan will do is known: the widest shape is made to hold all of it
+        placed, _ = _lay(lengths, batch_size, best[1][0], longest, order)
+        need = _round_up(_needed(placed, lengths), w).max(0)
+        widest = best[1][-1]
+        best = best[0], (*best[1][:-1], _shape(widest.rows, np.maximum(need, widest.widths), widest.pairs))
+    sure = _shape(int(_round_up(batch_size, limits.row_multiple)), longest, 1)
     return tuple(dict.fromkeys((*best[1], sure)))
+
+
+def _shape(rows: int, widths: np.ndarray, pairs: int) -> RowShape:
+    prompt, chosen, rejected = (int(x) for x in widths)
+    return RowShape(rows, prompt, chosen, rejected, pairs)
+
+
+def _rungs(need: np.ndarray, marked: np.ndarray, room: float) -> tuple[list[np.ndarray], list[int]]:
+    """Nested widths for what batches need `[n, 3]`, at most three, and how many batches each serves.
+
+    Args:
+      need: widths that each batch's fullest rows need.
+      marked: bool `[n]`, batches of long pairs: they have the widest shape.
+      room: how much wider than any need the widest is; 0 in file order, where every epoch is the same.
+    """
+    common = need[~marked]
+    ranked = common[np.argsort((common / np.maximum(need.mean(0), 1)).max(1), kind="stable")]
+    shares = (0.85, 1.0) if room else (0.6, 0.9, 1.0)
+    edges = sorted({math.ceil(len(ranked) * q) for q in shares} - {0})
+    widths = [ranked[:edge].max(0) for edge in edges]
+    counts = np.diff([0, *edges]).tolist()
+    if room:
+        widths.append(need.max(0) * (1 + room))
+        counts.append(int(marked.sum()))
+    return widths, counts
 
 
 def _row_candidates(batch_size: int, multiple: int) -> list[int]:
@@ -280,11 +363,15 @@ def plan_epoch(
       The placement; no pair occurs twice, and only the remainder is missing.
     """
     lengths = np.asarray(lengths, np.int64)
-    batches = _batches(_order(len(lengths), shuffle=shuffle, seed=seed, epoch=epoch), batch_size, drop_remainder)
+    order: dict[str, int | bool] = {
+        "seed": seed,
+        "epoch": epoch,
+        "shuffle": shuffle,
+        "drop_remainder": drop_remainder,
+    }
     first = shapes[0]
-    target = np.asarray(first.widths, np.int64)
-    placed = _deal(batches, lengths, first.rows, first.pairs, target)
-    placed = _balance(placed, lengths, target, np.random.default_rng([seed, epoch, 1]), across=shuffle)
+    wide = np.max([s.widths for s in shapes if s.rows == first.rows and s.pairs == first.pairs], axis=0)
+    placed, _ = _lay(lengths, batch_size, first, wide, order)
     need = _needed(placed, lengths)
     index = np.full(len(placed), len(shapes) - 1, np.int8)
     for i in reversed(range(len(shapes))):

@@ -1,0 +1,199 @@
+"""The policy and its reference: where they come from, how they lie on the mesh, and their log-probabilities."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import transformers
+from jax.sharding import Mesh
+
+from dpo_jax import checkpoint, tiny, weights
+from dpo_jax.attention import Slots
+from dpo_jax.data.packing import RowLimits
+from dpo_jax.errors import UserError
+from dpo_jax.logprobs import pair_logps
+from dpo_jax.model import ModelConfig, Params, hidden_states, init_params, unembedding
+from dpo_jax.sharding import axis_rules, param_shardings, replicated, row_shards, state_shardings
+from dpo_jax.step import LogpsFn, TrainState, init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The model to train: its numbers, where its files lie (None: made from scratch), and its tokenizer."""
+
+    config: ModelConfig
+    directory: Path | None
+    tokenizer_directory: Path
+    tokenizer: Any
+
+    def hf_config(self) -> dict[str, Any]:
+        """What its Hugging Face `config.json` holds."""
+        if self.directory is not None:
+            return weights.read_config(self.directory)[1]
+        tokens = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
+        return weights.hf_config(self.config, **tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a model lies on a mesh and in which numbers it is kept and computed.
+
+    Attributes:
+      config, mesh: of the model and the devices.
+      shardings: a `NamedSharding` for every parameter.
+      param_dtype: of the trained parameters and the optimiser's moments.
+      dtype: of activations, products and the reference.
+    """
+
+    config: ModelConfig
+    mesh: Mesh
+    shardings: Any
+    param_dtype: Any
+    dtype: Any
+
+
+def find(model: str, workdir: Path, seed: int) -> Policy:
+    """Find the model's files, or make the tokenizer of the model that starts from scratch (`tiny`).
+
+    Raises:
+      UserError: there is no such model, or it is not supported, or its tokenizer does not belong to it.
+    """
+    if model == "tiny":
+        dialogues = tiny.write_dialogues(workdir / "synthetic", seed)
+        directory = tiny.write_tokenizer(workdir / "tokenizer", dialogues)
+        tokenizer = _tokenizer(directory)
+        return Policy(tiny.model_config(len(tokenizer)), None, directory, tokenizer)
+    directory = weights.resolve(model)
+    config, _ = weights.read_config(directory)
+    policy = Policy(config, directory, directory, _tokenizer(directory))
+    if len(policy.tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} has {len(policy.tokenizer)} tokens and its model only {config.vocab_size}; "
+            "put the tokenizer there that the model was trained with"
+        )
+    return policy
+
+
+def _tokenizer(directory: Path) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        first = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(f"no tokenizer can be read from {directory} ({first}); put its tokenizer.json there") from None
+
+
+def lay_out(config: ModelConfig, mesh: Mesh, *, param_dtype: str, compute_dtype: str) -> Layout:
+    """Place a model on a mesh. `compute_dtype` auto is bfloat16, and float32 on CPU, where it is the faster one.
+
+    Raises:
+      UserError: the model does not divide over the mesh.
+    """
+    auto = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    dtype = jnp.dtype(auto if compute_dtype == "auto" else compute_dtype)
+    return Layout(config, mesh, param_shardings(config, mesh), jnp.dtype(param_dtype), dtype)
+
+
+def row_limits(layout: Layout, microbatches: int) -> RowLimits:
+    """What this model on these devices asks of pair rows."""
+    c, platform = layout.config, layout.mesh.devices.flat[0].platform
+    # One key costs 4·H·E operations (scores and values), a token 2 per weight of a layer; on CPU softmax and small
+    # products make a key about four times as dear.
+    layer = (c.parameter_count() - c.vocab_size * c.hidden_size) / c.num_hidden_layers
+    key_cost = 4 * c.num_attention_heads * c.head_dim / (2 * layer)
+    return RowLimits(
+        row_multiple=row_shards(layout.mesh) * microbatches,
+        width_multiple=128 if platform == "tpu" else 16,
+        key_cost=key_cost * (4 if platform == "cpu" else 1),
+    )
+
+
+def logps_fn(layout: Layout, *, remat: str) -> LogpsFn:
+    """The model as the step sees it: (parameters, one microbatch, widths) → log-probabilities `[B, K, 2]`."""
+    rules = axis_rules(layout.config, layout.mesh)
+
+    def logps(params: Params, micro: dict[str, jax.Array], slots: Slots) -> jax.Array:
+        with nn.logical_axis_rules(rules):
+            hidden = hidden_states(params, micro, config=layout.config, slots=slots, dtype=layout.dtype, remat=remat)
+            pairs = micro["is_pair"].shape[-1]
+            return pair_logps(hidden, micro, unembedding(params), slots=slots, pairs_per_row=pairs)
+
+    return logps
+
+
+def load_params(policy: Policy, layout: Layout, seed: int) -> Params:
+    """The policy's parameters before any training, from its files or fresh."""
+    if policy.directory is not None:
+        return weights.load(policy.directory, policy.config, layout.shardings, layout.param_dtype)
+
+    def fresh(key: jax.Array) -> Params:
+        params = nn.meta.unbox(init_params(key, policy.config))
+        return jax.tree.map(lambda p: p.astype(layout.param_dtype), params)
+
+    return jax.jit(fresh, out_shardings=layout.shardings)(jax.random.key(seed))
+
+
+def load_reference(directory: Path, layout: Layout) -> Params:
+    """A named model as the reference, in the compute dtype.
+
+    Raises:
+      UserError: it is another architecture than the policy.
+    """
+    theirs = dataclasses.asdict(weights.read_config(directory)[0])
+    ours = dataclasses.asdict(layout.config)
+    irrelevant = ("model_type", "max_position_embeddings")
+    changed = [f"{k}: {theirs[k]!r}, policy {ours[k]!r}" for k in ours if k not in irrelevant and theirs[k] != ours[k]]
+    if changed:
+        raise UserError(f"reference {directory} is another architecture than the policy ({'; '.join(changed)})")
+    return weights.load(directory, layout.config, layout.shardings, layout.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _copied(params: Params, dtype: Any) -> Params:
+    """A copy in another dtype; a real one even in the same dtype, as the original is donated later."""
+    return jax.tree.map(lambda p: jnp.array(p, dtype, copy=True), params)
+
+
+def own_reference(saved: Path, params: Params | None, layout: Layout) -> Params:
+    """The reference that the run made itself: kept in `saved`, as nobody else can bring it back.
+
+    Args:
+      saved: its directory.
+      params: the policy when DPO starts, to be saved; None in a run that goes on.
+      layout: of the model.
+
+    Raises:
+      UserError: it is not there any more.
+    """
+    if params is not None:
+        checkpoint.save_tree(saved, _copied(params, layout.dtype))
+    if not saved.exists():
+        raise UserError(f"{saved}, the reference that this run made, is gone; start again in a new workdir")
+    return checkpoint.restore_tree(saved, _abstract_params(layout, layout.dtype))
+
+
+def start_state(params: Params, tx: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """A state at update 0; takes the parameters' memory over."""
+    init = jax.jit(init_state, static_argnums=1, donate_argnums=0, out_shardings=_state_shardings(tx, layout))
+    return init(params, tx)
+
+
+def abstract_state(tx: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """Shapes, dtypes and shardings of a state: what restoring one needs."""
+    shapes = jax.eval_shape(lambda p: init_state(p, tx), _abstract_params(layout, layout.param_dtype))
+    return checkpoint.abstract(shapes, _state_shardings(tx, layout))
+
+
+def _abstract_params(layout: Layout, dtype: Any) -> Any:
+    shapes = jax.eval_shape(lambda: nn.meta.unbox(init_params(jax.random.key(0), layout.config)))
+    return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s), shapes, layout.shardings)
+
+
+def _state_shardings(tx: optax.GradientTransformation, layout: Layout) -> Any:
+    params = _abstract_params(layout, layout.param_dtype)
+    moments = state_shardings(tx, params, layout.shardings, layout.mesh)
+    return TrainState(step=replicated(layout.mesh), params=layout.shardings, opt_state=moments)  # type: ignore[arg-type]
