@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,8 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path]:
         rest = values(list(argv))
         config = values["config"].value
     except AttributeError as e:  # config_flags' word for an unknown key
-        raise UserError(_unknown_key(str(e).strip("\"' "), values)) from None
+        named = re.search(r"'(\w+)", str(e))
+        raise UserError(_unknown_key(named[1] if named else str(e))) from None
     except (flags.Error, ValueError, TypeError, KeyError) as e:
         raise UserError(" ".join(str(e).split())) from None
     finally:
@@ -74,7 +76,7 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path]:
     return config, Path(values["workdir"].value)
 
 
-def _unknown_key(key: str, values: flags.FlagValues) -> str:
+def _unknown_key(key: str) -> str:
     from configs.common import get_config
 
     known = sorted(get_config())
@@ -134,7 +136,7 @@ def check(config: Mapping[str, Any]) -> None:
     known = get_config()
     for key in config:
         if key not in known:
-            raise UserError(_unknown_key(key, flags.FlagValues()))
+            raise UserError(_unknown_key(key))
     missing = [key for key in known if key not in config]
     if missing:
         raise UserError(f"config keys are missing: {', '.join(missing)}; start from configs/common.py: get_config()")

@@ -1,6 +1,6 @@
 """Plan → NumPy rows: a grain dataset over the steps of a run, random access by step number.
 
-No JAX here: grain's workers import this module in fresh processes.
+Nothing here touches a device: grain's workers import this module in fresh processes.
 
 Shapes: M microbatches, B rows of a microbatch, K pairs in a row, T tokens of a row, N completion tokens of a row.
 """

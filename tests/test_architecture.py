@@ -1,0 +1,64 @@
+"""Imports go one way, and only the trainer reads the config."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+# Lowest first: a module may import those before it, nothing after it.
+ORDER = """
+errors
+data.preference data.columns data.datasets data.files data.sources data.render data.cache data.prepare
+data.packing data.pipeline data.synthetic
+attention losses optim logprobs model step
+sharding checkpoint weights sample tiny policy
+metrics page charts runs compare report answers loop config
+train
+""".split()
+FILES = {".".join(p.with_suffix("").parts[1:]): p for p in Path("dpo_jax").rglob("*.py") if p.name != "__init__.py"}
+
+
+def _imports(path):
+    """Modules of ours that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            ours = name.removeprefix("dpo_jax.")
+            if name.startswith("dpo_jax.") and ours in FILES:
+                yield ours
+            elif name.split(".")[0] in ("jax", "flax", "optax"):
+                yield "jax"
+
+
+def test_every_module_has_its_place():
+    assert sorted(FILES) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_imports_go_one_way(module):
+    before = ORDER[: ORDER.index(module)]
+    for imported in set(_imports(FILES[module])):
+        assert imported == "jax" or imported in before, f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("module", [m for m in sorted(FILES) if m.startswith("data.")])
+def test_the_data_side_has_no_jax(module):
+    assert "jax" not in set(_imports(FILES[module]))
+
+
+def test_the_step_knows_no_model_and_the_core_no_mesh():
+    assert not {"model", "sharding", "policy"} & set(_imports(FILES["step"]))
+    for module in ("attention", "losses", "logprobs", "model", "step", "optim"):
+        text = FILES[module].read_text()
+        assert not {'"fsdp"', '"tensor"', '"data"'} & set(text.split()), module
+        assert "sharding" not in set(_imports(FILES[module]))
+
+
+@pytest.mark.parametrize("module", [m for m in sorted(FILES) if m not in ("train", "config")])
+def test_only_the_trainer_reads_the_config(module):
+    assert "ml_collections" not in FILES[module].read_text()

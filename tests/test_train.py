@@ -1,0 +1,190 @@
+"""The command line from raw transcripts to an exported policy, stopped in every way and gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from configs import hhh
+from dpo_jax import metrics, train, weights
+
+SETTINGS = {
+    "batch_size": 8,
+    "sft_steps": 4,
+    "num_steps": 10,
+    "eval_pairs": 16,
+    "eval_every": 4,
+    "checkpoint_every": 2,
+    "log_every": 1,
+    "sample_prompts": 2,
+    "sample_tokens": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A process of its own: one CPU device, warnings as errors, compiled programs shared between the runs here."""
+    base = tmp_path_factory.mktemp("environment")
+    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return inherited | {
+        "JAX_COMPILATION_CACHE_DIR": str(base / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "DPO_JAX_CACHE": str(base / "pairs"),
+    }
+
+
+def _command(workdir, **changed):
+    keys = [f"--config.{k}={v}" for k, v in (SETTINGS | changed).items()]
+    return [sys.executable, "-m", "dpo_jax.train", "--config=configs/hhh.py:tiny", f"--workdir={workdir}", *keys]
+
+
+def _finish(workdir, environment, **changed):
+    done = subprocess.run(_command(workdir, **changed), env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _values(workdir):
+    """The records without what depends on the clock."""
+    records = metrics.read(Path(workdir) / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k not in ("pairs_per_second", "step_seconds")} for r in records]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, environment):
+    """A run that was never stopped: (its directory, what it printed)."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return workdir, _finish(workdir, environment)
+
+
+def test_the_directory_holds_what_the_contract_says(finished):
+    workdir, _ = finished
+    names = "config.json metrics.jsonl checkpoints tensorboard samples.jsonl report.html export data.json".split()
+    assert set(names) <= {p.name for p in workdir.iterdir()}
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["batch_size"] == 8
+    assert config["model"] == "tiny"
+    data = json.loads((workdir / "data.json").read_text())
+    assert data["splits"]["train"]["pairs"] == sum(s["kept"] for s in data["sources"] if s["split"] == "train")
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    assert (workdir / "report.html").read_text().lower().startswith("<!doctype html>")
+
+
+def test_records_are_those_of_the_contract(finished):
+    records = metrics.read(finished[0] / "metrics.jsonl")
+    by_split = {s: [r for r in records if r["split"] == s] for s in ("sft", "train", "eval")}
+    assert [r["step"] for r in by_split["sft"]] == [1, 2, 3, 4]
+    assert [r["step"] for r in by_split["train"]] == list(range(1, 11))
+    assert [r["step"] for r in by_split["eval"]] == [0, 4, 8, 10]
+    keys = set(
+        "dpo_loss accuracy margin chosen_reward rejected_reward chosen_logp rejected_logp grad_norm learning_rate pairs "
+        "tokens useful_token_fraction pairs_per_second step_seconds".split()
+    )
+    for record in by_split["train"]:
+        assert keys <= set(record)
+        assert record["pairs"] == 8
+        assert 0 < record["useful_token_fraction"] <= 1
+        assert record["margin"] == pytest.approx(record["chosen_reward"] - record["rejected_reward"], abs=1e-5)
+    first = by_split["train"][0]
+    assert first["dpo_loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert first["accuracy"] == 0
+    assert first["grad_norm"] > 0
+    assert by_split["eval"][0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert by_split["eval"][0]["pairs"] == 16
+    rates = [r["learning_rate"] for r in by_split["train"]]
+    assert rates[0] == 0  # one update of warm-up
+    np.testing.assert_allclose(rates[1:], 5e-4 * (1 - np.arange(9) / 9), rtol=1e-5)
+
+
+def test_the_reference_did_not_move(finished):
+    """A first update at rate 0 leaves the policy the reference: so does step 2 see ln 2."""
+    records = [r for r in metrics.read(finished[0] / "metrics.jsonl") if r["split"] == "train"]
+    assert records[1]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert records[-1]["dpo_loss"] != pytest.approx(np.log(2), abs=1e-3)
+
+
+def test_answers_before_and_after_are_kept_and_shown_side_by_side(finished):
+    workdir, printed = finished
+    records = metrics.read(workdir / "samples.jsonl")
+    assert [(r["when"], r["mode"]) for r in records] == [
+        (when, mode) for when in ("before", "after") for mode in ("greedy", "greedy", "sampled", "sampled")
+    ]
+    assert all(r["prompt"] and r["chosen"] and r["rejected"] for r in records)
+    assert "before" in printed
+    assert "Held-out pairs" in printed
+    assert "pairs/s" in printed
+
+
+def test_the_export_is_a_hugging_face_directory(finished):
+    export = finished[0] / "export"
+    config, hf = weights.read_config(export)
+    assert hf["architectures"] == ["LlamaForCausalLM"]
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    assert len(tokenizer) == config.vocab_size
+    assert hf["eos_token_id"] == tokenizer.eos_token_id
+
+
+def test_the_same_command_again_changes_nothing(finished, environment):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_text(), (workdir / "samples.jsonl").read_text()
+    assert "going on from checkpoint 14" in _finish(workdir, environment)
+    assert ((workdir / "metrics.jsonl").read_text(), (workdir / "samples.jsonl").read_text()) == before
+
+
+def _stop_at(workdir, environment, split, step, how):
+    """Start the run and send a signal when a record is there; returns the exit code."""
+    process = subprocess.Popen(_command(workdir), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        records = metrics.read(path) if path.exists() else []
+        if any(r["split"] == split and r["step"] >= step for r in records):
+            process.send_signal(how)
+            break
+        time.sleep(0.01)
+    _, err = process.communicate(timeout=300)
+    return process.returncode, err.decode()
+
+
+@pytest.mark.parametrize(("split", "step"), [("sft", 3), ("train", 1), ("train", 5)])
+def test_killed_and_gone_on_is_never_stopped(split, step, finished, environment, tmp_path):
+    code, _ = _stop_at(tmp_path / "run", environment, split, step, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    _finish(tmp_path / "run", environment)
+    assert _values(tmp_path / "run") == _values(finished[0])
+    same = lambda p: (p / "samples.jsonl").read_text()
+    assert same(tmp_path / "run") == same(finished[0])
+
+
+def test_sigterm_saves_first_and_going_on_is_never_stopped(finished, environment, tmp_path):
+    work = tmp_path / "run"
+    code, err = _stop_at(work, environment, "train", 3, signal.SIGTERM)
+    assert code == 143, err
+    assert "everything is saved" in err
+    last = max(r["step"] for r in _values(work) if r["split"] == "train")
+    assert (work / "checkpoints" / str(4 + last)).is_dir()
+    printed = _finish(work, environment)
+    assert f"going on from checkpoint {4 + last}" in printed
+    assert _values(work) == _values(finished[0])
+
+
+def test_the_python_call_returns_the_final_metrics_and_eight_devices_agree_with_one(finished, tmp_path):
+    config = hhh.get_config("tiny")
+    config.update(SETTINGS)
+    config.update({"mesh_data": 2, "mesh_fsdp": 4, "export": False})
+    final = train.run(config, tmp_path / "run")
+    theirs = _values(finished[0])
+    assert final["step"] == 10
+    assert final["pairs"] == 16
+    # Rows are laid out for eight shards, so batches hold other pairs in another order: the evaluation's are the same.
+    first = next(r for r in _values(tmp_path / "run") if r["split"] == "eval")
+    assert first["chosen_logp"] == pytest.approx(
+        next(r for r in theirs if r["split"] == "eval")["chosen_logp"], rel=0.2
+    )
+    assert final["dpo_loss"] < np.log(2)
