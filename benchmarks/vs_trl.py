@@ -18,9 +18,9 @@ resident set of the process from start to end, compiling and dpo_jax's final che
     real tokens/s      tokens that the trainer computed and that are not padding, of all timed steps; TRL computes a
                        prompt twice, dpo_jax once, so for the same pairs this is more for TRL
 
-Each cell is the median over --repeats. `--set shuffle=True` measures dpo_jax's own order, which fills rows better; its
-batches, and so its losses, are then others than TRL's. `largest difference of dpo_loss` compares both trainers' steps over the pass in
-which both start from the same weights: if it is not small, they did not do the same work.
+Each cell is the median over --repeats. `largest difference of dpo_loss` compares both trainers' steps over the pass in
+which both start from the same weights: if it is not small, they did not do the same work. `--set shuffle=True` measures
+dpo_jax's own order, which fills rows better; its batches, and so its losses, are then others than TRL's.
 """
 
 import argparse
@@ -112,8 +112,7 @@ def run_trl(a: argparse.Namespace, pairs: Path, steps: int, work: Path, *, bf16:
 def run_dpo_jax(a: argparse.Namespace, pairs: Path, steps: int, work: Path) -> dict[str, Any]:
     """One run of dpo_jax: two passes over the pairs; the second is timed."""
     settings = {
-        "model": os.path.abspath(a.model) if os.path.isdir(a.model) else a.model,
-        "dataset": pairs, "eval_pairs": 0, "max_prompt_length": 8192, "max_completion_length": 8192,
+        "model": a.model, "dataset": pairs, "eval_pairs": 0, "max_prompt_length": 8192, "max_completion_length": 8192,
         "shuffle": False, "batch_size": a.batch_size, "num_steps": 2 * steps, "cache_dir": work / "cache",
         "learning_rate": 1e-5, "lr_schedule": "constant", "warmup_steps": 0, "max_grad_norm": 0.0,
         "param_dtype": "float32", "compute_dtype": "float32",
@@ -169,7 +168,7 @@ def print_table(medians: dict[str, dict[str, float]]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hugging Face directory or id, such as SmolLM2-135M-Instruct's")
+    parser.add_argument("--model", required=True, help="Hugging Face directory")
     parser.add_argument("--pairs", required=True, type=Path, help="pairs as JSONL or HH's raw file")
     parser.add_argument("--num-pairs", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -182,6 +181,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="write all numbers here")
     a = parser.parse_args()
+    if not os.path.isdir(a.model):
+        parser.error(f"--model={a.model}: no such directory")
     if a.num_pairs % a.batch_size:
         parser.error(f"--num-pairs={a.num_pairs} is no multiple of --batch-size={a.batch_size}")
     return a
@@ -192,7 +193,10 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     kept = a.out or Path(tempfile.mkdtemp(prefix="vs_trl_"))
     kept.mkdir(parents=True, exist_ok=True)
-    a.trl_python = a.trl_python or make_trl_environment(kept / "trl_environment")
+    # Both trainers run in the repository's root. Not resolved: a link is how an environment's Python knows where it is.
+    a.model, a.trl_python = (
+        os.path.abspath(path) for path in (a.model, a.trl_python or make_trl_environment(kept / "trl_environment"))
+    )
     pairs = (kept / "pairs.jsonl").resolve()
     rows = read_pairs(a.pairs, a.num_pairs)
     pairs.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -14,7 +14,7 @@
     python -m dpo_jax.train --config=configs/hhh.py:llama3.1-8b --workdir=gs://BUCKET/hhh-8b
         Llama-3.1-8B-Instruct (gated: `hf auth login`). A slice with at least 256 GB of HBM in all.
 
-Learning rate: 1e-5 to 1e-6 and dpo_beta from 0.1 for HH; the larger the model, the lower the rate. HH's raw files can lie on disk:
+Learning rate: 1e-5 to 1e-6, the larger the model the lower; dpo_beta from 0.1. HH's raw files can lie on disk:
 --config.dataset_path=DIR, with DIR/<subset>/{train,test}.jsonl.gz as on the hub; one subset:
 --config.dataset=hhh/harmless-base.
 """

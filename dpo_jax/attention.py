@@ -60,7 +60,12 @@ def _attend(q_BQHE: jax.Array, k_BSGE: jax.Array, v_BSGE: jax.Array, mask_BQS: j
 
 
 # The probabilities are the largest thing a layer makes and cheap to make again: never kept for the backward pass.
-_attend_recomputed = jax.checkpoint(_attend, policy=jax.checkpoint_policies.nothing_saveable)
+_attend_recomputed = jax.checkpoint(_attend, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+
+
+def _pieces(x_BT: jax.Array, pieces: list[tuple[int, int]]) -> jax.Array:
+    """The tokens of some stretches of a row, behind each other."""
+    return jnp.concatenate([x_BT[:, a:b] for a, b in pieces], axis=1) if len(pieces) > 1 else x_BT[:, slice(*pieces[0])]
 
 
 def pair_row_attention(
@@ -83,16 +88,12 @@ def pair_row_attention(
         for begin in range(start, start + width, QUERY_BLOCK):
             end = min(begin + QUERY_BLOCK, start + width)
             pieces = [(0, end)] if start == 0 else [(0, P), (start, end)]
-
-            def keys(x, pieces=pieces):
-                return jnp.concatenate([x[:, a:b] for a, b in pieces], axis=1) if len(pieces) > 1 else x[:, :end]
-
+            k_BSGE, v_BSGE, segments_BS = (_pieces(x, pieces) for x in (k_BTGE, v_BTGE, segments_BT))
             row_S = jnp.concatenate([jnp.arange(a, b) for a, b in pieces])
             causal_QS = row_S[None, :] <= jnp.arange(begin, end)[:, None]
-            same_BQS = segments_BT[:, begin:end, None] == keys(segments_BT)[:, None, :]
-            real_BQ1 = (segments_BT[:, begin:end] != 0)[:, :, None]
-            mask_BQS = same_BQS & real_BQ1 & causal_QS[None]
-            outs.append(_attend_recomputed(q_BTHE[:, begin:end], keys(k_BTGE), keys(v_BTGE), mask_BQS))
+            segments_BQ = segments_BT[:, begin:end]
+            same_BQS = (segments_BQ[:, :, None] == segments_BS[:, None, :]) & (segments_BQ != 0)[:, :, None]
+            outs.append(_attend_recomputed(q_BTHE[:, begin:end], k_BSGE, v_BSGE, same_BQS & causal_QS[None]))
     return jnp.concatenate(outs, axis=1)
 
 

@@ -59,8 +59,8 @@ def restore(checkpointer: ocp.training.Checkpointer, step: int, abstract: Any) -
     except (ValueError, OSError, KeyError) as e:
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise UserError(
-            f"checkpoint {step} in {checkpointer.directory} cannot be restored ({first}); delete its directory to go on "
-            "from an earlier one, or start in a new workdir"
+            f"checkpoint {step} in {checkpointer.directory} cannot be restored ({first}); delete its directory to go "
+            "on from an earlier one, or start in a new workdir"
         ) from e
 
 

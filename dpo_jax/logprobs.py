@@ -47,7 +47,8 @@ def token_logps(
 
     @jax.checkpoint
     def body(_, chunk):
-        return None, _chunk_logps(*chunk, table_VD)
+        hidden_BnD, targets_Bn = chunk
+        return None, _chunk_logps(hidden_BnD, targets_Bn, table_VD)
 
     _, logps = jax.lax.scan(body, None, (hidden, targets))
     return logps.swapaxes(0, 1).reshape(B, chunks * n)[:, :N]

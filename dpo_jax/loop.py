@@ -18,7 +18,7 @@ from dpo_jax.sharding import to_global
 from dpo_jax.step import TrainState
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - not an error
     """A signal asked for the end; the state was saved."""
 
 
@@ -79,22 +79,16 @@ def evaluate(
     eval_step: Callable[..., Any], params: Any, ref_params: Any, source: StepSource, mesh: Mesh
 ) -> dict[str, float]:
     """Means over all pairs of `source`, and how many there are (`pairs`)."""
-    totals: dict[str, float] = {}
-    count, pending = 0.0, None
+    results: list[Any] = []
     for item in batches(source, 0):
         batch, slots = place(item, mesh)
-        running = eval_step(params, ref_params, batch, slots)
-        for done in (pending,) if pending is not None else ():
-            totals, count = _add(totals, count, done)
-        pending = running
-    if pending is not None:
-        totals, count = _add(totals, count, pending)
-    return {name: value / max(count, 1.0) for name, value in totals.items()} | {"pairs": int(count)}
-
-
-def _add(totals: dict[str, float], count: float, done: Any) -> tuple[dict[str, float], float]:
-    sums, n = jax.device_get(done)
-    return {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}, count + float(n)
+        results.append(eval_step(params, ref_params, batch, slots))
+        if len(results) > 1:  # fetched while the next one runs, so that no more than two batches wait on the devices
+            results[-2] = jax.device_get(results[-2])
+    sums, counts = zip(*jax.device_get(results), strict=True)
+    total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
+    pairs = int(sum(counts))
+    return {name: value / pairs for name, value in total.items()} | {"pairs": pairs}
 
 
 def run_phase(

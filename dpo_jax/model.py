@@ -8,6 +8,7 @@ Shapes: B rows, T tokens of a row, D model, F ffn, H query heads, G kv-heads, E 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,11 @@ ROPE_KEYS = {
 # What the backward pass keeps of a layer; everything else is computed again.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
-    # matrix products are kept, the cheap element-wise work between them is not
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # matrix products and attention are kept, the cheap element-wise work between them is not
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention_out"),
+    ),
     "attention": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention_out"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -129,6 +133,18 @@ def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[st
     return jnp.asarray(module.param(name, init, shape, jnp.float32), dtype)
 
 
+def _project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
+    """Contract the last `contracted` axes of `x` with the first ones of `kernel`, as one product of two matrices.
+
+    With tokens as one axis the kernel's gradient contracts one axis too: over two, XLA transposes the activations first,
+    which costs the backward pass on CPU more than the product itself.
+    """
+    lead, outs = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
+    inner = math.prod(kernel.shape[:contracted])
+    product = jnp.dot(x.reshape(math.prod(lead), inner), kernel.reshape(inner, math.prod(outs)))
+    return product.reshape(*lead, *outs)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square layer norm (Zhang & Sennrich 2019, arXiv 1910.07467), computed in float32."""
 
@@ -157,16 +173,16 @@ class Attention(nn.Module):
         wk_DGE = _kernel(self, "k", (D, G, E), ("embed", "kv_heads", "head_dim"), dtype)
         wv_DGE = _kernel(self, "v", (D, G, E), ("embed", "kv_heads", "head_dim"), dtype)
         wo_HED = _kernel(self, "o", (H, E, D), ("heads", "head_dim", "embed"), dtype)
-        q_BTHE = apply_rotary(jnp.einsum("BTD,DHE->BTHE", x_BTD, wq_DHE), context["angles"])
-        k_BTGE = apply_rotary(jnp.einsum("BTD,DGE->BTGE", x_BTD, wk_DGE), context["angles"])
-        v_BTGE = jnp.einsum("BTD,DGE->BTGE", x_BTD, wv_DGE)
+        q_BTHE = apply_rotary(_project(x_BTD, wq_DHE), context["angles"])
+        k_BTGE = apply_rotary(_project(x_BTD, wk_DGE), context["angles"])
+        v_BTGE = _project(x_BTD, wv_DGE)
         q_BTHE = nn.with_logical_constraint(checkpoint_name(q_BTHE, "q"), ("rows", "tokens", "heads", "head_dim"))
         k_BTGE = nn.with_logical_constraint(checkpoint_name(k_BTGE, "k"), ("rows", "tokens", "kv_heads", "head_dim"))
         v_BTGE = nn.with_logical_constraint(checkpoint_name(v_BTGE, "v"), ("rows", "tokens", "kv_heads", "head_dim"))
         out_BTHE, cache = self.attend(q_BTHE, k_BTGE, v_BTGE, context, cache)
         out_BTHE = nn.with_logical_constraint(out_BTHE, ("rows", "tokens", "heads", "head_dim"))
         out_BTHE = checkpoint_name(out_BTHE, "attention_out")
-        return jnp.einsum("BTHE,HED->BTD", out_BTHE, wo_HED), cache
+        return _project(out_BTHE, wo_HED, contracted=2), cache
 
 
 class Mlp(nn.Module):
@@ -180,9 +196,9 @@ class Mlp(nn.Module):
         gate_DF = _kernel(self, "gate", (D, F), ("embed", "mlp"), dtype)
         up_DF = _kernel(self, "up", (D, F), ("embed", "mlp"), dtype)
         down_FD = _kernel(self, "down", (F, D), ("mlp", "embed"), dtype)
-        x_BTF = nn.silu(jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF)) * jnp.einsum("BTD,DF->BTF", x_BTD, up_DF)
+        x_BTF = nn.silu(_project(x_BTD, gate_DF)) * _project(x_BTD, up_DF)
         x_BTF = nn.with_logical_constraint(x_BTF, ("rows", "tokens", "mlp"))
-        return jnp.einsum("BTF,FD->BTD", x_BTF, down_FD)
+        return _project(x_BTF, down_FD)
 
 
 class Block(nn.Module):

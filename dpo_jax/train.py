@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from dpo_jax import answers, checkpoint, metrics, policy, report, tiny, weights
 from dpo_jax.config import check, claim_workdir, parse
 from dpo_jax.data.pipeline import ChosenOnly, PairSource, Schedule, StepSource, make_schedule
-from dpo_jax.data.prepare import DataRequest, Pairs, Prepared, prepare
+from dpo_jax.data.prepare import DataRequest, Prepared, prepare
 from dpo_jax.errors import UserError
 from dpo_jax.loop import Phase, Stopped, evaluate, run_phase, stop_signal
 from dpo_jax.losses import LOSSES

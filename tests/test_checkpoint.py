@@ -70,7 +70,7 @@ def test_another_models_checkpoint_is_refused_in_one_line(tmp_path):
         checkpoint.save(checkpoints, 1, {"something": jnp.ones(3)})
     with (
         checkpoint.open_checkpoints(tmp_path, keep=2) as checkpoints,
-        pytest.raises(UserError, match="checkpoint 1 in .* cannot be restored") as caught,
+        pytest.raises(UserError, match=r"checkpoint 1 in .* cannot be restored") as caught,
     ):
         checkpoint.restore(checkpoints, 1, policy.abstract_state(TX, layout))
     assert "\n" not in str(caught.value)

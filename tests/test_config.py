@@ -118,7 +118,7 @@ def test_the_keys_of_the_contract_are_there_and_every_key_is_used():
     keys = set(common.get_config())
     assert set(CONTRACT) <= keys
     source = Path("dpo_jax/train.py").read_text() + Path("dpo_jax/config.py").read_text()
-    data = {f for f in DataRequest.__dataclass_fields__}
+    data = set(DataRequest.__dataclass_fields__)
     assert [k for k in sorted(keys) if f'"{k}"' not in source and k not in data] == []
 
 

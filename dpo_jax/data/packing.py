@@ -95,7 +95,7 @@ def _cost(rows: int, widths: np.ndarray, key_cost: float) -> float:
 
 
 def _deal(batches: np.ndarray, lengths: np.ndarray, rows: int, slots: int, target: np.ndarray) -> np.ndarray:
-    """Lay batches `[n, batch_size]` (EMPTY allowed) into rows `[n, rows, slots]`: longest first onto the emptiest row."""
+    """Lay batches `[n, batch_size]` (EMPTY allowed) into rows `[n, rows, slots]`, longest first, each on the emptiest row."""
     n, size = batches.shape
     weights = (lengths / np.maximum(target, 1)).sum(-1)
     weight = np.where(batches >= 0, weights[batches], -1.0)
@@ -164,8 +164,7 @@ def _balance(
         both = both[rng.permutation(len(both))]
         first = np.zeros(2 * len(both), bool)
         first[np.unique(both.reshape(-1), return_index=True)[1]] = True
-        first = first.reshape(-1, 2).all(1)
-        both = both[first & (both[:, 0] != both[:, 1])]
+        both = both[first.reshape(-1, 2).all(1) & (both[:, 0] != both[:, 1])]
         for start in range(0, len(both), chunk):
             x, y = both[start : start + chunk].T
             a, b = flat[x], flat[y]
@@ -378,8 +377,8 @@ def plan_epoch(
         if shapes[i].rows == first.rows and shapes[i].pairs == first.pairs:
             index[(need <= np.asarray(shapes[i].widths)).all(1)] = i
     out = []
-    for i, rows in zip(index, placed, strict=True):
-        shape = shapes[i]
+    for rung, rows in zip(index, placed, strict=True):
+        shape = shapes[rung]
         if rows.shape == (shape.rows, shape.pairs):
             out.append(_left(rows))
         else:  # the shape that always fits: one pair a row

@@ -86,9 +86,9 @@ def make_schedule(
     pairs: PairSource, batch_size: int, limits: RowLimits, *, seed: int, shuffle: bool, drop_remainder: bool
 ) -> Schedule:
     """Choose row shapes for these pairs and plan them."""
-    order = {"seed": seed, "shuffle": shuffle, "drop_remainder": drop_remainder}
     lengths = np.asarray(pairs.lengths)
-    return Schedule(pairs, lengths, batch_size, choose_ladder(lengths, batch_size, limits, **order), **order)
+    shapes = choose_ladder(lengths, batch_size, limits, seed=seed, shuffle=shuffle, drop_remainder=drop_remainder)
+    return Schedule(pairs, lengths, batch_size, shapes, seed, shuffle, drop_remainder)
 
 
 def build_rows(pairs: PairSource, placed: np.ndarray, shape: RowShape) -> dict[str, np.ndarray]:
