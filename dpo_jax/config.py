@@ -26,12 +26,16 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", help_string="Config file, FILE.py or FILE.py:PRESET.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Directory of the run; the same command continues it.", flag_values=values)
+    flags.DEFINE_bool("distributed", False, "One process of several: join the others first.", flag_values=values)
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
     return values
 
 
-def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path]:
-    """Read `--config=FILE.py[:PRESET] --workdir=DIR [--config.KEY=VALUE ...]`.
+def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path, bool]:
+    """Read `--config=FILE.py[:PRESET] --workdir=DIR [--config.KEY=VALUE ...] [--distributed]`.
+
+    Returns:
+      The config, the workdir, and whether this is one process of several.
 
     Raises:
       UserError: anything wrong with it, in one line.
@@ -73,7 +77,7 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path]:
         raise UserError(f"--config={file} cannot be read: get_config() must return a ConfigDict")
     if not values["workdir"].value:
         raise UserError(f"--workdir is missing; usage: {usage}")
-    return config, Path(values["workdir"].value)
+    return config, Path(values["workdir"].value), values["distributed"].value
 
 
 def _unknown_key(key: str) -> str:

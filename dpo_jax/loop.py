@@ -135,10 +135,14 @@ def run_phase(
     for item in batches(phase.source, start):
         n = item["info"]["step"] + 1
         batch, slots = place(item, mesh)
-        # Compiling is not training: the first step of a shape waits for it before it is dispatched.
-        with throughput.paused() if slots not in compiled else contextlib.nullcontext():
+        if slots not in compiled:
+            # Compiling is not training: the step before is waited for, then the clock stands still.
+            record()
+            with throughput.paused():
+                state, metrics = phase.train_step(state, ref_params, batch, slots)
+            compiled.add(slots)
+        else:
             state, metrics = phase.train_step(state, ref_params, batch, slots)
-        compiled.add(slots)
         record()
         pending = (n, metrics, item["info"])
         last, stopping = n == total, stop.is_set()

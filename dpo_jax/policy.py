@@ -130,11 +130,11 @@ def load_params(policy: Policy, layout: Layout, seed: int) -> Params:
     if policy.directory is not None:
         return weights.load(policy.directory, policy.config, layout.shardings, layout.param_dtype)
 
-    def fresh(key: jax.Array) -> Params:
-        params = nn.meta.unbox(init_params(key, policy.config))
+    def fresh() -> Params:
+        params = nn.meta.unbox(init_params(jax.random.key(seed), policy.config))
         return jax.tree.map(lambda p: p.astype(layout.param_dtype), params)
 
-    return jax.jit(fresh, out_shardings=layout.shardings)(jax.random.key(seed))
+    return jax.jit(fresh, out_shardings=layout.shardings)()
 
 
 def load_reference(directory: Path, layout: Layout) -> Params:

@@ -36,9 +36,10 @@ def pick(key: jax.Array, logits_BV: jax.Array, *, temperature: float, top_p: flo
 
 @functools.partial(jax.jit, static_argnames=("config", "new_tokens", "temperature", "top_p", "stop", "dtype"))
 def _generate(
-    params: Params, tokens_BT: jax.Array, real_BT: jax.Array, key: jax.Array,
+    params: Params, tokens_BT: jax.Array, real_BT: jax.Array, seed: jax.Array,
     *, config: ModelConfig, new_tokens: int, temperature: float, top_p: float, stop: tuple[int, ...], dtype: Any,
 ) -> jax.Array:  # fmt: skip
+    key = jax.random.key(seed)
     params = jax.tree.map(lambda p: p.astype(dtype), params)
     table_VD = unembedding(params)
     B, T = tokens_BT.shape
@@ -105,7 +106,7 @@ def generate(
         real[row, width - len(ids) :] = True
     answers = jax.device_get(
         _generate(
-            params, jnp.asarray(tokens), jnp.asarray(real), jax.random.key(seed), config=config, new_tokens=new_tokens,
+            params, tokens, real, np.int32(seed), config=config, new_tokens=new_tokens,
             temperature=float(temperature), top_p=float(top_p), stop=tuple(stop), dtype=dtype,
         )
     )  # fmt: skip

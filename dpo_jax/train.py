@@ -305,10 +305,28 @@ def _forget_after(workdir: Path, sft_steps: int, done: int) -> None:
             metrics.truncate(workdir / name, keep)
 
 
+def _join() -> None:
+    """Join the other processes: a TPU pod knows them; elsewhere the environment names them."""
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    try:
+        if address:
+            count, index = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+            jax.distributed.initialize(address, count, index)
+        else:
+            jax.distributed.initialize()
+    except (KeyError, ValueError) as e:
+        raise UserError(
+            f"--distributed: the other processes are not known ({e}); on a TPU pod they are, elsewhere set "
+            "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     try:
-        config, workdir = parse(sys.argv if argv is None else argv)
+        config, workdir, distributed = parse(sys.argv if argv is None else argv)
+        if distributed:
+            _join()
         run(config, workdir)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

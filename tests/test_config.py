@@ -94,10 +94,13 @@ def test_a_workdir_that_cannot_be_written_is_refused(refused, tmp_path):
 
 
 def test_overrides_reach_the_config(tmp_path):
-    config, workdir = parse(["train", TINY, "--config.dpo_beta=0.3", "--config.shuffle=false", f"--workdir={tmp_path}"])
+    config, workdir, distributed = parse(
+        ["train", TINY, "--config.dpo_beta=0.3", "--config.shuffle=false", f"--workdir={tmp_path}"]
+    )
     assert config.dpo_beta == 0.3
     assert config.shuffle is False
     assert workdir == tmp_path
+    assert not distributed
 
 
 def test_help_says_how_to_run_it(capsys):

@@ -84,8 +84,8 @@ def test_records_are_those_of_the_contract(finished):
     assert [r["step"] for r in by_split["train"]] == list(range(1, 11))
     assert [r["step"] for r in by_split["eval"]] == [0, 4, 8, 10]
     keys = set(
-        "dpo_loss accuracy margin chosen_reward rejected_reward chosen_logp rejected_logp grad_norm learning_rate pairs "
-        "tokens useful_token_fraction pairs_per_second step_seconds".split()
+        "dpo_loss accuracy margin chosen_reward rejected_reward chosen_logp rejected_logp grad_norm learning_rate "
+        "pairs tokens useful_token_fraction pairs_per_second step_seconds".split()
     )
     for record in by_split["train"]:
         assert keys <= set(record)
@@ -104,7 +104,7 @@ def test_records_are_those_of_the_contract(finished):
 
 
 def test_the_reference_did_not_move(finished):
-    """A first update at rate 0 leaves the policy the reference: so does step 2 see ln 2."""
+    """A first update at rate 0 leaves the policy as it was: step 2 sees ln 2 as well."""
     records = [r for r in metrics.read(finished[0] / "metrics.jsonl") if r["split"] == "train"]
     assert records[1]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert records[-1]["dpo_loss"] != pytest.approx(np.log(2), abs=1e-3)

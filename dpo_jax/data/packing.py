@@ -95,7 +95,7 @@ def _cost(rows: int, widths: np.ndarray, key_cost: float) -> float:
 
 
 def _deal(batches: np.ndarray, lengths: np.ndarray, rows: int, slots: int, target: np.ndarray) -> np.ndarray:
-    """Lay batches `[n, batch_size]` (EMPTY allowed) into rows `[n, rows, slots]`, longest first, each on the emptiest row."""
+    """Lay batches `[n, batch_size]` (EMPTY allowed) into rows `[n, rows, slots]`: longest first, on the emptiest row."""
     n, size = batches.shape
     weights = (lengths / np.maximum(target, 1)).sum(-1)
     weight = np.where(batches >= 0, weights[batches], -1.0)
