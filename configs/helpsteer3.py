@@ -1,6 +1,6 @@
 """NVIDIA HelpSteer3 preferences (38,459 pairs before ties are dropped): general, STEM, code and multilingual prompts.
 
-    python -m dpo_jax.train --config=configs/helpsteer3.py --workdir=gs://BUCKET/helpsteer3
+    python -m dpo_jax.train --config=configs/helpsteer3.py --workdir=runs/helpsteer3
         SmolLM2-1.7B-Instruct (ungated), one epoch on a TPU slice: fsdp over all its chips.
 
     python -m dpo_jax.train --config=configs/helpsteer3.py:smollm2-135m --workdir=runs/helpsteer3-135m

@@ -1,6 +1,6 @@
 """UltraFeedback, binarized (61,135 pairs): instructions with answers scored by GPT-4.
 
-    python -m dpo_jax.train --config=configs/ultrafeedback.py --workdir=gs://BUCKET/ultrafeedback
+    python -m dpo_jax.train --config=configs/ultrafeedback.py --workdir=runs/ultrafeedback
         SmolLM2-1.7B-Instruct (ungated) on a TPU slice, with SmolLM2's own recipe: beta 0.5, rate 1e-6, batch 128,
         lengths 1024/1024. Published for it: held-out accuracy 0.675 (loss 0.588) after two to three epochs.
 
@@ -8,7 +8,7 @@
         The same for SmolLM2-135M-Instruct (published: 0.615, loss 0.674); bound it with --config.num_steps=50 on a
         laptop.
 
-    python -m dpo_jax.train --config=configs/ultrafeedback.py:zephyr-7b --workdir=gs://BUCKET/zephyr
+    python -m dpo_jax.train --config=configs/ultrafeedback.py:zephyr-7b --workdir=runs/zephyr
         zephyr-7b-dpo-full's recipe on its SFT model: beta 0.01, rate 5e-7, batch 128, lengths 1024/512, one epoch.
         Published: held-out accuracy 0.766 (loss 0.503). A slice with at least 256 GB of HBM in all.
 

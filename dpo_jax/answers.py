@@ -39,10 +39,9 @@ def answer(
     """
     shown = [pairs[i] for i in range(len(pairs))]
     # A chat template ends a turn with a token of its own, which need not be the tokenizer's eos.
-    ends = {int(ids[-1]) for _, chosen, rejected in shown for ids in (chosen, rejected)} & set(
-        tokenizer.all_special_ids
-    )
-    stop = sorted({tokenizer.eos_token_id, *ends} - {None})
+    # It may be followed by a newline.
+    last = {int(i) for _, chosen, rejected in shown for ids in (chosen, rejected) for i in ids[-2:]}
+    stop = sorted({tokenizer.eos_token_id, *(last & set(tokenizer.all_special_ids))} - {None}) or [-1]
     records = []
     for mode, (temperature, top_p) in modes.items():
         answers = sample.generate(

@@ -1,7 +1,7 @@
 """Orbax checkpoints of a run: save, find, restore on any mesh.
 
-A checkpoint is the train state and a small JSON beside it (the run's position). The reference's parameters are saved
-once, apart, and only by a run that made them itself.
+A checkpoint is the train state; its number is the run's position. The reference's parameters are saved once, apart, and
+only by a run that made them itself.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def restore(checkpointer: ocp.training.Checkpointer, step: int, abstract: Any) -
     try:
         return checkpointer.load(step, abstract)
     except (ValueError, OSError, KeyError) as e:
-        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        first = _first_line(e)
         raise UserError(
             f"checkpoint {step} in {checkpointer.directory} cannot be restored ({first}); delete its directory to go "
             "on from an earlier one, or start in a new workdir"
@@ -70,8 +70,19 @@ def save_tree(directory: Path, tree: Any) -> None:
 
 
 def restore_tree(directory: Path, abstract: Any) -> Any:
-    """Restore what `save_tree` saved, with the shapes, dtypes and shardings of `abstract`."""
-    return ocp.load(directory.absolute(), abstract)
+    """Restore what `save_tree` saved, with the shapes, dtypes and shardings of `abstract`.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return ocp.load(directory.absolute(), abstract)
+    except (ValueError, OSError, KeyError) as e:
+        raise UserError(f"{directory} cannot be restored ({_first_line(e)}); start again in a new workdir") from e
+
+
+def _first_line(e: Exception) -> str:
+    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -42,6 +42,7 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path, bool]:
       SystemExit: 0 after `--help`.
     """
     usage = "python -m dpo_jax.train --config=configs/hhh.py[:PRESET] --workdir=DIR [--config.KEY=VALUE ...]"
+    usage += " [--distributed]"
     if any(a in ("--help", "-h", "--helpfull") for a in argv[1:]):
         print(f"usage: {usage}\n\nEvery key, its unit and its default: configs/common.py.")
         raise SystemExit(0)
@@ -64,11 +65,13 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path, bool]:
     try:
         rest = values(list(argv))
         config = values["config"].value
-    except AttributeError as e:  # config_flags' word for an unknown key
-        named = re.search(r"'(\w+)", str(e))
-        raise UserError(_unknown_key(named[1] if named else str(e))) from None
-    except (flags.Error, ValueError, TypeError, KeyError) as e:
+    except (flags.Error, ValueError) as e:
         raise UserError(" ".join(str(e).split())) from None
+    except Exception as e:  # a config file is the user's own code: whatever is wrong in it is named in one line
+        named = re.search(r"'(\w+)", str(e))
+        if isinstance(e, AttributeError) and named and any(a.startswith(f"--config.{named[1]}") for a in argv):
+            raise UserError(_unknown_key(named[1])) from None  # config_flags' word for it
+        raise UserError(f"--config={file}: {type(e).__name__}: {' '.join(str(e).split())}") from None
     finally:
         sys.argv = before
     if len(rest) > 1:
@@ -77,7 +80,7 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path, bool]:
         raise UserError(f"--config={file} cannot be read: get_config() must return a ConfigDict")
     if not values["workdir"].value:
         raise UserError(f"--workdir is missing; usage: {usage}")
-    return config, Path(values["workdir"].value), values["distributed"].value
+    return config, Path(check_workdir(values["workdir"].value)), bool(values["distributed"].value)
 
 
 def _unknown_key(key: str) -> str:
@@ -144,6 +147,10 @@ def check(config: Mapping[str, Any]) -> None:
     missing = [key for key in known if key not in config]
     if missing:
         raise UserError(f"config keys are missing: {', '.join(missing)}; start from configs/common.py: get_config()")
+    for key, default in known.items():
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(config[key], kinds) or isinstance(config[key], bool) != isinstance(default, bool):
+            raise UserError(f"{key}={config[key]!r}: must be a {type(default).__name__}, such as {default!r}")
     for key, (is_good, words) in _CHECKS.items():
         if not is_good(config[key]):
             raise UserError(f"{key}={config[key]!r}: must be {words}")
@@ -158,8 +165,15 @@ def check(config: Mapping[str, Any]) -> None:
         raise UserError("num_steps and num_epochs are both 0; set one of them")
 
 
+def check_workdir(workdir: str) -> str:
+    """Refuse a remote directory, which a `Path` would quietly make a local one."""
+    if re.match(r"[A-Za-z][\w+.-]*:/", workdir):
+        raise UserError(f"workdir={workdir}: remote directories are not supported yet; give a local or a mounted one")
+    return workdir
+
+
 def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None:
-    """Make `workdir` this config's: write config.json, or compare with the one that is there.
+    """Compare `workdir` with this config, or (`write`) make it this config's by its config.json.
 
     Raises:
       UserError: the directory belongs to another config, or cannot be written.
@@ -178,10 +192,10 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None
                 f"{workdir} holds a run of another config ({difference}); use another --workdir or its config"
             )
         return
-    if not write:
-        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        if not write:
+            return
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(mine, indent=1, sort_keys=True) + "\n")
         temporary.replace(path)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dpo_jax.attention import Slots
 
-# Completion tokens (rows x tokens) whose logits exist at one time.
+# Completion tokens (rows x tokens) whose logits exist at one time on a device.
 CHUNK_TOKENS = 1024
 
 
@@ -55,7 +55,13 @@ def token_logps(
 
 
 def pair_logps(
-    hidden_BTD: jax.Array, batch: dict[str, jax.Array], table_VD: jax.Array, *, slots: Slots, pairs_per_row: int
+    hidden_BTD: jax.Array,
+    batch: dict[str, jax.Array],
+    table_VD: jax.Array,
+    *,
+    slots: Slots,
+    pairs_per_row: int,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> jax.Array:
     """Summed log-probabilities of both completions of every pair in a row.
 
@@ -66,12 +72,13 @@ def pair_logps(
       table_VD: the vocabulary projection.
       slots: the row's widths.
       pairs_per_row: K.
+      chunk_tokens: as in `token_logps`.
 
     Returns:
       float32 `[B, K, 2]`: (chosen, rejected) of pair k; 0 where a row has no pair k.
     """
     hidden_BND = jnp.take_along_axis(hidden_BTD, batch["source"][:, :, None], axis=1)
-    logps_BN = token_logps(hidden_BND, batch["tokens"][:, slots.prompt :], table_VD)
+    logps_BN = token_logps(hidden_BND, batch["tokens"][:, slots.prompt :], table_VD, chunk_tokens=chunk_tokens)
     segments_BN = batch["segments"][:, slots.prompt :]
     owner_BNK = (segments_BN[:, :, None] == jnp.arange(1, pairs_per_row + 1)[None, None, :]).astype(jnp.float32)
     C = slots.chosen

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowShape
 from dpo_jax.data.pipeline import StepSource, batches
+from dpo_jax.errors import UserError
 from dpo_jax.metrics import MetricsWriter, Throughput
 from dpo_jax.sharding import to_global
 from dpo_jax.step import TrainState
@@ -30,7 +32,8 @@ class Phase:
       split: the records' split, `sft` or `train`.
       source: the rows of every step of the phase.
       train_step: from `step.make_train_step`.
-      log_every, eval_every, checkpoint_every: in updates; 0 is never.
+      log_every: in updates, at least 1.
+      eval_every, checkpoint_every: in updates; 0 is only at the end.
       evaluate: state → the values of an `eval` record, or None.
       save: (updates done in this phase, state); saves a checkpoint.
     """
@@ -108,7 +111,7 @@ def run_phase(
     """
     total = len(phase.source)
     throughput = Throughput()
-    compiled: set[Slots] = set()
+    compiled: set[RowShape] = set()
     pending: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
 
     def record() -> None:
@@ -122,6 +125,12 @@ def run_phase(
         if n == 1 or n % phase.log_every == 0 or n == total:
             facts = {"pairs": info["pairs"], "tokens": info["tokens"], "useful_token_fraction": info["fraction"]}
             writer.write({"step": n, "split": phase.split} | values | facts | throughput.take())
+        lost = [name for name, value in values.items() if not math.isfinite(value)]
+        if lost:  # before any save: the checkpoints that are there stay good
+            raise UserError(
+                f"{phase.split} step {n}: {', '.join(lost)} not finite; earlier checkpoints are kept; lower the learning "
+                "rate in a new workdir"
+            )
 
     def evaluate_at(n: int) -> None:
         if phase.evaluate is not None:
@@ -135,12 +144,12 @@ def run_phase(
     for item in batches(phase.source, start):
         n = item["info"]["step"] + 1
         batch, slots = place(item, mesh)
-        if slots not in compiled:
+        if item["info"]["shape"] not in compiled:
             # Compiling is not training: the step before is waited for, then the clock stands still.
             record()
             with throughput.paused():
                 state, metrics = phase.train_step(state, ref_params, batch, slots)
-            compiled.add(slots)
+            compiled.add(item["info"]["shape"])
         else:
             state, metrics = phase.train_step(state, ref_params, batch, slots)
         record()

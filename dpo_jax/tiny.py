@@ -13,7 +13,8 @@ TOKENIZER_ROWS = 2000
 
 
 def write_dialogues(directory: Path, seed: int) -> Path:
-    """Write the synthetic dialogues in HH's hub layout below `directory`, unless they are there; returns it."""
+    """Write a seed's synthetic dialogues in HH's hub layout below `directory`, unless they are there."""
+    directory = directory / f"synthetic-{seed}"
     if not (directory / "synthetic" / "test.jsonl.gz").exists():  # the last file written
         synthetic.write_hh(directory, seed, TRAIN_PAIRS, TEST_PAIRS)
     return directory

@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from dpo_jax import answers, checkpoint, metrics, policy, report, tiny, weights
-from dpo_jax.config import check, claim_workdir, parse
+from dpo_jax.config import check, check_workdir, claim_workdir, parse
 from dpo_jax.data.pipeline import ChosenOnly, PairSource, Schedule, StepSource, make_schedule
 from dpo_jax.data.prepare import DataRequest, Prepared, prepare
 from dpo_jax.errors import UserError
@@ -65,23 +65,23 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
       UserError: bad input, said in one line.
       Stopped: SIGTERM came; the state is saved and the same call goes on.
     """
-    c, workdir = dict(config), Path(workdir)
+    c, workdir = dict(config), Path(check_workdir(os.fspath(workdir)))
     check(c)
     claim_workdir(workdir, c, write=False)
     mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"])
     _check_division(c, mesh)
     main_process = jax.process_index() == 0
-    claim_workdir(workdir, c, write=main_process)
     found = policy.find(c["model"], workdir, c["seed"])
     layout = policy.lay_out(found.config, mesh, param_dtype=c["param_dtype"], compute_dtype=c["compute_dtype"])
     if c["reference"]:
-        weights.resolve(c["reference"], what="reference")
+        policy.check_reference(weights.resolve(c["reference"], what="reference"), layout)
     data = _prepare(c, found, workdir)
     if len(data.train) < c["batch_size"] and c["drop_remainder"]:
         raise UserError(
             f"batch_size={c['batch_size']} is more than the {len(data.train)} training pairs; lower it, or set "
             "drop_remainder=False"
         )
+    claim_workdir(workdir, c, write=main_process)  # only now: a refused command leaves no config behind
     with (
         jax.set_mesh(mesh),
         stop_signal() as stop,
@@ -103,6 +103,10 @@ def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
     """SFT if any, then DPO, then everything that is written at the end."""
     c, sft_steps = run.c, run.c["sft_steps"]
     _introduce(run, plan)
+    if steps > 1 and c["warmup_steps"] >= steps:
+        raise UserError(
+            f"warmup_steps={c['warmup_steps']:g} leaves nothing of the {steps} updates; use 0.1 (a fraction)"
+        )
     tx, rate = _transformation(c, c["learning_rate"], c["lr_schedule"], steps)
     resumed = run.done > sft_steps
     if resumed:
@@ -115,7 +119,7 @@ def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
     objective = preference_objective(LOSSES[c["loss"]], beta=c["dpo_beta"], label_smoothing=c["label_smoothing"])
     phase = Phase(
         "train",
-        _source(c, plan, run.layout.mesh, steps, c["microbatches"]),
+        _source(plan, run.layout.mesh, steps, c["microbatches"]),
         make_train_step(run.logps, objective, tx, rate, compute_dtype=run.layout.dtype),
         log_every=c["log_every"],
         eval_every=c["eval_every"],
@@ -148,7 +152,7 @@ def _params_after_sft(run: Run) -> Params:
         plan = _plan(c, ChosenOnly(run.data.train), run.layout)
         phase = Phase(
             "sft",
-            _source(c, plan, run.layout.mesh, steps, c["microbatches"]),
+            _source(plan, run.layout.mesh, steps, c["microbatches"]),
             make_train_step(run.logps, sft_objective(), tx, rate, compute_dtype=run.layout.dtype),
             log_every=c["log_every"],
             eval_every=0,
@@ -174,11 +178,12 @@ def _evaluator(run: Run, objective: Any, ref_params: Params) -> Callable[[TrainS
     held_out = run.data.evaluation
     if not len(held_out):
         return None
-    limits = policy.row_limits(run.layout, 1)
+    microbatches = run.c["microbatches"]
+    limits = policy.row_limits(run.layout, microbatches)
     plan = make_schedule(
         held_out, min(run.c["batch_size"], len(held_out)), limits, seed=0, shuffle=True, drop_remainder=False
     )
-    source = _source(run.c, plan, run.layout.mesh, plan.steps_per_epoch, 1)
+    source = _source(plan, run.layout.mesh, plan.steps_per_epoch, microbatches)
     eval_step = make_eval_step(run.logps, objective, compute_dtype=run.layout.dtype)
     return lambda state: evaluate(eval_step, state.params, ref_params, source, run.layout.mesh)
 
@@ -239,6 +244,12 @@ def _introduce(run: Run, plan: Schedule) -> None:
     say(f"model {c['model']}: {layout.config.parameter_count():,} parameters, {layout.dtype} on {mesh} ({platform})")
     say(f"data {c['dataset']}: {len(run.data.train):,} training pairs, {len(run.data.evaluation):,} held out")
     say(f"rows {shape.rows} x [{shape.prompt} | {shape.chosen} | {shape.rejected}] for {c['batch_size']} pairs")
+    lengths = run.data.train.lengths
+    longest, limit = int((lengths[:, 0] + lengths[:, 1:].max(1)).max()), layout.config.max_position_embeddings
+    if longest > limit:
+        say(
+            f"warning: sequences of up to {longest} tokens, but the model was made for {limit}; lower max_prompt_length"
+        )
     if run.done:
         say(f"going on from checkpoint {run.done}")
 
@@ -257,7 +268,7 @@ def _check_division(c: Config, mesh: Mesh) -> None:
 def _prepare(c: Config, found: Policy, workdir: Path) -> Prepared:
     dataset_path = c["dataset_path"]
     if c["dataset"] == "synthetic" and not dataset_path:
-        dataset_path = str(tiny.write_dialogues(workdir / "synthetic", c["seed"]))
+        dataset_path = str(tiny.write_dialogues(workdir, c["seed"]))
     names = [f.name for f in dataclasses.fields(DataRequest) if f.name != "dataset_path"]
     request = DataRequest(dataset_path=dataset_path, **{name: c[name] for name in names})
     prepared = prepare(request, found.tokenizer, workdir / "quarantine.jsonl")
@@ -272,7 +283,7 @@ def _plan(c: Config, pairs: PairSource, layout: Layout) -> Schedule:
     return make_schedule(pairs, c["batch_size"], limits, **order)
 
 
-def _source(c: Config, plan: Schedule, mesh: Mesh, steps: int, microbatches: int) -> StepSource:
+def _source(plan: Schedule, mesh: Mesh, steps: int, microbatches: int) -> StepSource:
     rows: dict[int, np.ndarray] = {}
     for shape in plan.shapes:
         n = shape.rows // microbatches
@@ -284,7 +295,7 @@ def _transformation(
     c: Config, peak: float, kind: str, steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     warmup = c["warmup_steps"]
-    warmup = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
+    warmup = math.ceil(warmup * steps) if warmup < 1 else min(int(warmup), steps)
     rate = schedule(kind, peak=peak, warmup_steps=warmup, total_steps=steps)
     return optimizer(c["optimizer"], rate, weight_decay=c["weight_decay"], max_grad_norm=c["max_grad_norm"]), rate
 

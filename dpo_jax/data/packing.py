@@ -22,6 +22,9 @@ SLACK = 0.02
 # How much wider than anything the sample needed a shuffled run's third shape is: other epochs have other luck.
 ROOM = 0.08
 SAMPLE_PAIRS = 4096
+# Rows with this fraction of real tokens are taken before others, unless their attention makes them that much dearer.
+FILL = 0.95
+FILL_WORTH = 1.2
 # A slot of the common shapes holds all but this share of the completions (or prompts). The few longer ones would make
 # every row of a run that wide; in a shuffled run they meet in a few batches of a wider shape.
 LONG_SHARE = 0.004
@@ -95,7 +98,7 @@ def _cost(rows: int, widths: np.ndarray, key_cost: float) -> float:
 
 
 def _deal(batches: np.ndarray, lengths: np.ndarray, rows: int, slots: int, target: np.ndarray) -> np.ndarray:
-    """Lay batches `[n, batch_size]` (EMPTY allowed) into rows `[n, rows, slots]`: longest first, on the emptiest row."""
+    """Lay batches `[n, batch_size]` (EMPTY allowed) into `[n, rows, slots]`: longest first, on the emptiest row."""
     n, size = batches.shape
     weights = (lengths / np.maximum(target, 1)).sum(-1)
     weight = np.where(batches >= 0, weights[batches], -1.0)
@@ -271,38 +274,50 @@ def choose_ladder(
       The ladder, cheapest first. The last shape has one pair a row and the longest widths there are.
     """
     lengths = np.asarray(lengths, np.int64)
-    w = limits.width_multiple
-    longest = _round_up(lengths.max(0), w)
+    longest = _round_up(lengths.max(0), limits.width_multiple)
     order: dict[str, int | bool] = {"seed": seed, "epoch": 0, "shuffle": shuffle, "drop_remainder": drop_remainder}
-    sample = lengths
-    if shuffle and len(lengths) > max(batch_size, SAMPLE_PAIRS):
-        chosen = np.random.default_rng([seed, 1]).permutation(len(lengths))[: max(batch_size, SAMPLE_PAIRS)]
-        sample = lengths[chosen]
-    narrowest = _round_up(np.quantile(lengths, 1 - LONG_SHARE, axis=0), w) if shuffle else longest
-    pairs = min(batch_size, len(lengths))
-    best: tuple[float, tuple[RowShape, ...]] | None = None
+    size = max(batch_size, SAMPLE_PAIRS)
+    sample = lengths[np.random.default_rng([seed, 1]).permutation(len(lengths))[:size]] if shuffle else lengths[:size]
+    narrowest = np.quantile(lengths, 1 - LONG_SHARE, axis=0) if shuffle else longest
+    found: list[tuple[float, float, list[RowShape]]] = []
     for rows in _row_candidates(batch_size, limits.row_multiple):
-        mean = _round_up(lengths.mean(0) * pairs / rows * (1 + SLACK), w)
-        target = np.maximum(mean, narrowest)
-        if best is not None and _cost(rows, target, limits.key_cost) >= best[0]:
-            continue  # even perfectly filled it would not be cheaper
-        shape = _shape(rows, target, _places(batch_size, rows))
-        placed, marked = _lay(sample, batch_size, shape, np.maximum(mean, longest), order)
-        widths, counts = _rungs(_needed(placed, sample), marked, ROOM if shuffle else 0.0)
-        least = target if shuffle else longest
-        widths = [_round_up(np.maximum(x, least), w) for x in widths]
-        widths[-1] = np.maximum(widths[-1], longest)
-        total = sum(_cost(rows, x, limits.key_cost) * n for x, n in zip(widths, counts, strict=True)) / len(placed)
-        if best is None or total < best[0]:
-            best = total, tuple(dict.fromkeys(_shape(rows, x, shape.pairs) for x in widths))
-    assert best is not None
+        mean = lengths.mean(0) * min(batch_size, len(lengths)) / rows * (1 + SLACK)
+        target = _round_up(np.maximum(mean, narrowest), limits.width_multiple)
+        cheapest = min((cost for cost, *_ in found), default=math.inf)
+        if _cost(rows, target, limits.key_cost) < cheapest * FILL_WORTH:
+            found.append(_try_rows(sample, batch_size, rows, target, np.maximum(mean, longest), limits, order))
+    cheapest = min(cost for cost, *_ in found)
+    filled = [f for f in found if f[1] >= FILL and f[0] <= cheapest * FILL_WORTH]
+    shapes = min(filled or found, key=lambda f: f[0])[2]
     if not shuffle:  # what the plan will do is known: the widest shape is made to hold all of it
-        placed, _ = _lay(lengths, batch_size, best[1][0], longest, order)
-        need = _round_up(_needed(placed, lengths), w).max(0)
-        widest = best[1][-1]
-        best = best[0], (*best[1][:-1], _shape(widest.rows, np.maximum(need, widest.widths), widest.pairs))
+        placed, _ = _lay(lengths, batch_size, shapes[0], longest, order)
+        need = _round_up(_needed(placed, lengths), limits.width_multiple).max(0)
+        widest = shapes[-1]
+        shapes = [*shapes[:-1], _shape(widest.rows, np.maximum(need, widest.widths), widest.pairs)]
     sure = _shape(int(_round_up(batch_size, limits.row_multiple)), longest, 1)
-    return tuple(dict.fromkeys((*best[1], sure)))
+    return tuple(dict.fromkeys((*shapes, sure)))
+
+
+def _try_rows(
+    sample: np.ndarray,
+    batch_size: int,
+    rows: int,
+    target: np.ndarray,
+    wide: np.ndarray,
+    limits: RowLimits,
+    order: dict[str, int | bool],
+) -> tuple[float, float, list[RowShape]]:
+    """What a sample makes of `rows` rows: mean cost of a step, fraction of real tokens, and the shapes it needs."""
+    shuffle = bool(order["shuffle"])
+    shape = _shape(rows, target, _places(batch_size, rows))
+    placed, marked = _lay(sample, batch_size, shape, wide, order)
+    widths, counts = _rungs(_needed(placed, sample), marked, ROOM if shuffle else 0.0)
+    widths = [_round_up(np.maximum(x, target if shuffle else 0), limits.width_multiple) for x in widths]
+    widths[-1] = _round_up(np.maximum(widths[-1], sample.max(0)), limits.width_multiple)
+    cost = sum(_cost(rows, x, limits.key_cost) * n for x, n in zip(widths, counts, strict=True)) / len(placed)
+    computed = sum(rows * int(x.sum()) * n for x, n in zip(widths, counts, strict=True))
+    fill = int(sample[placed[placed >= 0]].sum()) / max(1, computed)
+    return cost, fill, list(dict.fromkeys(_shape(rows, x, shape.pairs) for x in widths))
 
 
 def _shape(rows: int, widths: np.ndarray, pairs: int) -> RowShape:
@@ -372,6 +387,12 @@ def plan_epoch(
     wide = np.max([s.widths for s in shapes if s.rows == first.rows and s.pairs == first.pairs], axis=0)
     placed, _ = _lay(lengths, batch_size, first, wide, order)
     need = _needed(placed, lengths)
+    bad = np.flatnonzero((need > wide).any(1))
+    if len(bad) and shuffle:  # unlucky steps: exchange once more, with some others and all the room there is
+        rng = np.random.default_rng([seed, epoch, 2])
+        part = np.union1d(bad, rng.permutation(len(placed))[: 8 * len(bad)])
+        placed[part] = _balance(placed[part], lengths, wide, rng, across=True)
+        need[part] = _needed(placed[part], lengths)
     index = np.full(len(placed), len(shapes) - 1, np.int8)
     for i in reversed(range(len(shapes))):
         if shapes[i].rows == first.rows and shapes[i].pairs == first.pairs:
