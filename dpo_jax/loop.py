@@ -128,8 +128,8 @@ def run_phase(
         lost = [name for name, value in values.items() if not math.isfinite(value)]
         if lost:  # before any save: the checkpoints that are there stay good
             raise UserError(
-                f"{phase.split} step {n}: {', '.join(lost)} not finite; earlier checkpoints are kept; lower the learning "
-                "rate in a new workdir"
+                f"{phase.split} step {n}: {', '.join(lost)} not finite; earlier checkpoints are kept; lower the "
+                "learning rate in a new workdir"
             )
 
     def evaluate_at(n: int) -> None:

@@ -138,6 +138,7 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
         }
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics

@@ -12,6 +12,7 @@ from configs import common, hhh
 from dpo_jax import train
 from dpo_jax.config import parse
 from dpo_jax.data.prepare import DataRequest
+from dpo_jax.errors import UserError
 
 TINY = "--config=configs/hhh.py:tiny"
 SHARED = Path("../shared/data")
@@ -86,6 +87,27 @@ def test_another_config_in_the_workdir_is_refused_with_the_difference(refused, t
     assert "dpo_beta: 0.5 there, 0.1 asked" in said
     assert "seed: 0 there, 3 asked" in said
     assert "batch_size" not in said
+
+
+def test_a_refused_command_leaves_no_config_behind(refused, tmp_path):
+    refused(TINY, "--config.eval_path=/nowhere.jsonl")
+    refused(TINY, "--config.batch_size=16000", "--config.mesh_fsdp=8")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_remote_workdir_is_refused(refused):
+    assert "remote directories are not supported" in refused(TINY, workdir="gs://bucket/run")
+
+
+def test_an_error_in_a_config_file_is_one_line(refused, tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config(arg=''):\n    return undefined_name\n")
+    assert "NameError" in refused(f"--config={tmp_path}/mine.py")
+
+
+def test_values_of_the_wrong_type_are_refused():
+    config = hhh.get_config("tiny").to_dict() | {"learning_rate": "1e-5"}
+    with pytest.raises(UserError, match="learning_rate='1e-5': must be a float"):
+        train.check(config)
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(refused, tmp_path):

@@ -32,6 +32,10 @@ def test_training_commands_are_valid(command):
     check(config.to_dict())
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"^(SPEED|LEARNING)$|\(TIME", README, re.M)
+
+
 def test_ci_takes_the_test_command_from_the_readme():
     script = Path(".ci/run").read_text()
     sed = re.search(r"command=\$\((.*)\)$", script, re.M)
