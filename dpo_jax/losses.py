@@ -26,7 +26,7 @@ def sigmoid(policy: jax.Array, reference: jax.Array, *, beta: float, label_smoot
     with noisy preferences"): ε is the probability that a label is flipped.
 
     >>> import jax.numpy as jnp
-    >>> float(sigmoid(jnp.array([-1.0, -1.0]), jnp.array([-1.0, -1.0]), beta=0.1).round(6))
+    >>> round(float(sigmoid(jnp.array([-1.0, -1.0]), jnp.array([-1.0, -1.0]), beta=0.1)), 6)
     0.693147
     """
     h = beta * log_ratio(policy, reference)

@@ -100,7 +100,7 @@ def test_records_are_those_of_the_contract(finished):
     assert by_split["eval"][0]["pairs"] == 16
     rates = [r["learning_rate"] for r in by_split["train"]]
     assert rates[0] == 0  # one update of warm-up
-    np.testing.assert_allclose(rates[1:], 5e-4 * (1 - np.arange(9) / 9), rtol=1e-5)
+    np.testing.assert_allclose(rates[1:], 2e-4 * (1 - np.arange(9) / 9), rtol=1e-5)
 
 
 def test_the_reference_did_not_move(finished):
