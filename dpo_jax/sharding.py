@@ -115,7 +115,9 @@ def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
 def to_global(arrays: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, jax.Array]:
     """This process's rows `[microbatches, local rows, ...]` → global arrays `[microbatches, rows, ...]`."""
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, x, (x.shape[0], rows, *x.shape[2:]))
-        for name, x in arrays.items()
-    }
+    # With several processes JAX takes even this for an implicit transfer; it is the one place that is meant.
+    with jax.transfer_guard_host_to_device("allow"):
+        return {
+            name: jax.make_array_from_process_local_data(sharding, x, (x.shape[0], rows, *x.shape[2:]))
+            for name, x in arrays.items()
+        }
