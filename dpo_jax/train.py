@@ -81,7 +81,6 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
             f"batch_size={c['batch_size']} is more than the {len(data.train)} training pairs; lower it, or set "
             "drop_remainder=False"
         )
-    claim_workdir(workdir, c, write=main_process)  # only now: a refused command leaves no config behind
     with (
         jax.set_mesh(mesh),
         stop_signal() as stop,
@@ -89,6 +88,11 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     ):
         plan = _plan(c, data.train, layout)
         steps = c["num_steps"] or max(1, round(c["num_epochs"] * plan.steps_per_epoch))
+        if steps > 1 and c["warmup_steps"] >= steps:
+            raise UserError(
+                f"warmup_steps={c['warmup_steps']:g} leaves nothing of the {steps} updates; use 0.1 (a fraction)"
+            )
+        claim_workdir(workdir, c, write=main_process)  # only now: a refused command leaves no config behind
         done = checkpoint.latest_step(checkpoints) or 0
         if main_process:
             _forget_after(workdir, c["sft_steps"], done)
@@ -103,10 +107,6 @@ def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
     """SFT if any, then DPO, then everything that is written at the end."""
     c, sft_steps = run.c, run.c["sft_steps"]
     _introduce(run, plan)
-    if steps > 1 and c["warmup_steps"] >= steps:
-        raise UserError(
-            f"warmup_steps={c['warmup_steps']:g} leaves nothing of the {steps} updates; use 0.1 (a fraction)"
-        )
     tx, rate = _transformation(c, c["learning_rate"], c["lr_schedule"], steps)
     resumed = run.done > sft_steps
     if resumed:

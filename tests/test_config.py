@@ -92,6 +92,7 @@ def test_another_config_in_the_workdir_is_refused_with_the_difference(refused, t
 def test_a_refused_command_leaves_no_config_behind(refused, tmp_path):
     refused(TINY, "--config.eval_path=/nowhere.jsonl")
     refused(TINY, "--config.batch_size=16000", "--config.mesh_fsdp=8")
+    assert "leaves nothing of the 60 updates" in refused(TINY, "--config.warmup_steps=500")
     assert not (tmp_path / "run" / "config.json").exists()
 
 
