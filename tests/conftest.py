@@ -19,3 +19,41 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def cache_dir(tmp_path_factory):
     """No test reads or leaves tokenised pairs in the user's cache."""
     os.environ["DPO_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-docs", action="store_true", help="put what this run measured into the tables of docs/")
+
+
+@pytest.fixture(scope="session")
+def measured(request):
+    """`measured("models", "logits", "llama", difference)`: with `--write-docs`, a cell of a table in docs/models.md.
+
+    A document marks its table with `<!-- measured -->` and `<!-- end -->`: the first column names the row, the head
+    names the columns. A larger difference of the same run wins; rows and cells that a run did not measure stay.
+    """
+    cells = {}
+
+    def add(document, column, row, difference):
+        key = (row, column)
+        table = cells.setdefault(document, {})
+        table[key] = max(table.get(key, 0.0), float(difference))
+
+    yield add
+    if request.config.getoption("--write-docs"):
+        for document, table in cells.items():
+            _rewrite(request.config.rootpath / "docs" / f"{document}.md", table)
+
+
+def _rewrite(path, table):
+    before, rest = path.read_text().split("<!-- measured -->\n")
+    body, after = rest.split("<!-- end -->")
+    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.strip().split("\n")]
+    named = {cells[0].strip("`"): cells for cells in rows}
+    for (row, column), difference in table.items():
+        if column not in head:
+            raise KeyError(f"{path}: the table has no column {column!r}")
+        cells = named.setdefault(row, [f"`{row}`", *("–" for _ in head[1:])])
+        cells[head.index(column)] = f"{difference:.1e}"
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *named.values())]
+    path.write_text(f"{before}<!-- measured -->\n" + "\n".join(lines) + f"\n<!-- end -->{after}")
