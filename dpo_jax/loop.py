@@ -5,10 +5,11 @@ import dataclasses
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.attention import Slots
@@ -18,6 +19,9 @@ from dpo_jax.errors import UserError
 from dpo_jax.metrics import MetricsWriter, Throughput
 from dpo_jax.sharding import to_global
 from dpo_jax.step import TrainState
+
+# What an evaluation says of every group of pairs (source) apart.
+BY_GROUP = ("accuracy", "margin")
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -79,19 +83,43 @@ def place(item: dict[str, Any], mesh: Mesh) -> tuple[dict[str, jax.Array], Slots
 
 
 def evaluate(
-    eval_step: Callable[..., Any], params: Any, ref_params: Any, source: StepSource, mesh: Mesh
+    eval_step: Callable[..., Any],
+    params: Any,
+    ref_params: Any,
+    source: StepSource,
+    mesh: Mesh,
+    groups: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, float]:
-    """Means over all pairs of `source`, and how many there are (`pairs`)."""
+    """Means over all pairs of `source`, and how many there are (`pairs`).
+
+    Args:
+      eval_step: from `step.make_eval_step`.
+      params, ref_params: of the policy and the reference.
+      source: the rows of one pass.
+      mesh: where they are computed.
+      groups: bool `[pairs of source]` by name: for these, `accuracy/NAME`, `margin/NAME` and `pairs/NAME` too.
+    """
     results: list[Any] = []
+    placed: list[np.ndarray] = []
     for item in batches(source, 0):
         batch, slots = place(item, mesh)
         results.append(eval_step(params, ref_params, batch, slots))
+        placed.append(item["info"]["placed"])
         if len(results) > 1:  # fetched while the next one runs, so that no more than two batches wait on the devices
             results[-2] = jax.device_get(results[-2])
-    sums, counts = zip(*jax.device_get(results), strict=True)
-    total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
-    pairs = int(sum(counts))
-    return {name: value / pairs for name, value in total.items()} | {"pairs": pairs}
+    results[-1] = jax.device_get(results[-1])
+    pair = np.concatenate([x[x >= 0] for x in placed])
+    values = {
+        name: np.concatenate([r[name][x >= 0] for r, x in zip(results, placed, strict=True)]).astype(np.float64)
+        for name in results[0]
+    }
+    out = {name: float(x.mean()) for name, x in values.items()} | {"pairs": len(pair)}
+    for group, members in (groups or {}).items():
+        mine = members[pair]
+        if mine.any():
+            out |= {f"{name}/{group}": float(values[name][mine].mean()) for name in BY_GROUP if name in values}
+            out[f"pairs/{group}"] = int(mine.sum())
+    return out
 
 
 def run_phase(

@@ -146,20 +146,28 @@ def make_train_step(
     return jax.jit(train_step, donate_argnames="state", static_argnames="slots")
 
 
-def make_eval_step(logps: LogpsFn, objective: Objective, *, compute_dtype: Any):
-    """Build the jitted `eval_step(params, ref_params, batch, slots) -> (sums, count)`, to be added up over batches."""
+def make_eval_step(logps: LogpsFn, objective: Objective, *, compute_dtype: Any, out_shardings: Any = None):
+    """Build the jitted `eval_step(params, ref_params, batch, slots)` → every value of the objective, pair by pair.
+
+    Args:
+      logps, objective, compute_dtype: as in `make_train_step`.
+      out_shardings: of the values; replicated, so that every process can read them.
+
+    Returns:
+      The step: values `[M, B, K]` by name, meaningless where a row has no pair k. Means are the caller's, who knows
+      which pair lies where.
+    """
 
     def eval_step(params: Params, ref_params: Params | None, batch: Batch, slots: Slots):
         compute_params = jax.tree.map(lambda p: p.astype(compute_dtype), params)
 
         def one(_, micro: Batch):
             reference = logps(ref_params, micro, slots) if objective.needs_reference else None
-            return None, _summed(objective, logps(compute_params, micro, slots), reference, micro["is_pair"])
+            return None, objective.values(logps(compute_params, micro, slots), reference)
 
-        _, sums = jax.lax.scan(one, None, batch)
-        return jax.tree.map(jnp.sum, sums), objective.count(batch)
+        return jax.lax.scan(one, None, batch)[1]
 
-    return jax.jit(eval_step, static_argnames="slots")
+    return jax.jit(eval_step, static_argnames="slots", out_shardings=out_shardings)
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:

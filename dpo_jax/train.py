@@ -29,7 +29,7 @@ from dpo_jax.losses import LOSSES
 from dpo_jax.model import Params
 from dpo_jax.optim import optimizer, schedule
 from dpo_jax.policy import Layout, Policy
-from dpo_jax.sharding import local_rows, make_mesh, row_shards
+from dpo_jax.sharding import local_rows, make_mesh, replicated, row_shards
 from dpo_jax.step import LogpsFn, TrainState, make_eval_step, make_train_step, preference_objective, sft_objective
 
 Config = Mapping[str, Any]
@@ -184,8 +184,11 @@ def _evaluator(run: Run, objective: Any, ref_params: Params) -> Callable[[TrainS
         held_out, min(run.c["batch_size"], len(held_out)), limits, seed=0, shuffle=True, drop_remainder=False
     )
     source = _source(plan, run.layout.mesh, plan.steps_per_epoch, microbatches)
-    eval_step = make_eval_step(run.logps, objective, compute_dtype=run.layout.dtype)
-    return lambda state: evaluate(eval_step, state.params, ref_params, source, run.layout.mesh)
+    eval_step = make_eval_step(
+        run.logps, objective, compute_dtype=run.layout.dtype, out_shardings=replicated(run.layout.mesh)
+    )
+    groups = held_out.groups()
+    return lambda state: evaluate(eval_step, state.params, ref_params, source, run.layout.mesh, groups)
 
 
 def _answer(run: Run, params: Params, when: str, step: int) -> None:

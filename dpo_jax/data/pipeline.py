@@ -156,7 +156,7 @@ class StepSource:
         return self.steps
 
     def __getitem__(self, step: Any) -> dict[str, Any]:
-        """Rows `[M, B, ...]` of this process, and facts about the whole step under `info`."""
+        """Rows `[M, B, ...]` of this process; under `info`, facts about the whole step (`placed` `[M, B, K]`)."""
         step = int(step)
         shape, placed = self.schedule.place(step)
         per_micro = placed.reshape(self.microbatches, -1, placed.shape[1])
@@ -166,6 +166,7 @@ class StepSource:
         ids = placed[placed >= 0]
         real = int(self.schedule.lengths[ids].sum())
         info = {"step": step, "shape": shape, "pairs": len(ids), "tokens": real, "fraction": real / shape.tokens}
+        info["placed"] = per_micro
         return {"arrays": arrays, "info": info}
 
 

@@ -64,6 +64,12 @@ class Pairs:
         """int32 [n]: which of the report's `source_names` each pair is from."""
         return self.cache.source[self.index]
 
+    def groups(self) -> dict[str, np.ndarray]:
+        """Which pairs are from which source, bool [n] by name; nothing where there is only one."""
+        names, source = self.cache.manifest["source_names"], self.source
+        present = [number for number in range(len(names)) if (source == number).any()]
+        return {names[number]: source == number for number in present} if len(present) > 1 else {}
+
     def __len__(self) -> int:
         return len(self.index)
 
