@@ -12,8 +12,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.reference = ""  # empty = the policy as it is when DPO starts; else an id or a directory
 
     # --- data
-    c.dataset = "hhh"  # hhh, helpsteer3, ultrafeedback, synthetic, a path or glob, hf:OWNER/NAME
-    c.dataset_path = ""  # where a named dataset's raw files lie; empty = download from the hub
+    # hhh, helpsteer3, ultrafeedback, synthetic, a path or glob, hf:OWNER/NAME, my_module:my_function, or a mixture of
+    c.dataset = "hhh"  # these, by proportions: hhh:0.7,ultrafeedback:0.3
+    c.dataset_path = ""  # where its raw files lie (of a mixture: PATH,PATH); empty = download from the hub
+    c.split = ""  # of an hf: dataset, to train on; empty = told by its file names
     c.eval_path = ""  # a file of held-out pairs; empty = the published test split, else a seeded hold-out
     c.eval_pairs = 512  # held-out pairs; 0 = no evaluation, -1 = the whole published split
     c.shuffle = True  # a new order every epoch with evenly filled batches; False = file order

@@ -21,6 +21,8 @@ from jax.sharding import Mesh
 
 from dpo_jax import answers, checkpoint, metrics, policy, report, tiny, weights
 from dpo_jax.config import check, check_workdir, claim_workdir, parse
+from dpo_jax.data.mixture import Mixture
+from dpo_jax.data.packing import Order
 from dpo_jax.data.pipeline import ChosenOnly, PairSource, Schedule, StepSource, make_schedule
 from dpo_jax.data.prepare import DataRequest, Prepared, prepare
 from dpo_jax.errors import UserError
@@ -86,7 +88,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
         stop_signal() as stop,
         checkpoint.open_checkpoints(workdir / "checkpoints", c["keep_checkpoints"]) as checkpoints,
     ):
-        plan = _plan(c, data.train, layout)
+        plan = _plan(c, data.train, layout, data.split.mixture)
         steps = c["num_steps"] or max(1, round(c["num_epochs"] * plan.steps_per_epoch))
         if steps > 1 and c["warmup_steps"] >= steps:
             raise UserError(
@@ -149,7 +151,7 @@ def _params_after_sft(run: Run) -> Params:
     else:
         state = policy.start_state(policy.load_params(run.policy, run.layout, c["seed"]), tx, run.layout)
     if run.done < steps:
-        plan = _plan(c, ChosenOnly(run.data.train), run.layout)
+        plan = _plan(c, ChosenOnly(run.data.train), run.layout, run.data.split.mixture)
         phase = Phase(
             "sft",
             _source(plan, run.layout.mesh, steps, c["microbatches"]),
@@ -180,14 +182,12 @@ def _evaluator(run: Run, objective: Any, ref_params: Params) -> Callable[[TrainS
         return None
     microbatches = run.c["microbatches"]
     limits = policy.row_limits(run.layout, microbatches)
-    plan = make_schedule(
-        held_out, min(run.c["batch_size"], len(held_out)), limits, seed=0, shuffle=True, drop_remainder=False
-    )
+    plan = make_schedule(held_out, min(run.c["batch_size"], len(held_out)), limits, Order(drop_remainder=False))
     source = _source(plan, run.layout.mesh, plan.steps_per_epoch, microbatches)
     eval_step = make_eval_step(
         run.logps, objective, compute_dtype=run.layout.dtype, out_shardings=replicated(run.layout.mesh)
     )
-    groups = held_out.groups()
+    groups = run.data.split.groups
     return lambda state: evaluate(eval_step, state.params, ref_params, source, run.layout.mesh, groups)
 
 
@@ -246,6 +246,8 @@ def _introduce(run: Run, plan: Schedule) -> None:
     say = run.writer.message
     say(f"model {c['model']}: {layout.config.parameter_count():,} parameters, {layout.dtype} on {mesh} ({platform})")
     say(f"data {c['dataset']}: {len(run.data.train):,} training pairs, {len(run.data.evaluation):,} held out")
+    for part in run.data.report.get("mixture", []):
+        say(f"  {part['name']}: {part['weight']:.1%}, {part['epoch']:,} of {part['pairs']:,} pairs an epoch")
     say(f"rows {shape.rows} x [{shape.prompt} | {shape.chosen} | {shape.rejected}] for {c['batch_size']} pairs")
     lengths = run.data.train.lengths
     longest, limit = int((lengths[:, 0] + lengths[:, 1:].max(1)).max()), layout.config.max_position_embeddings
@@ -280,10 +282,10 @@ def _prepare(c: Config, found: Policy, workdir: Path) -> Prepared:
     return prepared
 
 
-def _plan(c: Config, pairs: PairSource, layout: Layout) -> Schedule:
+def _plan(c: Config, pairs: PairSource, layout: Layout, mixture: Mixture | None) -> Schedule:
     limits = policy.row_limits(layout, c["microbatches"])
-    order = {name: c[name] for name in ("seed", "shuffle", "drop_remainder")}
-    return make_schedule(pairs, c["batch_size"], limits, **order)
+    order = Order(c["seed"], c["shuffle"], c["drop_remainder"])
+    return make_schedule(pairs, c["batch_size"], limits, order, mixture)
 
 
 def _source(plan: Schedule, mesh: Mesh, steps: int, microbatches: int) -> StepSource:

@@ -8,8 +8,9 @@ import pytest
 # Lowest first: a module may import those before it, nothing after it.
 ORDER = """
 errors
-data.preference data.columns data.datasets data.files data.sources data.render data.cache data.prepare
-data.packing data.pipeline data.synthetic
+data.preference data.columns data.datasets data.files data.mixture data.sources data.render data.cache
+data.split data.prepare
+data.balance data.packing data.pipeline data.synthetic
 attention losses optim logprobs model step
 sharding checkpoint weights sample tiny policy
 metrics page charts runs compare report answers loop config

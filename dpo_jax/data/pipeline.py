@@ -13,7 +13,10 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from dpo_jax.data.packing import EpochPlan, RowLimits, RowShape, choose_ladder, plan_epoch
+from dpo_jax.data.balance import EMPTY
+from dpo_jax.data.mixture import Mixture
+from dpo_jax.data.packing import EpochPlan, Ladder, Order, RowLimits, RowShape, choose_ladder, plan_epoch
+from dpo_jax.errors import UserError
 
 
 class PairSource(Protocol):
@@ -47,48 +50,82 @@ class ChosenOnly:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """Every step of a run, by number from 0: which epoch it lies in and where its pairs go."""
+    """Every step of a run, by number from 0: which epoch it lies in and where its pairs go.
+
+    Attributes:
+      pairs: where token ids come from; `lengths` are theirs, int `[n, 3]`.
+      batch_size: pairs a step.
+      ladder: the compiled shapes.
+      order: in which order pairs come.
+      mixture: which pairs make an epoch; None: all of them.
+    """
 
     pairs: PairSource
     lengths: np.ndarray
     batch_size: int
-    shapes: tuple[RowShape, ...]
-    seed: int
-    shuffle: bool
-    drop_remainder: bool
+    ladder: Ladder
+    order: Order
+    mixture: Mixture | None = None
+
+    @property
+    def shapes(self) -> tuple[RowShape, ...]:
+        return self.ladder.shapes
+
+    @property
+    def epoch_size(self) -> int:
+        """Pairs of an epoch, a short last batch that is dropped not counted."""
+        if self.mixture is not None:
+            return self.mixture.epoch_size(self.batch_size, self.order.drop_remainder)
+        n = len(self.pairs)
+        return n // self.batch_size * self.batch_size if self.order.drop_remainder else n
 
     @property
     def steps_per_epoch(self) -> int:
-        n = len(self.pairs)
-        return n // self.batch_size if self.drop_remainder else -(-n // self.batch_size)
+        return -(-self.epoch_size // self.batch_size)
 
     def place(self, step: int) -> tuple[RowShape, np.ndarray]:
         """The shape of a step, and the pair indices `[rows, pairs]` in it."""
         epoch, i = divmod(step, self.steps_per_epoch)
-        plan = _epoch_plan(self, epoch)
+        plan = self.epoch(epoch)
         return plan.shapes[plan.shape[i]], plan.placed[i]
+
+    def epoch(self, number: int) -> EpochPlan:
+        """The placement of a whole epoch, number from 0."""
+        return _epoch_plan(self, number)
+
+    def members(self, epoch: int) -> np.ndarray:
+        """The pairs from which an epoch is made, int64."""
+        if self.mixture is None:
+            return np.arange(len(self.pairs))
+        return self.mixture.members(self.epoch_size, self.order.seed, epoch, self.order.shuffle)
 
 
 @functools.lru_cache(maxsize=4)
 def _epoch_plan(schedule: Schedule, epoch: int) -> EpochPlan:
-    return plan_epoch(
-        schedule.lengths,
-        schedule.batch_size,
-        schedule.shapes,
-        seed=schedule.seed,
-        epoch=epoch,
-        shuffle=schedule.shuffle,
-        drop_remainder=schedule.drop_remainder,
-    )
+    members = schedule.members(epoch)
+    plan = plan_epoch(schedule.lengths[members], schedule.batch_size, schedule.ladder, schedule.order, epoch)
+    named = np.append(members, EMPTY)  # EMPTY is -1: the last
+    return dataclasses.replace(plan, placed=[named[rows] for rows in plan.placed])
 
 
 def make_schedule(
-    pairs: PairSource, batch_size: int, limits: RowLimits, *, seed: int, shuffle: bool, drop_remainder: bool
+    pairs: PairSource, batch_size: int, limits: RowLimits, order: Order, mixture: Mixture | None = None
 ) -> Schedule:
-    """Choose row shapes for these pairs and plan them."""
+    """Choose row shapes for these pairs and plan them.
+
+    Raises:
+      UserError: a part of the mixture has too few pairs for one batch of the proportions asked for.
+    """
     lengths = np.asarray(pairs.lengths)
-    shapes = choose_ladder(lengths, batch_size, limits, seed=seed, shuffle=shuffle, drop_remainder=drop_remainder)
-    return Schedule(pairs, lengths, batch_size, shapes, seed, shuffle, drop_remainder)
+    draft = Schedule(pairs, lengths, batch_size, Ladder((), ()), order, mixture)
+    if mixture is not None and not draft.epoch_size:
+        raise UserError(
+            f"batch_size={batch_size}: the mixture's proportions leave less than one batch (pairs of its parts: "
+            f"{', '.join(map(str, mixture.sizes))}); lower batch_size or change the weights"
+        )
+    epoch = lengths[draft.members(0)]
+    ladder = choose_ladder(epoch, batch_size, limits, order, longest=lengths.max(0))
+    return dataclasses.replace(draft, ladder=ladder)
 
 
 def build_rows(pairs: PairSource, placed: np.ndarray, shape: RowShape) -> dict[str, np.ndarray]:

@@ -16,9 +16,11 @@ import numpy as np
 from dpo_jax.data import columns, datasets, preference, render
 from dpo_jax.data.cache import QUARANTINE, Pair, PairCache, cache_root, find_or_build
 from dpo_jax.data.files import BadLine, fingerprint, read_rows
+from dpo_jax.data.mixture import apportion
 from dpo_jax.data.preference import DELIBERATE, LabeledComparison, Skip
 from dpo_jax.data.render import Renderer, make_renderer, render_batch
 from dpo_jax.data.sources import Found, Source, resolve
+from dpo_jax.data.split import Pairs, Split, split
 from dpo_jax.errors import UserError
 
 _BATCH = 512  # rows parsed and tokenised together: enough for the tokenizer's threads, little memory
@@ -35,6 +37,7 @@ class DataRequest:
 
     dataset: str
     dataset_path: str = ""
+    split: str = ""
     eval_path: str = ""
     eval_pairs: int = 512
     seed: int = 0
@@ -45,46 +48,24 @@ class DataRequest:
     drop_ties: bool = True
     max_bad_fraction: float = 0.1
     cache_dir: str = ""
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Some pairs of a cache, in the order of the files: `index` int64 [n] are positions in `cache`."""
-
-    cache: PairCache
-    index: np.ndarray
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int32 [n, 3]: tokens of prompt, chosen, rejected."""
-        return self.cache.lengths[self.index]
-
-    @property
-    def source(self) -> np.ndarray:
-        """int32 [n]: which of the report's `source_names` each pair is from."""
-        return self.cache.source[self.index]
-
-    def groups(self) -> dict[str, np.ndarray]:
-        """Which pairs are from which source, bool [n] by name; nothing where there is only one."""
-        names, source = self.cache.manifest["source_names"], self.source
-        present = [number for number in range(len(names)) if (source == number).any()]
-        return {names[number]: source == number for number in present} if len(present) > 1 else {}
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids of prompt, chosen, rejected, int32 each."""
-        return self.cache[int(self.index[position])]
+    batch_size: int = 1  # this and the next: what an epoch of a mixture is, for the report
+    drop_remainder: bool = False
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Training and evaluation pairs (of one cache) and the report that a run keeps as data.json."""
 
-    train: Pairs
-    evaluation: Pairs
+    split: Split
     report: dict[str, Any]
+
+    @property
+    def train(self) -> Pairs:
+        return self.split.train
+
+    @property
+    def evaluation(self) -> Pairs:
+        return self.split.evaluation
 
 
 def prepare(request: DataRequest, tokenizer: Any, quarantine: Path | None = None) -> Prepared:
@@ -95,7 +76,7 @@ def prepare(request: DataRequest, tokenizer: Any, quarantine: Path | None = None
     """
     if request.eval_pairs < -1:
         raise UserError(f"eval_pairs={request.eval_pairs}; use a number of pairs, 0 for none, or -1 for all")
-    found = resolve(request.dataset, request.dataset_path, request.eval_path)
+    found = resolve(request.dataset, request.dataset_path, request.eval_path, request.split)
     renderer = make_renderer(
         tokenizer, request.prompt_format, request.max_prompt_length, request.max_completion_length, request.overlong
     )
@@ -107,51 +88,13 @@ def prepare(request: DataRequest, tokenizer: Any, quarantine: Path | None = None
     )
     written = _copy_quarantine(cache, quarantine)
     _refuse_bad(cache.manifest["sources"], request.max_bad_fraction, written)
-    train, evaluation, held_out = split(cache, found, request.eval_pairs, request.seed)
-    if not len(train):
-        raise UserError(
-            f"dataset={request.dataset}: no training pair is left; {_drop_summary(cache.manifest['sources'])}"
-        )
-    report = _report(request, renderer, cache, held_out, {"train": train, "eval": evaluation})
-    return Prepared(train, evaluation, {**report, "quarantine": written})
-
-
-def split(cache: PairCache, found: Found, eval_pairs: int, seed: int) -> tuple[Pairs, Pairs, str]:
-    """Training pairs, evaluation pairs, and a sentence that says where the latter come from.
-
-    A published split is sampled; without one, whole prompts are held out (at most half of the pairs), so that no
-    prompt of the evaluation is in training. Prompts are compared as conversations, before any template or limit: the
-    same rows are held out whatever the tokenizer.
-    """
-    in_test = np.zeros(len(cache), dtype=bool)
-    for entry in cache.manifest["sources"]:
-        in_test[entry["start"] : entry["stop"]] = entry["split"] == "test"
-    train = np.flatnonzero(~in_test)
-    rng = np.random.default_rng(seed)
-    if eval_pairs == 0:
-        return Pairs(cache, train), Pairs(cache, train[:0]), "no evaluation (eval_pairs=0)"
-    if found.published_split:
-        test = np.flatnonzero(in_test)
-        taken = test if eval_pairs == -1 else np.sort(rng.permutation(test)[:eval_pairs])
-        known = int(np.isin(cache.prompt_hash[taken], cache.prompt_hash[train]).sum())
-        said = f"{found.note}: {len(taken)} of its {len(test)} pairs (seed {seed}); {known} have a prompt of training"
-        return Pairs(cache, train), Pairs(cache, taken), said
-    if eval_pairs == -1:
-        raise UserError(f"eval_pairs=-1 (all) needs an evaluation split, but {found.note}; give a number or eval_path")
-    hashes, prompt_of, counts = np.unique(cache.prompt_hash[train], return_inverse=True, return_counts=True)
-    order = rng.permutation(len(hashes))
-    wanted = min(eval_pairs, len(train) // 2)
-    before = np.cumsum(counts[order]) - counts[order]
-    held_prompts = np.zeros(len(hashes), dtype=bool)
-    # A prompt is taken while pairs are missing and if it leaves half of the pairs to training.
-    held_prompts[order] = (before < wanted) & (before + counts[order] <= max(wanted, len(train) // 2))
-    held = held_prompts[prompt_of]
-    taken = train[held][:wanted]
-    said = (
-        f"{found.note}: {len(taken)} pairs of {int(held_prompts.sum())} prompts are held out by prompt (seed {seed}), "
-        "none of these prompts is in training"
-    )
-    return Pairs(cache, train[~held]), Pairs(cache, taken), said
+    divided = split(cache, found, request.eval_pairs, request.seed)
+    sizes = [len(divided.train)] if divided.mixture is None else divided.mixture.sizes
+    empty = [part.name for part, size in zip(found.parts, sizes, strict=True) if not size]
+    if empty:
+        raise UserError(f"dataset={empty[0]}: no training pair is left; {_drop_summary(cache.manifest['sources'])}")
+    report = _report(request, renderer, cache, divided) | _mixture_report(request, found, divided)
+    return Prepared(divided, {**report, "quarantine": written})
 
 
 def _produce(
@@ -287,17 +230,37 @@ def _copy_quarantine(cache: PairCache, quarantine: Path | None) -> str | None:
     return str(quarantine)
 
 
-def _report(
-    request: DataRequest, renderer: Renderer, cache: PairCache, held_out: str, splits: dict[str, Pairs]
-) -> dict[str, Any]:
+def _mixture_report(request: DataRequest, found: Found, divided: Split) -> dict[str, Any]:
+    """What each part of a mixture has and gives to an epoch."""
+    mixture = divided.mixture
+    if mixture is None:
+        return {}
+    epoch = apportion(mixture.epoch_size(request.batch_size, request.drop_remainder), mixture.weights)
+    return {
+        "mixture": [
+            {
+                "name": part.name,
+                "weight": part.weight / sum(mixture.weights),
+                "pairs": int(mixture.sizes[number]),
+                "epoch": int(epoch[number]),
+            }
+            for number, part in enumerate(found.parts)
+        ]
+    }
+
+
+def _report(request: DataRequest, renderer: Renderer, cache: PairCache, divided: Split) -> dict[str, Any]:
     shown = ("name", "split", "files", "read", "kept", "dropped", "truncated", "boundary_moved")
     return {
         "dataset": request.dataset,
         "prompt_format": renderer.form,
-        "held_out": held_out,
+        "held_out": " ".join(divided.notes),
         "source_names": cache.manifest["source_names"],
         "sources": [{key: entry[key] for key in shown} for entry in cache.manifest["sources"]],
-        "splits": {name: {"pairs": len(pairs), "tokens": _token_table(pairs)} for name, pairs in splits.items()},
+        "splits": {
+            name: {"pairs": len(pairs), "tokens": _token_table(pairs)}
+            for name, pairs in (("train", divided.train), ("eval", divided.evaluation))
+        },
         "fingerprint": Path(cache.directory).name,
     }
 

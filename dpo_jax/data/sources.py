@@ -11,6 +11,8 @@ from dpo_jax.data.datasets import DATASETS, OWN, DatasetSpec, known_datasets, lo
 from dpo_jax.errors import UserError
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+# A part of a mixture; its name may itself have commas and colons.
+_PART = re.compile(r"(.+?):(\d+\.?\d*(?:[eE]-?\d+)?|\.\d+)(?:,|$)")
 _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 # Words in a file's path that name its split; validation comes before test, which is kept for the end.
 _EVAL_WORDS = (("validation", "valid", "val", "dev", "eval"), ("test",))
@@ -18,55 +20,132 @@ _EVAL_WORDS = (("validation", "valid", "val", "dev", "eval"), ("test",))
 
 @dataclass(frozen=True)
 class Source:
-    """Files that are read alike and reported together. `parser` names the parse function in the cache's fingerprint."""
+    """Files that are read alike and reported together.
+
+    `parser` names the parse function in the cache's fingerprint; `part` is the number of the mixture's part that the
+    files belong to (0 where nothing is mixed), or `EXTRA` for those of `eval_path`.
+    """
 
     name: str
     split: Literal["train", "test"]
     files: tuple[str, ...]
     spec: DatasetSpec
     parser: str
+    part: int = 0
+
+
+EXTRA = -1
+Sources = tuple[list[Source], str]  # of one part, and its note
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset of a mixture: its name, its weight, and where its evaluation pairs come from (a sentence's start)."""
+
+    name: str
+    weight: float
+    note: str
 
 
 @dataclass(frozen=True)
 class Found:
-    """All sources of a run, training first. `note` says where the evaluation pairs come from, as a sentence's start."""
+    """All sources of a run, training first within a part, and its parts (one where nothing is mixed)."""
 
     sources: tuple[Source, ...]
-    note: str
+    parts: tuple[Part, ...]
 
-    @property
-    def published_split(self) -> bool:
-        """True if some source is there for evaluation only; else pairs must be held out."""
-        return any(source.split == "test" for source in self.sources)
+    def published(self, part: int) -> bool:
+        """True if some source of this part is there for evaluation only; else pairs must be held out."""
+        return any(source.split == "test" and source.part == part for source in self.sources)
 
 
-def resolve(dataset: str, dataset_path: str = "", eval_path: str = "") -> Found:
+def resolve(dataset: str, dataset_path: str = "", eval_path: str = "", split: str = "") -> Found:
     """What to read for `dataset` (see `datasets.known_datasets`), from `dataset_path` if given.
 
-    `eval_path` (files in any accepted form, or the form that one's own parser reads) replaces a published split.
+    Args:
+      dataset: one dataset, or a mixture `NAME:WEIGHT,NAME:WEIGHT`.
+      dataset_path: where the raw files lie; of a mixture, one path for each part, with commas between (empty: the
+        hub), or one directory that holds a directory for each part, by name.
+      eval_path: files in any accepted form, or the form that one's own parser reads; replaces every held-out split.
+      split: the split of an `hf:` dataset to train on; empty: told by the file names.
 
     Raises:
       UserError: the dataset is unknown, its files are not there, or a subset is missing.
     """
-    found = _find(dataset, dataset_path)
-    if not eval_path:
-        return found
-    train = tuple(source for source in found.sources if source.split == "train")
-    own_parser = train[0] if _FUNCTION.fullmatch(dataset) else None
-    spec, parser = (own_parser.spec, own_parser.parser) if own_parser else (OWN, "own")
+    named = parse_mixture(dataset)
+    paths = _paths(dataset_path, [name for name, _ in named])
+    sources: list[Source] = []
+    parts: list[Part] = []
+    for number, ((name, weight), path) in enumerate(zip(named, paths, strict=True)):
+        found, note = _find(name, path, split)
+        parts.append(Part(name, weight, note))
+        sources += [replace(source, part=number) for source in found]
+    if eval_path:
+        sources = [source for source in sources if source.split == "train"]
+        sources.append(_held_out(eval_path, sources, own_parser=len(named) == 1 and bool(_FUNCTION.fullmatch(dataset))))
+    return Found(tuple(sources), tuple(parts))
+
+
+def parse_mixture(dataset: str) -> list[tuple[str, float]]:
+    """The parts of `NAME:WEIGHT,NAME:WEIGHT` with their weights; any other text is one part.
+
+    >>> parse_mixture("hhh/harmless-base,helpful-base:7,ultrafeedback:3")
+    [('hhh/harmless-base,helpful-base', 7.0), ('ultrafeedback', 3.0)]
+    >>> parse_mixture("hhh/harmless-base,helpful-base")
+    [('hhh/harmless-base,helpful-base', 1.0)]
+
+    Raises:
+      UserError: a part has no weight or 0, or stands there twice.
+    """
+    found = list(_PART.finditer(dataset))
+    if not found or _HUB.fullmatch(dataset):  # hf:OWNER/NAME:2024 is a split
+        return [(dataset, 1.0)]
+    parts = [(match[1], float(match[2])) for match in found]
+    whole = "".join(match[0] for match in found) == dataset and not dataset.endswith(",")
+    if not whole or len(parts) == 1 or any(weight <= 0 or name.startswith(",") for name, weight in parts):
+        raise UserError(
+            f"dataset={dataset}: a mixture has two parts or more, each with a weight above 0, as in "
+            "hhh:0.7,ultrafeedback:0.3"
+        )
+    twice = sorted({name for name, _ in parts if [one for one, _ in parts].count(name) > 1})
+    if twice:
+        raise UserError(f"dataset={dataset}: {twice[0]} stands there twice; give it the sum of its weights")
+    return parts
+
+
+def _paths(dataset_path: str, names: list[str]) -> list[str]:
+    """A path for each part."""
+    given = dataset_path.split(",")
+    if len(names) == 1 or not dataset_path:
+        return [dataset_path] * len(names)
+    if len(given) == len(names):
+        return [path.strip() for path in given]
+    below = [f"{dataset_path.rstrip('/')}/{re.split('[/:]', name)[0]}" for name in names]
+    known = [path if re.split("[/:]", name)[0] in DATASETS else "" for path, name in zip(below, names, strict=True)]
+    missing = [path for path in known if path and not files.is_remote(path) and not os.path.isdir(path)]
+    if len(given) > 1 or missing:
+        raise UserError(
+            f"dataset_path={dataset_path}: a mixture of {len(names)} needs {len(names)} paths with commas between, in "
+            f"its order (empty: from the hub), or one directory that holds {', '.join(filter(None, known)) or 'them'}"
+        )
+    return known
+
+
+def _held_out(eval_path: str, train: list[Source], *, own_parser: bool) -> Source:
+    spec, parser = (train[0].spec, train[0].parser) if own_parser else (OWN, "own")
     held = tuple(files.find_files(eval_path))
     both = sorted(set(held) & {path for source in train for path in source.files})
     if both:
         raise UserError(f"eval_path={eval_path}: {both[0]} is training data too; give other files, or no eval_path")
-    return Found((*train, Source(eval_path, "test", held, spec, parser)), f"eval_path={eval_path}")
+    return Source(eval_path, "test", held, spec, parser, EXTRA)
 
 
-def _find(dataset: str, dataset_path: str) -> Found:
+def _find(dataset: str, dataset_path: str, split: str) -> Sources:
     name, _, subsets = dataset.partition("/")
     if name in DATASETS and (not subsets or DATASETS[name].subsets or name == "synthetic"):
         return _named(name, tuple(filter(None, subsets.split(","))), dataset_path)
     if (match := _HUB.fullmatch(dataset)) is not None:
-        return _hub(dataset, match.group(1), match.group(2) or "", dataset_path)
+        return _hub(dataset, match.group(1), match.group(2) or split, dataset_path)
     if _FUNCTION.fullmatch(dataset) and not dataset.startswith("hf:"):
         if not dataset_path:
             raise UserError(f"dataset={dataset}: needs --config.dataset_path=FILES, the rows to give to this function")
@@ -79,7 +158,7 @@ def _find(dataset: str, dataset_path: str) -> Found:
     raise UserError(f"dataset={dataset or '(empty)'} is unknown; known are {known_datasets()}")
 
 
-def _named(name: str, subsets: tuple[str, ...], path: str) -> Found:
+def _named(name: str, subsets: tuple[str, ...], path: str) -> Sources:
     spec = DATASETS[name]
     unknown = [subset for subset in subsets if spec.subsets and subset not in spec.subsets]
     if unknown and not path:
@@ -96,10 +175,8 @@ def _named(name: str, subsets: tuple[str, ...], path: str) -> Found:
     found = _directory(
         name, files.download(spec.hub, patterns), spec, parser=name, subsets=wanted if spec.subsets else ()
     )
-    splits = {source.split for source in found.sources}
-    if splits != {"train", "test"} or len(found.sources) != 2 * len(
-        wanted
-    ):  # an old, partial local copy, found offline
+    splits = {source.split for source in found[0]}
+    if splits != {"train", "test"} or len(found[0]) != 2 * len(wanted):  # an old, partial local copy, found offline
         raise UserError(
             f"dataset={name}: the local copy of {spec.hub} is not whole; fetch it with `hf download {spec.hub} "
             "--repo-type dataset`, or give --config.dataset_path=DIR"
@@ -107,7 +184,7 @@ def _named(name: str, subsets: tuple[str, ...], path: str) -> Found:
     return found
 
 
-def _hub(dataset: str, repository: str, split: str, dataset_path: str) -> Found:
+def _hub(dataset: str, repository: str, split: str, dataset_path: str) -> Sources:
     patterns = [f"*{suffix}{packed}" for suffix in files.SUFFIXES for packed in ("", ".gz")]
     directory = dataset_path or files.download(repository, patterns)
     if not split:
@@ -117,13 +194,13 @@ def _hub(dataset: str, repository: str, split: str, dataset_path: str) -> Found:
     if not chosen:
         names = ", ".join(_relative(path, directory) for path in listed[:10])
         raise UserError(f"dataset={dataset}: no file of split {split}; the repository has {names}")
-    rest = _directory(dataset, directory, OWN, parser="own")
-    held = tuple(source for source in rest.sources if source.split == "test" and not set(source.files) & set(chosen))
+    rest, note = _directory(dataset, directory, OWN, parser="own")
+    held = [source for source in rest if source.split == "test" and not set(source.files) & set(chosen)]
     train = Source(dataset, "train", chosen, OWN, "own")
-    return Found((train, *held), rest.note if held else "no published evaluation split was found")
+    return [train, *held], note if held else "no published evaluation split was found"
 
 
-def _directory(name: str, path: str, spec: DatasetSpec, parser: str, subsets: tuple[str, ...] = ()) -> Found:
+def _directory(name: str, path: str, spec: DatasetSpec, parser: str, subsets: tuple[str, ...] = ()) -> Sources:
     """The sources under `path`: one for each subset directory and split where `spec` has them, else one per split."""
     listed = files.find_files(path)
     inside = {one: _relative(one, path) for one in listed}
@@ -146,15 +223,13 @@ def _directory(name: str, path: str, spec: DatasetSpec, parser: str, subsets: tu
         )
     if all(split == "test" for _, split in grouped):
         sources = [Source(label, "train", tuple(paths), spec, parser) for (label, _), paths in grouped.items()]
-        return Found(tuple(sources), "only a published test split was found, so it is divided again")
+        return sources, "only a published test split was found, so it is divided again"
     sources = [
         Source(label, "train" if split == "train" else "test", tuple(paths), spec, parser)
         for (label, split), paths in sorted(grouped.items(), key=lambda item: item[0][1] == "test")
     ]
     published = any(source.split == "test" for source in sources)
-    return Found(
-        tuple(sources), "the published held-out split" if published else "no published evaluation split was found"
-    )
+    return sources, "the published held-out split" if published else "no published evaluation split was found"
 
 
 def _matching(inside: dict[str, str], pattern: str) -> list[str]:

@@ -201,8 +201,8 @@ def test_named_dataset_in_the_hubs_layout(tmp_path):
 def test_a_test_split_alone_is_divided_again(tmp_path):
     found = resolve("hhh", hh_layout(tmp_path, "harmless-base/test.jsonl.gz"))
     assert shape(found) == [("hhh/harmless-base", "train", 1)]
-    assert "divided again" in found.note
-    assert not found.published_split
+    assert "divided again" in found.parts[0].note
+    assert not found.published(0)
 
 
 def test_a_directorys_splits_are_told_by_words(tmp_path):
@@ -225,10 +225,11 @@ def test_eval_path_replaces_the_published_split(tmp_path):
         resolve(root, eval_path=f"{root}/train.jsonl")
 
 
-@pytest.mark.parametrize("name", ["hh", "", "HelpSteer3", "hhh:0.7,ultrafeedback:0.3", "ultrafeedback:0.5"])
-def test_unknown_names_list_the_known_ones(name):
+@pytest.mark.parametrize("name", ["hh", "", "HelpSteer3", "ultrafeedback:1,hh:1"])
+def test_unknown_names_list_the_known_ones(tmp_path, name):
+    path = written(tmp_path / "harmless-base.jsonl", LINES)
     with pytest.raises(UserError, match="unknown; known are hhh, helpsteer3, ultrafeedback, synthetic"):
-        resolve(name)
+        resolve(name, f"{path}," if "," in name else "")
 
 
 def test_other_requests_that_cannot_be_met(tmp_path):
@@ -267,6 +268,7 @@ def test_any_hub_dataset_with_and_without_a_split(tmp_path, monkeypatch):
     hh_layout(tmp_path, *(f"data/{name}-00000-of-00001.jsonl" for name in ("train_prefs", "test_prefs", "train_sft")))
     found = resolve("hf:some/data:train_prefs")
     assert shape(found) == [("hf:some/data:train_prefs", "train", 1), ("hf:some/data:train_prefs", "test", 1)]
+    assert shape(resolve("hf:some/data", split="train_prefs"))[0] == ("hf:some/data", "train", 1)
     assert shape(resolve("hf:some/data")) == [("hf:some/data", "train", 2), ("hf:some/data", "test", 1)]
     with pytest.raises(UserError, match="no file of split dev; the repository has data/test_prefs"):
         resolve("hf:some/data:dev")
@@ -280,3 +282,42 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch):
     with pytest.raises(UserError, match=r"dataset_path=DIR.*hhh.py:tiny") as caught:
         resolve("helpsteer3")
     assert "\n" not in str(caught.value)
+
+
+def test_a_mixture_has_its_parts_and_their_files(tmp_path):
+    hh_layout(tmp_path, "hhh/helpful-base/train.jsonl", "hhh/helpful-base/test.jsonl", "ultrafeedback/rows.jsonl")
+    own = written(tmp_path / "own,file.jsonl", LINES)
+    found = resolve(f"hhh/helpful-base:3,{own}:.5,ultrafeedback:1e0", str(tmp_path))
+    assert [(s.name, s.split, s.part) for s in found.sources] == [
+        ("hhh/helpful-base", "train", 0),
+        ("hhh/helpful-base", "test", 0),
+        (own, "train", 1),
+        ("ultrafeedback", "train", 2),
+    ]
+    assert [(part.name, part.weight) for part in found.parts] == [
+        ("hhh/helpful-base", 3.0),
+        (own, 0.5),
+        ("ultrafeedback", 1.0),
+    ]
+    assert [found.published(part) for part in range(3)] == [True, False, False]
+    listed = resolve(f"ultrafeedback:1,{own}:1", f"{tmp_path}/ultrafeedback,")
+    assert [s.files for s in listed.sources] == [(f"{tmp_path}/ultrafeedback/rows.jsonl",), (own,)]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "path", "message"),
+    [
+        ("hhh:0.7,ultrafeedback", "", "two parts or more, each with a weight above 0"),
+        ("hhh,ultrafeedback:0.3", "", "two parts or more"),
+        ("hhh:0.7,ultrafeedback:0", "", "two parts or more"),
+        ("hhh:0.7,ultrafeedback:-1", "", "two parts or more"),
+        ("hhh:0.7,", "", "two parts or more"),
+        ("ultrafeedback:0.5", "", "two parts or more"),
+        ("hhh:1,hhh:2", "", "stands there twice"),
+        ("hhh:1,ultrafeedback:1", "a,b,c", "a mixture of 2 needs 2 paths"),
+        ("hhh:1,ultrafeedback:1", "/nowhere", "/nowhere/hhh, /nowhere/ultrafeedback"),
+    ],
+)
+def test_mixtures_that_are_none(dataset, path, message):
+    with pytest.raises(UserError, match=message):
+        resolve(dataset, path)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_jax.data.packing import RowLimits, choose_ladder, efficiency, plan_epoch
+from dpo_jax.data.packing import Order, RowLimits, choose_ladder, efficiency, plan_epoch
 
 
 def _lengths(n, seed=0):
@@ -18,6 +18,11 @@ def _lengths(n, seed=0):
     rng = np.random.default_rng(seed)
     raw = rng.lognormal((4.75, 3.4, 3.6), (0.75, 0.8, 0.8), (n, 3))
     return np.clip(raw, 1, (512, 256, 256)).astype(np.int64)
+
+
+def _plan(lengths, batch_size, limits, order=None, epoch=0):
+    order = order or Order()
+    return plan_epoch(lengths, batch_size, choose_ladder(lengths, batch_size, limits, order), order, epoch)
 
 
 def _check(plan, lengths, batch_size, multiple, drop_remainder):
@@ -48,10 +53,10 @@ def test_any_lengths_give_exact_batches(data):
     multiple = data.draw(st.sampled_from([1, 2, 4]))
     drop, shuffle = data.draw(st.booleans()), data.draw(st.booleans())
     limits = RowLimits(multiple, data.draw(st.sampled_from([8, 128])), 1e-3)
-    order = {"seed": 3, "shuffle": shuffle, "drop_remainder": drop}
-    shapes = choose_ladder(lengths, batch_size, limits, **order)
+    order = Order(3, shuffle, drop)
+    ladder = choose_ladder(lengths, batch_size, limits, order)
     for epoch in (0, 1):
-        plan = plan_epoch(lengths, batch_size, shapes, epoch=epoch, **order)
+        plan = plan_epoch(lengths, batch_size, ladder, order, epoch)
         _check(plan, lengths, batch_size, multiple, drop)
         if not shuffle:
             for i, rows in enumerate(plan.placed):
@@ -61,17 +66,17 @@ def test_any_lengths_give_exact_batches(data):
 
 def test_a_rejected_slot_of_no_width():
     lengths = _lengths(300) * [1, 1, 0]
-    shapes = choose_ladder(lengths, 16, RowLimits())
-    assert all(s.rejected == 0 for s in shapes)
-    _check(plan_epoch(lengths, 16, shapes), lengths, 16, 1, True)
+    plan = _plan(lengths, 16, RowLimits())
+    assert all(s.rejected == 0 for s in plan.shapes)
+    _check(plan, lengths, 16, 1, True)
 
 
 def test_a_plan_is_a_function_of_its_arguments():
     lengths = _lengths(700)
-    shapes = choose_ladder(lengths, 32, RowLimits(2), seed=5)
-    assert shapes == choose_ladder(lengths, 32, RowLimits(2), seed=5)
+    ladder = choose_ladder(lengths, 32, RowLimits(2), Order(5))
+    assert ladder == choose_ladder(lengths, 32, RowLimits(2), Order(5))
     once, again, other_epoch, other_seed = (
-        plan_epoch(lengths, 32, shapes, seed=s, epoch=e) for s, e in ((5, 2), (5, 2), (5, 3), (6, 2))
+        plan_epoch(lengths, 32, ladder, Order(s), e) for s, e in ((5, 2), (5, 2), (5, 3), (6, 2))
     )
     same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(a.placed, b.placed, strict=True))
     assert same(once, again)
@@ -84,30 +89,44 @@ def test_at_least_95_percent_of_computed_tokens_are_real(batch_size):
     """Where rows are as wide as attention's price allows, as on TPU; widths not rounded to its tiles."""
     lengths = _lengths(4096)
     limits = RowLimits(1, 16, 4e-5)
-    plan = plan_epoch(lengths, batch_size, choose_ladder(lengths, batch_size, limits))
+    plan = _plan(lengths, batch_size, limits)
     assert efficiency(plan, lengths) >= 0.95
 
 
 def test_dear_attention_makes_narrow_rows():
     lengths = _lengths(2048)
-    cheap, dear = (choose_ladder(lengths, 64, RowLimits(1, 16, cost))[0] for cost in (1e-5, 1e-2))
+    cheap, dear = (
+        choose_ladder(lengths, 64, RowLimits(1, 16, cost), Order(shuffle=False)).shapes[0] for cost in (1e-5, 1e-2)
+    )
     assert cheap.prompt > dear.prompt
 
 
 def test_batches_stay_random_samples():
     """Balancing exchanges pairs between batches but does not sort them: each batch has short and long pairs."""
     lengths = _lengths(4096)
-    plan = plan_epoch(lengths, 64, choose_ladder(lengths, 64, RowLimits(1, 16, 4e-5)))
+    plan = _plan(lengths, 64, RowLimits(1, 16, 4e-5))
     median = np.median(lengths.sum(1))
     shares = [np.mean(lengths[rows[rows >= 0]].sum(1) > median) for rows in plan.placed]
     assert min(shares) > 0.25
     assert max(shares) < 0.75
 
 
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_no_hardware_changes_which_pairs_a_batch_has(epoch):
+    lengths = _lengths(1500)
+    plain = _plan(lengths, 64, RowLimits(), epoch=epoch)
+    for limits in (RowLimits(8), RowLimits(8, 128, 4e-5), RowLimits(12, 16, 1e-2), RowLimits(16), RowLimits(64, 128)):
+        other = _plan(lengths, 64, limits, epoch=epoch)
+        _check(other, lengths, 64, limits.row_multiple, True)
+        assert all(s.prompt % limits.width_multiple == 0 for s in other.shapes)
+        for a, b in zip(plain.placed, other.placed, strict=True):
+            np.testing.assert_array_equal(np.sort(a[a >= 0]), np.sort(b[b >= 0]))
+
+
 def test_planning_is_fast():
     lengths = _lengths(100_000)
     start = time.perf_counter()
-    plan = plan_epoch(lengths, 64, choose_ladder(lengths, 64, RowLimits(8, 16, 4e-5)))
+    plan = _plan(lengths, 64, RowLimits(8, 16, 4e-5))
     assert time.perf_counter() - start < 10  # a million take as long when the machine is quiet
     assert efficiency(plan, lengths) > 0.9
 
@@ -123,6 +142,6 @@ def test_real_hh_lengths():
     lengths = np.array([(len(c[0]), len(c[2]), len(r)) for c, r in parts]) // 4 + 4
     lengths = np.minimum(lengths, 512)
     for batch_size in (64, 256):
-        plan = plan_epoch(lengths, batch_size, choose_ladder(lengths, batch_size, RowLimits(1, 16, 4e-5)))
+        plan = _plan(lengths, batch_size, RowLimits(1, 16, 4e-5))
         _check(plan, lengths, batch_size, 1, True)
         assert efficiency(plan, lengths) >= 0.93

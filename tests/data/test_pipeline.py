@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from dpo_jax.data.packing import RowLimits, RowShape
+from dpo_jax.data.packing import Order, RowLimits, RowShape
 from dpo_jax.data.pipeline import ChosenOnly, StepSource, batches, build_rows, make_schedule
 from tests.oracle import RandomPairs
 
@@ -16,8 +16,7 @@ PAIRS = RandomPairs(LENGTHS)
 
 
 def _schedule(batch_size=8, multiple=2, **changed):
-    order = {"seed": 1, "shuffle": True, "drop_remainder": True} | changed
-    return make_schedule(PAIRS, batch_size, RowLimits(multiple, 8, 1e-3), **order)
+    return make_schedule(PAIRS, batch_size, RowLimits(multiple, 8, 1e-3), Order(1, **changed))
 
 
 def _source(schedule, microbatches=1, rows=None, steps=13):
@@ -74,7 +73,7 @@ def test_microbatches_are_a_leading_axis():
 
 
 def test_chosen_only_has_no_rejected_slot():
-    schedule = make_schedule(ChosenOnly(PAIRS), 8, RowLimits(), seed=0, shuffle=True, drop_remainder=True)
+    schedule = make_schedule(ChosenOnly(PAIRS), 8, RowLimits(), Order())
     arrays = _source(schedule)[0]["arrays"]
     assert schedule.shapes[0].rejected == 0
     assert arrays["completion_tokens"][..., 1].sum() == 0

@@ -302,3 +302,28 @@ def test_the_real_samples(run, dataset, path, read, kept):
     hashes = [prepared.train.cache.prompt_hash[pairs.index] for pairs in (prepared.train, prepared.evaluation)]
     assert not len(np.intersect1d(*hashes))
     assert sum(map(len, hashes)) in range(sum(kept) - 2, sum(kept) + 1)  # a held-out prompt may have a pair too many
+
+
+def test_a_mixture_holds_out_by_part_and_trains_on_no_held_out_prompt(tmp_path, run):
+    a = jsonl(tmp_path / "a.jsonl", rows(80))
+    b = jsonl(tmp_path / "b.jsonl", [{**row, "chosen": "other " + row["chosen"]} for row in rows(60, start=40)])
+    prepared = run(f"{a}:3,{b}:1", eval_pairs=20, batch_size=8, drop_remainder=True)
+    assert {name: int(held.sum()) for name, held in prepared.split.groups.items()} == {a: 15, b: 5}
+    assert prepared.evaluation.source[:4].tolist() == [0, 0, 1, 0]  # the first ones are from every part
+    assert not prompts(prepared.train) & prompts(prepared.evaluation)
+    sizes = [int((prepared.train.source == part).sum()) for part in (0, 1)]
+    first, second = prepared.report["mixture"]
+    assert (first["weight"], first["pairs"], second["pairs"]) == (0.75, *sizes)
+    assert first["epoch"] + second["epoch"] == int(min(sizes[0] / 0.75, sizes[1] / 0.25)) // 8 * 8
+    assert abs(first["epoch"] - 3 * second["epoch"]) <= 2
+    with pytest.raises(UserError, match=r"none\.jsonl: no training pair is left"):
+        run(f"{a}:1,{jsonl(tmp_path / 'none.jsonl', [rows(1)[0] | {'rejected': 'yes 0'}])}:1")
+
+
+def test_a_mixtures_published_splits_are_sampled_by_weight(tmp_path, run):
+    for name in "ab":
+        jsonl(tmp_path / name / "train.jsonl", rows(20))
+        jsonl(tmp_path / name / "test.jsonl", rows(12, start=100))
+    prepared = run(f"{tmp_path}/a:1,{tmp_path}/b:2", eval_pairs=6)
+    assert [int(held.sum()) for held in prepared.split.groups.values()] == [2, 4]
+    assert len(run(f"{tmp_path}/a:1,{tmp_path}/b:2", eval_pairs=-1).evaluation) == 24

@@ -1,0 +1,155 @@
+"""Which pairs share a row: dealing batches into rows, and exchanging pairs until the rows are evenly filled.
+
+Everything works on index arrays: `batches` `[n, batch_size]` and `placed` `[n, rows, places]` hold pair numbers, EMPTY
+where there is none. `target` and `widths` are slot widths `[3]` in tokens: prompt, chosen, rejected.
+"""
+
+import numpy as np
+
+EMPTY = -1
+# At most this part of a batch of long pairs is long pairs: the rest are any others.
+LONG_PART = 0.25
+ROUNDS = 80
+
+
+def deal(batches: np.ndarray, lengths: np.ndarray, rows: int, slots: int, target: np.ndarray) -> np.ndarray:
+    """Lay batches `[n, batch_size]` (EMPTY allowed) into `[n, rows, slots]`: longest first, on the emptiest row."""
+    n, size = batches.shape
+    weights = (lengths / np.maximum(target, 1)).sum(-1)
+    weight = np.where(batches >= 0, weights[batches], -1.0)
+    by_size = np.take_along_axis(batches, np.argsort(-weight, axis=1, kind="stable"), axis=1)
+    placed = np.full((n, rows, slots), EMPTY, np.int64)
+    load = np.zeros((n, rows))
+    for k in range(-(-size // rows)):
+        dealt = by_size[:, k * rows : (k + 1) * rows]
+        if dealt.shape[1] < rows:
+            dealt = np.pad(dealt, ((0, 0), (0, rows - dealt.shape[1])), constant_values=EMPTY)
+        emptiest = np.argsort(load, axis=1, kind="stable")
+        np.put_along_axis(placed[:, :, k], emptiest, dealt, axis=1)
+        added = np.where(dealt >= 0, weights[dealt], 0.0)
+        np.put_along_axis(load, emptiest, np.take_along_axis(load, emptiest, axis=1) + added, axis=1)
+    return placed
+
+
+def _overflow(sums: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Squared relative overflow of rows `[..., 3]` beyond their slots, summed over slots."""
+    return (np.maximum(sums - target, 0.0) ** 2 / np.maximum(target, 1.0) ** 2).sum(-1)
+
+
+def _exchange(a: np.ndarray, b: np.ndarray, same_batch: np.ndarray, lengths: np.ndarray, target: np.ndarray) -> None:
+    """For row pairs `a[i], b[i]` (`[h, K]`, changed in place), make the one exchange that lowers overflow most.
+
+    Exchanging a pair with an empty place moves it; that keeps batches exact only within one batch.
+    """
+    la, lb = lengths[a], lengths[b]  # [h, K, 3]; index -1 is the appended row of zeros
+    sa, sb = la.sum(1), lb.sum(1)
+    delta = lb[:, None, :, :] - la[:, :, None, :]  # [h, K, K, 3]
+    before = _overflow(sa, target) + _overflow(sb, target)
+    after = _overflow(sa[:, None, None] + delta, target) + _overflow(sb[:, None, None] - delta, target)
+    legal = same_batch[:, None, None] | ((a < 0)[:, :, None] == (b < 0)[:, None, :])
+    after = np.where(legal, after, np.inf).reshape(len(a), -1)
+    best = np.argmin(after, axis=1)
+    h = np.flatnonzero(after[np.arange(len(a)), best] < before - 1e-12)
+    i, j = best[h] // a.shape[1], best[h] % a.shape[1]
+    a[h, i], b[h, j] = b[h, j], a[h, i]
+
+
+def _partners(rng: np.random.Generator, hot: np.ndarray, rows_per_batch: int, total: int, across: bool) -> np.ndarray:
+    """A partner for every overfull row: any row, or one of its own batch."""
+    if across:
+        return rng.integers(0, total, len(hot))
+    return hot // rows_per_batch * rows_per_batch + rng.integers(0, rows_per_batch, len(hot))
+
+
+def balance(
+    placed: np.ndarray, lengths: np.ndarray, target: np.ndarray, rng: np.random.Generator, across: bool
+) -> np.ndarray:
+    """Exchange pairs between rows of `[n, rows, K]` until no slot overflows `target` or no luck is left."""
+    n, rows, K = placed.shape
+    flat = placed.reshape(n * rows, K).copy()
+    lengths = np.concatenate([lengths, np.zeros((1, 3), lengths.dtype)]).astype(np.float32)
+    target = target.astype(np.float32)
+    chunk = max(1, 2_000_000 // (K * K))
+    overflow = _overflow(lengths[flat].sum(1), target)
+    for round_ in range(ROUNDS):
+        hot = np.flatnonzero(overflow > 0)
+        if len(hot) == 0:
+            break
+        # Moves inside a batch are the only ones that can change how many pairs a row has: take turns.
+        other = _partners(rng, hot, rows, len(flat), across and round_ % 2 == 0)
+        # A row may take part in one exchange at a time.
+        both = np.stack([hot, other], 1)
+        both = both[rng.permutation(len(both))]
+        first = np.zeros(2 * len(both), bool)
+        first[np.unique(both.reshape(-1), return_index=True)[1]] = True
+        both = both[first.reshape(-1, 2).all(1) & (both[:, 0] != both[:, 1])]
+        for start in range(0, len(both), chunk):
+            x, y = both[start : start + chunk].T
+            a, b = flat[x], flat[y]
+            _exchange(a, b, x // rows == y // rows, lengths, target)
+            flat[x], flat[y] = a, b
+            overflow[x], overflow[y] = _overflow(lengths[a].sum(1), target), _overflow(lengths[b].sum(1), target)
+    return flat.reshape(n, rows, K)
+
+
+def batches(order: np.ndarray, batch_size: int, drop_remainder: bool) -> np.ndarray:
+    """Consecutive batches `[n, batch_size]` of an order; the last one padded with EMPTY or dropped."""
+    n = len(order) // batch_size if drop_remainder else -(-len(order) // batch_size)
+    padded = np.full(n * batch_size, EMPTY, np.int64)
+    padded[: min(len(order), len(padded))] = order[: len(padded)]
+    return padded.reshape(n, batch_size)
+
+
+def needed(placed: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Widths `[n, 3]` that each batch's fullest rows need."""
+    padded = np.concatenate([lengths, np.zeros((1, 3), lengths.dtype)])
+    return padded[placed].sum(2).max(1)
+
+
+def long_together(
+    order: np.ndarray, lengths: np.ndarray, widths: np.ndarray, batch_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reorder so that pairs too long for `widths` meet in few batches.
+
+    Returns:
+      The order, and bool per batch (of `batch_size`, the short last one included): whether it is for long pairs.
+    """
+    n_batches = -(-len(order) // batch_size)
+    marked = np.zeros(n_batches, bool)
+    long = (lengths[order] > widths).any(1)
+    full = len(order) // batch_size
+    share = max(1, int(batch_size * LONG_PART))
+    batches = min(full, -(-int(long.sum()) // share))
+    if batches == 0:
+        marked[:] = long.any()  # fewer pairs than one batch
+        return order, marked
+    marked[np.sort(rng.choice(full, batches, replace=False))] = True
+    home = np.zeros(len(order), bool)  # the places of marked batches, in turns, so that long pairs spread over them
+    home[: full * batch_size] = np.repeat(marked[:full], batch_size)
+    places = np.flatnonzero(home).reshape(batches, batch_size).T.reshape(-1)
+    taken = places[: int(long.sum())]
+    if len(taken) < int(long.sum()):
+        return order, np.ones(n_batches, bool)  # most pairs are long: no batch is special
+    out = np.full(len(order), EMPTY, np.int64)
+    out[taken] = order[long]
+    out[out == EMPTY] = order[~long]
+    return out, marked
+
+
+def fit(
+    batches: np.ndarray,
+    lengths: np.ndarray,
+    rows: int,
+    places: int,
+    target: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    across: bool,
+) -> np.ndarray:
+    """Lay batches into `[n, rows, places]` as evenly as exchanges make them; `across`: between batches too."""
+    return balance(deal(batches, lengths, rows, places, target), lengths, target, rng, across=across)
+
+
+def members(placed: np.ndarray, batch_size: int) -> np.ndarray:
+    """The pairs of every batch `[n, batch_size]` of a placement, in no order that depends on its rows."""
+    return -np.sort(-placed.reshape(len(placed), -1), axis=1)[:, :batch_size]

@@ -1,0 +1,150 @@
+"""Which pairs are trained on and which are held out."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpo_jax.data.cache import PairCache
+from dpo_jax.data.mixture import Mixture, apportion
+from dpo_jax.data.sources import EXTRA, Found
+from dpo_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Some pairs of a cache, in the order of the files: `index` int64 [n] are positions in `cache`."""
+
+    cache: PairCache
+    index: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32 [n, 3]: tokens of prompt, chosen, rejected."""
+        return self.cache.lengths[self.index]
+
+    @property
+    def source(self) -> np.ndarray:
+        """int32 [n]: which of the report's `source_names` each pair is from."""
+        return self.cache.source[self.index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of prompt, chosen, rejected, int32 each."""
+        return self.cache[int(self.index[position])]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pairs to train on and to evaluate on.
+
+    Attributes:
+      train, evaluation: pairs of one cache.
+      mixture: which training pairs make an epoch; None where nothing is mixed, and all of them do.
+      groups: bool `[evaluation pairs]` by the name of a source (and of a mixture's part); empty where there is one.
+      notes: for each part, a sentence that says where its evaluation pairs come from.
+    """
+
+    train: Pairs
+    evaluation: Pairs
+    mixture: Mixture | None
+    groups: dict[str, np.ndarray]
+    notes: tuple[str, ...]
+
+
+def split(cache: PairCache, found: Found, eval_pairs: int, seed: int) -> Split:
+    """Divide the pairs of a cache.
+
+    Of several parts, `eval_pairs` is divided by their weights. No prompt that was held out is trained on, whatever
+    part it is from.
+
+    Raises:
+      UserError: `eval_pairs` is -1 (all), but a part has no evaluation split.
+    """
+    in_test = np.zeros(len(cache), dtype=bool)
+    part_of = np.zeros(len(cache), np.int64)
+    for entry, source in zip(cache.manifest["sources"], found.sources, strict=True):
+        in_test[entry["start"] : entry["stop"]] = source.split == "test"
+        part_of[entry["start"] : entry["stop"]] = source.part
+    hashes = cache.prompt_hash
+    train = np.flatnonzero(~in_test)
+    given = next((source.name for source in found.sources if source.part == EXTRA), None)
+    if eval_pairs == 0:
+        taken, notes = train[:0], ["no evaluation (eval_pairs=0)"]
+    elif given is not None:
+        extra = np.flatnonzero(part_of == EXTRA)
+        taken = _sampled(extra, eval_pairs, seed)
+        notes = [_published_note(f"eval_path={given}", taken, extra, hashes, train, seed)]
+    else:
+        train, taken, notes = _by_part(found, part_of, in_test, hashes, eval_pairs, seed)
+    mixture = Mixture(part_of[train], tuple(part.weight for part in found.parts)) if len(found.parts) > 1 else None
+    groups = _groups(cache.manifest["source_names"], found, cache.source[taken], part_of[taken])
+    return Split(Pairs(cache, train), Pairs(cache, taken), mixture, groups, tuple(notes))
+
+
+def _groups(names: list[str], found: Found, source: np.ndarray, part: np.ndarray) -> dict[str, np.ndarray]:
+    groups = {name: source == number for number, name in enumerate(names)}
+    groups |= {one.name: part == number for number, one in enumerate(found.parts)}
+    groups = {name: held for name, held in groups.items() if held.any()}
+    return groups if len(groups) > 1 and not all(held.all() for held in groups.values()) else {}
+
+
+def _by_part(
+    found: Found, part_of: np.ndarray, in_test: np.ndarray, hashes: np.ndarray, eval_pairs: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Training pairs, evaluation pairs, and the notes, part by part."""
+    train = np.flatnonzero(~in_test)
+    wanted = apportion(eval_pairs, [part.weight for part in found.parts]) if eval_pairs > 0 else [-1] * len(found.parts)
+    taken_by_part: list[np.ndarray] = []
+    notes: list[str] = []
+    for number, part in enumerate(found.parts):
+        mine = np.flatnonzero(part_of == number)
+        if found.published(number):
+            held = mine[in_test[mine]]
+            taken = _sampled(held, int(wanted[number]), seed)
+            note = _published_note(part.note, taken, held, hashes, train, seed)
+        elif eval_pairs == -1:
+            raise UserError(
+                f"eval_pairs=-1 (all) needs an evaluation split, but {part.note}; give a number or eval_path"
+            )
+        else:
+            held, taken = _hold_out(mine, hashes, int(wanted[number]), seed)
+            note = (
+                f"{part.note}: {len(taken)} pairs of {len(np.unique(hashes[held]))} prompts are held out by prompt "
+                f"(seed {seed}), none of these prompts is in training"
+            )
+            train = train[~np.isin(hashes[train], hashes[held])]
+        taken_by_part.append(taken)
+        notes.append(note if len(found.parts) == 1 else f"{part.name}: {note}.")
+    # Spread, so that the first pairs are from every part.
+    places = np.concatenate([(np.arange(len(x)) + 0.5) / max(1, len(x)) for x in taken_by_part])
+    return train, np.concatenate(taken_by_part)[np.argsort(places, kind="stable")], notes
+
+
+def _sampled(held: np.ndarray, count: int, seed: int) -> np.ndarray:
+    return held if count == -1 else np.sort(np.random.default_rng(seed).permutation(held)[:count])
+
+
+def _published_note(
+    note: str, taken: np.ndarray, held: np.ndarray, hashes: np.ndarray, train: np.ndarray, seed: int
+) -> str:
+    known = int(np.isin(hashes[taken], hashes[train]).sum())
+    return f"{note}: {len(taken)} of its {len(held)} pairs (seed {seed}); {known} have a prompt of training"
+
+
+def _hold_out(mine: np.ndarray, prompt_hash: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs of held-out prompts (at most half of all), and `count` of them to evaluate on.
+
+    Prompts are compared as conversations, before any template or limit: the same rows are held out whatever the
+    tokenizer.
+    """
+    hashes, prompt_of, counts = np.unique(prompt_hash[mine], return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(hashes))
+    wanted = min(count, len(mine) // 2)
+    before = np.cumsum(counts[order]) - counts[order]
+    held_prompts = np.zeros(len(hashes), dtype=bool)
+    # A prompt is taken while pairs are missing and if it leaves half of the pairs to training.
+    held_prompts[order] = (before < wanted) & (before + counts[order] <= max(wanted, len(mine) // 2))
+    held = mine[held_prompts[prompt_of]]
+    return held, held[:wanted]
