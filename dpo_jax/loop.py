@@ -17,11 +17,12 @@ from dpo_jax.data.packing import RowShape
 from dpo_jax.data.pipeline import StepSource, batches
 from dpo_jax.errors import UserError
 from dpo_jax.metrics import MetricsWriter, Throughput
-from dpo_jax.sharding import to_global
+from dpo_jax.sharding import make_any, to_global
 from dpo_jax.step import TrainState
 
 # What an evaluation says of every group of pairs (source) apart.
 BY_GROUP = ("accuracy", "margin")
+STOP = "stop"  # beside the metrics of an update, while they are on the devices
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -141,14 +142,18 @@ def run_phase(
     throughput = Throughput()
     compiled: set[RowShape] = set()
     pending: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
+    # Of several processes perhaps only one got the signal: what any knew at update n, all know with its metrics.
+    any_of = make_any(mesh) if jax.process_count() > 1 else None
+    asked = False
 
     def record() -> None:
-        nonlocal pending
+        nonlocal pending, asked
         if pending is None:
             return
         n, metrics, info = pending
         pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}  # waits for update n
+        asked = bool(values.pop(STOP, False))
         throughput.count(info["pairs"])
         if n == 1 or n % phase.log_every == 0 or n == total:
             facts = {"pairs": info["pairs"], "tokens": info["tokens"], "useful_token_fraction": info["fraction"]}
@@ -181,8 +186,10 @@ def run_phase(
         else:
             state, metrics = phase.train_step(state, ref_params, batch, slots)
         record()
+        if any_of is not None:
+            metrics = metrics | {STOP: any_of(stop.is_set())}
         pending = (n, metrics, item["info"])
-        last, stopping = n == total, stop.is_set()
+        last, stopping = n == total, stop.is_set() if any_of is None else asked
         eval_due = last or (phase.eval_every > 0 and n % phase.eval_every == 0)
         save_due = last or stopping or (phase.checkpoint_every > 0 and n % phase.checkpoint_every == 0)
         if eval_due or save_due:

@@ -64,7 +64,7 @@ def show(name: str, value: float | None) -> str:
     """A metric's value for a person: `show("dpo_loss", 0.69315)` is "0.6931"."""
     if value is None or not math.isfinite(value):
         return "nan"
-    return format(value, FORMATS.get(name, ".4g"))
+    return format(value, FORMATS.get(name.partition("/")[0], ".4g"))  # accuracy/SOURCE is an accuracy
 
 
 def printable(text: str) -> str:
@@ -108,7 +108,7 @@ def truncate(path: Path, keep: Callable[[Record], bool]) -> None:
     kept = [record for record in read(path) if keep(record)]
     scratch = path.with_name(path.name + ".tmp")
     with scratch.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
         file.flush()
         os.fsync(file.fileno())
     os.replace(scratch, path)
@@ -119,7 +119,9 @@ def before_after(records: Iterable[Record]) -> list[tuple[str, float | None, flo
     evals = {record.get("step", 0): record for record in records if record.get("split") == "eval"}
     before = evals.pop(0, {})
     after = evals[max(evals)] if evals else {}
-    return [(name, before.get(name), after.get(name)) for name in HELD_OUT if name in before or name in after]
+    by_source = sorted(name for name in {**before, **after} if name.startswith(("accuracy/", "margin/")))
+    names = [name for name in HELD_OUT if name in before or name in after]
+    return [(name, before.get(name), after.get(name)) for name in (*names, *by_source)]
 
 
 class Throughput:

@@ -153,6 +153,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "Model": [say("{}", "model")],
         "Reference": [say("{}", "reference") or ("the policy as DPO found it" if "reference" in run.config else "")],
         "Dataset": [say("{}", "dataset")],
+        "Mixture": [
+            f"{part['name']} {part['weight']:.1%} ({part['epoch']:,} of {part['pairs']:,} pairs an epoch)"
+            for part in run.data.get("mixture", [])
+        ],
         "Prompt format": [run.data.get("prompt_format")],
         "Held out": [run.data.get("held_out")],
         "Loss": [say("{}", "loss"), say("β {}", "dpo_beta"), say("label smoothing {}", "label_smoothing")],

@@ -1,13 +1,17 @@
 """The mesh, the logical-axis rules, and host arrays → global arrays. Mesh axis names occur here and nowhere else."""
 
+import contextlib
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -104,6 +108,46 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, P())
+
+
+def make_any(mesh: Mesh) -> Callable[[bool], jax.Array]:
+    """A function of this process's flag → whether any process's is set: a replicated array, computed asynchronously.
+
+    Every process must call it equally often. It is how processes agree on something that only one of them knows.
+    """
+    sharding = NamedSharding(mesh, P(AXES))
+    local = len(mesh.local_devices)
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def largest(flags: jax.Array) -> jax.Array:
+        return jnp.max(flags)
+
+    def any_of(flag: bool) -> jax.Array:
+        with jax.transfer_guard_host_to_device("allow"):
+            flags = jax.make_array_from_process_local_data(sharding, np.full(local, flag, np.int32), (mesh.size,))
+        return largest(flags)
+
+    return any_of
+
+
+def agreed(flag: bool) -> bool:
+    """What the first process found: files that it is writing may look half there to others. Every process calls it."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+
+
+@contextlib.contextmanager
+def first_process_first(what: str) -> Iterator[None]:
+    """The first process does it alone, the others after it: for files that one makes and all read."""
+    others = jax.process_count() > 1 and jax.process_index() > 0
+    if others:
+        multihost_utils.sync_global_devices(what)
+    try:
+        yield
+    finally:
+        if jax.process_count() > 1 and not others:
+            multihost_utils.sync_global_devices(what)
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:

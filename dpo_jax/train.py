@@ -31,7 +31,7 @@ from dpo_jax.losses import LOSSES
 from dpo_jax.model import Params
 from dpo_jax.optim import optimizer, schedule
 from dpo_jax.policy import Layout, Policy
-from dpo_jax.sharding import local_rows, make_mesh, replicated, row_shards
+from dpo_jax.sharding import agreed, first_process_first, local_rows, make_mesh, replicated, row_shards
 from dpo_jax.step import LogpsFn, TrainState, make_eval_step, make_train_step, preference_objective, sft_objective
 
 Config = Mapping[str, Any]
@@ -73,11 +73,13 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"])
     _check_division(c, mesh)
     main_process = jax.process_index() == 0
-    found = policy.find(c["model"], workdir, c["seed"])
+    with first_process_first("dpo_jax model files"):
+        found = policy.find(c["model"], workdir, c["seed"])
     layout = policy.lay_out(found.config, mesh, param_dtype=c["param_dtype"], compute_dtype=c["compute_dtype"])
     if c["reference"]:
         policy.check_reference(weights.resolve(c["reference"], what="reference"), layout)
-    data = _prepare(c, found, workdir)
+    with first_process_first("dpo_jax data"):  # with a cache that all share, the others find it whole
+        data = _prepare(c, found, workdir)
     if len(data.train) < c["batch_size"] and c["drop_remainder"]:
         raise UserError(
             f"batch_size={c['batch_size']} is more than the {len(data.train)} training pairs; lower it, or set "
@@ -213,10 +215,10 @@ def _answer(run: Run, params: Params, when: str, step: int) -> None:
 def _finish(run: Run, state: TrainState, steps: int) -> dict[str, float]:
     """Answers after training, the export, the report and the final table. Done again, it changes nothing."""
     c, workdir, samples = run.c, run.workdir, run.workdir / "samples.jsonl"
-    if not any(r["when"] == "after" for r in _read(samples)):
+    if not agreed(any(r["when"] == "after" for r in _read(samples))):
         _answer(run, state.params, "after", steps)
     export = workdir / "export"
-    if c["export"] and not (export / "config.json").exists():
+    if c["export"] and not agreed((export / "config.json").exists()):
         weights.save(
             state.params,
             run.policy.hf_config(),
@@ -276,8 +278,9 @@ def _prepare(c: Config, found: Policy, workdir: Path) -> Prepared:
         dataset_path = str(tiny.write_dialogues(workdir, c["seed"]))
     names = [f.name for f in dataclasses.fields(DataRequest) if f.name != "dataset_path"]
     request = DataRequest(dataset_path=dataset_path, **{name: c[name] for name in names})
-    prepared = prepare(request, found.tokenizer, workdir / "quarantine.jsonl")
-    if jax.process_index() == 0:
+    main_process = jax.process_index() == 0
+    prepared = prepare(request, found.tokenizer, workdir / "quarantine.jsonl" if main_process else None)
+    if main_process:
         (workdir / "data.json").write_text(json.dumps(prepared.report, indent=1, ensure_ascii=False) + "\n")
     return prepared
 

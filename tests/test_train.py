@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -200,29 +199,3 @@ def test_a_run_that_loses_its_numbers_stops_and_keeps_its_checkpoints(tmp_path, 
     step = int(said.split("step ")[1].split(":")[0])
     assert (tmp_path / "checkpoints" / str(step - 1)).is_dir()
     assert not (tmp_path / "checkpoints" / str(step)).exists()
-
-
-def test_two_processes_make_the_run_of_one(environment, tmp_path):
-    """Two processes of one device each against one process of two devices: the same plan, the same records."""
-    changed = {"sft_steps": 0, "num_steps": 3, "mesh_data": 2, "mesh_fsdp": 1, "sample_tokens": 2}
-    two_devices = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    _finish(tmp_path / "one", two_devices, **changed)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    command = [*_command(tmp_path / "two", **changed), "--distributed"]
-    processes = []
-    for i in range(2):
-        joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)}
-        processes.append(
-            subprocess.Popen(command, env=environment | joined, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        )
-    for process in processes:
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, out.decode()
-    one, two = _values(tmp_path / "one"), _values(tmp_path / "two")
-    assert len(one) == len(two) == 5  # the evaluations at 0 and 3, and three updates
-    for a, b in zip(one, two, strict=True):
-        for key, value in a.items():
-            assert b[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-5)), key
-    assert (tmp_path / "two" / "export" / "model.safetensors").exists()

@@ -86,8 +86,7 @@ def split(cache: PairCache, found: Found, eval_pairs: int, seed: int) -> Split:
 def _groups(names: list[str], found: Found, source: np.ndarray, part: np.ndarray) -> dict[str, np.ndarray]:
     groups = {name: source == number for number, name in enumerate(names)}
     groups |= {one.name: part == number for number, one in enumerate(found.parts)}
-    groups = {name: held for name, held in groups.items() if held.any()}
-    return groups if len(groups) > 1 and not all(held.all() for held in groups.values()) else {}
+    return {name: held for name, held in groups.items() if held.any() and not held.all()}
 
 
 def _by_part(

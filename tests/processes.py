@@ -1,0 +1,33 @@
+"""Several processes on this machine that find each other over loopback: for tests of pods without one."""
+
+import os
+import socket
+import subprocess
+
+
+def start(commands, environment=None):
+    """Start `commands` as the processes 0, 1, ... of one run; returns their `Popen`s. Output of both kinds is piped."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    started = []
+    for number, command in enumerate(commands):
+        joined = {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(len(commands)),
+            "JAX_PROCESS_ID": str(number),
+        }
+        env = (os.environ if environment is None else environment) | joined
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    return started
+
+
+def end(started, codes, timeout=300):
+    """Wait for all; every one must end with its code. Returns what they printed."""
+    try:
+        printed = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == list(codes), "\n---\n".join(printed)
+    return printed
