@@ -107,7 +107,7 @@ def row_limits(layout: Layout, microbatches: int) -> RowLimits:
     key_cost = 4 * c.num_attention_heads * c.head_dim / (2 * layer)
     return RowLimits(
         row_multiple=row_shards(layout.mesh) * microbatches,
-        width_multiple=128 if platform == "tpu" else 16,
+        width_multiple=128 if platform == "tpu" else 8,
         key_cost=key_cost * (2.5 if platform == "cpu" else 1),
     )
 

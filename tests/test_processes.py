@@ -1,4 +1,4 @@
-"""Two and four processes: the plan and the batches of one, one writer of the cache, and runs that change their number."""
+"""Two and four processes: the plan and batches of one, one writer of the cache, runs that change their number."""
 
 import json
 import shutil

@@ -25,12 +25,13 @@ from dpo_jax.data import balance
 from dpo_jax.data.balance import EMPTY
 
 # Fill aimed at for the tightest shape: rows this much wider than the mean content of a row.
-SLACK = 0.02
+SLACK = 0.015
 # How much wider than anything the sample needed a shuffled run's third shape is: other epochs have other luck.
 ROOM = 0.08
-SAMPLE_PAIRS = 4096
-# Rows with this fraction of real tokens are taken before others, unless their attention makes them that much dearer.
-FILL = 0.95
+SAMPLE_PAIRS = 16_384
+# Rows with this fraction of real tokens (0.95, and what a sample is wrong by) are taken before others, unless their
+# attention makes them that much dearer.
+FILL = 0.957
 FILL_WORTH = 1.2
 # A slot of the common shapes holds all but this share of the completions (or prompts). The few longer ones would make
 # every row of a run that wide; in a shuffled run they meet in a few batches of a wider shape.
@@ -70,7 +71,7 @@ class RowLimits:
     """
 
     row_multiple: int = 1
-    width_multiple: int = 16
+    width_multiple: int = 8
     key_cost: float = 1e-3
 
 
