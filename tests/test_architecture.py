@@ -8,7 +8,8 @@ import pytest
 # Lowest first: a module may import those before it, nothing after it.
 ORDER = """
 errors
-data.preference data.columns data.datasets data.files data.sources data.render data.cache data.prepare
+data.preference data.columns data.datasets data.files data.sources data.render data.cache data.shared_store
+data.remote_cache data.prepare
 data.packing data.pipeline data.synthetic
 attention losses optim logprobs model step
 sharding checkpoint weights sample tiny policy
