@@ -1,4 +1,4 @@
-"""A cache that machines share, at any address fsspec knows (gs://bucket/dir, file:///mnt/dir): built once, copied by all.
+"""A cache that machines share, at any address fsspec knows (gs://bucket/dir, s3://...): built once, copied by all.
 
     ADDRESS/KEY/manifest.json   written last: without it nothing here is taken for a cache; it names ID and all sizes
     ADDRESS/KEY/ID/...          the files of one build, under a name of its own: two writers never mix theirs

@@ -238,14 +238,14 @@ def test_gs_needs_a_library(machine):
 
 
 def test_a_failing_network_is_one_line(machine, monkeypatch):
-    class Unreachable(Exception):
+    class UnreachableError(Exception):
         """Cloud libraries raise classes of their own, over several lines."""
 
     def fail(*_, **__):
-        raise Unreachable("no\nroute")
+        raise UnreachableError("no\nroute")
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", fail)
-    with pytest.raises(UserError, match=r"memory://x: cannot be reached or written \(Unreachable: no route\)"):
+    with pytest.raises(UserError, match=r"memory://x: cannot be reached or written \(UnreachableError: no route\)"):
         open_or_build("memory://x", FINGERPRINT, forbidden)
 
 
