@@ -13,7 +13,7 @@ data.remote_cache data.prepare
 data.packing data.pipeline data.synthetic
 attention losses optim logprobs model step
 sharding checkpoint weights sample tiny policy
-metrics page charts runs compare report answers loop config
+metrics page charts runs compare report answers loop config inputs
 train
 """.split()
 FILES = {".".join(p.with_suffix("").parts[1:]): p for p in Path("dpo_jax").rglob("*.py") if p.name != "__init__.py"}
