@@ -54,13 +54,13 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path, bool]:
       SystemExit: 0 after `--help`.
     """
     config, values = read_flags(argv, TRAIN)
-    if not values["workdir"].value:
+    if not values["workdir"]:
         raise UserError(f"--workdir is missing; usage: {TRAIN.usage}")
-    return config, Path(check_workdir(values["workdir"].value)), bool(values["distributed"].value)
+    return config, Path(check_workdir(values["workdir"])), values["distributed"]
 
 
-def read_flags(argv: Sequence[str], command: Command) -> tuple[ml_collections.ConfigDict, flags.FlagValues]:
-    """The config, and the flags of this command, on a registry of their own.
+def read_flags(argv: Sequence[str], command: Command) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+    """The config, and the values of this command's other flags by name.
 
     Raises:
       UserError: anything wrong with the command line, in one line.
@@ -83,7 +83,7 @@ def read_flags(argv: Sequence[str], command: Command) -> tuple[ml_collections.Co
     root = str(path.resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
-    values = flags.FlagValues()
+    values = flags.FlagValues()  # not absl's own registry, which holds the flags of every library that is imported
     config_flags.DEFINE_config_file("config", help_string="Config file, FILE.py or FILE.py:PRESET.", flag_values=values)
     command.define(values)
     # config_flags finds overrides such as --config.seed in sys.argv, whatever it is given to parse.
@@ -104,7 +104,7 @@ def read_flags(argv: Sequence[str], command: Command) -> tuple[ml_collections.Co
         raise UserError(f"unexpected argument {rest[1]!r}; usage: {usage}")
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config={file} cannot be read: get_config() must return a ConfigDict")
-    return config, values
+    return config, {name: values[name].value for name in values if name.split(".")[0] != "config"}
 
 
 def _unknown_key(key: str) -> str:

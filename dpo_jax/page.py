@@ -174,7 +174,8 @@ dt { color: var(--soft); font-size: 13px; }
 dd { margin: 0; }
 
 .scroll { overflow-x: auto; }
-.scroll + .scroll { margin-top: 36px; }
+.scroll + .scroll, .scroll + .charts { margin-top: 36px; }
+.scroll + .note { margin-top: 12px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th { font-weight: 500; color: var(--soft); font-size: 13px; text-align: left; white-space: nowrap; }
 th, td { padding: 7px 28px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }

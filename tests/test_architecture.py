@@ -14,6 +14,7 @@ data.packing data.pipeline data.synthetic
 attention losses optim logprobs model step
 sharding checkpoint weights sample tiny policy
 metrics page charts runs compare report answers loop config inputs
+inspection inspection_text inspection_page data_command data.__main__
 train
 """.split()
 FILES = {".".join(p.with_suffix("").parts[1:]): p for p in Path("dpo_jax").rglob("*.py") if p.name != "__init__.py"}
