@@ -84,7 +84,7 @@ def _inspect(c: inputs.Config, options: Mapping[str, Any]) -> None:
     shards, micro, platform = options["shards"], c["microbatches"], options["platform"]
     inputs.check_division(c["batch_size"], shards, micro)
     found, prepared, _ = _pairs(c, options["workdir"])
-    where = f"{c['batch_size']} pairs a step over {shards} shards x {micro} microbatches ({platform})"
+    where = f"{c['batch_size']} pairs a step over {shards} data shards x {micro} microbatches ({platform})"
     plan, note = None, ""
     try:
         inputs.check_enough(c, len(prepared.train))
