@@ -39,8 +39,8 @@ def show(inspection: Inspection, console: Console) -> None:
     for example in inspection.examples:
         _example(example, console, coloured)
     if inspection.examples:
-        how = "green and red" if coloured else "in " + "…".join(LOSS_MARKS)
-        say(console, f"The loss is on the tokens {how}; the prompt is seen by both.")
+        which = "green and red tokens" if coloured else "tokens in " + "…".join(LOSS_MARKS)
+        say(console, f"The loss is on the {which}; both answers see the prompt.")
 
 
 def rows(report: Mapping[str, Any], console: Console) -> None:

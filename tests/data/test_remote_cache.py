@@ -39,10 +39,7 @@ def machine(tmp_path, monkeypatch):
 
 @pytest.fixture(params=["file", "memory"])
 def address(request, tmp_path):
-    if request.param == "file":
-        return f"file://{tmp_path}/shared/"
-    fsspec.filesystem("memory").store.clear()
-    return "memory://bucket/shared"
+    return f"file://{tmp_path}/shared/" if request.param == "file" else f"memory://{tmp_path.name}/shared"
 
 
 def remote(address, name):
