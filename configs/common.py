@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.max_prompt_length = 512  # tokens; a longer prompt loses its beginning
     c.max_completion_length = 512  # tokens; a longer completion loses its end
     c.overlong = "truncate"  # truncate, or drop the pair
-    c.cache_dir = ""  # tokenised pairs; empty = $DPO_JAX_CACHE or ~/.cache/dpo_jax
+    c.cache_dir = ""  # tokenised pairs: a directory or gs://bucket/dir; empty = $DPO_JAX_CACHE or ~/.cache/dpo_jax
 
     # --- batch and length of the run
     c.batch_size = 64  # pairs a step, exactly

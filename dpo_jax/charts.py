@@ -1,4 +1,4 @@
-"""Line charts as HTML and inline SVG: no scripts needed, no assets, light and dark by the page's CSS variables.
+"""Line charts and histograms as HTML and inline SVG: no scripts needed, no assets, light and dark by CSS variables.
 
 The SVG holds only the curves and stretches to any width (`preserveAspectRatio="none"`, strokes that do not scale); the
 labels are HTML, placed in percent, so that text keeps its size on a phone and on a wide screen. How a line is drawn
@@ -89,11 +89,54 @@ def chart(
     scale = Scale(x=(min(0.0, *xs), max(*xs, min(xs) + 1)), y=_padded(min(lows), max(lows), from_zero))
     drawn = "".join(_draw(s, points, scale) for s, points in sorted(lines, key=lambda line: line[0].held_out))
     named = [(s, points) for s, points in lines if s.name is not None]
+    key = "".join(_key(s, label(points[-1][1])) for s, points in named)
+    shown = [points for _, points in named]
+    return _figure(title, drawn, scale, shown, key=key, axes=_axes(scale, guide), note=note, small=small)
+
+
+def histogram(
+    title: str, series: Sequence[Series], width: float, *, unit: str, note: str = "", small: bool = False
+) -> str:
+    """A figure of counts in bins of equal width; empty if nothing is counted.
+
+    Args:
+      title: what is counted.
+      series: points are (middle of a bin, count), from left to right, drawn as steps over one another.
+      width: of a bin, in `unit`.
+      unit: of the horizontal axis, shown under the pointer, such as "tokens".
+      note: one line under the chart.
+      small: a lower plot.
+    """
+    lines = [(s, list(finite(s.points))) for s in series]
+    lines = [(s, points) for s, points in lines if any(y for _, y in points)]
+    if not lines:
+        return ""
+    xs, most = [x for _, points in lines for x, _ in points], max(y for _, points in lines for _, y in points)
+    scale = Scale(x=(min(xs) - width / 2, max(xs) + width / 2), y=(0.0, most * 1.06))
+    drawn = "".join(f'<g style="color:var(--{s.color})">{_steps(points, width, scale)}</g>' for s, points in lines)
+    key = "".join(_key(s, "") for s, _ in lines if s.name is not None)
+    shown = [points for s, points in lines if s.name is not None]
+    return _figure(title, drawn, scale, shown, key=key, axes=_axes(scale, None), note=note, small=small, unit=unit)
+
+
+def _figure(
+    title: str,
+    drawn: str,
+    scale: Scale,
+    shown: Sequence[Sequence[Point]],
+    *,
+    key: str,
+    axes: str,
+    note: str,
+    small: bool,
+    unit: str = "step",
+) -> str:
+    """The HTML around curves; `shown` is what the page's script reads out under the pointer."""
     return (
         f'<figure class="chart{" small" if small else ""}" data-domain="{scale.x[0]:g} {scale.x[1]:g}"'
-        f' data-series="{_hover_data(named)}">'
-        f'<figcaption><h3>{text(title)}</h3><p class="key">{"".join(map(_key, named))}</p></figcaption>'
-        f'<div class="plot">{_axes(scale, guide)}'
+        f' data-unit="{text(unit)}" data-series="{_hover_data(shown)}">'
+        f'<figcaption><h3>{text(title)}</h3><p class="key">{key}</p></figcaption>'
+        f'<div class="plot">{axes}'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{text(title)}">'
         f'{drawn}</svg><i class="rule"></i></div>' + (f'<p class="note">{text(note)}</p>' if note else "") + "</figure>"
     )
@@ -158,6 +201,13 @@ def _path(points: Sequence[Point], scale: Scale, style: str) -> str:
     return f'<path class="{style}" d="M{"L".join(scale.at(x, y) for x, y in points)}"/>'
 
 
+def _steps(points: Sequence[Point], width: float, scale: Scale) -> str:
+    """The outline of a histogram, filled, from its first bin to its last."""
+    corners = [(x + side * width / 2, y) for x, y in points for side in (-1, 1)]
+    ends = [(corners[0][0], 0.0), *corners, (corners[-1][0], 0.0)]
+    return f'<path class="steps" d="M{"L".join(scale.at(x, y) for x, y in ends)}Z"/>'
+
+
 def _draw(series: Series, points: list[Point], scale: Scale) -> str:
     if series.held_out:
         whiskers = "".join(
@@ -199,15 +249,14 @@ def _axes(scale: Scale, guide: tuple[float, str] | None) -> str:
     return "".join(marks)
 
 
-def _key(line: tuple[Series, list[Point]]) -> str:
-    series, points = line
+def _key(series: Series, value: str) -> str:
     kind = "dot" if series.held_out else "line"
     return (
         f'<span><i class="{kind}" style="color:var(--{series.color})"></i>{text(series.name or "")}'
-        f" <output>{label(points[-1][1])}</output></span>"
+        f" <output>{value}</output></span>"
     )
 
 
-def _hover_data(lines: Sequence[tuple[Series, list[Point]]]) -> str:
-    short = [[[x, float(f"{y:.5g}")] for x, y in thin(points)] for _, points in lines]
+def _hover_data(lines: Sequence[Sequence[Point]]) -> str:
+    short = [[[x, float(f"{y:.5g}")] for x, y in thin(points)] for points in lines]
     return text(json.dumps(short, separators=(",", ":")))

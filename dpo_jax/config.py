@@ -1,5 +1,6 @@
 """The command line and the config: read, checked and compared before anything is loaded or compiled."""
 
+import dataclasses
 import difflib
 import json
 import os
@@ -21,14 +22,25 @@ from dpo_jax.optim import OPTIMIZERS, SCHEDULES
 DTYPES = ("float32", "bfloat16")
 
 
-def define_flags() -> flags.FlagValues:
-    """The flags of `python -m dpo_jax.train`, on a registry of their own."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", help_string="Config file, FILE.py or FILE.py:PRESET.", flag_values=values)
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command line with a config: how it is used, what its help adds, and its flags beside --config."""
+
+    usage: str
+    about: str
+    define: Callable[[flags.FlagValues], None]
+
+
+def _train_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run; the same command continues it.", flag_values=values)
     flags.DEFINE_bool("distributed", False, "One process of several: join the others first.", flag_values=values)
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
-    return values
+
+
+TRAIN = Command(
+    "python -m dpo_jax.train --config=configs/hhh.py[:PRESET] --workdir=DIR [--config.KEY=VALUE ...] [--distributed]",
+    "Every key, its unit and its default: configs/common.py.",
+    _train_flags,
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path, bool]:
@@ -41,10 +53,22 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path, bool]:
       UserError: anything wrong with it, in one line.
       SystemExit: 0 after `--help`.
     """
-    usage = "python -m dpo_jax.train --config=configs/hhh.py[:PRESET] --workdir=DIR [--config.KEY=VALUE ...]"
-    usage += " [--distributed]"
+    config, values = read_flags(argv, TRAIN)
+    if not values["workdir"]:
+        raise UserError(f"--workdir is missing; usage: {TRAIN.usage}")
+    return config, Path(check_workdir(values["workdir"])), values["distributed"]
+
+
+def read_flags(argv: Sequence[str], command: Command) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+    """The config, and the values of this command's other flags by name.
+
+    Raises:
+      UserError: anything wrong with the command line, in one line.
+      SystemExit: 0 after `--help`.
+    """
+    usage = command.usage
     if any(a in ("--help", "-h", "--helpfull") for a in argv[1:]):
-        print(f"usage: {usage}\n\nEvery key, its unit and its default: configs/common.py.")
+        print(f"usage: {usage}\n\n{command.about}")
         raise SystemExit(0)
     file = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
     if file is None:
@@ -59,7 +83,9 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path, bool]:
     root = str(path.resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
-    values = define_flags()
+    values = flags.FlagValues()  # not absl's own registry, which holds the flags of every library that is imported
+    config_flags.DEFINE_config_file("config", help_string="Config file, FILE.py or FILE.py:PRESET.", flag_values=values)
+    command.define(values)
     # config_flags finds overrides such as --config.seed in sys.argv, whatever it is given to parse.
     before, sys.argv = sys.argv, list(argv)
     try:
@@ -78,9 +104,7 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path, bool]:
         raise UserError(f"unexpected argument {rest[1]!r}; usage: {usage}")
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config={file} cannot be read: get_config() must return a ConfigDict")
-    if not values["workdir"].value:
-        raise UserError(f"--workdir is missing; usage: {usage}")
-    return config, Path(check_workdir(values["workdir"].value)), bool(values["distributed"].value)
+    return config, {name: values[name].value for name in values if name.split(".")[0] != "config"}
 
 
 def _unknown_key(key: str) -> str:

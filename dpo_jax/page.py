@@ -9,9 +9,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from dpo_jax import metrics
+from dpo_jax.errors import UserError
 
 RUN_COLORS = 8  # --run-0 … --run-7, then again from the start
 
@@ -83,6 +85,20 @@ def document(title: str, body: str) -> str:
     )
 
 
+def save(path: Path, title: str, body: str, *, option: str) -> Path:
+    """Write a page; `option` is the flag that names its place.
+
+    Raises:
+      UserError: the place cannot be written.
+    """
+    try:
+        # A lone surrogate in an answer has no UTF-8 form: a question mark stands for it.
+        path.write_bytes(document(title, body).encode("utf-8", "replace"))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place with {option}") from error
+    return path
+
+
 # The value under the pointer, in the legend. Without it (or with scripts off) the legend shows the last values.
 SCRIPT = """
 for (const figure of document.querySelectorAll("figure[data-series]")) {
@@ -97,7 +113,7 @@ for (const figure of document.querySelectorAll("figure[data-series]")) {
     const found = lines.map(points => nearest(points, x));
     const at = found.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a)[0];
     found.forEach(([, y], i) => { outputs[i].textContent = String(Number(y.toPrecision(4))).replace("-", "−"); });
-    rule.dataset.step = "step " + at;
+    rule.dataset.at = figure.dataset.unit + " " + at;
     rule.style.left = 100 * (at - low) / (high - low) + "%";
     figure.classList.add("hover");
   });
@@ -158,7 +174,8 @@ dt { color: var(--soft); font-size: 13px; }
 dd { margin: 0; }
 
 .scroll { overflow-x: auto; }
-.scroll + .scroll { margin-top: 36px; }
+.scroll + .scroll, .scroll + .charts { margin-top: 36px; }
+.scroll + .note { margin-top: 12px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th { font-weight: 500; color: var(--soft); font-size: 13px; text-align: left; white-space: nowrap; }
 th, td { padding: 7px 28px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -196,6 +213,7 @@ figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; justify-content: spa
 .plot path { fill: none; stroke: currentColor; vector-effect: non-scaling-stroke; }
 .plot path { stroke-linejoin: round; stroke-linecap: round; }
 .raw { stroke-width: 1; opacity: 0.28; }
+.plot .steps { fill: currentColor; fill-opacity: 0.16; stroke-width: 1; stroke-opacity: 0.8; }
 .mean { stroke-width: 1.5; opacity: 0.75; }
 .compared .raw { opacity: 0.13; }
 .compared .mean { opacity: 0.45; }
@@ -211,7 +229,7 @@ figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; justify-content: spa
 .plot .guide em { position: absolute; right: 0; bottom: 3px; color: var(--faint); }
 .plot .rule { position: absolute; top: 0; bottom: 0; width: 1px; background: var(--faint); display: none; }
 .plot .rule::after {
-  content: attr(data-step); position: absolute; top: calc(100% + 4px); transform: translateX(-50%); padding: 3px 6px;
+  content: attr(data-at); position: absolute; top: calc(100% + 4px); transform: translateX(-50%); padding: 3px 6px;
   background: var(--ink); color: var(--paper); border-radius: 4px; font-size: 12px; line-height: 1.2;
   font-style: normal; white-space: nowrap;
 }
@@ -225,6 +243,9 @@ figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; justify-content: spa
 .prompt .said { max-width: 90ch; max-height: 14em; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 16px 24px; margin-top: 18px; }
 .pair > div { background: var(--panel); border-radius: 8px; padding: 14px 18px 16px; min-width: 0; }
+.tokens.prompt span { color: var(--soft); } .tokens.chosen span { color: var(--chosen); }
+.tokens.rejected span { color: var(--rejected); } .tokens span:hover { background: var(--line); }
+.tokens b { font-weight: 650; }
 .pair h3.chosen { color: var(--chosen); } .pair h3.rejected { color: var(--rejected); }
 @media (max-width: 900px) { .charts.three { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 @media (max-width: 720px) {

@@ -100,13 +100,18 @@ def lay_out(config: ModelConfig, mesh: Mesh, *, param_dtype: str, compute_dtype:
 
 def row_limits(layout: Layout, microbatches: int) -> RowLimits:
     """What this model on these devices asks of pair rows."""
-    c, platform = layout.config, layout.mesh.devices.flat[0].platform
+    return limits_on(layout.config, row_shards(layout.mesh) * microbatches, layout.mesh.devices.flat[0].platform)
+
+
+def limits_on(config: ModelConfig, row_multiple: int, platform: str) -> RowLimits:
+    """What this model asks of pair rows on cpu, gpu or tpu, where rows divide by `row_multiple`."""
+    c = config
     # One key costs 4·H·E operations (scores and values), a token 2 per weight of a layer; on CPU softmax and small
     # products make a key about 2.5 times as dear (measured on SmolLM2-135M).
     layer = (c.parameter_count() - c.vocab_size * c.hidden_size) / c.num_hidden_layers
     key_cost = 4 * c.num_attention_heads * c.head_dim / (2 * layer)
     return RowLimits(
-        row_multiple=row_shards(layout.mesh) * microbatches,
+        row_multiple=row_multiple,
         width_multiple=128 if platform == "tpu" else 8,
         key_cost=key_cost * (2.5 if platform == "cpu" else 1),
     )

@@ -14,7 +14,7 @@ from dpo_jax import metrics
 from dpo_jax.charts import chart
 from dpo_jax.compare import compare_page
 from dpo_jax.errors import UserError
-from dpo_jax.page import count, document, fold, number, section, setting, table, text
+from dpo_jax.page import count, fold, number, save, section, setting, table, text
 from dpo_jax.runs import (
     LABELS,
     MAIN_PLOTS,
@@ -41,12 +41,12 @@ OPEN_SAMPLES = 3  # prompts shown at once; the others are folded
 
 def write(workdir: Path) -> Path:
     """Write the run's page, WORKDIR/report.html, and return its path."""
-    return _save(workdir / "report.html", *run_page(load(workdir)))
+    return save(workdir / "report.html", *run_page(load(workdir)), option="--out")
 
 
 def compare(workdirs: Sequence[Path], out: Path) -> Path:
     """Write one page for several runs: differences of their configs, final numbers, curves over one another."""
-    return _save(out, *compare_page([load(workdir) for workdir in workdirs]))
+    return save(out, *compare_page([load(workdir) for workdir in workdirs]), option="--out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(options.workdirs) > 1:
             path = compare(options.workdirs, options.out or Path("compare.html"))
         elif options.out:
-            path = _save(options.out, *run_page(load(options.workdirs[0])))
+            path = save(options.out, *run_page(load(options.workdirs[0])), option="--out")
         else:
             path = write(options.workdirs[0])
     except UserError as error:
@@ -294,15 +294,6 @@ def _data(run: Run) -> str:
         )
         + (fold("Files", f"<div>{files}</div>") if files else "")
     )
-
-
-def _save(path: Path, title: str, body: str) -> Path:
-    try:
-        # A lone surrogate in an answer has no UTF-8 form: a question mark stands for it.
-        path.write_bytes(document(title, body).encode("utf-8", "replace"))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another place with --out") from error
-    return path
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train a policy on preferences: `python -m dpo_jax.train --config=configs/hhh.py[:PRESET] --workdir=DIR`.
 
-The only reader of the config: everything else takes named values. Exit codes: 0 done, 2 bad input (one line on
-standard error, before anything is compiled), 143 stopped by SIGTERM after saving (the same command goes on).
+The reader of the config, with `inputs`: everything else takes named values. Exit codes: 0 done, 2 bad input (one line
+on standard error, before anything is compiled), 143 stopped by SIGTERM after saving (the same command goes on).
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dpo_jax import answers, checkpoint, metrics, policy, report, tiny, weights
+from dpo_jax import answers, checkpoint, inputs, metrics, policy, report, weights
 from dpo_jax.config import check, check_workdir, claim_workdir, parse
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.packing import Order
 from dpo_jax.data.pipeline import ChosenOnly, PairSource, Schedule, StepSource, make_schedule
-from dpo_jax.data.prepare import DataRequest, Prepared, prepare
+from dpo_jax.data.prepare import Prepared
 from dpo_jax.errors import UserError
 from dpo_jax.loop import Phase, Stopped, evaluate, run_phase, stop_signal
 from dpo_jax.losses import LOSSES
@@ -71,7 +71,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     check(c)
     claim_workdir(workdir, c, write=False)
     mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"])
-    _check_division(c, mesh)
+    inputs.check_division(c["batch_size"], row_shards(mesh), c["microbatches"])
     main_process = jax.process_index() == 0
     with first_process_first("dpo_jax model files"):
         found = policy.find(c["model"], workdir, c["seed"])
@@ -80,18 +80,14 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
         policy.check_reference(weights.resolve(c["reference"], what="reference"), layout)
     with first_process_first("dpo_jax data"):  # with a cache that all share, the others find it whole
         data = _prepare(c, found, workdir)
-    if len(data.train) < c["batch_size"] and c["drop_remainder"]:
-        raise UserError(
-            f"batch_size={c['batch_size']} is more than the {len(data.train)} training pairs; lower it, or set "
-            "drop_remainder=False"
-        )
+    inputs.check_enough(c, len(data.train))
     with (
         jax.set_mesh(mesh),
         stop_signal() as stop,
         checkpoint.open_checkpoints(workdir / "checkpoints", c["keep_checkpoints"]) as checkpoints,
     ):
         plan = _plan(c, data.train, layout, data.split.mixture)
-        steps = c["num_steps"] or max(1, round(c["num_epochs"] * plan.steps_per_epoch))
+        steps = inputs.run_steps(c, plan.steps_per_epoch)
         if steps > 1 and c["warmup_steps"] >= steps:
             raise UserError(
                 f"warmup_steps={c['warmup_steps']:g} leaves nothing of the {steps} updates; use 0.1 (a fraction)"
@@ -261,34 +257,17 @@ def _introduce(run: Run, plan: Schedule) -> None:
         say(f"going on from checkpoint {run.done}")
 
 
-def _check_division(c: Config, mesh: Mesh) -> None:
-    shards, micro, size = row_shards(mesh), c["microbatches"], c["batch_size"]
-    parts = shards * micro
-    if size % parts:
-        near = [x for x in (size // parts * parts, -(-size // parts) * parts) if x > 0]
-        raise UserError(
-            f"batch_size={size} does not divide over {shards} data shards x {micro} microbatches; use a multiple of "
-            f"{parts} ({' or '.join(map(str, near))})"
-        )
-
-
 def _prepare(c: Config, found: Policy, workdir: Path) -> Prepared:
-    dataset_path = c["dataset_path"]
-    if c["dataset"] == "synthetic" and not dataset_path:
-        dataset_path = str(tiny.write_dialogues(workdir, c["seed"]))
-    names = [f.name for f in dataclasses.fields(DataRequest) if f.name != "dataset_path"]
-    request = DataRequest(dataset_path=dataset_path, **{name: c[name] for name in names})
     main_process = jax.process_index() == 0
-    prepared = prepare(request, found.tokenizer, workdir / "quarantine.jsonl" if main_process else None)
+    quarantine = workdir / "quarantine.jsonl" if main_process else None
+    prepared = inputs.prepare_pairs(c, found.tokenizer, workdir, quarantine)
     if main_process:
         (workdir / "data.json").write_text(json.dumps(prepared.report, indent=1, ensure_ascii=False) + "\n")
     return prepared
 
 
 def _plan(c: Config, pairs: PairSource, layout: Layout, mixture: Mixture | None) -> Schedule:
-    limits = policy.row_limits(layout, c["microbatches"])
-    order = Order(c["seed"], c["shuffle"], c["drop_remainder"])
-    return make_schedule(pairs, c["batch_size"], limits, order, mixture)
+    return inputs.plan(c, pairs, policy.row_limits(layout, c["microbatches"]), mixture)
 
 
 def _source(plan: Schedule, mesh: Mesh, steps: int, microbatches: int) -> StepSource:

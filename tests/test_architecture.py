@@ -8,12 +8,13 @@ import pytest
 # Lowest first: a module may import those before it, nothing after it.
 ORDER = """
 errors
-data.preference data.columns data.datasets data.files data.mixture data.sources data.render data.cache
-data.split data.prepare
+data.preference data.columns data.datasets data.files data.mixture data.sources data.render data.cache data.shared_store
+data.remote_cache data.split data.prepare
 data.balance data.packing data.pipeline data.synthetic
 attention losses optim logprobs model step
 sharding checkpoint weights sample tiny policy
-metrics page charts runs compare report answers loop config
+metrics page charts runs compare report answers loop config inputs
+inspection inspection_text inspection_page data_command data.__main__
 train
 """.split()
 FILES = {".".join(p.with_suffix("").parts[1:]): p for p in Path("dpo_jax").rglob("*.py") if p.name != "__init__.py"}

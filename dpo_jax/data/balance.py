@@ -64,10 +64,10 @@ def _exchange(a: np.ndarray, b: np.ndarray, same_batch: np.ndarray, lengths: np.
             over *= 1.0 / max(width, 1.0) ** 2
             after += over
     legal = same_batch[:, None, None] | ((a < 0)[:, :, None] == (b < 0)[:, None, :])
-    after = np.where(legal, after, np.inf).reshape(len(a), -1)
-    best = np.argmin(after, axis=1)
+    weighed = np.where(legal, after, np.inf).reshape(len(a), -1)
+    best = np.argmin(weighed, axis=1)
     # Less than rounding is no gain.
-    h = np.flatnonzero(after[np.arange(len(a)), best] < before * (1 - 1e-4))
+    h = np.flatnonzero(weighed[np.arange(len(a)), best] < before * (1 - 1e-4))
     i, j = best[h] // a.shape[1], best[h] % a.shape[1]
     a[h, i], b[h, j] = b[h, j], a[h, i]
 

@@ -29,8 +29,8 @@ from array_record.python import array_record_data_source, array_record_module
 from dpo_jax.errors import UserError
 
 FORMAT = 1  # raise it when the files below change; older caches are then built anew
-QUARANTINE = "quarantine.jsonl"
-_RECORDS, _MANIFEST = "pairs.array_record", "manifest.json"
+QUARANTINE, MANIFEST = "quarantine.jsonl", "manifest.json"
+_RECORDS = "pairs.array_record"
 _LEFT_OVER_SECONDS = 3600
 
 
@@ -78,11 +78,22 @@ class PairCache:
 
 
 def cache_root(cache_dir: str = "") -> Path:
-    """Where caches lie: `cache_dir`, else $DPO_JAX_CACHE, else ~/.cache/dpo_jax."""
-    chosen = cache_dir or os.environ.get("DPO_JAX_CACHE", "") or "~/.cache/dpo_jax"
-    if "://" in chosen:
-        raise UserError(f"cache_dir={chosen}: the cache needs a file system; give a local or mounted directory")
-    return Path(chosen).expanduser()
+    """The local directory where caches lie: `cache_dir`, else $DPO_JAX_CACHE, else ~/.cache/dpo_jax.
+
+    An address such as gs://bucket/dir is passed over: see `remote_cache` for those.
+    """
+    named = (cache_dir, os.environ.get("DPO_JAX_CACHE", ""))
+    return Path(next((path for path in named if path and "://" not in path), "~/.cache/dpo_jax")).expanduser()
+
+
+def cache_key(fingerprint: dict[str, Any]) -> str:
+    """The name of the directory of the cache with this fingerprint."""
+    return hashlib.blake2b(_canonical(fingerprint), digest_size=12).hexdigest()
+
+
+def holds(manifest: dict[str, Any], fingerprint: dict[str, Any]) -> bool:
+    """Whether a cache with this manifest is the one for `fingerprint`."""
+    return manifest.get("format") == FORMAT and _canonical(manifest.get("fingerprint")) == _canonical(fingerprint)
 
 
 def find_or_build(root: Path, fingerprint: dict[str, Any], produce: Produce) -> tuple[PairCache, bool]:
@@ -91,20 +102,44 @@ def find_or_build(root: Path, fingerprint: dict[str, Any], produce: Produce) -> 
     Raises:
       UserError: the directory cannot be written, or whatever `produce` raises; then no cache is left.
     """
-    key = hashlib.blake2b(_canonical(fingerprint), digest_size=12).hexdigest()
+    return install(
+        root,
+        cache_key(fingerprint),
+        lambda manifest: holds(manifest, fingerprint),
+        lambda directory: _write(directory, fingerprint, produce),
+    )
+
+
+def install(
+    root: Path, key: str, accepts: Callable[[dict[str, Any]], bool], write: Callable[[Path], None]
+) -> tuple[PairCache, bool]:
+    """The cache `root/key` if it is whole and its manifest is accepted, else what `write` puts there.
+
+    Args:
+      root, key: where it lies.
+      accepts: whether the manifest of a whole cache is the wanted one.
+      write: fills an empty directory with the files of a cache; called by one process at a time.
+
+    Returns:
+      The cache, and whether it was written.
+
+    Raises:
+      UserError: the directory cannot be written, or whatever `write` raises; then no cache is left.
+    """
     target = root / key
-    if (cache := _open_if_whole(target, fingerprint)) is not None:
+    if (cache := _open_if_whole(target, accepts)) is not None:
         return cache, False
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f"{key}.lock"):
-            if (cache := _open_if_whole(target, fingerprint)) is not None:  # another process built it while we waited
+            if (cache := _open_if_whole(target, accepts)) is not None:  # another process built it while we waited
                 return cache, False
             _clear_left_overs(root, key)
             building = Path(tempfile.mkdtemp(prefix=f"{key}.building-", dir=root))
             try:
-                _write(building, fingerprint, produce)
-                if target.exists():  # damaged: not whole, or we would have returned it
+                write(building)
+                _sync(building)
+                if target.exists():  # damaged or not the wanted one, or we would have returned it
                     target.rename(root / f"{key}.building-damaged-{uuid.uuid4().hex}")
                 building.rename(target)
             finally:
@@ -121,7 +156,7 @@ def open_cache(directory: str) -> PairCache:
     """Opens a whole cache; UserError if it is none, or one of its files is not as long as it was written."""
     path = Path(directory)
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text())
         lengths, source, prompt_hash = (
             np.load(path / f"{name}.npy", mmap_mode="r") for name in ("lengths", "source", "prompt_hash")
         )
@@ -135,14 +170,14 @@ def open_cache(directory: str) -> PairCache:
     return PairCache(directory, lengths, source, prompt_hash, manifest)
 
 
-def _open_if_whole(target: Path, fingerprint: dict[str, Any]) -> PairCache | None:
+def _open_if_whole(target: Path, accepts: Callable[[dict[str, Any]], bool]) -> PairCache | None:
     if not target.is_dir():
         return None
     try:
         cache = open_cache(str(target))
     except UserError:
         return None
-    return cache if _canonical(cache.manifest["fingerprint"]) == _canonical(fingerprint) else None
+    return cache if accepts(cache.manifest) else None
 
 
 def _write(directory: Path, fingerprint: dict[str, Any], produce: Produce) -> None:
@@ -174,8 +209,12 @@ def _write(directory: Path, fingerprint: dict[str, Any], produce: Produce) -> No
         "bytes": {path.name: path.stat().st_size for path in sorted(directory.iterdir())},
         **found,
     }
-    (directory / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in directory.iterdir():  # on disk before the rename: a machine that dies leaves no hollow cache
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _sync(directory: Path) -> None:
+    """On disk before the rename: a machine that dies leaves no hollow cache."""
+    for path in directory.iterdir():
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
 

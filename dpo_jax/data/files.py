@@ -12,7 +12,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -31,6 +31,7 @@ _NOT_DATA = {
     "state.json",
 }
 _CHUNK = 1 << 20
+_COUNT_ROWS = 256  # rows after which the position in the file is asked for
 _WHOLE_HASH_LIMIT = 4 << 30  # bytes; beyond it, the ends, the size and the time of change stand for the content
 
 
@@ -67,19 +68,27 @@ def find_files(path: str) -> list[str]:
     return found
 
 
-def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any] | BadLine]]:
+def read_rows(
+    path: str, count: Callable[[int], None] = lambda number: None
+) -> Iterator[tuple[str, dict[str, Any] | BadLine]]:
     """Yields (`path:line`, row) for every row of one file; for Parquet the line is the row's number, from 1.
+
+    `count` is told now and then how many bytes more of the file, as it lies on disk, have been read.
 
     Raises:
       UserError: the file is missing, empty, truncated or damaged.
     """
-    rows = 0
+    rows = counted = 0
     try:
         with _open(path) as raw:
             stream = io.BufferedReader(raw) if isinstance(raw, io.RawIOBase) else raw
             for line, row in _rows_of(stream):
                 rows += 1
                 yield f"{path}:{line}", row
+                if rows % _COUNT_ROWS == 0 and (position := stream.tell()) > counted:  # Parquet is read in leaps
+                    count(position - counted)
+                    counted = position
+            count(max(0, stream.seek(0, io.SEEK_END) - counted))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: the gzip data is truncated or damaged after {rows} rows; fetch it again") from error
     except OSError as error:

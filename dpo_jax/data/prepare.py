@@ -6,7 +6,7 @@ import inspect
 import itertools
 import json
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,10 +14,11 @@ from typing import IO, Any
 import numpy as np
 
 from dpo_jax.data import columns, datasets, preference, render
-from dpo_jax.data.cache import QUARANTINE, Pair, PairCache, cache_root, find_or_build
+from dpo_jax.data.cache import QUARANTINE, Pair, PairCache
 from dpo_jax.data.files import BadLine, fingerprint, read_rows
 from dpo_jax.data.mixture import apportion
 from dpo_jax.data.preference import DELIBERATE, LabeledComparison, Skip
+from dpo_jax.data.remote_cache import open_or_build
 from dpo_jax.data.render import Renderer, make_renderer, render_batch
 from dpo_jax.data.sources import Found, Source, resolve
 from dpo_jax.data.split import Pairs, Split, split
@@ -58,6 +59,7 @@ class Prepared:
 
     split: Split
     report: dict[str, Any]
+    built: bool = False  # now, and not found in the cache
 
     @property
     def train(self) -> Pairs:
@@ -68,8 +70,29 @@ class Prepared:
         return self.split.evaluation
 
 
-def prepare(request: DataRequest, tokenizer: Any, quarantine: Path | None = None) -> Prepared:
+@dataclass(frozen=True)
+class Reading:
+    """How far building a cache has come: bytes of the source files read (as they lie on disk) and in all, and rows."""
+
+    bytes: int
+    total_bytes: int
+    rows: int
+    kept: int
+
+
+Progress = Callable[[Reading], None]
+
+
+def prepare(
+    request: DataRequest, tokenizer: Any, quarantine: Path | None = None, progress: Progress | None = None
+) -> Prepared:
     """Pairs for `request`, from the cache if it holds exactly these, with bad rows written to `quarantine` (JSONL).
+
+    Args:
+      request: what to prepare.
+      tokenizer: of the model.
+      quarantine: where bad rows go; None leaves them in the cache, and the report's `quarantine` names the file there.
+      progress: is told now and then how far building has come; never if the cache is there.
 
     Raises:
       UserError: the data cannot be found or read, too many rows are bad, or no pair is left.
@@ -81,10 +104,12 @@ def prepare(request: DataRequest, tokenizer: Any, quarantine: Path | None = None
         tokenizer, request.prompt_format, request.max_prompt_length, request.max_completion_length, request.overlong
     )
     identity = _fingerprint(found, renderer, request.drop_ties)
-    cache, _ = find_or_build(
-        cache_root(request.cache_dir),
+    total = sum(file["bytes"] or 0 for source in identity["sources"] for file in source["files"])
+    reader = _Reader(progress, total, collections.Counter())
+    cache, built = open_or_build(
+        request.cache_dir,
         identity,
-        lambda path: _produce(found.sources, renderer, request.drop_ties, path),
+        lambda path: _produce(found.sources, renderer, request.drop_ties, path, reader),
     )
     written = _copy_quarantine(cache, quarantine)
     _refuse_bad(cache.manifest["sources"], request.max_bad_fraction, written)
@@ -94,11 +119,11 @@ def prepare(request: DataRequest, tokenizer: Any, quarantine: Path | None = None
     if empty:
         raise UserError(f"dataset={empty[0]}: no training pair is left; {_drop_summary(cache.manifest['sources'])}")
     report = _report(request, renderer, cache, divided) | _mixture_report(request, found, divided)
-    return Prepared(divided, {**report, "quarantine": written})
+    return Prepared(divided, {**report, "quarantine": written}, built)
 
 
 def _produce(
-    sources: tuple[Source, ...], renderer: Renderer, drop_ties: bool, path: Path
+    sources: tuple[Source, ...], renderer: Renderer, drop_ties: bool, path: Path, reader: "_Reader"
 ) -> Generator[Pair, None, dict[str, Any]]:
     """Yields the pairs of all sources; returns the manifest's entries: what was read, kept, dropped and truncated."""
     names = list(dict.fromkeys(source.name for source in sources))
@@ -108,10 +133,12 @@ def _produce(
         for source in sources:
             tally = {key: collections.Counter() for key in ("rows", "dropped", "truncated")}  # type: ignore[var-annotated]
             examples: dict[str, str] = {}
-            for batch in _batches(source):
+            for batch in reader.batches(source):
                 for pair in _batch_pairs(batch, source, renderer, drop_ties, _Notes(tally, examples, bad_rows)):
                     yield pair._replace(source=names.index(source.name))
                 _refuse_wrong_columns(tally, examples)
+                reader.tell(tally["rows"])
+            reader.rows.update(tally["rows"])
             rows, kept = tally["rows"], tally["rows"]["kept"]
             entries.append(
                 {
@@ -149,10 +176,26 @@ class _Notes:
         self.bad_rows.write(json.dumps(line, default=str) + "\n")
 
 
-def _batches(source: Source) -> Iterator[list[tuple[str, dict[str, Any] | BadLine]]]:
-    rows = itertools.chain.from_iterable(read_rows(path) for path in source.files)
-    while batch := list(itertools.islice(rows, _BATCH)):
-        yield batch
+@dataclass(frozen=True)
+class _Reader:
+    """Reads sources in batches of rows and tells `progress` about it; `rows` counts those of finished sources."""
+
+    progress: Progress | None
+    total_bytes: int
+    rows: collections.Counter[str]
+
+    def batches(self, source: Source) -> Iterator[list[tuple[str, dict[str, Any] | BadLine]]]:
+        rows = itertools.chain.from_iterable(read_rows(path, self._count) for path in source.files)
+        while batch := list(itertools.islice(rows, _BATCH)):
+            yield batch
+
+    def tell(self, rows: collections.Counter[str]) -> None:
+        if self.progress is not None:
+            read, kept = (self.rows[key] + rows[key] for key in ("read", "kept"))
+            self.progress(Reading(min(self.rows["bytes"], self.total_bytes), self.total_bytes, read, kept))
+
+    def _count(self, number: int) -> None:
+        self.rows["bytes"] += number
 
 
 def _batch_pairs(
@@ -219,12 +262,13 @@ def _drop_summary(sources: list[dict[str, Any]]) -> str:
 
 def _copy_quarantine(cache: PairCache, quarantine: Path | None) -> str | None:
     """Copies the bad rows beside the run; a file that an earlier run left there goes if there are none."""
-    if quarantine is None:
-        return None
     kept = Path(cache.directory) / QUARANTINE
     if kept.stat().st_size == 0:
-        quarantine.unlink(missing_ok=True)
+        if quarantine is not None:
+            quarantine.unlink(missing_ok=True)
         return None
+    if quarantine is None:
+        return str(kept)
     quarantine.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(kept, quarantine)
     return str(quarantine)
@@ -250,7 +294,7 @@ def _mixture_report(request: DataRequest, found: Found, divided: Split) -> dict[
 
 
 def _report(request: DataRequest, renderer: Renderer, cache: PairCache, divided: Split) -> dict[str, Any]:
-    shown = ("name", "split", "files", "read", "kept", "dropped", "truncated", "boundary_moved")
+    shown = ("name", "split", "files", "read", "kept", "dropped", "truncated", "boundary_moved", "examples")
     return {
         "dataset": request.dataset,
         "prompt_format": renderer.form,
@@ -290,7 +334,8 @@ def _fingerprint(found: Found, renderer: Renderer, drop_ties: bool) -> dict[str,
                 "split": source.split,
                 "parser": source.parser,
                 "code": _digest(Path(inspect.getfile(inspect.unwrap(source.spec.parse))).read_text()),
-                "files": [fingerprint(path) for path in source.files],
+                # Without the directory: what one machine built, another finds whose files lie elsewhere.
+                "files": [{**fingerprint(path), "path": path.rsplit("/", 1)[-1]} for path in source.files],
             }
             for source in found.sources
         ],

@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,9 @@ def jsonl(path, content):
 
 @pytest.fixture
 def run(tmp_path):
-    def run_it(dataset, path="", quarantine=None, tokenizer=TOKENIZER, **options):
+    def run_it(dataset, path="", quarantine=None, tokenizer=TOKENIZER, progress=None, **options):
         options.setdefault("cache_dir", str(tmp_path / "cache"))
-        return prepare(DataRequest(str(dataset), str(path), **options), tokenizer, quarantine)
+        return prepare(DataRequest(str(dataset), str(path), **options), tokenizer, quarantine, progress)
 
     return run_it
 
@@ -135,6 +136,34 @@ def test_bad_rows_are_counted_and_quarantined_with_their_place(tmp_path, run):
     assert quarantine.read_text() == content
 
 
+def test_bad_rows_stay_in_the_cache_where_no_run_asks_for_them(tmp_path, run):
+    path = jsonl(tmp_path / "data.jsonl", [*rows(30), *BAD_LINES])
+    report = run(path).report
+    assert [json.loads(line)["location"] for line in Path(report["quarantine"]).read_text().splitlines()] == [
+        f"{path}:{number}" for number in (31, 32, 33)
+    ]
+    assert report["sources"][0]["examples"]["empty_chosen"] == f"{path}:32"
+
+
+def test_building_tells_how_far_it_has_come(tmp_path, run):
+    packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows(2000)).encode())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl.gz").write_bytes(packed)
+    jsonl(tmp_path / "data/test.jsonl", [*rows(900, start=3000), *BAD_LINES])
+    total = len(packed) + (tmp_path / "data/test.jsonl").stat().st_size
+    told = []
+    prepared = run(tmp_path / "data", progress=told.append)
+    assert prepared.built
+    assert (told[-1].bytes, told[-1].rows, told[-1].kept) == (total, 2903, 2900)
+    assert {reading.total_bytes for reading in told} == {total}
+    assert all(getattr(a, key) <= getattr(b, key) for key in ("bytes", "rows", "kept") for a, b in pairwise(told))
+    assert told[0].rows == 512
+    assert 0 < told[0].bytes <= len(packed)
+    told.clear()
+    assert not run(tmp_path / "data", progress=told.append).built
+    assert not told
+
+
 def test_an_old_quarantine_goes_when_there_are_no_bad_rows(tmp_path, run):
     (tmp_path / "quarantine.jsonl").write_text("old\n")
     report = run(jsonl(tmp_path / "data.jsonl", rows(4)), quarantine=tmp_path / "quarantine.jsonl").report
@@ -216,6 +245,16 @@ def test_the_cache_is_used_for_the_same_request_and_for_no_other(tmp_path, run, 
     assert directory(tokenizer=cutting) == first
     jsonl(tmp_path / "data.jsonl", rows(21))
     assert directory() not in others | {first}
+
+
+def test_the_same_files_elsewhere_are_the_same_cache(tmp_path, run):
+    """A machine that prepared the data has its files in another place than those that train."""
+    ask = "\n\nHuman: {}?\n\nAssistant: {}"
+    content = [{"chosen": ask.format(i, "a"), "rejected": ask.format(i, "b")} for i in range(9)]
+    for place in ("here", "there"):
+        jsonl(tmp_path / place / "one/train.jsonl", content)
+    here, there = (run("synthetic", tmp_path / place).train.cache.directory for place in ("here", "there"))
+    assert here == there
 
 
 def test_ones_own_function_and_a_change_in_it(tmp_path, run, monkeypatch):

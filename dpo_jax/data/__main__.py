@@ -1,0 +1,8 @@
+"""`python -m dpo_jax.data inspect` and `prepare`."""
+
+import sys
+
+from dpo_jax.data_command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
