@@ -75,6 +75,10 @@ def printable(text: str) -> str:
     )
 
 
+def _lines(path: Path) -> list[bytes]:
+    return [line for line in path.read_bytes().split(b"\n") if line.strip()]
+
+
 def read(path: Path) -> list[Record]:
     """All records of a JSON-lines file; none if it is missing; a half-written last line is left out.
 
@@ -83,7 +87,7 @@ def read(path: Path) -> list[Record]:
     """
     if not path.exists():
         return []
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    lines = _lines(path)
     records = []
     for number, line in enumerate(lines, 1):
         try:
@@ -105,10 +109,11 @@ def truncate(path: Path, keep: Callable[[Record], bool]) -> None:
     """
     if not path.exists():
         return
-    kept = [record for record in read(path) if keep(record)]
+    # The lines as they stand: only a half-written last one has no record.
+    kept = [line for line, record in zip(_lines(path), read(path), strict=False) if keep(record)]
     scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+    with scratch.open("wb") as file:
+        file.writelines(line + b"\n" for line in kept)
         file.flush()
         os.fsync(file.fileno())
     os.replace(scratch, path)
