@@ -10,7 +10,7 @@ ORDER = """
 errors
 data.preference data.columns data.datasets data.files data.sources data.render data.cache data.prepare
 data.packing data.pipeline data.synthetic
-attention losses optim logprobs model step
+attention logprobs losses objective optim model step
 sharding checkpoint weights sample tiny policy
 metrics page charts runs compare report answers loop config
 train

@@ -33,12 +33,12 @@ def test_chunks_do_not_change_token_logps(chunk):
     logps = z - np.log(np.exp(z).sum(-1, keepdims=True))
     expected = np.take_along_axis(logps, targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(
-        token_logps(hidden, jnp.asarray(targets), table, chunk_tokens=chunk), expected, atol=1e-5
+        token_logps(hidden, jnp.asarray(targets), table, chunk_tokens=chunk)[0], expected, atol=1e-5
     )
 
 
 def test_no_completions_no_logps():
-    assert token_logps(jnp.zeros((3, 0, 4)), jnp.zeros((3, 0), jnp.int32), jnp.zeros((5, 4))).shape == (3, 0)
+    assert token_logps(jnp.zeros((3, 0, 4)), jnp.zeros((3, 0), jnp.int32), jnp.zeros((5, 4)))[0].shape == (3, 0)
 
 
 def test_the_gradient_of_chunks_is_that_of_whole_logits():
@@ -52,7 +52,7 @@ def test_the_gradient_of_chunks_is_that_of_whole_logits():
         return (jnp.take_along_axis(logps, targets[..., None], -1)[..., 0] * weight).sum()
 
     def chunked(hidden, table):
-        return (token_logps(hidden, targets, table, chunk_tokens=4) * weight).sum()
+        return (token_logps(hidden, targets, table, chunk_tokens=4)[0] * weight).sum()
 
     ours, theirs = (jax.grad(f, argnums=(0, 1))(hidden, table) for f in (chunked, whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
@@ -65,7 +65,7 @@ def _logps(params, pairs, placed, shape):
     @functools.partial(jax.jit, static_argnames="slots")
     def run(params, batch, slots):
         hidden = hidden_states(params, batch, config=CONFIG, slots=slots)
-        return pair_logps(hidden, batch, unembedding(params), slots=slots, pairs_per_row=placed.shape[1])
+        return pair_logps(hidden, batch, unembedding(params), slots=slots, pairs_per_row=placed.shape[1]).logps
 
     return np.asarray(run(params, batch, slots))
 

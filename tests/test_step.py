@@ -12,11 +12,11 @@ import pytest
 from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowShape
 from dpo_jax.logprobs import pair_logps
-from dpo_jax.losses import LOSSES
 from dpo_jax.model import hidden_states, init_params, unembedding
+from dpo_jax.objective import preference_objective, sft_objective
 from dpo_jax.optim import optimizer, schedule
 from dpo_jax.sharding import axis_rules, make_mesh, param_shardings, state_shardings, to_global
-from dpo_jax.step import TrainState, init_state, make_eval_step, make_train_step, preference_objective, sft_objective
+from dpo_jax.step import TrainState, init_state, make_eval_step, make_train_step
 from tests import oracle
 from tests.oracle import CONFIG
 
@@ -24,7 +24,7 @@ SHAPE = RowShape(8, 12, 8, 8, 2)
 SLOTS = Slots(12, 8, 8)
 PAIRS = oracle.RandomPairs(np.random.default_rng(0).integers(1, 5, (14, 3)))
 PLACED = np.append(np.arange(14), [-1, -1]).reshape(8, 2)
-OBJECTIVE = preference_objective(LOSSES["sigmoid"], beta=0.1, label_smoothing=0.0)
+OBJECTIVE = preference_objective({"sigmoid": 1.0}, beta=0.1)
 RATE = schedule("constant", peak=1e-2, warmup_steps=0, total_steps=10)
 TX = optimizer("adamw", RATE, weight_decay=0.01, max_grad_norm=1.0)
 
@@ -111,7 +111,8 @@ def test_the_gradient_is_the_oracles_by_finite_differences(one_device):
     def loss(params):
         logps = _logps(axis_rules(CONFIG, mesh))
         policy, ref = (logps(p, batch, SLOTS) for p in (params, reference))
-        return jnp.sum(jnp.where(batch["is_pair"], OBJECTIVE.values(policy, ref)["dpo_loss"], 0.0)) / 14
+        values = OBJECTIVE.values(policy, ref, batch, jnp.ones(()))
+        return jnp.sum(jnp.where(batch["is_pair"], values["dpo_loss"], 0.0)) / 14
 
     with jax.set_mesh(mesh):
         grads = jax.jit(jax.grad(loss))(params)
