@@ -111,10 +111,11 @@ def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
     objective, moves = _objective(c), c["reference_sync_steps"] > 0
     ref_params = None
     if run.done > sft_steps:
-        saved = policy.abstract_state(tx, run.layout)
+        saved: Any = policy.abstract_state(tx, run.layout)
         if moves:
-            both = {"state": saved, "reference": policy.abstract_reference(run.layout)}
-            state, ref_params = checkpoint.restore(run.checkpoints, run.done, both).values()
+            saved = {"state": saved, "reference": policy.abstract_reference(run.layout)}
+            both = checkpoint.restore(run.checkpoints, run.done, saved)
+            state, ref_params = both["state"], both["reference"]
         else:
             state = checkpoint.restore(run.checkpoints, run.done, saved)
             ref_params = _reference(run, None) if objective.needs_reference else None
