@@ -38,8 +38,17 @@ def get_config() -> ml_collections.ConfigDict:
 
     # --- objective and optimiser
     c.dpo_beta = 0.1  # start at 0.1; higher keeps the policy closer to the reference
-    c.loss = "sigmoid"  # sigmoid (DPO), robust, hinge
-    c.label_smoothing = 0.0  # probability that a label is flipped, below 0.5
+    c.loss = "sigmoid"  # one of docs/losses.md, or a weighted sum: sigmoid:1.0,sft:0.2
+    c.label_smoothing = 0.0  # probability that a label is flipped, below 0.5 (exo_pair: 1e-3)
+    c.f_divergence = "reverse_kl"  # from the reference: reverse_kl, forward_kl, js, alpha
+    c.f_alpha = 0.5  # of f_divergence=alpha: 1 = reverse_kl, 0 = forward_kl
+    c.wpo = False  # weigh pairs by how likely the policy itself would have answered so
+    c.ld_alpha = 1.0  # weight of tokens beyond the shorter completion's length, in [0, 1]; 1 = off
+    c.simpo_gamma = 0.5  # of loss=simpo: the margin asked for
+    c.cpo_alpha = 1.0  # of loss=cpo: weight of the likelihood of chosen completions
+    c.discopop_tau = 0.05  # of loss=discopop: temperature of the blend
+    c.reference_sync_steps = 0  # updates after which the reference moves towards the policy; 0 = never
+    c.reference_sync_alpha = 0.6  # how far it moves: 1 = all the way
     c.learning_rate = 1e-6  # peak; 5e-7 to 1e-5, lower than SFT's
     c.lr_schedule = "linear"  # constant, linear or cosine to 0 after the warm-up
     c.warmup_steps = 0.1  # updates from 0 to the peak; below 1 = a fraction of all updates

@@ -8,13 +8,13 @@ from dpo_jax.charts import chart
 from dpo_jax.page import RUN_COLORS, count, number, section, setting, table, text
 from dpo_jax.runs import (
     LABELS,
-    MAIN_PLOTS,
     OTHER_PLOTS,
     Plot,
     Run,
     accuracy_error,
     held_out_series,
     last_step,
+    main_plots,
     median,
     training_series,
 )
@@ -84,7 +84,9 @@ def _finals(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
-    figures = "".join(_figure(runs, names, plot, name) for plot in (*MAIN_PLOTS, *OTHER_PLOTS) for name in plot.names)
+    figures = "".join(
+        _figure(runs, names, plot, name) for plot in (*main_plots(runs), *OTHER_PLOTS) for name in plot.names
+    )
     return f'<div class="charts compared">{figures}</div>' if figures else ""
 
 

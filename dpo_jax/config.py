@@ -15,8 +15,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax.errors import UserError
-from dpo_jax.losses import LOSSES, SMOOTHED
+from dpo_jax.losses import LOSSES
 from dpo_jax.model import REMAT_POLICIES
+from dpo_jax.objective import DIVERGENCES, needs_reference, parse_loss
 from dpo_jax.optim import OPTIMIZERS, SCHEDULES
 
 DTYPES = ("float32", "bfloat16")
@@ -133,6 +134,12 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_grad_norm": (lambda v: v >= 0, "0 (off) or more"),
     "dpo_beta": (lambda v: v > 0, "above 0"),
     "label_smoothing": (lambda v: 0 <= v < 0.5, "in [0, 0.5)"),
+    "ld_alpha": (lambda v: 0 <= v <= 1, "in [0, 1] (1: off)"),
+    "simpo_gamma": (lambda v: v >= 0, "0 or more"),
+    "cpo_alpha": (lambda v: v >= 0, "0 or more"),
+    "discopop_tau": (lambda v: v > 0, "above 0"),
+    "reference_sync_steps": (lambda v: v >= 0, "0 (never) or more"),
+    "reference_sync_alpha": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "lora_rank": (lambda v: v == 0, "0: adapters are not supported yet"),
     "log_every": (lambda v: v >= 1, "at least 1"),
     "eval_every": (lambda v: v >= 0, "0 (only first and last) or more"),
@@ -145,7 +152,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_bad_fraction": (lambda v: 0 <= v <= 1, "in [0, 1]"),
 }
 _CHOICES: dict[str, Sequence[str]] = {
-    "loss": tuple(LOSSES),
+    "f_divergence": tuple(DIVERGENCES),
     "lr_schedule": SCHEDULES,
     "optimizer": OPTIMIZERS,
     "remat": tuple(REMAT_POLICIES),
@@ -181,12 +188,48 @@ def check(config: Mapping[str, Any]) -> None:
     for key, choices in _CHOICES.items():
         if config[key] not in choices:
             raise UserError(f"{key}={config[key]!r} does not exist; choose from {', '.join(choices)}")
-    if config["label_smoothing"] and config["loss"] not in SMOOTHED:
-        raise UserError(f"label_smoothing has no meaning for loss={config['loss']}; set it to 0 or use {SMOOTHED[0]}")
+    _check_loss(config, known)
     if not config["model"]:
         raise UserError("model is empty; name a Hugging Face id, a directory, or tiny")
     if not config["num_steps"] and not config["num_epochs"]:
         raise UserError("num_steps and num_epochs are both 0; set one of them")
+
+
+# Keys that only some losses read: those that name them among their hyperparameters.
+_OF_SOME_LOSSES = ("label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau")
+
+
+def _check_loss(c: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse combinations that mean nothing, as TRL does, and settings that nothing would read."""
+    loss = f"loss={c['loss']}"
+    parts = {name: LOSSES[name] for name in parse_loss(c["loss"])}
+    for key in _OF_SOME_LOSSES:
+        readers = [name for name, it in LOSSES.items() if key in it.hyperparameters]
+        if c[key] != defaults[key] and not set(readers) & set(parts):
+            raise UserError(f"{key} has no meaning for {loss}; leave it at {defaults[key]} or use {', '.join(readers)}")
+    for key, owner, used in (
+        ("f_alpha", "f_divergence=alpha", c["f_divergence"] == "alpha"),
+        ("reference_sync_alpha", "reference_sync_steps above 0", c["reference_sync_steps"] > 0),
+    ):
+        if c[key] != defaults[key] and not used:
+            raise UserError(f"{key}={c[key]:g} has no meaning without {owner}; leave it at {defaults[key]}")
+    if "exo_pair" in parts and not c["label_smoothing"]:
+        raise UserError("loss=exo_pair needs a label_smoothing above 0; its paper uses 0.001")
+    allowed = [name for name, it in LOSSES.items() if it.divergence]
+    if c["f_divergence"] != "reverse_kl" and not set(parts) <= set(allowed):
+        raise UserError(f"f_divergence={c['f_divergence']} is not defined for {loss}; use {', '.join(allowed)}")
+    sorting = [name for name, it in parts.items() if it.across]
+    if c["wpo"] and sorting:
+        raise UserError(
+            f"wpo=True is not defined for {loss}: {sorting[0]} matches pairs with each other; set wpo=False"
+        )
+    free = [name for name, it in parts.items() if it.reference is False]
+    for key, on in (("wpo", c["wpo"]), ("ld_alpha", c["ld_alpha"] != 1)):
+        if on and free:
+            raise UserError(f"{key}={c[key]} is not defined for {free[0]}; leave it at {defaults[key]}")
+    for key in ("reference", "reference_sync_steps"):
+        if c[key] and not needs_reference(parts):
+            raise UserError(f"{key}={c[key]!r}: {loss} has no reference; leave it at {defaults[key]!r}")
 
 
 def check_workdir(workdir: str) -> str:

@@ -39,8 +39,9 @@ class Phase:
       train_step: from `step.make_train_step`.
       log_every: in updates, at least 1.
       eval_every, checkpoint_every: in updates; 0 is only at the end.
-      evaluate: state → the values of an `eval` record, or None.
-      save: (updates done in this phase, state); saves a checkpoint.
+      evaluate: (state, reference) → the values of an `eval` record, or None.
+      save: (updates done in this phase, state, reference); saves a checkpoint.
+      sync: (reference, parameters) → the reference after every `sync_every` updates; None: it stays as it is.
     """
 
     split: str
@@ -49,8 +50,10 @@ class Phase:
     log_every: int
     eval_every: int
     checkpoint_every: int
-    evaluate: Callable[[TrainState], dict[str, Any]] | None
-    save: Callable[[int, TrainState], None]
+    evaluate: Callable[[TrainState, Any], dict[str, Any]] | None
+    save: Callable[[int, TrainState, Any], None]
+    sync: Callable[[Any, Any], Any] | None = None
+    sync_every: int = 0
 
 
 @contextlib.contextmanager
@@ -168,7 +171,7 @@ def run_phase(
     def evaluate_at(n: int) -> None:
         if phase.evaluate is not None:
             with throughput.paused():
-                writer.write({"step": n, "split": "eval"} | phase.evaluate(state))
+                writer.write({"step": n, "split": "eval"} | phase.evaluate(state, ref_params))
 
     if start == 0:
         evaluate_at(0)
@@ -185,6 +188,8 @@ def run_phase(
             compiled.add(item["info"]["shape"])
         else:
             state, metrics = phase.train_step(state, ref_params, batch, slots)
+        if phase.sync is not None and n % phase.sync_every == 0:
+            ref_params = phase.sync(ref_params, state.params)
         record()
         if any_of is not None:
             metrics = metrics | {STOP: any_of(stop.is_set())}
@@ -198,7 +203,7 @@ def run_phase(
             evaluate_at(n)
         if save_due:
             with throughput.paused():
-                phase.save(n, state)
+                phase.save(n, state, ref_params)
         if stopping and not last:
             raise Stopped
     return state

@@ -16,10 +16,13 @@ from dpo_jax import checkpoint, tiny, weights
 from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowLimits
 from dpo_jax.errors import UserError
-from dpo_jax.logprobs import CHUNK_TOKENS, pair_logps
+from dpo_jax.logprobs import CHUNK_TOKENS, Logps, pair_logps
 from dpo_jax.model import ModelConfig, Params, hidden_states, init_params, unembedding
 from dpo_jax.sharding import axis_rules, param_shardings, replicated, row_shards, state_shardings
 from dpo_jax.step import LogpsFn, TrainState, init_state
+
+# A reference that follows the policy (TR-DPO): small changes would be lost in bfloat16.
+MOVING = jnp.dtype("float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,18 +120,30 @@ def limits_on(config: ModelConfig, row_multiple: int, platform: str) -> RowLimit
     )
 
 
-def logps_fn(layout: Layout, *, remat: str) -> LogpsFn:
-    """The model as the step sees it: (parameters, one microbatch, widths) → log-probabilities `[B, K, 2]`."""
+def logps_fn(layout: Layout, *, remat: str, ld_alpha: float = 1.0, log_sum_sq: bool = False) -> LogpsFn:
+    """The model as the step sees it: (parameters, one microbatch, widths) → log-probabilities `[B, K, 2]`.
+
+    `ld_alpha` and `log_sum_sq` as in `logprobs.pair_logps`.
+    """
     rules = axis_rules(layout.config, layout.mesh)
 
-    def logps(params: Params, micro: dict[str, jax.Array], slots: Slots) -> jax.Array:
+    def logps(params: Params, micro: dict[str, jax.Array], slots: Slots) -> Logps:
         with nn.logical_axis_rules(rules):
             hidden = hidden_states(params, micro, config=layout.config, slots=slots, dtype=layout.dtype, remat=remat)
             pairs = micro["is_pair"].shape[-1]
             table = unembedding(params)
             # Each shard of rows holds a chunk of its own at a time.
             chunk = CHUNK_TOKENS * row_shards(layout.mesh)
-            return pair_logps(hidden, micro, table, slots=slots, pairs_per_row=pairs, chunk_tokens=chunk)
+            return pair_logps(
+                hidden,
+                micro,
+                table,
+                slots=slots,
+                pairs_per_row=pairs,
+                chunk_tokens=chunk,
+                ld_alpha=ld_alpha,
+                log_sum_sq=log_sum_sq,
+            )
 
     return logps
 
@@ -159,9 +174,19 @@ def check_reference(directory: Path, layout: Layout) -> None:
         raise UserError(f"reference {directory} is another architecture than the policy ({'; '.join(changed)})")
 
 
-def load_reference(directory: Path, layout: Layout) -> Params:
-    """A named model as the reference, in the compute dtype (see `check_reference`)."""
-    return weights.load(directory, layout.config, layout.shardings, layout.dtype)
+def load_reference(directory: Path, layout: Layout, *, moves: bool) -> Params:
+    """A named model as the reference, in the compute dtype (see `check_reference`); one that `moves` in `MOVING`."""
+    return weights.load(directory, layout.config, layout.shardings, MOVING if moves else layout.dtype)
+
+
+def moving_reference(params: Params) -> Params:
+    """A copy of the policy as a reference that will move; every checkpoint holds it, see `abstract_reference`."""
+    return _copied(params, MOVING)
+
+
+def abstract_reference(layout: Layout) -> Any:
+    """Shapes, dtype and shardings of a reference that moves: what restoring one needs."""
+    return _abstract_params(layout, MOVING)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

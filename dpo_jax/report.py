@@ -24,8 +24,10 @@ from dpo_jax.runs import (
     accuracy_error,
     held_out_pairs,
     held_out_series,
+    is_dpo,
     last_step,
     load,
+    main_plots,
     median,
     training_series,
 )
@@ -117,6 +119,8 @@ def _headline(run: Run) -> str:
             continue
         before, after = rows[name]
         error = accuracy_error(run, after) if name == "accuracy" else None
+        if name == "dpo_loss" and not is_dpo(run):
+            note = f"That of {text(str(run.config['loss']))}."
         if name == "accuracy" and before == 0 and rows.get("margin", (None,))[0] == 0:
             note += " Before training all pairs tie, and a tie counts as lost."
         blocks.append(
@@ -182,7 +186,7 @@ def _curves(run: Run) -> str:
     charted = {name for plot in (*MAIN_PLOTS, *OTHER_PLOTS) for name in plot.names} | NOT_CHARTED
     numeric = dict.fromkeys(name for r in run.records for name, value in r.items() if isinstance(value, int | float))
     others = [Plot(name.replace("_", " "), (name,)) for name in numeric if name not in charted]
-    main = "".join(_figure(run, plot, small=False) for plot in MAIN_PLOTS)
+    main = "".join(_figure(run, plot, small=False) for plot in main_plots([run]))
     small = "".join(_figure(run, plot, small=True) for plot in OTHER_PLOTS)
     further = "".join(_figure(run, plot, small=True) for plot in others)
     return (

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,19 @@ class Run:
     records: Sequence[metrics.Record]
     samples: Sequence[metrics.Record]
     data: Mapping[str, Any]
+
+
+def is_dpo(run: Run) -> bool:
+    """Whether the run minimised DPO's own loss: what is said of ln 2 and of rewards holds for it."""
+    return bool(run.config.get("loss", "sigmoid") == "sigmoid")
+
+
+def main_plots(runs: Sequence[Run]) -> tuple[Plot, ...]:
+    """`MAIN_PLOTS`, without their words on DPO where a run minimised another loss."""
+    if all(is_dpo(run) for run in runs):
+        return MAIN_PLOTS
+    told = ("dpo_loss", "chosen_reward")
+    return tuple(replace(p, note="", guide=None) if p.names[0] in told else p for p in MAIN_PLOTS)
 
 
 def load(workdir: Path) -> Run:

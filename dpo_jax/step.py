@@ -7,7 +7,6 @@ batch, whatever the rows, the microbatches and the mesh.
 Shapes: M microbatches, B rows, K pairs in a row, T tokens of a row, N completion tokens of a row.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax.attention import Slots
-from dpo_jax.losses import log_ratio
+from dpo_jax.logprobs import Logps
+from dpo_jax.objective import Objective
 
 Params = Any
 Batch = dict[str, jax.Array]
-LogpsFn = Callable[[Params, Batch, Slots], jax.Array]  # (params, one microbatch, widths) -> float32 [B, K, 2]
-
-# Relative error of a summed float32 log-probability: in float32, equal models then have an accuracy of exactly 0.
-ROUNDING = 1e-6
+LogpsFn = Callable[[Params, Batch, Slots], Logps]  # (params, one microbatch, widths) -> sums by pair [B, K, 2]
 
 
 @flax.struct.dataclass
@@ -36,56 +33,60 @@ class TrainState:
     opt_state: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What is minimised.
-
-    Attributes:
-      values: (policy logps, reference logps or None) `[B, K, 2]` → per-pair metrics `[B, K]` by name.
-      loss: the name in `values` that is minimised.
-      count: what the sums are divided by, of the whole batch.
-      needs_reference: whether the reference's forward pass runs.
-    """
-
-    values: Callable[[jax.Array, jax.Array | None], dict[str, jax.Array]]
-    loss: str
-    count: Callable[[Batch], jax.Array]
-    needs_reference: bool
+def _chosen_tokens(batch: Batch) -> jax.Array:
+    """Mean chosen tokens of a pair of the whole batch."""
+    tokens, pairs = jnp.sum(batch["completion_tokens"][..., 0]), jnp.sum(batch["is_pair"])
+    return jnp.maximum(tokens, 1).astype(jnp.float32) / jnp.maximum(pairs, 1)
 
 
-def preference_objective(loss_fn: Callable[..., jax.Array], *, beta: float, label_smoothing: float) -> Objective:
-    """A loss of `losses.py` with DPO's metrics: rewards are β·(log π − log π_ref), summed over the completion."""
-
-    def values(policy: jax.Array, reference: jax.Array | None) -> dict[str, jax.Array]:
-        assert reference is not None
-        rewards = beta * (policy - reference)
-        # The two forward passes are compiled apart and may differ in the last bits: below that, nothing is preferred.
-        noise = beta * ROUNDING * jnp.sum(jnp.abs(policy), axis=-1)
-        return {
-            "dpo_loss": loss_fn(policy, reference, beta=beta, label_smoothing=label_smoothing),
-            "accuracy": (rewards[..., 0] > rewards[..., 1] + noise).astype(jnp.float32),
-            "margin": beta * log_ratio(policy, reference),
-            "chosen_reward": rewards[..., 0],
-            "rejected_reward": rewards[..., 1],
-            "chosen_logp": policy[..., 0],
-            "rejected_logp": policy[..., 1],
-        }
-
-    return Objective(values, "dpo_loss", lambda batch: jnp.sum(batch["is_pair"]), needs_reference=True)
+def _summed(values: dict[str, jax.Array], is_pair: jax.Array) -> dict[str, jax.Array]:
+    """Sums over pairs; masked first, so that padding can hold anything finite or not."""
+    return {name: jnp.sum(jnp.where(is_pair, value, 0.0)) for name, value in values.items()}
 
 
-def sft_objective() -> Objective:
-    """Mean negative log-likelihood per token of the chosen completions."""
+def _batch_gradient(
+    logps: LogpsFn, objective: Objective, params: Params, ref_params: Params | None, batch: Batch, slots: Slots
+) -> tuple[Params, dict[str, jax.Array]]:
+    """The gradient of the mean loss, in float32, and the mean of every value over the batch's pairs."""
+    count = jnp.maximum(jnp.sum(batch["is_pair"]), 1).astype(jnp.float32)
+    chosen_tokens = _chosen_tokens(batch)
 
-    def values(policy: jax.Array, reference: jax.Array | None) -> dict[str, jax.Array]:
-        return {"loss": -policy[..., 0]}
+    def reference_logps(micro: Batch) -> Logps | None:  # constant to the gradient
+        return logps(ref_params, micro, slots) if objective.needs_reference else None
 
-    return Objective(values, "loss", lambda batch: jnp.sum(batch["completion_tokens"][..., 0]), needs_reference=False)
+    def loss_of(policy: Logps, reference: Logps | None, part: Batch):
+        sums = _summed(objective.values(policy, reference, part, chosen_tokens), part["is_pair"])
+        return sums[objective.loss] / count, sums
+
+    def micro_gradient(micro: Batch):
+        reference = reference_logps(micro)
+        loss_fn = lambda params: loss_of(logps(params, micro, slots), reference, micro)
+        (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return grads, sums
+
+    def pulled_back(item):
+        micro, cotangent = item
+        return jax.vjp(lambda params: logps(params, micro, slots), params)[1](cotangent)[0]
+
+    if batch["tokens"].shape[0] == 1:
+        grads, sums = micro_gradient(jax.tree.map(lambda x: x[0], batch))
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    elif objective.across:
+        # The loss compares pairs of all microbatches: first its gradient to all log-probabilities, then theirs.
+        policy, reference = jax.lax.map(lambda micro: (logps(params, micro, slots), reference_logps(micro)), batch)
+        cotangents, sums = jax.grad(loss_of, has_aux=True)(policy, reference, batch)
+        grads = _scan_sum(pulled_back, (batch, cotangents))
+    else:
+        grads, sums = _scan_sum(micro_gradient, batch)
+    return grads, {name: value / count for name, value in sums.items()}
 
 
-def _summed(objective: Objective, policy, reference, is_pair_BK: jax.Array) -> dict[str, jax.Array]:
-    """Masked sums over a microbatch's pairs; masked first, so that padding can hold anything finite or not."""
-    return {k: jnp.sum(jnp.where(is_pair_BK, v, 0.0)) for k, v in objective.values(policy, reference).items()}
+def _scan_sum(fn: Callable[[Any], Any], items: Any) -> Any:
+    """The float32 sum of `fn(item)` over the first axis of `items`, one after the other."""
+    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], items))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    add = lambda total, item: (jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, fn(item)), None)
+    return jax.lax.scan(add, zeros, items)[0]
 
 
 def make_train_step(
@@ -98,7 +99,8 @@ def make_train_step(
       objective: what is minimised.
       tx: the optimiser, clipping included.
       rate: the learning rate by update, to report.
-      compute_dtype: master parameters are cast to it once a step. Gradients are summed over microbatches in float32.
+      compute_dtype: master parameters are cast to it once a step, as is a reference that is kept more exactly.
+        Gradients are summed over microbatches in float32.
 
     Returns:
       The step; `slots` is static, so it compiles once per row shape. `metrics` holds float32 scalars: the objective's
@@ -106,35 +108,9 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, ref_params: Params | None, batch: Batch, slots: Slots):
-        count = jnp.maximum(objective.count(batch), 1).astype(jnp.float32)
-        compute_params = jax.tree.map(lambda p: p.astype(compute_dtype), state.params)
-
-        def loss_fn(params: Params, micro: Batch, reference: jax.Array | None):
-            sums = _summed(objective, logps(params, micro, slots), reference, micro["is_pair"])
-            return sums[objective.loss] / count, sums
-
-        def micro_grads(micro: Batch):
-            reference = (
-                logps(ref_params, micro, slots) if objective.needs_reference else None
-            )  # constant to the gradient
-            (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(compute_params, micro, reference)
-            return grads, sums
-
-        def accumulate(carry, micro: Batch):
-            grads, sums = micro_grads(micro)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (grads, sums)), None
-
-        if batch["tokens"].shape[0] == 1:
-            grads, sums = micro_grads(jax.tree.map(lambda x: x[0], batch))
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        else:
-            sums_shape = jax.eval_shape(micro_grads, jax.tree.map(lambda x: x[0], batch))[1]
-            zeros = (
-                jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params),
-                jax.tree.map(lambda s: jnp.zeros((), s.dtype), sums_shape),
-            )
-            (grads, sums), _ = jax.lax.scan(accumulate, zeros, batch)
-        metrics = {k: v / count for k, v in sums.items()} | {
+        params, reference = (_cast(x, compute_dtype) for x in (state.params, ref_params))
+        grads, means = _batch_gradient(logps, objective, params, reference, batch, slots)
+        metrics = means | {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
         }
@@ -159,15 +135,33 @@ def make_eval_step(logps: LogpsFn, objective: Objective, *, compute_dtype: Any, 
     """
 
     def eval_step(params: Params, ref_params: Params | None, batch: Batch, slots: Slots):
-        compute_params = jax.tree.map(lambda p: p.astype(compute_dtype), params)
+        compute_params, reference_params = (_cast(x, compute_dtype) for x in (params, ref_params))
 
-        def one(_, micro: Batch):
-            reference = logps(ref_params, micro, slots) if objective.needs_reference else None
-            return None, objective.values(logps(compute_params, micro, slots), reference)
+        def one(micro: Batch) -> tuple[Logps, Logps | None]:
+            reference = logps(reference_params, micro, slots) if objective.needs_reference else None
+            return logps(compute_params, micro, slots), reference
 
-        return jax.lax.scan(one, None, batch)[1]
+        policy, reference = jax.lax.map(one, batch)
+        return objective.values(policy, reference, batch, _chosen_tokens(batch))
 
     return jax.jit(eval_step, static_argnames="slots", out_shardings=out_shardings)
+
+
+def make_reference_sync(alpha: float, *, shardings: Any = None):
+    """Build the jitted `sync(reference, params)` → (1−α)·reference + α·params; the reference is donated.
+
+    TR-DPO's soft update (Gorbatovski et al. 2024, arXiv 2404.09656, equation 5), in the reference's own dtype: keep it
+    in float32, as a small α's changes are lost in bfloat16.
+    """
+
+    def sync(reference: Params, params: Params) -> Params:
+        return jax.tree.map(lambda r, p: (1 - alpha) * r + alpha * p.astype(r.dtype), reference, params)
+
+    return jax.jit(sync, donate_argnames="reference", out_shardings=shardings)
+
+
+def _cast(tree: Params, dtype: Any) -> Params:
+    return jax.tree.map(lambda p: p.astype(dtype), tree)
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:

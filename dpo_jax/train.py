@@ -27,12 +27,12 @@ from dpo_jax.data.pipeline import ChosenOnly, PairSource, Schedule, StepSource, 
 from dpo_jax.data.prepare import Prepared
 from dpo_jax.errors import UserError
 from dpo_jax.loop import Phase, Stopped, evaluate, run_phase, stop_signal
-from dpo_jax.losses import LOSSES
 from dpo_jax.model import Params
+from dpo_jax.objective import Objective, parse_loss, preference_objective, sft_objective
 from dpo_jax.optim import optimizer, schedule
 from dpo_jax.policy import Layout, Policy
 from dpo_jax.sharding import agreed, first_process_first, local_rows, make_mesh, replicated, row_shards
-from dpo_jax.step import LogpsFn, TrainState, make_eval_step, make_train_step, preference_objective, sft_objective
+from dpo_jax.step import LogpsFn, TrainState, make_eval_step, make_reference_sync, make_train_step
 
 Config = Mapping[str, Any]
 
@@ -98,7 +98,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
             _forget_after(workdir, c["sft_steps"], done)
         totals = {"sft": c["sft_steps"], "train": steps}
         writer = metrics.MetricsWriter(workdir if main_process else None, total_steps=totals, quiet=not main_process)
-        logps = policy.logps_fn(layout, remat=c["remat"])
+        logps = policy.logps_fn(layout, remat=c["remat"], ld_alpha=c["ld_alpha"], log_sum_sq=c["wpo"])
         with writer:
             return _train(Run(c, workdir, found, layout, data, logps, checkpoints, writer, stop, done), plan, steps)
 
@@ -108,15 +108,26 @@ def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
     c, sft_steps = run.c, run.c["sft_steps"]
     _introduce(run, plan)
     tx, rate = _transformation(c, c["learning_rate"], c["lr_schedule"], steps)
-    resumed = run.done > sft_steps
-    if resumed:
-        state = checkpoint.restore(run.checkpoints, run.done, policy.abstract_state(tx, run.layout))
+    objective, moves = _objective(c), c["reference_sync_steps"] > 0
+    ref_params = None
+    if run.done > sft_steps:
+        saved: Any = policy.abstract_state(tx, run.layout)
+        if moves:
+            saved = {"state": saved, "reference": policy.abstract_reference(run.layout)}
+            both = checkpoint.restore(run.checkpoints, run.done, saved)
+            state, ref_params = both["state"], both["reference"]
+        else:
+            state = checkpoint.restore(run.checkpoints, run.done, saved)
+            ref_params = _reference(run, None) if objective.needs_reference else None
     else:
         state = policy.start_state(_params_after_sft(run), tx, run.layout)
-    ref_params = _reference(run, None if resumed else state.params)
-    if not resumed:
+        ref_params = _reference(run, state.params) if objective.needs_reference else None
         _answer(run, state.params, "before", 0)
-    objective = preference_objective(LOSSES[c["loss"]], beta=c["dpo_beta"], label_smoothing=c["label_smoothing"])
+
+    def save(n: int, state: TrainState, reference: Params | None) -> None:
+        tree = {"state": state, "reference": reference} if moves else state
+        checkpoint.save(run.checkpoints, sft_steps + n, tree)
+
     phase = Phase(
         "train",
         _source(plan, run.layout.mesh, steps, c["microbatches"]),
@@ -124,8 +135,10 @@ def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
         log_every=c["log_every"],
         eval_every=c["eval_every"],
         checkpoint_every=c["checkpoint_every"],
-        evaluate=_evaluator(run, objective, ref_params),
-        save=lambda n, s: checkpoint.save(run.checkpoints, sft_steps + n, s),
+        evaluate=_evaluator(run, objective),
+        save=save,
+        sync=make_reference_sync(c["reference_sync_alpha"], shardings=run.layout.shardings) if moves else None,
+        sync_every=c["reference_sync_steps"],
     )
     state = _run_phase(run, phase, state, ref_params, max(0, run.done - sft_steps))
     del ref_params, phase
@@ -158,23 +171,30 @@ def _params_after_sft(run: Run) -> Params:
             eval_every=0,
             checkpoint_every=c["checkpoint_every"],
             evaluate=None,
-            save=lambda n, s: checkpoint.save(run.checkpoints, n, s),
+            save=lambda n, s, _: checkpoint.save(run.checkpoints, n, s),
         )
         state = _run_phase(run, phase, state, None, run.done)
     return state.params
 
 
+def _objective(c: Config) -> Objective:
+    names = ("f_divergence", "f_alpha", "wpo", "label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau")
+    return preference_objective(parse_loss(c["loss"]), beta=c["dpo_beta"], **{name: c[name] for name in names})
+
+
 def _reference(run: Run, start: Params | None) -> Params:
     """The reference's parameters: those named, else the policy's when DPO starts (`start`, None in a resumed run)."""
-    c = run.c
+    c, moves = run.c, run.c["reference_sync_steps"] > 0
     if c["reference"]:
-        return policy.load_reference(weights.resolve(c["reference"], what="reference"), run.layout)
+        return policy.load_reference(weights.resolve(c["reference"], what="reference"), run.layout, moves=moves)
     if run.policy.directory is not None and not c["sft_steps"]:
-        return policy.load_reference(run.policy.directory, run.layout)
+        return policy.load_reference(run.policy.directory, run.layout, moves=moves)
+    if moves:  # only asked for when DPO starts: checkpoints hold it afterwards
+        return policy.moving_reference(start)
     return policy.own_reference(run.workdir / "reference", start, run.layout)
 
 
-def _evaluator(run: Run, objective: Any, ref_params: Params) -> Callable[[TrainState], dict[str, Any]] | None:
+def _evaluator(run: Run, objective: Objective) -> Callable[[TrainState, Params | None], dict[str, Any]] | None:
     held_out = run.data.evaluation
     if not len(held_out):
         return None
@@ -186,7 +206,7 @@ def _evaluator(run: Run, objective: Any, ref_params: Params) -> Callable[[TrainS
         run.logps, objective, compute_dtype=run.layout.dtype, out_shardings=replicated(run.layout.mesh)
     )
     groups = run.data.split.groups
-    return lambda state: evaluate(eval_step, state.params, ref_params, source, run.layout.mesh, groups)
+    return lambda state, reference: evaluate(eval_step, state.params, reference, source, run.layout.mesh, groups)
 
 
 def _answer(run: Run, params: Params, when: str, step: int) -> None:

@@ -30,14 +30,15 @@ def measured(request):
     """`measured("models", "logits", "llama", difference)`: with `--write-docs`, a cell of a table in docs/models.md.
 
     A document marks its table with `<!-- measured -->` and `<!-- end -->`: the first column names the row, the head
-    names the columns. A larger difference of the same run wins; rows and cells that a run did not measure stay.
+    names the columns. A larger difference of the same run wins; rows and cells that a run did not measure stay. What is
+    no difference has a `form` of its own, such as ".3f".
     """
     cells = {}
 
-    def add(document, column, row, difference):
-        key = (row, column)
+    def add(document, column, row, value, form=".1e"):
         table = cells.setdefault(document, {})
-        table[key] = max(table.get(key, 0.0), float(difference))
+        _, before = table.get((row, column), (form, 0.0))
+        table[row, column] = (form, max(before, float(value)))
 
     yield add
     if request.config.getoption("--write-docs"):
@@ -50,10 +51,10 @@ def _rewrite(path, table):
     body, after = rest.split("<!-- end -->")
     head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.strip().split("\n")]
     named = {cells[0].strip("`"): cells for cells in rows}
-    for (row, column), difference in table.items():
+    for (row, column), (form, value) in table.items():
         if column not in head:
             raise KeyError(f"{path}: the table has no column {column!r}")
         cells = named.setdefault(row, [f"`{row}`", *("–" for _ in head[1:])])
-        cells[head.index(column)] = f"{difference:.1e}"
+        cells[head.index(column)] = format(value, form)
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *named.values())]
     path.write_text(f"{before}<!-- measured -->\n" + "\n".join(lines) + f"\n<!-- end -->{after}")

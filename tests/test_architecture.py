@@ -11,7 +11,7 @@ errors
 data.preference data.columns data.datasets data.files data.mixture data.sources data.render data.cache data.shared_store
 data.remote_cache data.split data.prepare
 data.balance data.packing data.pipeline data.synthetic
-attention losses optim logprobs model step
+attention logprobs losses objective optim model step
 sharding checkpoint weights sample tiny policy
 metrics page charts runs compare report answers loop config inputs
 inspection inspection_text inspection_page data_command data.__main__

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowShape
-from dpo_jax.logprobs import pair_logps, token_logps
+from dpo_jax.logprobs import pair_logps, sum_pairs, token_logps
 from dpo_jax.model import hidden_states, init_params, unembedding
 from tests import oracle
 from tests.oracle import CONFIG
@@ -33,12 +33,45 @@ def test_chunks_do_not_change_token_logps(chunk):
     logps = z - np.log(np.exp(z).sum(-1, keepdims=True))
     expected = np.take_along_axis(logps, targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(
-        token_logps(hidden, jnp.asarray(targets), table, chunk_tokens=chunk), expected, atol=1e-5
+        token_logps(hidden, jnp.asarray(targets), table, chunk_tokens=chunk)[0], expected, atol=1e-5
     )
 
 
+def test_log_sum_sq_comes_along_without_a_gradient():
+    """log Σ_v p(v)², as TRL's `log_sum_sq_probs`."""
+    rng = np.random.default_rng(2)
+    hidden, table = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 9, 6), (17, 6)))
+    targets = jnp.asarray(rng.integers(0, 17, (2, 9)))
+    p = np.exp(hidden.astype(np.float64) @ table.T)
+    expected = np.log(((p / p.sum(-1, keepdims=True)) ** 2).sum(-1))
+    run = lambda x: token_logps(x, targets, table, chunk_tokens=4, log_sum_sq=True)
+    np.testing.assert_allclose(run(hidden)[1], expected, atol=1e-5)
+    np.testing.assert_array_equal(run(hidden)[0], token_logps(hidden, targets, table, chunk_tokens=4)[0])
+    assert token_logps(hidden, targets, table)[1] is None
+    np.testing.assert_array_equal(jax.grad(lambda x: run(x)[1].sum())(jnp.asarray(hidden)), np.zeros(hidden.shape))
+
+
+def test_ld_dpo_weighs_what_lies_beyond_the_shorter_completion():
+    """Token by token, with pairs sharing rows in another order than they are numbered."""
+    lengths = np.array([(5, 3, 2), (1, 1, 4), (7, 2, 2), (3, 4, 1)])
+    placed, shape = np.array([[2, 0, -1], [1, 3, -1]]), RowShape(2, 16, 8, 8, 3)
+    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), oracle.rows(oracle.RandomPairs(lengths), placed, shape))
+    tokens = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
+    owner = batch["segments"][:, 16:, None] == jnp.arange(1, 4)[None, None]
+    ours = sum_pairs(jnp.asarray(tokens), None, owner.astype(jnp.float32), batch, chosen=8, ld_alpha=0.3)
+    for b, k in np.argwhere(placed >= 0):
+        n = lengths[placed[b, k], 1:]
+        for side, start in enumerate((0, 8)):
+            # Pairs lie in a slot in the order of their places.
+            first = start + lengths[placed[b, :k], 1 + side].sum()
+            mine = tokens[b, first : first + n[side]]
+            weights = np.where(np.arange(n[side]) < n.min(), 1, 0.3)
+            assert float(ours.logps[b, k, side]) == pytest.approx((mine * weights).sum(), abs=1e-5)
+            assert float(ours.whole[b, k, side]) == pytest.approx(mine.sum(), abs=1e-5)
+
+
 def test_no_completions_no_logps():
-    assert token_logps(jnp.zeros((3, 0, 4)), jnp.zeros((3, 0), jnp.int32), jnp.zeros((5, 4))).shape == (3, 0)
+    assert token_logps(jnp.zeros((3, 0, 4)), jnp.zeros((3, 0), jnp.int32), jnp.zeros((5, 4)))[0].shape == (3, 0)
 
 
 def test_the_gradient_of_chunks_is_that_of_whole_logits():
@@ -52,7 +85,7 @@ def test_the_gradient_of_chunks_is_that_of_whole_logits():
         return (jnp.take_along_axis(logps, targets[..., None], -1)[..., 0] * weight).sum()
 
     def chunked(hidden, table):
-        return (token_logps(hidden, targets, table, chunk_tokens=4) * weight).sum()
+        return (token_logps(hidden, targets, table, chunk_tokens=4)[0] * weight).sum()
 
     ours, theirs = (jax.grad(f, argnums=(0, 1))(hidden, table) for f in (chunked, whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
@@ -65,7 +98,7 @@ def _logps(params, pairs, placed, shape):
     @functools.partial(jax.jit, static_argnames="slots")
     def run(params, batch, slots):
         hidden = hidden_states(params, batch, config=CONFIG, slots=slots)
-        return pair_logps(hidden, batch, unembedding(params), slots=slots, pairs_per_row=placed.shape[1])
+        return pair_logps(hidden, batch, unembedding(params), slots=slots, pairs_per_row=placed.shape[1]).logps
 
     return np.asarray(run(params, batch, slots))
 

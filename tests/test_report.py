@@ -167,6 +167,16 @@ def test_a_further_metric_gets_a_chart(tmp_path):
     assert [[10, 5], [20, 10]] in [curve for figure in page.curves.values() for curve in figure]
 
 
+def test_what_holds_for_dpo_is_not_said_of_another_loss(tmp_path):
+    for name, said in (("sigmoid", True), ("simpo<i>", False)):
+        workdir = tmp_path / str(said)
+        make_run(workdir)
+        edit(workdir / "config.json", loss=name)
+        text = Page(report.write(workdir)).text
+        assert ("ln 2" in text) == ("reference log-probability" in text) == said
+        assert said or "That of simpo<i>." in text
+
+
 def test_runs_are_compared(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = make_run(tmp_path / "a" / "run")

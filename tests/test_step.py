@@ -12,11 +12,11 @@ import pytest
 from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowShape
 from dpo_jax.logprobs import pair_logps
-from dpo_jax.losses import LOSSES
 from dpo_jax.model import hidden_states, init_params, unembedding
+from dpo_jax.objective import preference_objective, sft_objective
 from dpo_jax.optim import optimizer, schedule
 from dpo_jax.sharding import axis_rules, make_mesh, param_shardings, state_shardings, to_global
-from dpo_jax.step import TrainState, init_state, make_eval_step, make_train_step, preference_objective, sft_objective
+from dpo_jax.step import TrainState, init_state, make_eval_step, make_reference_sync, make_train_step
 from tests import oracle
 from tests.oracle import CONFIG
 
@@ -24,7 +24,7 @@ SHAPE = RowShape(8, 12, 8, 8, 2)
 SLOTS = Slots(12, 8, 8)
 PAIRS = oracle.RandomPairs(np.random.default_rng(0).integers(1, 5, (14, 3)))
 PLACED = np.append(np.arange(14), [-1, -1]).reshape(8, 2)
-OBJECTIVE = preference_objective(LOSSES["sigmoid"], beta=0.1, label_smoothing=0.0)
+OBJECTIVE = preference_objective({"sigmoid": 1.0}, beta=0.1)
 RATE = schedule("constant", peak=1e-2, warmup_steps=0, total_steps=10)
 TX = optimizer("adamw", RATE, weight_decay=0.01, max_grad_norm=1.0)
 
@@ -48,17 +48,18 @@ def _logps(rules):
     return logps
 
 
-def _run(sizes, microbatches=1, steps=2, objective=OBJECTIVE, devices=None):
+def _run(sizes, microbatches=1, steps=2, objective=OBJECTIVE, devices=None, placed=PLACED):
     """Train a few steps on a mesh; returns (state, reference, metrics of each step)."""
     mesh = make_mesh(*sizes, devices=devices)
     shardings = param_shardings(CONFIG, mesh)
     with jax.set_mesh(mesh):
-        params, reference = (jax.device_put(_params(seed), shardings) for seed in (0, 1))
+        params = jax.device_put(_params(0), shardings)
+        reference = jax.device_put(_params(1), shardings) if objective.needs_reference else None
         state = jax.jit(init_state, static_argnums=1, out_shardings=_state_shardings(params, shardings, mesh))(
             params, TX
         )
         step = make_train_step(_logps(axis_rules(CONFIG, mesh)), objective, TX, RATE, compute_dtype=jnp.float32)
-        batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE, microbatches), mesh, 8 // microbatches)
+        batch = to_global(oracle.rows(PAIRS, placed, SHAPE, microbatches), mesh, 8 // microbatches)
         metrics = []
         for _ in range(steps):
             state, m = step(state, reference, batch, SLOTS)
@@ -111,7 +112,8 @@ def test_the_gradient_is_the_oracles_by_finite_differences(one_device):
     def loss(params):
         logps = _logps(axis_rules(CONFIG, mesh))
         policy, ref = (logps(p, batch, SLOTS) for p in (params, reference))
-        return jnp.sum(jnp.where(batch["is_pair"], OBJECTIVE.values(policy, ref)["dpo_loss"], 0.0)) / 14
+        values = OBJECTIVE.values(policy, ref, batch, jnp.ones(()))
+        return jnp.sum(jnp.where(batch["is_pair"], values["dpo_loss"], 0.0)) / 14
 
     with jax.set_mesh(mesh):
         grads = jax.jit(jax.grad(loss))(params)
@@ -172,6 +174,79 @@ def test_sft_is_the_mean_loss_per_chosen_token():
     assert float(metrics[0]["loss"]) == pytest.approx(-sum(logps) / PAIRS.lengths[:, 1].sum(), abs=1e-5)
 
 
+# Pairs in other rows, places without a pair between them: nothing depends on where a pair lies.
+SCATTERED = np.random.default_rng(1).permutation(PLACED.reshape(-1)).reshape(8, 2)
+ACROSS = preference_objective({"aot": 1.0, "aot_unpaired": 0.5, "sft": 0.2}, beta=0.1, label_smoothing=0.1)
+
+
+@pytest.fixture(scope="module")
+def across_one_device():
+    return _run((1, 1, 1), steps=1, objective=ACROSS, devices=jax.devices()[:1])
+
+
+def test_losses_across_pairs_are_the_float64_oracles(across_one_device):
+    policy, reference = (
+        np.array([[oracle.completion_logp(_fresh(s), p, x, CONFIG) for x in xs] for p, *xs in PAIRS.ids])
+        for s in (0, 1)
+    )
+    smoothed = lambda z: 0.9 * np.logaddexp(0, -z) + 0.1 * np.logaddexp(0, z)
+    ratios = policy - reference
+    aot = smoothed(0.1 * (np.sort(policy[:, 0] - policy[:, 1]) - np.sort(reference[:, 0] - reference[:, 1]))).mean()
+    unpaired = smoothed(0.1 * (np.sort(ratios[:, 0]) - np.sort(ratios[:, 1]))).mean()
+    sft = -policy[:, 0].sum() / PAIRS.lengths[:, 1].sum()
+    first = across_one_device[2][0]
+    expected = {
+        "loss_aot": aot,
+        "loss_aot_unpaired": unpaired,
+        "loss_sft": sft,
+        "dpo_loss": aot + unpaired / 2 + sft / 5,
+    }
+    for name, value in expected.items():
+        assert float(first[name]) == pytest.approx(value, abs=1e-4), name
+
+
+@pytest.mark.parametrize(("sizes", "microbatches"), [((8, 1, 1), 1), ((1, 1, 1), 2), ((1, 2, 1), 4)])
+def test_losses_across_pairs_see_the_whole_batch(sizes, microbatches, across_one_device):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    state, _, metrics = _run(sizes, microbatches, steps=1, objective=ACROSS, devices=devices, placed=SCATTERED)
+    _close(metrics, across_one_device[2])
+    _close(state.params, across_one_device[0].params, atol=1e-4)  # Adam divides by gradients near 0
+
+
+def test_a_reference_free_loss_takes_no_reference():
+    objective = preference_objective({"simpo": 1.0}, beta=2.0, simpo_gamma=0.5)
+    state, reference, metrics = _run((1, 1, 1), 2, steps=1, objective=objective, devices=jax.devices()[:1])
+    assert reference is None
+    assert int(state.step) == 1
+    mean = np.array([[oracle.completion_logp(_fresh(0), p, x, CONFIG) / len(x) for x in xs] for p, *xs in PAIRS.ids])
+    rewards = 2.0 * mean
+    expected = {
+        "dpo_loss": np.logaddexp(0, -(rewards[:, 0] - rewards[:, 1] - 0.5)).mean(),
+        "accuracy": (rewards[:, 0] > rewards[:, 1]).mean(),
+        "margin": (rewards[:, 0] - rewards[:, 1]).mean(),
+        "chosen_reward": rewards[:, 0].mean(),
+    }
+    for name, value in expected.items():
+        assert float(metrics[0][name]) == pytest.approx(value, abs=1e-4), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_reference_moves_towards_the_policy_where_it_lies(dtype):
+    mesh = make_mesh(2, 2, 2)
+    shardings = param_shardings(CONFIG, mesh)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jax.tree.map(lambda p: p.astype(dtype), _params(0)), shardings)
+        reference = jax.device_put(_params(1), shardings)
+        before = jax.tree.map(lambda x: np.array(x, np.float64), reference)
+        moved = make_reference_sync(0.25, shardings=shardings)(reference, params)
+    expected = jax.tree.map(lambda r, p: 0.75 * r + 0.25 * np.asarray(p, np.float64), before, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), moved, expected)
+    jax.tree.map(_assert_same_sharding, moved, params)
+    assert {x.dtype for x in jax.tree.leaves(moved)} == {jnp.dtype("float32")}
+    assert all(x.is_deleted() for x in jax.tree.leaves(reference))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(params))
+
+
 def test_the_reference_survives_donated_steps_and_the_step_is_traced_once_a_shape():
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -205,10 +280,12 @@ def test_padding_may_hold_anything(one_device):
     _close(jax.device_get(metrics), one_device[2][0], atol=1e-6)
 
 
-def test_evaluation_is_what_a_training_step_reports(one_device):
+@pytest.mark.parametrize(("objective", "trained"), [(OBJECTIVE, "one_device"), (ACROSS, "across_one_device")])
+def test_evaluation_is_what_a_training_step_reports(objective, trained, request):
+    one_device = request.getfixturevalue(trained)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        step = make_eval_step(_logps(axis_rules(CONFIG, mesh)), OBJECTIVE, compute_dtype=jnp.float32)
+        step = make_eval_step(_logps(axis_rules(CONFIG, mesh)), objective, compute_dtype=jnp.float32)
         values = step(_params(0), _params(1), to_global(oracle.rows(PAIRS, PLACED, SHAPE, 2), mesh, 4), SLOTS)
     for name, value in values.items():
         mean = np.asarray(value).reshape(PLACED.shape)[PLACED >= 0].mean()

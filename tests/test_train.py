@@ -138,9 +138,10 @@ def test_the_same_command_again_changes_nothing(finished, environment):
     assert ((workdir / "metrics.jsonl").read_text(), (workdir / "samples.jsonl").read_text()) == before
 
 
-def _stop_at(workdir, environment, split, step, how):
+def _stop_at(workdir, environment, split, step, how, **changed):
     """Start the run and send a signal when a record is there; returns the exit code."""
-    process = subprocess.Popen(_command(workdir), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = _command(workdir, **changed)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     path, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         records = metrics.read(path) if path.exists() else []
@@ -160,6 +161,27 @@ def test_killed_and_gone_on_is_never_stopped(split, step, finished, environment,
     assert _values(tmp_path / "run") == _values(finished[0])
     same = lambda p: (p / "samples.jsonl").read_text()
     assert same(tmp_path / "run") == same(finished[0])
+
+
+def test_a_moving_reference_goes_on_where_it_was(environment, tmp_path):
+    """TR-DPO: the reference is the run's own state now, and evaluations are against the moved one."""
+    changed = {"sft_steps": 0, "num_steps": 7, "export": False, "sample_prompts": 0, "eval_every": 1}
+    changed |= {"loss": "sigmoid:1.0,aot:0.5", "microbatches": 2, "learning_rate": 1e-3}
+    changed |= {"reference_sync_steps": 3, "reference_sync_alpha": 1.0}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    _finish(whole, environment, **changed)
+    code, _ = _stop_at(cut, environment, "train", 5, signal.SIGKILL, **changed)
+    assert code == -signal.SIGKILL
+    assert "going on from checkpoint 4" in _finish(cut, environment, **changed)
+    assert _values(cut) == _values(whole)
+    records = {(r["split"], r["step"]): r for r in _values(whole)}
+    # After updates 3 and 6 the reference is the policy: nothing is preferred.
+    zero = [step for step in range(8) if records["eval", step]["margin"] == pytest.approx(0, abs=1e-5)]
+    assert zero in ([0, 1, 3, 6], [0, 3, 6])
+    assert records["train", 4]["loss_sigmoid"] == pytest.approx(np.log(2), abs=1e-6)
+    assert records["train", 6]["dpo_loss"] == pytest.approx(
+        records["train", 6]["loss_sigmoid"] + records["train", 6]["loss_aot"] / 2, rel=1e-6
+    )
 
 
 def test_sigterm_saves_first_and_going_on_is_never_stopped(finished, environment, tmp_path):
