@@ -12,9 +12,13 @@ from dpo_jax.attention import Slots
 CHUNK_TOKENS = 1024
 
 
-def _chunk_logps(hidden_BnD: jax.Array, targets_Bn: jax.Array, table_VD: jax.Array) -> jax.Array:
+def _chunk_logps(
+    hidden_BnD: jax.Array, targets_Bn: jax.Array, table_VD: jax.Array, softcap: float | None = None
+) -> jax.Array:
     """log p(target) `[B, n]` in float32."""
     logits_BnV = jnp.einsum("BnD,VD->BnV", hidden_BnD, table_VD, preferred_element_type=jnp.float32)
+    if softcap:
+        logits_BnV = softcap * jnp.tanh(logits_BnV / softcap)
     # A masked sum, not a gather: it stays local where the vocabulary is sharded, and fuses with the reduction.
     is_target = jnp.arange(table_VD.shape[0])[None, None, :] == targets_Bn[:, :, None]
     target_logit = jnp.sum(jnp.where(is_target, logits_BnV, 0.0), axis=-1)
@@ -22,7 +26,12 @@ def _chunk_logps(hidden_BnD: jax.Array, targets_Bn: jax.Array, table_VD: jax.Arr
 
 
 def token_logps(
-    hidden_BND: jax.Array, targets_BN: jax.Array, table_VD: jax.Array, *, chunk_tokens: int = CHUNK_TOKENS
+    hidden_BND: jax.Array,
+    targets_BN: jax.Array,
+    table_VD: jax.Array,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+    softcap: float | None = None,
 ) -> jax.Array:
     """log p(target | hidden) for every completion token, computed in chunks that the backward pass makes again.
 
@@ -31,6 +40,7 @@ def token_logps(
       targets_BN: int32 token ids.
       table_VD: the vocabulary projection.
       chunk_tokens: about how many tokens' logits are held at once (rows x tokens).
+      softcap: logits become softcap·tanh(logits/softcap) (Gemma 2, arXiv 2408.00118); None leaves them.
 
     Returns:
       float32 `[B, N]`.
@@ -48,7 +58,7 @@ def token_logps(
     @jax.checkpoint
     def body(_, chunk):
         hidden_BnD, targets_Bn = chunk
-        return None, _chunk_logps(hidden_BnD, targets_Bn, table_VD)
+        return None, _chunk_logps(hidden_BnD, targets_Bn, table_VD, softcap)
 
     _, logps = jax.lax.scan(body, None, (hidden, targets))
     return logps.swapaxes(0, 1).reshape(B, chunks * n)[:, :N]
@@ -62,6 +72,7 @@ def pair_logps(
     slots: Slots,
     pairs_per_row: int,
     chunk_tokens: int = CHUNK_TOKENS,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Summed log-probabilities of both completions of every pair in a row.
 
@@ -72,13 +83,14 @@ def pair_logps(
       table_VD: the vocabulary projection.
       slots: the row's widths.
       pairs_per_row: K.
-      chunk_tokens: as in `token_logps`.
+      chunk_tokens, softcap: as in `token_logps`.
 
     Returns:
       float32 `[B, K, 2]`: (chosen, rejected) of pair k; 0 where a row has no pair k.
     """
     hidden_BND = jnp.take_along_axis(hidden_BTD, batch["source"][:, :, None], axis=1)
-    logps_BN = token_logps(hidden_BND, batch["tokens"][:, slots.prompt :], table_VD, chunk_tokens=chunk_tokens)
+    targets_BN = batch["tokens"][:, slots.prompt :]
+    logps_BN = token_logps(hidden_BND, targets_BN, table_VD, chunk_tokens=chunk_tokens, softcap=softcap)
     segments_BN = batch["segments"][:, slots.prompt :]
     owner_BNK = (segments_BN[:, :, None] == jnp.arange(1, pairs_per_row + 1)[None, None, :]).astype(jnp.float32)
     C = slots.chosen

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dpo_jax import answers, checkpoint, metrics, policy, report, tiny, weights
+from dpo_jax import answers, checkpoint, hub, metrics, policy, report, tiny, weights
 from dpo_jax.config import check, check_workdir, claim_workdir, parse
 from dpo_jax.data.pipeline import ChosenOnly, PairSource, Schedule, StepSource, make_schedule
 from dpo_jax.data.prepare import DataRequest, Prepared, prepare
@@ -74,7 +74,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     found = policy.find(c["model"], workdir, c["seed"])
     layout = policy.lay_out(found.config, mesh, param_dtype=c["param_dtype"], compute_dtype=c["compute_dtype"])
     if c["reference"]:
-        policy.check_reference(weights.resolve(c["reference"], what="reference"), layout)
+        policy.check_reference(hub.resolve(c["reference"], what="reference"), layout)
     data = _prepare(c, found, workdir)
     if len(data.train) < c["batch_size"] and c["drop_remainder"]:
         raise UserError(
@@ -168,7 +168,7 @@ def _reference(run: Run, start: Params | None) -> Params:
     """The reference's parameters: those named, else the policy's when DPO starts (`start`, None in a resumed run)."""
     c = run.c
     if c["reference"]:
-        return policy.load_reference(weights.resolve(c["reference"], what="reference"), run.layout)
+        return policy.load_reference(hub.resolve(c["reference"], what="reference"), run.layout)
     if run.policy.directory is not None and not c["sft_steps"]:
         return policy.load_reference(run.policy.directory, run.layout)
     return policy.own_reference(run.workdir / "reference", start, run.layout)

@@ -10,8 +10,8 @@ ORDER = """
 errors
 data.preference data.columns data.datasets data.files data.sources data.render data.cache data.prepare
 data.packing data.pipeline data.synthetic
-attention losses optim logprobs model step
-sharding checkpoint weights sample tiny policy
+architecture attention experts losses optim logprobs model step
+hub tensors sharding checkpoint weights sample tiny policy
 metrics page charts runs compare report answers loop config
 train
 """.split()
@@ -53,7 +53,7 @@ def test_the_data_side_has_no_jax(module):
 
 def test_the_step_knows_no_model_and_the_core_no_mesh():
     assert not {"model", "sharding", "policy"} & set(_imports(FILES["step"]))
-    for module in ("attention", "losses", "logprobs", "model", "step", "optim"):
+    for module in ("architecture", "attention", "experts", "losses", "logprobs", "model", "step", "optim", "tensors"):
         text = FILES[module].read_text()
         assert not {'"fsdp"', '"tensor"', '"data"'} & set(text.split()), module
         assert "sharding" not in set(_imports(FILES[module]))
