@@ -334,9 +334,8 @@ def _rope(hf: Mapping[str, Any], family: Family, values: Mapping[str, Any], wher
         raise UserError(f"{where}: rope type {kind!r} is not supported; supported: {', '.join(ROPE_KEYS)}")
     partial = scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     if partial != 1 and not family.partial_rotary:
-        raise UserError(
-            f"{where}: partial_rotary_factor={partial} is not supported for model_type={hf['model_type']!r}"
-        )
+        able = ", ".join(name for name, one in FAMILIES.items() if one.partial_rotary)
+        raise UserError(f"{where}: partial_rotary_factor={partial} is not supported; supported for: {able}")
     if kind == "longrope":
         scaling = _longrope(hf, scaling, int(values["head_dim"] * partial) // 2, where)
     missing = [k for k in ROPE_KEYS[kind] if k not in scaling]

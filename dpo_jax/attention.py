@@ -184,22 +184,28 @@ def _inverse_frequencies(head_dim: int, theta: float, scaling: tuple[tuple[str, 
 
 
 def rotary_angles(
-    positions_BT: jax.Array, *, head_dim: int, theta: float, scaling: tuple[tuple[str, Any], ...] = ()
+    positions_BT: jax.Array,
+    *,
+    head_dim: int,
+    theta: float,
+    scaling: tuple[tuple[str, Any], ...] = (),
+    last_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine `[B, T, E/2]` in float32 of rotary position embedding (Su et al. 2021, arXiv 2104.09864).
 
-    LongRoPE (Ding et al. 2024, arXiv 2402.13753) has two sets of frequencies: the long one counts when any sequence of
-    the batch is longer than the original context, as in transformers.
+    LongRoPE (Ding et al. 2024, arXiv 2402.13753) has two sets of frequencies. The long ones count in a sequence whose
+    last position, `last_BT` at each of its tokens, is outside of the original context; None: there is no such one.
     """
     options = dict(scaling)
-    freqs_e = jnp.asarray(_inverse_frequencies(head_dim, theta, scaling), jnp.float32)
+    freqs = jnp.asarray(_inverse_frequencies(head_dim, theta, scaling), jnp.float32)[None, None, :]
     size = 1.0
     if options.get("rope_type") == "longrope":
-        short_e, long_e = (jnp.asarray(options[key], jnp.float32) for key in ("short_factor", "long_factor"))
-        is_long = jnp.max(positions_BT) >= options["original_max_position_embeddings"]
-        freqs_e = freqs_e / jnp.where(is_long, long_e, short_e)
+        short, long = (jnp.asarray(options[k], jnp.float32)[None, None, :] for k in ("short_factor", "long_factor"))
+        if last_BT is not None:
+            short = jnp.where(last_BT[..., None] >= options["original_max_position_embeddings"], long, short)
+        freqs = freqs / short
         size = float(options["attention_factor"])
-    angles_BTe = positions_BT[..., None].astype(jnp.float32) * freqs_e[None, None, :]
+    angles_BTe = positions_BT[..., None].astype(jnp.float32) * freqs
     cos, sin = jnp.cos(angles_BTe), jnp.sin(angles_BTe)
     return (cos, sin) if size == 1.0 else (cos * size, sin * size)
 

@@ -230,17 +230,23 @@ class Decoder(nn.Module):
         return RMSNorm(c.rms_norm_eps, ("norm",), c.unit_offset, name="final_norm")(x_BTD), outs
 
 
-def _context(config: ModelConfig, positions_BT: jax.Array, reach: int) -> dict[str, Any]:
+def _context(
+    config: ModelConfig, positions_BT: jax.Array, reach: int, last_BT: Callable[[], jax.Array]
+) -> dict[str, Any]:
     """What the layers need of positions; under `layers`, what differs between them, `[L]` each.
 
     Args:
       config: the model's numbers.
       positions_BT: of the tokens.
-      reach: no two tokens of a sequence are this far apart. A window as wide needs no mask.
+      reach: no sequence is longer. A window as wide needs no mask, an original context as wide no other rope.
+      last_BT: gives the last position of every token's sequence.
     """
     c = config
     angles = functools.partial(rotary_angles, positions_BT, head_dim=int(c.head_dim * c.partial_rotary_factor))
-    context: dict[str, Any] = {"angles": angles(theta=c.rope_theta, scaling=c.rope_scaling), "layers": {}}
+    original = dict(c.rope_scaling).get("original_max_position_embeddings", 0)
+    is_long = dict(c.rope_scaling).get("rope_type") == "longrope" and reach > original
+    last = last_BT() if is_long else None
+    context: dict[str, Any] = {"angles": angles(theta=c.rope_theta, scaling=c.rope_scaling, last_BT=last), "layers": {}}
     slides_L = jnp.asarray(c.sliding_layers or (False,) * c.num_hidden_layers)
     if 0 < c.sliding_window < reach:
         context["layers"]["window"] = jnp.where(slides_L, jnp.int32(c.sliding_window), jnp.int32(NO_WINDOW))
@@ -275,8 +281,15 @@ def _row_attention(config: ModelConfig, slots: Slots) -> Callable:
 
 def _row_context(config: ModelConfig, batch: dict[str, jax.Array], slots: Slots) -> dict[str, Any]:
     reach = slots.prompt + max(slots.chosen, slots.rejected)
-    context = _context(config, batch["positions"], reach) | {"segments": batch["segments"]}
-    return context | ({"positions": batch["positions"]} if "window" in context["layers"] else {})
+    positions_BT, segments_BT = batch["positions"], batch["segments"]
+
+    def last_BT() -> jax.Array:
+        """Of a pair's longer sequence, as both share the prompt."""
+        same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+        return jnp.max(jnp.where(same_BTS, positions_BT[:, None, :], 0), axis=-1)
+
+    context = _context(config, positions_BT, reach, last_BT) | {"segments": segments_BT}
+    return context | ({"positions": positions_BT} if "window" in context["layers"] else {})
 
 
 def hidden_states(
@@ -332,7 +345,9 @@ def decode(
         options = _score_options(config) | {"window": context.get("window")}
         return cached_attention(q, k, v, cache, context["where"], context["real"], **options)
 
-    context = _context(config, positions_BT, real_BS.shape[1]) | {"where": where, "real": real_BS}
+    # As far as a row may come: were its rope to change on the way, the cached keys would be of another one.
+    last_BT = lambda: jnp.sum(real_BS, axis=1, keepdims=True) - 1
+    context = _context(config, positions_BT, real_BS.shape[1], last_BT) | {"where": where, "real": real_BS}
     hidden, (cache, _) = Decoder(config, attend, dtype).apply({"params": params}, tokens_BT, context, cache)
     return hidden, cache
 
