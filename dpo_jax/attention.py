@@ -9,6 +9,8 @@ Shapes: B rows, T tokens of a row, S keys, H query heads, G kv-heads (H = G * M)
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +48,22 @@ def _heads_first(x_BTHE: jax.Array, groups: int) -> jax.Array:
     return jax.lax.optimization_barrier(x.reshape(B, groups, H // groups * T, E))
 
 
-def _attend(q_BQHE: jax.Array, k_BSGE: jax.Array, v_BSGE: jax.Array, mask_BQS: jax.Array) -> jax.Array:
+def _attend(
+    q_BQHE: jax.Array,
+    k_BSGE: jax.Array,
+    v_BSGE: jax.Array,
+    mask_BQS: jax.Array,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
     """Softmax attention of grouped queries; scores and softmax in float32. Returns [B, Q, H, E]."""
     B, Q, H, E = q_BQHE.shape
     S, G = k_BSGE.shape[1:3]
     M = H // G
     q, k, v = (_heads_first(x, G) for x in (q_BQHE, k_BSGE, v_BSGE))
-    scores = jnp.einsum("BGRE,BGSE->BGRS", q, k, preferred_element_type=jnp.float32) * E**-0.5
+    scores = jnp.einsum("BGRE,BGSE->BGRS", q, k, preferred_element_type=jnp.float32) * (scale or E**-0.5)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask_BQS[:, None, None], scores.reshape(B, G, M, Q, S), MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, G, M * Q, S)
     out = jax.lax.optimization_barrier(jnp.einsum("BGRS,BGSE->BGRE", probs, v))
@@ -60,7 +71,9 @@ def _attend(q_BQHE: jax.Array, k_BSGE: jax.Array, v_BSGE: jax.Array, mask_BQS: j
 
 
 # The probabilities are the largest thing a layer makes and cheap to make again: never kept for the backward pass.
-_attend_recomputed = jax.checkpoint(_attend, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+_attend_recomputed = jax.checkpoint(
+    _attend, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False, static_argnums=(4, 5)
+)
 
 
 def _pieces(x_BT: jax.Array, pieces: list[tuple[int, int]]) -> jax.Array:
@@ -69,7 +82,15 @@ def _pieces(x_BT: jax.Array, pieces: list[tuple[int, int]]) -> jax.Array:
 
 
 def pair_row_attention(
-    q_BTHE: jax.Array, k_BTGE: jax.Array, v_BTGE: jax.Array, segments_BT: jax.Array, *, slots: Slots
+    q_BTHE: jax.Array,
+    k_BTGE: jax.Array,
+    v_BTGE: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    slots: Slots,
+    window: tuple[jax.Array, jax.Array] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Attention of pair rows as dense blocks per slot: prompt→prompt, chosen→prompt+chosen, rejected→prompt+rejected.
 
@@ -78,6 +99,10 @@ def pair_row_attention(
       k_BTGE, v_BTGE: keys and values `[B, T, G, E]`, `H` a multiple of `G`.
       segments_BT: int32 `[B, T]`, pair number in the row from 1; 0 is padding.
       slots: the widths of the row.
+      window: positions int32 `[B, T]` and how many of them a token sees, itself included (int32 scalar). Positions,
+        not columns: between a prompt and its rejected completion lie other tokens. None sees all.
+      scale: what scores are multiplied by; None is 1/√E.
+      softcap: scores become softcap·tanh(scores/softcap) (Gemma 2, arXiv 2408.00118); None leaves them.
 
     Returns:
       `[B, T, H, E]`. Values at padding tokens are finite and mean nothing.
@@ -93,7 +118,11 @@ def pair_row_attention(
             causal_QS = row_S[None, :] <= jnp.arange(begin, end)[:, None]
             segments_BQ = segments_BT[:, begin:end]
             same_BQS = (segments_BQ[:, :, None] == segments_BS[:, None, :]) & (segments_BQ != 0)[:, :, None]
-            outs.append(_attend_recomputed(q_BTHE[:, begin:end], k_BSGE, v_BSGE, same_BQS & causal_QS[None]))
+            mask_BQS = same_BQS & causal_QS[None]
+            if window is not None:
+                positions_BT, size = window
+                mask_BQS &= positions_BT[:, begin:end, None] - _pieces(positions_BT, pieces)[:, None, :] < size
+            outs.append(_attend_recomputed(q_BTHE[:, begin:end], k_BSGE, v_BSGE, mask_BQS, scale, softcap))
     return jnp.concatenate(outs, axis=1)
 
 
@@ -104,6 +133,10 @@ def cached_attention(
     cache: tuple[jax.Array, jax.Array],
     where: jax.Array,
     real_BS: jax.Array,
+    *,
+    window: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Causal attention over a key/value cache, for sampling.
 
@@ -112,6 +145,8 @@ def cached_attention(
       cache: keys and values `[B, S, G, E]` each; the new ones are written at columns `where .. where+Q`.
       where: int32 scalar, the column of the first new token (the same for all rows: prompts are padded on the left).
       real_BS: bool `[B, S]`, False at padding columns.
+      window: how many positions a token sees, int32 scalar; padding is on the left, so columns differ as positions do.
+      scale, softcap: as in `pair_row_attention`.
 
     Returns:
       `[B, Q, H, E]` and the new cache.
@@ -119,18 +154,17 @@ def cached_attention(
     k_BSGE = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BQGE.astype(cache[0].dtype), where, axis=1)
     v_BSGE = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BQGE.astype(cache[1].dtype), where, axis=1)
     Q, S = q_BQHE.shape[1], k_BSGE.shape[1]
-    causal_QS = jnp.arange(S)[None, :] <= (where + jnp.arange(Q))[:, None]
-    out = _attend(q_BQHE, k_BSGE, v_BSGE, causal_QS[None] & real_BS[:, None, :])
+    distance_QS = (where + jnp.arange(Q))[:, None] - jnp.arange(S)[None, :]
+    seen_QS = distance_QS >= 0
+    if window is not None:
+        seen_QS &= distance_QS < window
+    out = _attend(q_BQHE, k_BSGE, v_BSGE, seen_QS[None] & real_BS[:, None, :], scale, softcap)
     return out, (k_BSGE, v_BSGE)
 
 
 @functools.cache
-def _inverse_frequencies(
-    head_dim: int, theta: float, scaling: tuple[tuple[str, float | str], ...]
-) -> tuple[float, ...]:
+def _inverse_frequencies(head_dim: int, theta: float, scaling: tuple[tuple[str, Any], ...]) -> tuple[float, ...]:
     """Rotary inverse frequencies with the checkpoint's rope scaling (`linear`, `llama3` or none), in float64."""
-    import math
-
     freqs = [theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
     options = dict(scaling)
     kind = options.get("rope_type", "default")
@@ -150,16 +184,37 @@ def _inverse_frequencies(
 
 
 def rotary_angles(
-    positions_BT: jax.Array, *, head_dim: int, theta: float, scaling: tuple[tuple[str, float | str], ...] = ()
+    positions_BT: jax.Array,
+    *,
+    head_dim: int,
+    theta: float,
+    scaling: tuple[tuple[str, Any], ...] = (),
+    last_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B, T, E/2]` in float32 of rotary position embedding (Su et al. 2021, arXiv 2104.09864)."""
-    freqs_e = jnp.asarray(_inverse_frequencies(head_dim, theta, scaling), jnp.float32)
-    angles_BTe = positions_BT[..., None].astype(jnp.float32) * freqs_e[None, None, :]
-    return jnp.cos(angles_BTe), jnp.sin(angles_BTe)
+    """Cosine and sine `[B, T, E/2]` in float32 of rotary position embedding (Su et al. 2021, arXiv 2104.09864).
+
+    LongRoPE (Ding et al. 2024, arXiv 2402.13753) has two sets of frequencies. The long ones count in a sequence whose
+    last position, `last_BT` at each of its tokens, is outside of the original context; None: there is no such one.
+    """
+    options = dict(scaling)
+    freqs = jnp.asarray(_inverse_frequencies(head_dim, theta, scaling), jnp.float32)[None, None, :]
+    size = 1.0
+    if options.get("rope_type") == "longrope":
+        short, long = (jnp.asarray(options[k], jnp.float32)[None, None, :] for k in ("short_factor", "long_factor"))
+        if last_BT is not None:
+            short = jnp.where(last_BT[..., None] >= options["original_max_position_embeddings"], long, short)
+        freqs = freqs / short
+        size = float(options["attention_factor"])
+    angles_BTe = positions_BT[..., None].astype(jnp.float32) * freqs
+    cos, sin = jnp.cos(angles_BTe), jnp.sin(angles_BTe)
+    return (cos, sin) if size == 1.0 else (cos * size, sin * size)
 
 
 def apply_rotary(x_BTHE: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the two halves of each head (Hugging Face's layout of rotary embeddings)."""
+    """Rotate the two halves of each head (Hugging Face's layout); what is wider than the angles stays as it is."""
     cos, sin = (a[:, :, None, :] for a in angles)
-    first, second = jnp.split(x_BTHE.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHE.dtype)
+    width = 2 * cos.shape[-1]
+    x, rest = x_BTHE[..., :width].astype(jnp.float32), x_BTHE[..., width:]
+    first, second = jnp.split(x, 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHE.dtype)
+    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated

@@ -30,10 +30,12 @@ class Logps:
 
 
 def _chunk_logps(
-    hidden_BnD: jax.Array, targets_Bn: jax.Array, table_VD: jax.Array, log_sum_sq: bool
+    hidden_BnD: jax.Array, targets_Bn: jax.Array, table_VD: jax.Array, softcap: float | None, log_sum_sq: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     """log p(target) `[B, n]` in float32, and log Σ p² if asked for."""
     logits_BnV = jnp.einsum("BnD,VD->BnV", hidden_BnD, table_VD, preferred_element_type=jnp.float32)
+    if softcap:
+        logits_BnV = softcap * jnp.tanh(logits_BnV / softcap)
     # A masked sum, not a gather: it stays local where the vocabulary is sharded, and fuses with the reduction.
     is_target = jnp.arange(table_VD.shape[0])[None, None, :] == targets_Bn[:, :, None]
     target_logit = jnp.sum(jnp.where(is_target, logits_BnV, 0.0), axis=-1)
@@ -48,6 +50,7 @@ def token_logps(
     table_VD: jax.Array,
     *,
     chunk_tokens: int = CHUNK_TOKENS,
+    softcap: float | None = None,
     log_sum_sq: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """log p(target | hidden) for every completion token, computed in chunks that the backward pass makes again.
@@ -57,6 +60,7 @@ def token_logps(
       targets_BN: int32 token ids.
       table_VD: the vocabulary projection.
       chunk_tokens: about how many tokens' logits are held at once (rows x tokens).
+      softcap: logits become softcap·tanh(logits/softcap) (Gemma 2, arXiv 2408.00118); None leaves them.
       log_sum_sq: whether to compute log Σ_v p(v)² of every distribution in the same pass, without a gradient.
 
     Returns:
@@ -75,7 +79,7 @@ def token_logps(
     @jax.checkpoint
     def body(_, chunk):
         hidden_BnD, targets_Bn = chunk
-        return None, _chunk_logps(hidden_BnD, targets_Bn, table_VD, log_sum_sq)
+        return None, _chunk_logps(hidden_BnD, targets_Bn, table_VD, softcap, log_sum_sq)
 
     _, values = jax.lax.scan(body, None, (hidden, targets))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, chunks * n)[:, :N], values)
@@ -89,6 +93,7 @@ def pair_logps(
     slots: Slots,
     pairs_per_row: int,
     chunk_tokens: int = CHUNK_TOKENS,
+    softcap: float | None = None,
     ld_alpha: float = 1.0,
     log_sum_sq: bool = False,
 ) -> Logps:
@@ -101,7 +106,7 @@ def pair_logps(
       table_VD: the vocabulary projection.
       slots: the row's widths.
       pairs_per_row: K.
-      chunk_tokens, log_sum_sq: as in `token_logps`.
+      chunk_tokens, softcap, log_sum_sq: as in `token_logps`.
       ld_alpha: weight of a completion's tokens beyond the length of the pair's shorter completion.
 
     Returns:
@@ -109,7 +114,9 @@ def pair_logps(
     """
     hidden_BND = jnp.take_along_axis(hidden_BTD, batch["source"][:, :, None], axis=1)
     targets_BN = batch["tokens"][:, slots.prompt :]
-    values = token_logps(hidden_BND, targets_BN, table_VD, chunk_tokens=chunk_tokens, log_sum_sq=log_sum_sq)
+    values = token_logps(
+        hidden_BND, targets_BN, table_VD, chunk_tokens=chunk_tokens, softcap=softcap, log_sum_sq=log_sum_sq
+    )
     segments_BN = batch["segments"][:, slots.prompt :]
     owner_BNK = (segments_BN[:, :, None] == jnp.arange(1, pairs_per_row + 1)[None, None, :]).astype(jnp.float32)
     return sum_pairs(*values, owner_BNK, batch, chosen=slots.chosen, ld_alpha=ld_alpha)

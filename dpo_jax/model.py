@@ -1,12 +1,12 @@
-"""The decoder: one Flax Linen module for the Llama family, every member by its `ModelConfig`.
+"""The decoder: one Flax Linen module for every family of `architecture.py`, each by its `ModelConfig`.
 
 Everything outside sees plain functions of `(params, batch)`: `hidden_states` for training rows, `decode` for sampling,
 `unembedding` for the vocabulary projection. Parameters carry logical axis names; `sharding.py` maps them to a mesh.
 
-Shapes: B rows, T tokens of a row, D model, F ffn, H query heads, G kv-heads, E head width, V vocabulary, L layers.
+Shapes: B rows, T tokens of a row, D model, F ffn, H query heads, G kv-heads, E head width, V vocabulary, L layers,
+X experts.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -17,16 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from dpo_jax.architecture import ACTIVATIONS, ModelConfig
 from dpo_jax.attention import Slots, apply_rotary, cached_attention, pair_row_attention, rotary_angles
-from dpo_jax.errors import UserError
+from dpo_jax.experts import balance_sums, experts_mlp, route
 
 Params = Any  # a nested dict of arrays
 
-MODEL_TYPES = ("llama", "mistral")
-ROPE_KEYS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+NO_WINDOW = 2**30  # positions, more than any row has
 
 # What the backward pass keeps of a layer; everything else is computed again.
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -41,99 +38,18 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The numbers of a decoder, as a Hugging Face `config.json` names them."""
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: tuple[tuple[str, float | str], ...] = ()
-    tie_word_embeddings: bool = False
-    max_position_embeddings: int = 2048
-
-    def parameter_count(self) -> int:
-        """Number of parameters, embeddings included."""
-        D, E = self.hidden_size, self.head_dim
-        layer = 2 * D * E * (self.num_attention_heads + self.num_key_value_heads) + 3 * D * self.intermediate_size
-        tables = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * (layer + 2 * D) + tables + D
-
-
-def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
-    """Read a Hugging Face `config.json`.
-
-    Args:
-      hf: the parsed file.
-      where: the file's name, for messages.
-
-    Raises:
-      UserError: an unsupported `model_type`, activation, bias or rope type, or a missing key.
-    """
-    model_type = hf.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise UserError(f"{where}: model_type={model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
-    for key in ("attention_bias", "mlp_bias"):
-        if hf.get(key):
-            raise UserError(f"{where}: {key}=true is not supported for model_type={model_type!r}")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act={hf['hidden_act']!r} is not supported; supported: silu")
-    # Absent keys mean transformers' defaults, and Mistral's has a window (as Mistral 7B v0.1) and 8 kv-heads.
-    if model_type == "mistral":
-        hf = {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 4096 * 32} | hf
-    # A window as wide as any sequence changes nothing, a narrower one would.
-    if hf.get("sliding_window") and hf["sliding_window"] < hf.get("max_position_embeddings", 0):
-        raise UserError(
-            f"{where}: sliding_window={hf['sliding_window']} is not supported; set it to null in config.json if every "
-            f"prompt + completion is shorter than {hf['sliding_window']} tokens: the results are then the same"
-        )
-    # transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling beside each other.
-    rope = dict(hf.get("rope_parameters") or {})
-    scaling = dict(hf.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"})
-    kind = scaling.get("rope_type", scaling.pop("type", None) or "default")
-    scaling["rope_type"] = kind
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"{where}: rope type {kind!r} is not supported; supported: default, linear, llama3")
-    missing = [k for k in ROPE_KEYS.get(kind, ()) if k not in scaling]
-    if missing:
-        raise UserError(f"{where}: rope type {kind!r} needs {', '.join(missing)} beside it")
-    try:
-        heads = int(hf["num_attention_heads"])
-        return ModelConfig(
-            model_type=model_type,
-            vocab_size=int(hf["vocab_size"]),
-            hidden_size=int(hf["hidden_size"]),
-            intermediate_size=int(hf["intermediate_size"]),
-            num_hidden_layers=int(hf["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_key_value_heads=int(hf.get("num_key_value_heads") or heads),
-            head_dim=int(hf.get("head_dim") or hf["hidden_size"] // heads),
-            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-            rope_scaling=() if kind == "default" else tuple(sorted(scaling.items())),
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            max_position_embeddings=int(hf.get("max_position_embeddings", 2048)),
-        )
-    except KeyError as e:
-        raise UserError(
-            f"{where}: key {e.args[0]!r} is missing; is this a complete Hugging Face config.json?"
-        ) from None
-
-
 def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], dtype) -> jax.Array:
     """A weight with logical axis names, drawn from N(0, 0.02²) as Llama's are, in the compute dtype."""
     init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
     return jnp.asarray(module.param(name, init, shape, jnp.float32), dtype)
 
 
-def _project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
+def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], dtype) -> jax.Array:
+    init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+    return jnp.asarray(module.param(name, init, shape, jnp.float32), dtype)
+
+
+def _project(x: jax.Array, kernel: jax.Array, contracted: int = 1, bias: jax.Array | None = None) -> jax.Array:
     """Contract the last `contracted` axes of `x` with the first ones of `kernel`, as one product of two matrices.
 
     With tokens as one axis the kernel's gradient contracts one axis too; over two, XLA transposes the activations
@@ -142,21 +58,35 @@ def _project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
     lead, outs = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
     inner = math.prod(kernel.shape[:contracted])
     product = jnp.dot(x.reshape(math.prod(lead), inner), kernel.reshape(inner, math.prod(outs)))
+    if bias is not None:
+        product = product + bias.reshape(1, -1)
     return product.reshape(*lead, *outs)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square layer norm (Zhang & Sennrich 2019, arXiv 1910.07467), computed in float32."""
+    """Root-mean-square layer norm (Zhang & Sennrich 2019, arXiv 1910.07467), computed in float32.
+
+    Attributes:
+      eps: added to the mean square.
+      axes: logical names of the last axes, over which the mean is taken.
+      unit_offset: multiply by 1 + scale.
+    """
 
     eps: float
+    axes: tuple[str, ...] = ("norm",)
+    unit_offset: bool = False
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale_D = self.param("scale", init, (x_BTD.shape[-1],), jnp.float32)
-        x = x_BTD.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * jnp.asarray(scale_D, jnp.float32)[None, None, :]).astype(x_BTD.dtype)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n, dtype = len(self.axes), x.dtype
+        init = nn.with_logical_partitioning(
+            nn.initializers.zeros if self.unit_offset else nn.initializers.ones, self.axes
+        )
+        scale = jnp.asarray(self.param("scale", init, x.shape[-n:], jnp.float32), jnp.float32)
+        scale = scale[(None,) * (x.ndim - n)]
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=tuple(range(-n, 0)), keepdims=True) + self.eps)
+        return (x * (1 + scale if self.unit_offset else scale)).astype(dtype)
 
 
 class Attention(nn.Module):
@@ -173,20 +103,32 @@ class Attention(nn.Module):
         wk_DGE = _kernel(self, "k", (D, G, E), ("embed", "kv_heads", "head_dim"), dtype)
         wv_DGE = _kernel(self, "v", (D, G, E), ("embed", "kv_heads", "head_dim"), dtype)
         wo_HED = _kernel(self, "o", (H, E, D), ("heads", "head_dim", "embed"), dtype)
-        q_BTHE = apply_rotary(_project(x_BTD, wq_DHE), context["angles"])
-        k_BTGE = apply_rotary(_project(x_BTD, wk_DGE), context["angles"])
-        v_BTGE = _project(x_BTD, wv_DGE)
+        bias_HE = bias_GE = bias_vGE = bias_D = None
+        if c.attention_bias:
+            bias_HE = _bias(self, "q_bias", (H, E), ("heads", "head_dim"), dtype)
+            bias_GE = _bias(self, "k_bias", (G, E), ("kv_heads", "head_dim"), dtype)
+            bias_vGE = _bias(self, "v_bias", (G, E), ("kv_heads", "head_dim"), dtype)
+        if c.output_bias:
+            bias_D = _bias(self, "o_bias", (D,), ("norm",), dtype)
+        q_BTHE, k_BTGE = _project(x_BTD, wq_DHE, bias=bias_HE), _project(x_BTD, wk_DGE, bias=bias_GE)
+        v_BTGE = _project(x_BTD, wv_DGE, bias=bias_vGE)
+        if c.qk_norm:
+            over = ("head_dim",) if c.qk_norm == "head" else ("heads", "head_dim")
+            k_over = tuple("kv_heads" if axis == "heads" else axis for axis in over)
+            q_BTHE = RMSNorm(c.rms_norm_eps, over, c.unit_offset, name="q_norm")(q_BTHE)
+            k_BTGE = RMSNorm(c.rms_norm_eps, k_over, c.unit_offset, name="k_norm")(k_BTGE)
+        q_BTHE, k_BTGE = (apply_rotary(x, context["angles"]) for x in (q_BTHE, k_BTGE))
         q_BTHE = nn.with_logical_constraint(checkpoint_name(q_BTHE, "q"), ("rows", "tokens", "heads", "head_dim"))
         k_BTGE = nn.with_logical_constraint(checkpoint_name(k_BTGE, "k"), ("rows", "tokens", "kv_heads", "head_dim"))
         v_BTGE = nn.with_logical_constraint(checkpoint_name(v_BTGE, "v"), ("rows", "tokens", "kv_heads", "head_dim"))
         out_BTHE, cache = self.attend(q_BTHE, k_BTGE, v_BTGE, context, cache)
         out_BTHE = nn.with_logical_constraint(out_BTHE, ("rows", "tokens", "heads", "head_dim"))
         out_BTHE = checkpoint_name(out_BTHE, "attention_out")
-        return _project(out_BTHE, wo_HED, contracted=2), cache
+        return _project(out_BTHE, wo_HED, contracted=2, bias=bias_D), cache
 
 
 class Mlp(nn.Module):
-    """Gated feed-forward layer: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+    """Gated feed-forward layer: down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
 
     config: ModelConfig
 
@@ -196,26 +138,58 @@ class Mlp(nn.Module):
         gate_DF = _kernel(self, "gate", (D, F), ("embed", "mlp"), dtype)
         up_DF = _kernel(self, "up", (D, F), ("embed", "mlp"), dtype)
         down_FD = _kernel(self, "down", (F, D), ("mlp", "embed"), dtype)
-        x_BTF = nn.silu(_project(x_BTD, gate_DF)) * _project(x_BTD, up_DF)
+        x_BTF = ACTIVATIONS[self.config.hidden_act](_project(x_BTD, gate_DF)) * _project(x_BTD, up_DF)
         x_BTF = nn.with_logical_constraint(x_BTF, ("rows", "tokens", "mlp"))
         return _project(x_BTF, down_FD)
 
 
+class Experts(nn.Module):
+    """Gated feed-forward layers of which each token uses a few (Jiang et al. 2024, arXiv 2401.04088)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: dict[str, Any]) -> tuple[jax.Array, Any]:
+        """The update, and the layer's `balance_sums` if the context says which tokens are `counted`."""
+        c, dtype = self.config, x_BTD.dtype
+        X, D, F = c.num_experts, c.hidden_size, c.intermediate_size
+        router_DX = _kernel(self, "router", (D, X), ("embed", "router"), jnp.float32)
+        gate_XDF = _kernel(self, "gate", (X, D, F), ("experts", "embed", "expert_mlp"), dtype)
+        up_XDF = _kernel(self, "up", (X, D, F), ("experts", "embed", "expert_mlp"), dtype)
+        down_XFD = _kernel(self, "down", (X, F, D), ("experts", "expert_mlp", "embed"), dtype)
+        logits_BTX = _project(x_BTD.astype(jnp.float32), router_DX)
+        probs_BTX, chosen_BTC, weights_BTC = route(logits_BTX, c.num_experts_per_tok, normalised=c.norm_topk_prob)
+        sums = balance_sums(probs_BTX, chosen_BTC, context["counted"]) if "counted" in context else None
+        act = ACTIVATIONS[c.hidden_act]
+        return experts_mlp(x_BTD, chosen_BTC, weights_BTC, (gate_XDF, up_XDF, down_XFD), act=act), sums
+
+
 class Block(nn.Module):
-    """One decoder layer: pre-norm attention and pre-norm feed-forward, each with a residual."""
+    """One decoder layer: attention and feed-forward, each normalised before or after (or both), with a residual."""
 
     config: ModelConfig
     attend: Callable
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, cache: Any, context: dict[str, Any]) -> tuple[jax.Array, Any]:
-        eps = self.config.rms_norm_eps
+    def __call__(
+        self, x_BTD: jax.Array, cache: Any, layer: dict[str, jax.Array], context: dict[str, Any]
+    ) -> tuple[jax.Array, Any]:
+        c = self.config
+
+        def norm(name: str, x: jax.Array, when: str) -> jax.Array:
+            return RMSNorm(c.rms_norm_eps, ("norm",), c.unit_offset, name=name)(x) if c.norms in (when, "both") else x
+
         x_BTD = nn.with_logical_constraint(x_BTD, ("rows", "tokens", "activation"))
-        normed = RMSNorm(eps, name="input_norm")(x_BTD)
-        update, cache = Attention(self.config, self.attend, name="attention")(normed, context, cache)
-        x_BTD = x_BTD + update
-        x_BTD = x_BTD + Mlp(self.config, name="mlp")(RMSNorm(eps, name="post_attention_norm")(x_BTD))
-        return nn.with_logical_constraint(x_BTD, ("rows", "tokens", "activation")), cache
+        normed = norm("input_norm", x_BTD, "pre")
+        update, cache = Attention(c, self.attend, name="attention")(normed, _of_layer(context, layer), cache)
+        x_BTD = x_BTD + norm("attention_out_norm", update, "post")
+        normed, sums = norm("mlp_norm", x_BTD, "pre"), None
+        if c.num_experts:
+            update, sums = Experts(c, name="mlp")(normed, context)
+        else:
+            update = Mlp(c, name="mlp")(normed)
+        x_BTD = x_BTD + norm("mlp_out_norm", update, "post")
+        return nn.with_logical_constraint(x_BTD, ("rows", "tokens", "activation")), (cache, sums)
 
 
 class Decoder(nn.Module):
@@ -228,7 +202,9 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, context: dict[str, Any], cache: Any = None) -> tuple[jax.Array, Any]:
-        c = self.config
+        """Final hidden states; and of every layer `[L, ...]` its cache and its `balance_sums` (None where unasked)."""
+        c, context = self.config, dict(context)
+        layer = context.pop("layers")
         table_VD = _kernel(self, "embedding", (c.vocab_size, c.hidden_size), ("vocab", "embed"), self.dtype)
         if not c.tie_word_embeddings:
             # Read by `unembedding`, outside this module: the projection runs on completion tokens only.
@@ -236,6 +212,8 @@ class Decoder(nn.Module):
         # Rows come out spread over the axis over which the table's columns are: gathered whole first, once.
         table_VD = nn.with_logical_constraint(table_VD, ("vocab", "activation"))
         x_BTD = nn.with_logical_constraint(jnp.take(table_VD, tokens_BT, axis=0), ("rows", "tokens", "activation"))
+        if c.scale_embeddings:
+            x_BTD = x_BTD * jnp.asarray(c.hidden_size**0.5, self.dtype)
         block: Any = Block
         if REMAT_POLICIES[self.remat] is not None:
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -243,17 +221,75 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),
             out_axes=0,
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x_BTD, cache = layers(c, self.attend, name="layers")(x_BTD, cache, context)
-        return RMSNorm(c.rms_norm_eps, name="final_norm")(x_BTD), cache
+        x_BTD, outs = layers(c, self.attend, name="layers")(x_BTD, cache, layer, context)
+        return RMSNorm(c.rms_norm_eps, ("norm",), c.unit_offset, name="final_norm")(x_BTD), outs
 
 
-def _angles(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return rotary_angles(positions_BT, head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
+def _context(
+    config: ModelConfig, positions_BT: jax.Array, reach: int, last_BT: Callable[[], jax.Array]
+) -> dict[str, Any]:
+    """What the layers need of positions; under `layers`, what differs between them, `[L]` each.
+
+    Args:
+      config: the model's numbers.
+      positions_BT: of the tokens.
+      reach: no sequence is longer. A window as wide needs no mask, an original context as wide no other rope.
+      last_BT: gives the last position of every token's sequence.
+    """
+    c = config
+    angles = functools.partial(rotary_angles, positions_BT, head_dim=int(c.head_dim * c.partial_rotary_factor))
+    original = dict(c.rope_scaling).get("original_max_position_embeddings", 0)
+    is_long = dict(c.rope_scaling).get("rope_type") == "longrope" and reach > original
+    last = last_BT() if is_long else None
+    context: dict[str, Any] = {"angles": angles(theta=c.rope_theta, scaling=c.rope_scaling, last_BT=last), "layers": {}}
+    slides_L = jnp.asarray(c.sliding_layers or (False,) * c.num_hidden_layers)
+    if 0 < c.sliding_window < reach:
+        context["layers"]["window"] = jnp.where(slides_L, jnp.int32(c.sliding_window), jnp.int32(NO_WINDOW))
+    if c.rope_local_theta is not None:
+        context["layers"]["slides"] = slides_L
+        context["local_angles"] = angles(theta=c.rope_local_theta)
+    return context
+
+
+def _of_layer(context: dict[str, Any], layer: dict[str, jax.Array]) -> dict[str, Any]:
+    """The context of one layer, with its window and its rope."""
+    context = context | layer
+    if "local_angles" in context:
+        choose = functools.partial(jnp.where, layer["slides"])
+        context["angles"] = jax.tree.map(choose, context["local_angles"], context["angles"])
+    return context
+
+
+def _score_options(config: ModelConfig) -> dict[str, float | None]:
+    scalar = config.query_pre_attn_scalar
+    return {"scale": None if scalar is None else scalar**-0.5, "softcap": config.attn_logit_softcapping}
+
+
+def _row_attention(config: ModelConfig, slots: Slots) -> Callable:
+    def attend(q, k, v, context, cache):
+        window = (context["positions"], context["window"]) if "window" in context else None
+        options = _score_options(config)
+        return pair_row_attention(q, k, v, context["segments"], slots=slots, window=window, **options), cache
+
+    return attend
+
+
+def _row_context(config: ModelConfig, batch: dict[str, jax.Array], slots: Slots) -> dict[str, Any]:
+    reach = slots.prompt + max(slots.chosen, slots.rejected)
+    positions_BT, segments_BT = batch["positions"], batch["segments"]
+
+    def last_BT() -> jax.Array:
+        """Of a pair's longer sequence, as both share the prompt."""
+        same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+        return jnp.max(jnp.where(same_BTS, positions_BT[:, None, :], 0), axis=-1)
+
+    context = _context(config, positions_BT, reach, last_BT) | {"segments": segments_BT}
+    return context | ({"positions": positions_BT} if "window" in context["layers"] else {})
 
 
 def hidden_states(
@@ -271,12 +307,25 @@ def hidden_states(
     Returns:
       `[B, T, D]` in `dtype`.
     """
+    context = _row_context(config, batch, slots)
+    decoder = Decoder(config, _row_attention(config, slots), dtype, remat)
+    return decoder.apply({"params": params}, batch["tokens"], context)[0]
 
-    def attend(q, k, v, context, cache):
-        return pair_row_attention(q, k, v, context["segments"], slots=slots), cache
 
-    context = {"angles": _angles(config, batch["positions"]), "segments": batch["segments"]}
-    return Decoder(config, attend, dtype, remat).apply({"params": params}, batch["tokens"], context)[0]
+def hidden_states_and_balance(
+    params: Params, batch: dict[str, jax.Array], *, config: ModelConfig, slots: Slots, dtype=jnp.float32, remat="none"
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`hidden_states` of a model with experts, and how evenly its experts were used.
+
+    The second value is sums over all layers and all tokens that are no padding (a prompt shared by two completions
+    counts once): add those of several microbatches if need be, give them to `experts.balance_loss`, and add the result
+    times `config.router_aux_loss_coef` to the loss. Arguments are those of `hidden_states`.
+    """
+    assert config.num_experts, f"{config.model_type} has no experts"
+    context = _row_context(config, batch, slots) | {"counted": batch["segments"] != 0}
+    decoder = Decoder(config, _row_attention(config, slots), dtype, remat)
+    hidden, (_, sums) = decoder.apply({"params": params}, batch["tokens"], context)
+    return hidden, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
 
 def decode(
@@ -293,10 +342,14 @@ def decode(
     """Hidden states `[B, T, D]` of new tokens given a cache (see `empty_cache`), and the new cache."""
 
     def attend(q, k, v, context, cache):
-        return cached_attention(q, k, v, cache, context["where"], context["real"])
+        options = _score_options(config) | {"window": context.get("window")}
+        return cached_attention(q, k, v, cache, context["where"], context["real"], **options)
 
-    context = {"angles": _angles(config, positions_BT), "where": where, "real": real_BS}
-    return Decoder(config, attend, dtype).apply({"params": params}, tokens_BT, context, cache)
+    # As far as a row may come: were its rope to change on the way, the cached keys would be of another one.
+    last_BT = lambda: jnp.sum(real_BS, axis=1, keepdims=True) - 1
+    context = _context(config, positions_BT, real_BS.shape[1], last_BT) | {"where": where, "real": real_BS}
+    hidden, (cache, _) = Decoder(config, attend, dtype).apply({"params": params}, tokens_BT, context, cache)
+    return hidden, cache
 
 
 def empty_cache(config: ModelConfig, rows: int, length: int, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
@@ -313,16 +366,12 @@ def unembedding(params: Params) -> jax.Array:
 @functools.cache
 def _init_module(config: ModelConfig) -> tuple[Decoder, Slots]:
     slots = Slots(1, 1, 1)
-
-    def attend(q, k, v, context, cache):
-        return pair_row_attention(q, k, v, context["segments"], slots=slots), cache
-
-    return Decoder(config, attend), slots
+    return Decoder(config, _row_attention(config, slots)), slots
 
 
 def init_params(key: jax.Array, config: ModelConfig) -> Params:
     """Fresh float32 parameters with their logical axis names (`nn.LogicallyPartitioned` leaves)."""
     module, slots = _init_module(config)
     ids = jnp.zeros((1, slots.total), jnp.int32)
-    context = {"angles": _angles(config, ids), "segments": ids}
-    return module.init(key, ids, context)["params"]
+    batch = {"positions": ids, "segments": ids}
+    return module.init(key, ids, _row_context(config, batch, slots))["params"]

@@ -26,8 +26,8 @@ def schedule(kind: str, *, peak: float, warmup_steps: int, total_steps: int) -> 
 
 
 def _decayed(params: Any) -> Any:
-    """True for weights that decay: all but the norms' scales."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    """True for weights that decay: all but the norms' scales and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), params)
 
 
 def optimizer(

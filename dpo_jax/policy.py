@@ -12,12 +12,13 @@ import optax
 import transformers
 from jax.sharding import Mesh
 
-from dpo_jax import checkpoint, tiny, weights
+from dpo_jax import checkpoint, hub, tiny, weights
+from dpo_jax.architecture import ModelConfig, hf_config
 from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowLimits
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import CHUNK_TOKENS, Logps, pair_logps
-from dpo_jax.model import ModelConfig, Params, hidden_states, init_params, unembedding
+from dpo_jax.model import Params, hidden_states, init_params, unembedding
 from dpo_jax.sharding import axis_rules, param_shardings, replicated, row_shards, state_shardings
 from dpo_jax.step import LogpsFn, TrainState, init_state
 
@@ -39,7 +40,7 @@ class Policy:
         if self.directory is not None:
             return weights.read_config(self.directory)[1]
         tokens = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
-        return weights.hf_config(self.config, **tokens)
+        return hf_config(self.config, **tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def find(model: str, workdir: Path, seed: int) -> Policy:
         directory = tiny.write_tokenizer(workdir / f"tokenizer-{seed}", dialogues)
         tokenizer = _tokenizer(directory)
         return Policy(tiny.model_config(len(tokenizer)), None, directory, tokenizer)
-    directory = weights.resolve(model)
+    directory = hub.resolve(model)
     config, _ = weights.read_config(directory)
     policy = Policy(config, directory, directory, _tokenizer(directory))
     if len(policy.tokenizer) > config.vocab_size:
@@ -141,6 +142,7 @@ def logps_fn(layout: Layout, *, remat: str, ld_alpha: float = 1.0, log_sum_sq: b
                 slots=slots,
                 pairs_per_row=pairs,
                 chunk_tokens=chunk,
+                softcap=layout.config.final_logit_softcapping,
                 ld_alpha=ld_alpha,
                 log_sum_sq=log_sum_sq,
             )
@@ -168,7 +170,7 @@ def check_reference(directory: Path, layout: Layout) -> None:
     """
     theirs = dataclasses.asdict(weights.read_config(directory)[0])
     ours = dataclasses.asdict(layout.config)
-    irrelevant = ("model_type", "max_position_embeddings")
+    irrelevant = ("model_type", "max_position_embeddings", "router_aux_loss_coef")
     changed = [f"{k}: {theirs[k]!r}, policy {ours[k]!r}" for k in ours if k not in irrelevant and theirs[k] != ours[k]]
     if changed:
         raise UserError(f"reference {directory} is another architecture than the policy ({'; '.join(changed)})")

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.model import ModelConfig, Params, decode, empty_cache, unembedding
+from dpo_jax.architecture import ModelConfig
+from dpo_jax.model import Params, decode, empty_cache, unembedding
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are compiled
 
@@ -49,6 +50,8 @@ def _generate(
 
     def next_token(hidden_BD, done_B, key):
         logits = jnp.einsum("BD,VD->BV", hidden_BD, table_VD, preferred_element_type=jnp.float32)
+        if config.final_logit_softcapping:
+            logits = config.final_logit_softcapping * jnp.tanh(logits / config.final_logit_softcapping)
         token = jnp.where(done_B, stop[0], pick(key, logits, temperature=temperature, top_p=top_p)).astype(jnp.int32)
         return token, done_B | jnp.any(token[:, None] == stop_ids[None, :], axis=1)
 

@@ -15,8 +15,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dpo_jax.architecture import ModelConfig
 from dpo_jax.errors import UserError
-from dpo_jax.model import ModelConfig, init_params
+from dpo_jax.model import init_params
 
 AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")
@@ -58,10 +59,12 @@ def axis_rules(config: ModelConfig, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
       UserError: a dimension of the model does not divide over its mesh axis.
     """
     tensor = mesh.shape["tensor"]
+    spread_experts = config.num_experts > 0 and config.num_experts % tensor == 0
     for name, size, axis in (
         ("hidden_size", config.hidden_size, "fsdp"),
         ("num_attention_heads", config.num_attention_heads, "tensor"),
-        ("intermediate_size", config.intermediate_size, "tensor"),
+        # Whole experts are spread over the tensor shards where they divide, else the ffn of every expert.
+        ("intermediate_size", 0 if spread_experts else config.intermediate_size, "tensor"),
     ):
         if size % mesh.shape[axis]:
             raise UserError(f"mesh_{axis}={mesh.shape[axis]} does not divide the model's {name}={size}; use a divisor")
@@ -77,6 +80,9 @@ def axis_rules(config: ModelConfig, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
         ("kv_heads", "tensor" if config.num_key_value_heads % tensor == 0 else None),
         ("head_dim", None),
         ("mlp", "tensor"),
+        ("router", None),
+        ("experts", "tensor" if spread_experts else None),
+        ("expert_mlp", None if spread_experts else "tensor"),
         ("norm", None),
         ("layers", None),
     )

@@ -4,8 +4,8 @@ import gzip
 import json
 from pathlib import Path
 
+from dpo_jax.architecture import ModelConfig
 from dpo_jax.data import synthetic
-from dpo_jax.model import ModelConfig
 
 VOCAB_SIZE = 1024
 TRAIN_PAIRS, TEST_PAIRS = 8000, 512

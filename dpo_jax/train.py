@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dpo_jax import answers, checkpoint, inputs, metrics, policy, report, weights
+from dpo_jax import answers, checkpoint, hub, inputs, metrics, policy, report, weights
 from dpo_jax.config import check, check_workdir, claim_workdir, parse
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.packing import Order
@@ -77,7 +77,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
         found = policy.find(c["model"], workdir, c["seed"])
     layout = policy.lay_out(found.config, mesh, param_dtype=c["param_dtype"], compute_dtype=c["compute_dtype"])
     if c["reference"]:
-        policy.check_reference(weights.resolve(c["reference"], what="reference"), layout)
+        policy.check_reference(hub.resolve(c["reference"], what="reference"), layout)
     with first_process_first("dpo_jax data"):  # with a cache that all share, the others find it whole
         data = _prepare(c, found, workdir)
     inputs.check_enough(c, len(data.train))
@@ -186,7 +186,7 @@ def _reference(run: Run, start: Params | None) -> Params:
     """The reference's parameters: those named, else the policy's when DPO starts (`start`, None in a resumed run)."""
     c, moves = run.c, run.c["reference_sync_steps"] > 0
     if c["reference"]:
-        return policy.load_reference(weights.resolve(c["reference"], what="reference"), run.layout, moves=moves)
+        return policy.load_reference(hub.resolve(c["reference"], what="reference"), run.layout, moves=moves)
     if run.policy.directory is not None and not c["sft_steps"]:
         return policy.load_reference(run.policy.directory, run.layout, moves=moves)
     if moves:  # only asked for when DPO starts: checkpoints hold it afterwards

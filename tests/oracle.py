@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from dpo_jax.architecture import ModelConfig
 from dpo_jax.data.packing import RowShape
 from dpo_jax.data.pipeline import build_rows
-from dpo_jax.model import ModelConfig
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -55,7 +55,7 @@ def hidden(params, ids, c: ModelConfig):
         q, k, v = (np.einsum("td,dhe->the", h, a[n]) for n in "qkv")
         out = attend(_rotate(q, positions, c.rope_theta), _rotate(k, positions, c.rope_theta), v)
         x = x + np.einsum("the,hed->td", out, a["o"])
-        h = _norm(x, p["layers"]["post_attention_norm"]["scale"][i], c.rms_norm_eps)
+        h = _norm(x, p["layers"]["mlp_norm"]["scale"][i], c.rms_norm_eps)
         gate = h @ m["gate"]
         x = x + (gate / (1 + np.exp(-gate)) * (h @ m["up"])) @ m["down"]
     return _norm(x, p["final_norm"]["scale"], c.rms_norm_eps)

@@ -25,10 +25,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from dpo_jax import weights
+from dpo_jax import hub as hub_module
+from dpo_jax import tensors, weights
+from dpo_jax.architecture import ModelConfig, hf_config
 from dpo_jax.attention import Slots
 from dpo_jax.errors import UserError
-from dpo_jax.model import ModelConfig, hidden_states, init_params, unembedding
+from dpo_jax.model import hidden_states, init_params, unembedding
 
 GOLDEN = Path(__file__).parent / "golden" / "transformers"
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260k"
@@ -67,7 +69,9 @@ def logits(params: dict, config: ModelConfig, ids: np.ndarray) -> np.ndarray:
     batch = {"tokens": jnp.asarray(ids), "positions": positions, "segments": jnp.ones((B, T), jnp.int32)}
     forward = jax.jit(functools.partial(hidden_states, config=config, slots=Slots(T, 0, 0)))
     hidden = forward(params, batch)
-    return np.asarray(jnp.einsum("BTD,VD->BTV", hidden, unembedding(params), precision="highest"))
+    found = np.asarray(jnp.einsum("BTD,VD->BTV", hidden, unembedding(params), precision="highest"))
+    cap = config.final_logit_softcapping
+    return cap * np.tanh(found / cap) if cap else found
 
 
 @contextlib.contextmanager
@@ -96,8 +100,8 @@ def counted_reads(monkeypatch):
 @pytest.mark.parametrize("config", [UNTIED, TIED], ids=["untied", "tied"])
 def test_table_covers_the_tree(config):
     tree = {path: x.shape for path, x in flax.traverse_util.flatten_dict(shapes(config)).items()}
-    sizes = weights._sizes(config)
-    assert tree == {leaf.path: leaf.shape(sizes) for leaf in weights.leaves(config)}
+    sizes = tensors.sizes(config)
+    assert tree == {leaf.path: leaf.shape(sizes) for leaf in tensors.leaves(config)}
     assert sum(np.prod(shape) for shape in tree.values()) == config.parameter_count()
 
 
@@ -171,7 +175,7 @@ SPECS = {
 
 def mesh_shardings(config: ModelConfig) -> dict:
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    flat = {leaf.path: NamedSharding(mesh, SPECS.get(leaf.path, P())) for leaf in weights.leaves(config)}
+    flat = {leaf.path: NamedSharding(mesh, SPECS.get(leaf.path, P())) for leaf in tensors.leaves(config)}
     return flax.traverse_util.unflatten_dict(flat)
 
 
@@ -225,12 +229,12 @@ def test_two_processes_write_one_export(tmp_path):
 import sys, jax, jax.numpy as jnp
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
 from jax.sharding import NamedSharding, PartitionSpec as P
-from dpo_jax import weights
+from dpo_jax import tensors, weights
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 config, hf = weights.read_config(sys.argv[3])
 specs = {"D": P("fsdp"), "VD": P(None, "fsdp")}
 import flax.traverse_util as t
-shardings = {x.path: NamedSharding(mesh, specs.get(x.ours, P(None, "fsdp"))) for x in weights.leaves(config)}
+shardings = {x.path: NamedSharding(mesh, specs.get(x.ours, P(None, "fsdp"))) for x in tensors.leaves(config)}
 params = weights.load(sys.argv[3], config, t.unflatten_dict(shardings), jnp.float32)
 assert not params["embedding"].is_fully_addressable
 weights.save(params, hf, sys.argv[4], dtype=jnp.float32, max_shard_bytes=20e3)
@@ -355,17 +359,17 @@ def test_a_failed_export_leaves_the_old_one(saved, monkeypatch):
 
 
 def test_resolve_local(saved, tmp_path, monkeypatch):
-    assert weights.resolve(str(saved)) == saved
+    assert hub_module.resolve(str(saved)) == saved
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"reference='.*empty': the directory has no config\.json"):
-        weights.resolve(str(tmp_path / "empty"), what="reference")
+        hub_module.resolve(str(tmp_path / "empty"), what="reference")
     for missing in (str(tmp_path / "none"), "./none", "~/none/at/all", "a/b/c", "gs://bucket/model", ""):
         with pytest.raises(UserError, match="no such directory"):
-            weights.resolve(missing)
+            hub_module.resolve(missing)
     with pytest.raises(UserError, match="is a file"):
-        weights.resolve(str(saved / "config.json"))
+        hub_module.resolve(str(saved / "config.json"))
     with pytest.raises(UserError, match="not a hub id"):
-        weights.resolve("two words")
+        hub_module.resolve("two words")
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
@@ -450,7 +454,7 @@ def test_download_from_a_hub(hub, saved, tmp_path, monkeypatch):
     for name in ("pytorch_model.bin", "consolidated.safetensors", "tokenizer.json", "README.md"):
         (saved / name).write_text("x")
     shutil.copytree(saved, hub.root / "someone" / "small")
-    directory = weights.resolve("someone/small")
+    directory = hub_module.resolve("someone/small")
     assert {f.name for f in directory.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     config, hf = weights.read_config(directory)
     params = load(directory, config)
@@ -460,32 +464,32 @@ def test_download_from_a_hub(hub, saved, tmp_path, monkeypatch):
     assert not (tmp_path / "export" / "tokenizer.json").is_symlink()
     # Once downloaded, no hub is needed.
     use_hub(monkeypatch, tmp_path, closed_port())
-    assert weights.resolve("someone/small") == directory
+    assert hub_module.resolve("someone/small") == directory
 
 
 def test_what_a_hub_refuses(hub, saved):
     with pytest.raises(UserError, match=r"has no such model .*hf auth login.*--config\.model=DIRECTORY"):
-        weights.resolve("nobody/nothing")
+        hub_module.resolve("nobody/nothing")
     shutil.copytree(saved, hub.root / "someone" / "gated")
     with pytest.raises(UserError, match=r"gated: .*someone/gated, then `hf auth login`") as caught:
-        weights.resolve("someone/gated")
+        hub_module.resolve("someone/gated")
     assert "\n" not in str(caught.value)
     (hub.root / "someone" / "gguf").mkdir()
     (hub.root / "someone" / "gguf" / "model.gguf").write_text("x")
     with pytest.raises(UserError, match=r"has no config\.json"):
-        weights.resolve("someone/gguf")
+        hub_module.resolve("someone/gguf")
 
 
 def test_unreachable_hub(tmp_path, monkeypatch):
     use_hub(monkeypatch, tmp_path, closed_port())
     with pytest.raises(UserError) as caught:
-        weights.resolve("someone/small", what="reference")
+        hub_module.resolve("someone/small", what="reference")
     for word in ("someone/small", "127.0.0.1", "--config.reference=DIRECTORY", "configs/hhh.py:tiny", "ConnectError"):
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="cannot be downloaded"):
-        weights.resolve("someone/small")
+        hub_module.resolve("someone/small")
     huggingface_hub.close_session()
 
 
@@ -556,7 +560,7 @@ ROPES = {
 def test_transformers_loads_what_we_made_from_scratch(torch_logits, tmp_path, base, rope):
     config = dataclasses.replace(base, rope_scaling=ROPES[rope])
     params = jax.tree.map(lambda x: 0.2 * x, random_params(config))
-    hf = weights.hf_config(config, bos_token_id=1, eos_token_id=2)
+    hf = hf_config(config, bos_token_id=1, eos_token_id=2)
     weights.save(params, hf, tmp_path / "m", dtype=jnp.float32)
     found, stored = weights.read_config(tmp_path / "m")
     assert found == config

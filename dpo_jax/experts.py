@@ -1,0 +1,121 @@
+"""Mixture of experts: routing, the experts' feed-forward layers, and the load-balancing loss.
+
+Dropless: every token gets all its experts, whatever their load. Tokens are sorted by expert, so that each expert is one
+product over a stretch of rows (`jax.lax.ragged_dot`, a grouped matrix product on TPU).
+
+Shapes: B rows, T tokens of a row, D model, X experts, F ffn of an expert, C experts per token ("choices").
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate [X, D, F], up [X, D, F], down [X, F, D]
+
+
+def route(logits_BTX: jax.Array, choices: int, *, normalised: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The experts of every token.
+
+    Args:
+      logits_BTX: the router's.
+      choices: experts per token.
+      normalised: the chosen probabilities are divided by their sum.
+
+    Returns:
+      All probabilities float32 `[B, T, X]`; the chosen experts int32 `[B, T, C]`; their weights float32 `[B, T, C]`.
+    """
+    probs_BTX = jax.nn.softmax(logits_BTX.astype(jnp.float32), axis=-1)
+    weights_BTC, chosen_BTC = jax.lax.top_k(probs_BTX, choices)
+    if normalised:
+        weights_BTC = weights_BTC / jnp.sum(weights_BTC, axis=-1, keepdims=True)
+    return probs_BTX, chosen_BTC, weights_BTC
+
+
+def balance_sums(probs_BTX: jax.Array, chosen_BTC: jax.Array, counted_BT: jax.Array) -> dict[str, jax.Array]:
+    """What one layer adds to the load-balancing loss: see `balance_loss`. Only tokens that are `counted` count."""
+    X = probs_BTX.shape[-1]
+    counted = counted_BT.astype(jnp.float32)
+    is_chosen_BTX = jnp.sum(chosen_BTC[..., None] == jnp.arange(X)[None, None, None, :], axis=2).astype(jnp.float32)
+    return {
+        "assigned": jnp.einsum("BTX,BT->X", is_chosen_BTX, counted),
+        "probability": jnp.einsum("BTX,BT->X", probs_BTX, counted),
+        "tokens": jnp.sum(counted),
+    }
+
+
+def balance_loss(sums: dict[str, jax.Array]) -> jax.Array:
+    """Load-balancing loss X·Σ_x f_x·P_x (Fedus et al. 2021, arXiv 2101.03961, equations 4-6), as transformers has it.
+
+    f_x is the share of (layer, token) that chose expert x, P_x the mean probability of x; only P has a gradient. It is
+    1·C where all experts are equally used. The sums of several microbatches may be added before: the value is then
+    that of all their tokens, while a gradient taken per microbatch sees that microbatch's own f.
+
+    Args:
+      sums: `assigned` `[X]`, `probability` `[X]` and `tokens` `[]`, summed over layers (`balance_sums`).
+
+    Returns:
+      float32 scalar, not yet times the model's `router_aux_loss_coef`.
+    """
+    tokens = jnp.maximum(sums["tokens"], 1.0)
+    used_X, probability_X = jax.lax.stop_gradient(sums["assigned"]) / tokens, sums["probability"] / tokens
+    return used_X.shape[0] * jnp.sum(used_X * probability_X)
+
+
+def _mlp(
+    x_BTD: jax.Array, chosen_BTC: jax.Array, weights_BTC: jax.Array, weights: Weights, *, act: Callable, spread: Any
+) -> jax.Array:
+    """The weighted sum of the chosen experts, of those that are here.
+
+    `spread`: (mesh axis over which experts are spread, mesh axis over which their ffn is), each None where it is not.
+    """
+    (gate_XDF, up_XDF, down_XFD), expert_axis = weights, spread[0]
+    B, T, D = x_BTD.shape
+    X, C = gate_XDF.shape[0], chosen_BTC.shape[-1]
+    expert_R = chosen_BTC.reshape(B * T * C)  # R: one (token, choice) each
+    if expert_axis is not None:
+        expert_R = expert_R - jax.lax.axis_index(expert_axis) * X
+    expert_R = jnp.where((expert_R >= 0) & (expert_R < X), expert_R, X)  # those of other devices come last
+    order_R = jnp.argsort(expert_R, stable=True)
+    sizes_X = jnp.sum(expert_R[:, None] == jnp.arange(X)[None, :], axis=0, dtype=jnp.int32)
+    product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes_X)
+    # Rows of no group hold anything on some backends, and so would their gradient.
+    here_R = (expert_R < X)[order_R][:, None] if expert_axis is not None else None
+    masked = lambda x: x if here_R is None else jnp.where(here_R, x, 0)
+    x_RD = masked(x_BTD.reshape(B * T, D)[order_R // C])
+    out_RD = masked(product(act(product(x_RD, gate_XDF)) * product(x_RD, up_XDF), down_XFD))
+    out_BTCD = out_RD[jnp.argsort(order_R)].reshape(B, T, C, D)
+    out_BTD = jnp.einsum("BTCD,BTC->BTD", out_BTCD, weights_BTC.astype(x_BTD.dtype))
+    axes = [axis for axis in spread if axis is not None]
+    return jax.lax.psum(out_BTD, axes) if axes else out_BTD
+
+
+def experts_mlp(
+    x_BTD: jax.Array, chosen_BTC: jax.Array, weights_BTC: jax.Array, weights: Weights, *, act: Callable
+) -> jax.Array:
+    """Σ over a token's experts of weight · down(act(gate(x)) · up(x)), `[B, T, D]`.
+
+    On a mesh every device sorts its own rows' tokens and computes those of its own experts (or its own part of every
+    expert's ffn); the parts are added up. Left to itself the compiler would sort the tokens of the whole batch.
+    """
+    local = functools.partial(_mlp, act=act)
+    rows, experts, ffn = nn.logical_to_mesh_axes(("rows", "experts", "expert_mlp")) or (None,) * 3
+    mesh = jax.sharding.get_abstract_mesh()
+    row_axes = (rows,) if isinstance(rows, str) else rows or ()
+    shards = 1
+    for axis in row_axes if not mesh.empty else ():
+        shards *= mesh.shape[axis]
+    if mesh.empty or not any((rows, experts, ffn)) or x_BTD.shape[0] % shards:
+        return local(x_BTD, chosen_BTC, weights_BTC, weights, spread=(None, None))
+    by_rows, by_expert = P(rows, None, None), P(experts, None, ffn)
+    return jax.shard_map(
+        functools.partial(local, spread=(experts, ffn)),
+        in_specs=(by_rows, by_rows, by_rows, (by_expert, by_expert, P(experts, ffn, None))),
+        out_specs=by_rows,
+        # ragged_dot has no rule for varying axes yet: with the check its gradient misses a sum over devices.
+        check_vma=False,
+    )(x_BTD, chosen_BTC, weights_BTC, weights)
