@@ -128,7 +128,7 @@ def _pairs(c: inputs.Config, given: str) -> tuple[policy.Policy, Prepared, str]:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{workdir} cannot be written ({error.strerror}); give a writable --workdir") from error
-    found = policy.find(c["model"], workdir, c["seed"])
+    found = policy.find(c["model"], workdir, c["seed"], with_weights=False)
     with _progress(Console(stderr=True)) as progress:
         prepared = inputs.prepare_pairs(c, found.tokenizer, workdir, quarantine, progress)
     return found, prepared, shared_address(c["cache_dir"])

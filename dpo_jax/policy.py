@@ -61,8 +61,10 @@ class Layout:
     dtype: Any
 
 
-def find(model: str, workdir: Path, seed: int) -> Policy:
+def find(model: str, workdir: Path, seed: int, *, with_weights: bool = True) -> Policy:
     """Find the model's files, or make the tokenizer of the model that starts from scratch (`tiny`).
+
+    Without weights, a model of the hub has only its config and tokenizer downloaded.
 
     Raises:
       UserError: there is no such model, or it is not supported, or its tokenizer does not belong to it.
@@ -72,7 +74,7 @@ def find(model: str, workdir: Path, seed: int) -> Policy:
         directory = tiny.write_tokenizer(workdir / f"tokenizer-{seed}", dialogues)
         tokenizer = _tokenizer(directory)
         return Policy(tiny.model_config(len(tokenizer)), None, directory, tokenizer)
-    directory = hub.resolve(model)
+    directory = hub.resolve(model, with_weights=with_weights)
     config, _ = weights.read_config(directory)
     policy = Policy(config, directory, directory, _tokenizer(directory))
     if len(policy.tokenizer) > config.vocab_size:
