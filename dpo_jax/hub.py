@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
 from dpo_jax.errors import UserError
@@ -50,7 +51,7 @@ def resolve(model: str, *, what: str = "model", with_weights: bool = True) -> Pa
 
 def _hub_problem(model: str, error: Exception, what: str) -> str:
     """What went wrong with a download and how to go on, in one line."""
-    hub = huggingface_hub.constants.ENDPOINT
+    hub = constants.ENDPOINT
     without = f"use --config.{what}=DIRECTORY, or --config=configs/hhh.py:tiny, which needs no download"
     if isinstance(error, hub_errors.HFValidationError):
         return f"not a local directory and not a hub id (OWNER/NAME); {without}"

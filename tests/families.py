@@ -78,8 +78,10 @@ def row_logits(params, rows, config, slots, dtype=jnp.float32, remat="none") -> 
 
 
 def sequence_rows(sequences: list[np.ndarray]) -> tuple[dict[str, jax.Array], Slots]:
-    """Plain sequences as rows that are all prompt, padded on the right."""
-    T = max(map(len, sequences))
+    """Plain sequences as rows that are all prompt, padded on the right; of one shape, so that it compiles once."""
+    assert len(sequences) <= 2 * len(CUTS)
+    sequences = [*sequences, *([np.zeros(0, np.int32)] * (2 * len(CUTS) - len(sequences)))]
+    T = 48
     tokens = np.stack([np.pad(x, (0, T - len(x))) for x in sequences]).astype(np.int32)
     real = np.stack([np.arange(T) < len(x) for x in sequences])
     rows = {"tokens": tokens, "positions": np.where(real, np.arange(T), 0), "segments": real}
@@ -90,7 +92,7 @@ def sequence_logits(params, config: ModelConfig, sequences: list[np.ndarray]) ->
     """Logits `[T, V]` of plain sequences."""
     rows, slots = sequence_rows(sequences)
     found = np.asarray(row_logits(params, rows, config, slots))
-    return [x[: len(ids)] for x, ids in zip(found, sequences, strict=True)]
+    return [x[: len(ids)] for x, ids in zip(found, sequences, strict=False)]
 
 
 def unpacked(per_token, rows, slots: Slots) -> list[np.ndarray]:

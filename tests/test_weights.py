@@ -467,6 +467,14 @@ def test_download_from_a_hub(hub, saved, tmp_path, monkeypatch):
     assert hub_module.resolve("someone/small") == directory
 
 
+def test_the_tokenizer_can_come_alone(hub, saved):
+    (saved / "tokenizer.json").write_text("x")
+    shutil.copytree(saved, hub.root / "someone" / "small")
+    directory = hub_module.resolve("someone/small", with_weights=False)
+    assert {f.name for f in directory.iterdir()} == {"config.json", "tokenizer.json"}
+    assert (hub_module.resolve("someone/small") / "model.safetensors").is_file()
+
+
 def test_what_a_hub_refuses(hub, saved):
     with pytest.raises(UserError, match=r"has no such model .*hf auth login.*--config\.model=DIRECTORY"):
         hub_module.resolve("nobody/nothing")
