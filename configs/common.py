@@ -47,6 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.simpo_gamma = 0.5  # of loss=simpo: the margin asked for
     c.cpo_alpha = 1.0  # of loss=cpo: weight of the likelihood of chosen completions
     c.discopop_tau = 0.05  # of loss=discopop: temperature of the blend
+    c.reference_cache = False  # compute the reference once, keep it on disk, and free its memory; False = in every step
     c.reference_sync_steps = 0  # updates after which the reference moves towards the policy; 0 = never
     c.reference_sync_alpha = 0.6  # how far it moves: 1 = all the way
     c.learning_rate = 1e-6  # peak; 5e-7 to 1e-5, lower than SFT's

@@ -227,7 +227,12 @@ def _check_loss(c: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     for key, on in (("wpo", c["wpo"]), ("ld_alpha", c["ld_alpha"] != 1)):
         if on and free:
             raise UserError(f"{key}={c[key]} is not defined for {free[0]}; leave it at {defaults[key]}")
-    for key in ("reference", "reference_sync_steps"):
+    if c["reference_cache"] and c["reference_sync_steps"]:
+        raise UserError(
+            f"reference_cache=True keeps a reference as it is, and reference_sync_steps={c['reference_sync_steps']} "
+            "moves it; leave one of them out"
+        )
+    for key in ("reference", "reference_cache", "reference_sync_steps"):
         if c[key] and not needs_reference(parts):
             raise UserError(f"{key}={c[key]!r}: {loss} has no reference; leave it at {defaults[key]!r}")
 

@@ -19,6 +19,9 @@ from dpo_jax.attention import Slots
 from dpo_jax.logprobs import Logps
 from dpo_jax.objective import Objective
 
+# A reference that was computed before comes with the batch, float32 `[M, B, K, 2]` each; the second for LD-DPO only.
+REFERENCE_FIELDS = ("ref_logps", "ref_whole")
+
 Params = Any
 Batch = dict[str, jax.Array]
 LogpsFn = Callable[[Params, Batch, Slots], Logps]  # (params, one microbatch, widths) -> sums by pair [B, K, 2]
@@ -31,6 +34,16 @@ class TrainState:
     step: jax.Array
     params: Params
     opt_state: Any
+
+
+def _reference(
+    logps: LogpsFn, objective: Objective, ref_params: Params | None, micro: Batch, slots: Slots
+) -> Logps | None:
+    """The reference's log-probabilities, from the batch if they were computed before."""
+    if not objective.needs_reference:
+        return None
+    given = [micro.get(name) for name in REFERENCE_FIELDS]
+    return logps(ref_params, micro, slots) if given[0] is None else Logps(given[0], whole=given[1])
 
 
 def _chosen_tokens(batch: Batch) -> jax.Array:
@@ -52,7 +65,7 @@ def _batch_gradient(
     chosen_tokens = _chosen_tokens(batch)
 
     def reference_logps(micro: Batch) -> Logps | None:  # constant to the gradient
-        return logps(ref_params, micro, slots) if objective.needs_reference else None
+        return _reference(logps, objective, ref_params, micro, slots)
 
     def loss_of(policy: Logps, reference: Logps | None, part: Batch):
         sums = _summed(objective.values(policy, reference, part, chosen_tokens), part["is_pair"])
@@ -138,13 +151,26 @@ def make_eval_step(logps: LogpsFn, objective: Objective, *, compute_dtype: Any, 
         compute_params, reference_params = (_cast(x, compute_dtype) for x in (params, ref_params))
 
         def one(micro: Batch) -> tuple[Logps, Logps | None]:
-            reference = logps(reference_params, micro, slots) if objective.needs_reference else None
+            reference = _reference(logps, objective, reference_params, micro, slots)
             return logps(compute_params, micro, slots), reference
 
         policy, reference = jax.lax.map(one, batch)
         return objective.values(policy, reference, batch, _chosen_tokens(batch))
 
     return jax.jit(eval_step, static_argnames="slots", out_shardings=out_shardings)
+
+
+def make_logps_step(logps: LogpsFn, *, compute_dtype: Any, out_shardings: Any = None):
+    """Build the jitted `logps_step(params, batch, slots)` → what a reference is kept by, `[M, B, K, 2]` each.
+
+    That is its log-probabilities, and those with every token counted whole where LD-DPO weighs them.
+    """
+
+    def logps_step(params: Params, batch: Batch, slots: Slots) -> list[jax.Array]:
+        found = jax.lax.map(lambda micro: logps(_cast(params, compute_dtype), micro, slots), batch)
+        return [x for x in (found.logps, found.whole) if x is not None]
+
+    return jax.jit(logps_step, static_argnames="slots", out_shardings=out_shardings)
 
 
 def make_reference_sync(alpha: float, *, shardings: Any = None):

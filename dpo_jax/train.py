@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dpo_jax import answers, checkpoint, hub, inputs, metrics, policy, report, weights
+from dpo_jax import answers, checkpoint, hub, inputs, metrics, policy, reference_cache, report, weights
 from dpo_jax.config import check, check_workdir, claim_workdir, parse
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.packing import Order
 from dpo_jax.data.pipeline import ChosenOnly, PairSource, Schedule, StepSource, make_schedule
 from dpo_jax.data.prepare import Prepared
+from dpo_jax.data.split import Pairs
 from dpo_jax.errors import UserError
 from dpo_jax.loop import Phase, Stopped, evaluate, run_phase, stop_signal
 from dpo_jax.model import Params
@@ -32,7 +34,15 @@ from dpo_jax.objective import Objective, parse_loss, preference_objective, sft_o
 from dpo_jax.optim import optimizer, schedule
 from dpo_jax.policy import Layout, Policy
 from dpo_jax.sharding import agreed, first_process_first, local_rows, make_mesh, replicated, row_shards
-from dpo_jax.step import LogpsFn, TrainState, make_eval_step, make_reference_sync, make_train_step
+from dpo_jax.step import (
+    REFERENCE_FIELDS,
+    LogpsFn,
+    TrainState,
+    make_eval_step,
+    make_logps_step,
+    make_reference_sync,
+    make_train_step,
+)
 
 Config = Mapping[str, Any]
 
@@ -109,7 +119,8 @@ def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
     _introduce(run, plan)
     tx, rate = _transformation(c, c["learning_rate"], c["lr_schedule"], steps)
     objective, moves = _objective(c), c["reference_sync_steps"] > 0
-    ref_params = None
+    in_step = objective.needs_reference and not c["reference_cache"]
+    ref_params, values = None, None
     if run.done > sft_steps:
         saved: Any = policy.abstract_state(tx, run.layout)
         if moves:
@@ -118,10 +129,12 @@ def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
             state, ref_params = both["state"], both["reference"]
         else:
             state = checkpoint.restore(run.checkpoints, run.done, saved)
-            ref_params = _reference(run, None) if objective.needs_reference else None
+            ref_params = _reference(run, None) if in_step else None
+            values = _kept_reference(run, plan, steps, None)
     else:
         state = policy.start_state(_params_after_sft(run), tx, run.layout)
-        ref_params = _reference(run, state.params) if objective.needs_reference else None
+        ref_params = _reference(run, state.params) if in_step else None
+        values = _kept_reference(run, plan, steps, state.params)
         _answer(run, state.params, "before", 0)
 
     def save(n: int, state: TrainState, reference: Params | None) -> None:
@@ -130,12 +143,12 @@ def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
 
     phase = Phase(
         "train",
-        _source(plan, run.layout.mesh, steps, c["microbatches"]),
+        _source(plan, run.layout.mesh, steps, c["microbatches"], _given(values, run.data.train)),
         make_train_step(run.logps, objective, tx, rate, compute_dtype=run.layout.dtype),
         log_every=c["log_every"],
         eval_every=c["eval_every"],
         checkpoint_every=c["checkpoint_every"],
-        evaluate=_evaluator(run, objective),
+        evaluate=_evaluator(run, objective, values),
         save=save,
         sync=make_reference_sync(c["reference_sync_alpha"], shardings=run.layout.shardings) if moves else None,
         sync_every=c["reference_sync_steps"],
@@ -194,14 +207,65 @@ def _reference(run: Run, start: Params | None) -> Params:
     return policy.own_reference(run.workdir / "reference", start, run.layout)
 
 
-def _evaluator(run: Run, objective: Objective) -> Callable[[TrainState, Params | None], dict[str, Any]] | None:
+def _kept_reference(run: Run, plan: Schedule, steps: int, start: Params | None) -> np.ndarray | None:
+    """The reference's values for every pair that the run meets, by pair of the cache; None unless `reference_cache`.
+
+    What is not known from an earlier run is computed; the reference's parameters are freed again.
+    """
+    c = run.c
+    if not c["reference_cache"]:
+        return None
+    named = hub.resolve(c["reference"], what="reference") if c["reference"] else run.policy.directory
+    model = None if c["sft_steps"] and not c["reference"] else named
+    cache = run.data.train.cache
+    where = reference_cache.find_place(
+        cache, model, run.workdir, dtype=run.layout.dtype, ld_alpha=c["ld_alpha"], start_anew=start is not None
+    )
+    met = np.unique(np.concatenate([placed[placed >= 0] for _, placed in map(plan.place, range(steps))]))
+    needed = np.union1d(run.data.train.index[met], run.data.evaluation.index)
+    values = reference_cache.load(where)
+    missing = needed[np.isnan(values[needed]).any((1, 2))]
+    run.writer.message(f"reference: {len(needed) - len(missing):,} pairs known, {len(missing):,} to compute")
+    if not len(missing):
+        return values
+    params = _reference(run, start)
+    pairs = dataclasses.replace(run.data.train, index=missing)
+    step = make_logps_step(run.logps, compute_dtype=run.layout.dtype, out_shardings=replicated(run.layout.mesh))
+    began = time.perf_counter()
+    ids, computed = reference_cache.compute(step, params, _once_through(run, pairs), run.layout.mesh)
+    values[missing[ids]] = computed
+    kept = jax.process_index() > 0 or reference_cache.save(where, values)
+    seconds = time.perf_counter() - began
+    run.writer.message(
+        f"reference: {len(missing):,} pairs computed in {seconds:.1f} s"
+        + ("" if kept else f"; not kept, {where.path.parent} cannot be written")
+    )
+    return values
+
+
+def _given(values: np.ndarray | None, pairs: Pairs) -> dict[str, np.ndarray]:
+    """The reference's values of `pairs` as a batch has them."""
+    if values is None:
+        return {}
+    mine = values[pairs.index]
+    return {name: mine[..., number] for number, name in enumerate(REFERENCE_FIELDS[: mine.shape[-1]])}
+
+
+def _once_through(run: Run, pairs: Pairs, given: Mapping[str, np.ndarray] | None = None) -> StepSource:
+    """Every one of `pairs` once."""
+    microbatches = run.c["microbatches"]
+    limits = policy.row_limits(run.layout, microbatches)
+    plan = make_schedule(pairs, min(run.c["batch_size"], len(pairs)), limits, Order(drop_remainder=False))
+    return _source(plan, run.layout.mesh, plan.steps_per_epoch, microbatches, given)
+
+
+def _evaluator(
+    run: Run, objective: Objective, values: np.ndarray | None
+) -> Callable[[TrainState, Params | None], dict[str, Any]] | None:
     held_out = run.data.evaluation
     if not len(held_out):
         return None
-    microbatches = run.c["microbatches"]
-    limits = policy.row_limits(run.layout, microbatches)
-    plan = make_schedule(held_out, min(run.c["batch_size"], len(held_out)), limits, Order(drop_remainder=False))
-    source = _source(plan, run.layout.mesh, plan.steps_per_epoch, microbatches)
+    source = _once_through(run, held_out, _given(values, held_out))
     eval_step = make_eval_step(
         run.logps, objective, compute_dtype=run.layout.dtype, out_shardings=replicated(run.layout.mesh)
     )
@@ -290,12 +354,14 @@ def _plan(c: Config, pairs: PairSource, layout: Layout, mixture: Mixture | None)
     return inputs.plan(c, pairs, policy.row_limits(layout, c["microbatches"]), mixture)
 
 
-def _source(plan: Schedule, mesh: Mesh, steps: int, microbatches: int) -> StepSource:
+def _source(
+    plan: Schedule, mesh: Mesh, steps: int, microbatches: int, given: Mapping[str, np.ndarray] | None = None
+) -> StepSource:
     rows: dict[int, np.ndarray] = {}
     for shape in plan.shapes:
         n = shape.rows // microbatches
         rows[n] = local_rows(mesh, n)
-    return StepSource(plan, microbatches, rows, steps)
+    return StepSource(plan, microbatches, rows, steps, given or {})
 
 
 def _transformation(

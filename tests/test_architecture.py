@@ -13,7 +13,7 @@ data.remote_cache data.split data.prepare
 data.balance data.packing data.pipeline data.synthetic
 architecture attention experts logprobs losses objective optim model step
 hub tensors sharding checkpoint weights sample tiny policy
-metrics page charts runs compare report answers loop config inputs
+metrics page charts runs compare report answers loop reference_cache config inputs
 inspection inspection_text inspection_page data_command data.__main__
 train
 """.split()

@@ -7,7 +7,7 @@ Shapes: M microbatches, B rows of a microbatch, K pairs in a row, T tokens of a 
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import grain
@@ -182,12 +182,14 @@ class StepSource:
       microbatches: M; rows are dealt to microbatches in order.
       rows_of: for a microbatch of so many rows, which of them this process loads.
       steps: how many steps there are.
+      given: more of every pair, `[pairs, ...]` by name; rows then have it as `[M, B, K, ...]`, 0 where no pair is.
     """
 
     schedule: Schedule
     microbatches: int
     rows_of: dict[int, np.ndarray]
     steps: int
+    given: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.steps
@@ -200,6 +202,9 @@ class StepSource:
         mine = per_micro[:, self.rows_of[shape.rows // self.microbatches]]
         flat = build_rows(self.schedule.pairs, mine.reshape(-1, placed.shape[1]), shape)
         arrays = {name: x.reshape(*mine.shape[:2], *x.shape[1:]) for name, x in flat.items()}
+        for name, values in self.given.items():
+            held = mine[(...,) + (None,) * (values.ndim - 1)] >= 0
+            arrays[name] = np.where(held, values[np.maximum(mine, 0)], 0)
         ids = placed[placed >= 0]
         real = int(self.schedule.lengths[ids].sum())
         info = {"step": step, "shape": shape, "pairs": len(ids), "tokens": real, "fraction": real / shape.tokens}

@@ -1,0 +1,131 @@
+"""The reference's log-probabilities, computed once and kept by pair: training then needs no reference in memory.
+
+A file holds float32 `[pairs of the cache of pairs, 2, F]`: chosen and rejected, F values each (`REFERENCE_FIELDS`), NaN
+where not computed yet. Its name is a hash of all that decides the values: the reference's files, the pairs' cache,
+the dtype of the computation. What differs in any of these is another file, so an old one is never read by mistake.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.data.cache import PairCache
+from dpo_jax.data.files import fingerprint
+from dpo_jax.data.pipeline import StepSource, batches
+from dpo_jax.loop import place
+from dpo_jax.step import REFERENCE_FIELDS
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the values of one reference for one cache of pairs are kept.
+
+    Attributes:
+      path: the file.
+      pairs: how many pairs the cache of pairs has.
+      fields: F, how many values a completion has.
+    """
+
+    path: Path
+    pairs: int
+    fields: int
+
+
+def find_place(
+    cache: PairCache, model: Path | None, workdir: Path, *, dtype: Any, ld_alpha: float, start_anew: bool
+) -> Place:
+    """The file for a reference.
+
+    Args:
+      cache: the pairs.
+      model: the reference's Hugging Face directory; None: the run made it, and its values stay in the run's directory.
+      workdir: the run's directory.
+      dtype: that it is computed in.
+      ld_alpha: of LD-DPO, which weighs tokens; 1 is off.
+      start_anew: whether a reference that the run made is another one than before; its old values go.
+
+    Raises:
+      UserError: the model's files cannot be read.
+    """
+    who: Any = "this run"
+    if model is not None:
+        files = sorted([*model.glob("*.safetensors"), model / "config.json"])
+        who = [{**fingerprint(str(file)), "path": file.name} for file in files]
+    decides = {"model": who, "pairs": cache.manifest["id"], "dtype": str(np.dtype(dtype)), "ld_alpha": ld_alpha}
+    key = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=12).hexdigest()
+    directory = workdir if model is None else Path(cache.directory)
+    found = Place(directory / f"reference-{key}.npy", len(cache), 1 if ld_alpha == 1 else len(REFERENCE_FIELDS))
+    if model is None and start_anew and jax.process_index() == 0:
+        found.path.unlink(missing_ok=True)
+    return found
+
+
+def load(where: Place) -> np.ndarray:
+    """What is known, `[pairs, 2, F]`; NaN for the rest. A file that is cut off or of another shape counts as none."""
+    shape = (where.pairs, 2, where.fields)
+    try:
+        found = np.load(where.path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        found = None
+    if found is None or found.shape != shape or found.dtype != np.float32:
+        return np.full(shape, np.nan, np.float32)
+    return found
+
+
+def save(where: Place, values: np.ndarray) -> bool:
+    """Keep the values, whole or not at all; False where the directory cannot be written."""
+    scratch = where.path.with_name(f".{where.path.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            np.save(file, values)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(where.path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def compute(
+    logps_step: Callable[..., Any],
+    params: Any,
+    source: StepSource,
+    mesh: Mesh,
+) -> tuple[np.ndarray, np.ndarray]:
+    """All values of one pass.
+
+    Args:
+      logps_step: from `step.make_logps_step`.
+      params: the reference's.
+      source: the rows of the pass.
+      mesh: where they are computed.
+
+    Returns:
+      Positions in the source's pairs, int64 `[n]`, and their values, float32 `[n, 2, F]`.
+    """
+    ids: list[np.ndarray] = []
+    values: list[np.ndarray] = []
+    pending: tuple[Any, np.ndarray] | None = None
+
+    def fetch() -> None:
+        if pending is not None:
+            result, placed = pending
+            ids.append(placed[placed >= 0])
+            values.append(np.stack(jax.device_get(result), axis=-1)[placed >= 0])
+
+    for item in batches(source, 0):
+        batch, slots = place(item, mesh)
+        result = logps_step(params, batch, slots)
+        fetch()  # of the step before, while this one runs
+        pending = (result, item["info"]["placed"])
+    fetch()
+    return np.concatenate(ids), np.concatenate(values)
