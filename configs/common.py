@@ -44,6 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.f_alpha = 0.5  # of f_divergence=alpha: 1 = reverse_kl, 0 = forward_kl
     c.wpo = False  # weigh pairs by how likely the policy itself would have answered so
     c.ld_alpha = 1.0  # weight of tokens beyond the shorter completion's length, in [0, 1]; 1 = off
+    c.router_aux_loss_coef = 0.0  # weight of the load-balancing loss of a mixture of experts; 0 = off
     c.simpo_gamma = 0.5  # of loss=simpo: the margin asked for
     c.cpo_alpha = 1.0  # of loss=cpo: weight of the likelihood of chosen completions
     c.discopop_tau = 0.05  # of loss=discopop: temperature of the blend

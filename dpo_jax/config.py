@@ -138,6 +138,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "simpo_gamma": (lambda v: v >= 0, "0 or more"),
     "cpo_alpha": (lambda v: v >= 0, "0 or more"),
     "discopop_tau": (lambda v: v > 0, "above 0"),
+    "router_aux_loss_coef": (lambda v: v >= 0, "0 (off) or more"),
     "reference_sync_steps": (lambda v: v >= 0, "0 (never) or more"),
     "reference_sync_alpha": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "lora_rank": (lambda v: v == 0, "0: adapters are not supported yet"),

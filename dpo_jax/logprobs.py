@@ -22,11 +22,14 @@ class Logps:
       log_sum_sq: log Σ_v p(v)² of every token's distribution, summed over a completion and constant to the gradient;
         None unless asked for. (WPO's weights are made of it.)
       whole: `logps` with every token counted whole; None where `logps` is that already.
+      balance: how evenly a mixture of experts was used (`experts.balance_sums` of the rows), scalars and `[experts]`;
+        None unless asked for.
     """
 
     logps: jax.Array
     log_sum_sq: jax.Array | None = None
     whole: jax.Array | None = None
+    balance: dict[str, jax.Array] | None = None
 
 
 def _chunk_logps(

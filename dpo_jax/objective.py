@@ -35,12 +35,14 @@ class Objective:
       loss: the name in `values` whose mean over the batch's pairs is minimised.
       needs_reference: whether the reference's forward pass runs.
       across: whether a pair's value depends on the other pairs, so that `values` must see the whole batch at once.
+      balance: weight of the experts' load-balancing loss, which comes on top; 0 where there is none.
     """
 
     values: Values
     loss: str
     needs_reference: bool
     across: bool = False
+    balance: float = 0.0
 
 
 def parse_loss(text: str) -> dict[str, float]:
@@ -113,6 +115,7 @@ def preference_objective(
     f_divergence: str = "reverse_kl",
     f_alpha: float = 0.5,
     wpo: bool = False,
+    balance: float = 0.0,
     **hyperparameters: float,
 ) -> Objective:
     """A weighted sum of losses with DPO's metrics.
@@ -125,6 +128,7 @@ def preference_objective(
       beta: of every part.
       f_divergence: a name in `DIVERGENCES`; `f_alpha` is the coefficient of `alpha`.
       wpo: whether every pair's losses are weighted by `_wpo_weight`; `Logps.log_sum_sq` must be there.
+      balance: as in `Objective`; `Logps.balance` must be there.
       hyperparameters: by the names that the losses take.
 
     Returns:
@@ -150,7 +154,7 @@ def preference_objective(
         return {"dpo_loss": functools.reduce(operator.add, weighted)} | single | _rewards(pairs, beta, per_token)
 
     across = any(LOSSES[name].across for name in parts)
-    return Objective(values, "dpo_loss", reference_needed, across)
+    return Objective(values, "dpo_loss", reference_needed, across, balance)
 
 
 def _scored(policy: Logps, reference: Logps | None, batch: Batch, chosen_tokens: jax.Array, divergence) -> Scored:

@@ -18,7 +18,7 @@ from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowLimits
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import CHUNK_TOKENS, Logps, pair_logps
-from dpo_jax.model import Params, hidden_states, init_params, unembedding
+from dpo_jax.model import Params, hidden_states, hidden_states_and_balance, init_params, unembedding
 from dpo_jax.sharding import axis_rules, param_shardings, replicated, row_shards, state_shardings
 from dpo_jax.step import LogpsFn, TrainState, init_state
 
@@ -123,21 +123,28 @@ def limits_on(config: ModelConfig, row_multiple: int, platform: str) -> RowLimit
     )
 
 
-def logps_fn(layout: Layout, *, remat: str, ld_alpha: float = 1.0, log_sum_sq: bool = False) -> LogpsFn:
+def logps_fn(
+    layout: Layout, *, remat: str, ld_alpha: float = 1.0, log_sum_sq: bool = False, balance: bool = False
+) -> LogpsFn:
     """The model as the step sees it: (parameters, one microbatch, widths) → log-probabilities `[B, K, 2]`.
 
-    `ld_alpha` and `log_sum_sq` as in `logprobs.pair_logps`.
+    `ld_alpha` and `log_sum_sq` as in `logprobs.pair_logps`; `balance`: with the sums of `Logps.balance`.
     """
     rules = axis_rules(layout.config, layout.mesh)
 
-    def logps(params: Params, micro: dict[str, jax.Array], slots: Slots) -> Logps:
+    def logps_of(params: Params, micro: dict[str, jax.Array], slots: Slots) -> Logps:
         with nn.logical_axis_rules(rules):
-            hidden = hidden_states(params, micro, config=layout.config, slots=slots, dtype=layout.dtype, remat=remat)
+            options: Any = {"config": layout.config, "slots": slots, "dtype": layout.dtype, "remat": remat}
+            sums = None
+            if balance:
+                hidden, sums = hidden_states_and_balance(params, micro, **options)
+            else:
+                hidden = hidden_states(params, micro, **options)
             pairs = micro["is_pair"].shape[-1]
             table = unembedding(params)
             # Each shard of rows holds a chunk of its own at a time.
             chunk = CHUNK_TOKENS * row_shards(layout.mesh)
-            return pair_logps(
+            logps = pair_logps(
                 hidden,
                 micro,
                 table,
@@ -148,8 +155,9 @@ def logps_fn(layout: Layout, *, remat: str, ld_alpha: float = 1.0, log_sum_sq: b
                 ld_alpha=ld_alpha,
                 log_sum_sq=log_sum_sq,
             )
+            return dataclasses.replace(logps, balance=sums)
 
-    return logps
+    return logps_of
 
 
 def load_params(policy: Policy, layout: Layout, seed: int) -> Params:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax.attention import Slots
+from dpo_jax.experts import balance_loss
 from dpo_jax.logprobs import Logps
 from dpo_jax.objective import Objective
 
@@ -69,7 +70,14 @@ def _batch_gradient(
 
     def loss_of(policy: Logps, reference: Logps | None, part: Batch):
         sums = _summed(objective.values(policy, reference, part, chosen_tokens), part["is_pair"])
-        return sums[objective.loss] / count, sums
+        loss = sums[objective.loss] / count
+        if objective.balance:
+            assert policy.balance is not None
+            # A microbatch balances its own tokens; the batch's loss is the mean of theirs.
+            uneven = balance_loss(policy.balance) if part["tokens"].ndim == 2 else _balance_sum(policy.balance)
+            loss += objective.balance * uneven / batch["tokens"].shape[0]
+            sums["router_balance"] = uneven * count / batch["tokens"].shape[0]
+        return loss, sums
 
     def micro_gradient(micro: Batch):
         reference = reference_logps(micro)
@@ -92,6 +100,11 @@ def _batch_gradient(
     else:
         grads, sums = _scan_sum(micro_gradient, batch)
     return grads, {name: value / count for name, value in sums.items()}
+
+
+def _balance_sum(balance: dict[str, jax.Array]) -> jax.Array:
+    """The sum of the load-balancing losses of microbatches, whose sums have a leading axis."""
+    return jnp.sum(jax.vmap(balance_loss)(balance))
 
 
 def _scan_sum(fn: Callable[[Any], Any], items: Any) -> Any:

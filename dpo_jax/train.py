@@ -85,6 +85,10 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     main_process = jax.process_index() == 0
     with first_process_first("dpo_jax model files"):
         found = policy.find(c["model"], workdir, c["seed"])
+    if c["router_aux_loss_coef"] and not found.config.num_experts:
+        raise UserError(
+            f"router_aux_loss_coef={c['router_aux_loss_coef']:g}: {c['model']} has no experts; leave it at 0"
+        )
     layout = policy.lay_out(found.config, mesh, param_dtype=c["param_dtype"], compute_dtype=c["compute_dtype"])
     if c["reference"]:
         policy.check_reference(hub.resolve(c["reference"], what="reference"), layout)
@@ -108,7 +112,9 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
             _forget_after(workdir, c["sft_steps"], done)
         totals = {"sft": c["sft_steps"], "train": steps}
         writer = metrics.MetricsWriter(workdir if main_process else None, total_steps=totals, quiet=not main_process)
-        logps = policy.logps_fn(layout, remat=c["remat"], ld_alpha=c["ld_alpha"], log_sum_sq=c["wpo"])
+        logps = policy.logps_fn(
+            layout, remat=c["remat"], ld_alpha=c["ld_alpha"], log_sum_sq=c["wpo"], balance=c["router_aux_loss_coef"] > 0
+        )
         with writer:
             return _train(Run(c, workdir, found, layout, data, logps, checkpoints, writer, stop, done), plan, steps)
 
@@ -192,7 +198,12 @@ def _params_after_sft(run: Run) -> Params:
 
 def _objective(c: Config) -> Objective:
     names = ("f_divergence", "f_alpha", "wpo", "label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau")
-    return preference_objective(parse_loss(c["loss"]), beta=c["dpo_beta"], **{name: c[name] for name in names})
+    return preference_objective(
+        parse_loss(c["loss"]),
+        beta=c["dpo_beta"],
+        balance=c["router_aux_loss_coef"],
+        **{name: c[name] for name in names},
+    )
 
 
 def _reference(run: Run, start: Params | None) -> Params:

@@ -7,11 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowShape
-from dpo_jax.logprobs import pair_logps
+from dpo_jax.logprobs import Logps, pair_logps
 from dpo_jax.model import hidden_states, init_params, unembedding
 from dpo_jax.objective import preference_objective, sft_objective
 from dpo_jax.optim import optimizer, schedule
@@ -307,3 +308,42 @@ def test_swapping_the_completions_negates_the_margin():
         )
     np.testing.assert_allclose(a["margin"], -b["margin"], atol=1e-5)
     np.testing.assert_array_equal(a["accuracy"], 1 - b["accuracy"])
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("loss", ["sigmoid", "aot"])
+def test_the_load_balancing_loss_comes_on_top(loss, microbatches):
+    """A model of two numbers: log-probabilities are linear in `a`, the experts' mean probabilities in `b`."""
+    x = np.random.default_rng(0).normal(size=(microbatches, 4, 2, 2)).astype(np.float32)
+    used = np.random.default_rng(1).uniform(size=(microbatches, 3)).astype(np.float32)
+    batch = {
+        "tokens": np.zeros((microbatches, 4, 5), np.int32),
+        "is_pair": np.ones((microbatches, 4, 2), bool),
+        "completion_tokens": np.ones((microbatches, 4, 2, 2), np.int32),
+        "x": x,
+        "used": used,
+        "ref_logps": np.zeros_like(x),
+    }
+
+    def logps(params, micro, slots):
+        share = params["b"] * jnp.arange(1.0, 4.0)
+        balance = {"assigned": micro["used"] * 8, "probability": share * 8, "tokens": jnp.float32(8)}
+        return Logps(params["a"] * micro["x"], balance=balance)
+
+    def metrics_at(a, b):
+        objective = preference_objective({loss: 1.0}, beta=0.1, balance=0.5)
+        rate = schedule("constant", peak=1.0, warmup_steps=0, total_steps=1)
+        step = make_train_step(logps, objective, optax.sgd(1.0), rate, compute_dtype=jnp.float32)
+        params = {"a": jnp.float32(a), "b": jnp.float32(b)}
+        state, metrics = step(init_state(params, optax.sgd(1.0)), None, batch, SLOTS)
+        return metrics, {
+            name: params_before - float(state.params[name]) for name, params_before in (("a", a), ("b", b))
+        }
+
+    metrics, grads = metrics_at(0.7, 0.2)
+    per_micro = 3 * (used * 0.2 * np.arange(1, 4)).sum(1)
+    assert float(metrics["router_balance"]) == pytest.approx(per_micro.mean(), rel=1e-5)
+    assert grads["b"] == pytest.approx(0.5 * per_micro.mean() / 0.2, rel=1e-4)
+    h = 1e-2
+    slope = (float(metrics_at(0.7 + h, 0.2)[0]["dpo_loss"]) - float(metrics_at(0.7 - h, 0.2)[0]["dpo_loss"])) / (2 * h)
+    assert grads["a"] == pytest.approx(slope, abs=1e-3)
