@@ -10,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import pytest
 
+from tests.fake_hub import hub  # noqa: F401 (a fixture)
+
 collect_ignore = ["golden"]  # scripts for another environment (torch, TRL)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

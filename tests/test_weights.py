@@ -3,14 +3,12 @@
 import contextlib
 import dataclasses
 import functools
-import http.server
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 import tracemalloc
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from dpo_jax.architecture import ModelConfig, hf_config
 from dpo_jax.attention import Slots
 from dpo_jax.errors import UserError
 from dpo_jax.model import hidden_states, init_params, unembedding
+from tests.fake_hub import closed_port, use_hub
 
 GOLDEN = Path(__file__).parent / "golden" / "transformers"
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260k"
@@ -370,84 +369,6 @@ def test_resolve_local(saved, tmp_path, monkeypatch):
         hub_module.resolve(str(saved / "config.json"))
     with pytest.raises(UserError, match="not a hub id"):
         hub_module.resolve("two words")
-
-
-class FakeHub(http.server.BaseHTTPRequestHandler):
-    """The few endpoints of the hub that a snapshot needs, over a directory of OWNER/NAME."""
-
-    protocol_version = "HTTP/1.1"
-    root: Path
-    sha = "0123456789abcdef0123456789abcdef01234567"
-    asked: list[str]
-
-    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0].strip("/")
-        type(self).asked.append(path)
-        parts = path.split("/")
-        repository = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
-        if not (self.root / repository).is_dir():
-            self.reply(404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-        elif parts[0] == "api" and "tree" in parts:
-            files = list((self.root / repository).iterdir())
-            listing = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f"id-{f.name}"} for f in files]
-            self.reply(200, json.dumps(listing).encode(), Content_Type="application/json")
-        elif parts[0] == "api":
-            info = {"id": repository, "sha": self.sha, "private": False, "siblings": [], "tags": []}
-            self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
-        elif "gated" in repository:
-            self.reply(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
-        else:
-            body = (self.root / repository / parts[-1]).read_bytes()
-            self.reply(200, body, ETag=f'"{parts[-1]}"', X_Repo_Commit=self.sha)
-
-    do_HEAD = do_GET  # noqa: N815 (its caller's name)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub on loopback that the real client talks to, with an empty cache. Yields its handler class."""
-    handler = type("Hub", (FakeHub,), {"root": tmp_path / "hub", "asked": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    use_hub(monkeypatch, tmp_path, server.server_port)
-    yield handler
-    huggingface_hub.close_session()
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def use_hub(monkeypatch, tmp_path, port: int) -> None:
-    """Let the client go online (conftest keeps it off), but to this port of loopback alone."""
-    endpoint = f"http://127.0.0.1:{port}"
-    for name, value in {
-        "HF_HUB_OFFLINE": False,
-        "ENDPOINT": endpoint,
-        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-    }.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    huggingface_hub.close_session()  # of an earlier test, with its proxies
-
-
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def test_download_from_a_hub(hub, saved, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from dpo_jax.data import files
 from dpo_jax.data.files import BadLine, find_files, fingerprint, read_rows
 from dpo_jax.data.sources import resolve
 from dpo_jax.errors import UserError
+from tests.fake_hub import closed_port, use_hub
 
 ROWS = [{"prompt": f"Frage {number}?", "chosen": "jä 🙂", "rejected": "no"} for number in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -321,3 +322,26 @@ def test_a_mixture_has_its_parts_and_their_files(tmp_path):
 def test_mixtures_that_are_none(dataset, path, message):
     with pytest.raises(UserError, match=message):
         resolve(dataset, path)
+
+
+def test_a_dataset_from_the_hub_and_again_without_one(hub, tmp_path, monkeypatch):
+    """The real client against a hub on loopback: only the files that are asked for, whole subsets, kept for later."""
+    for repository in ("Anthropic/hh-rlhf", "someone/mine"):
+        root = hub.root / "datasets" / repository
+        hh_layout(
+            root, *(f"{subset}/{split}.jsonl" for subset in ("harmless-base", "red") for split in ("train", "test"))
+        )
+        written(root / "README.md", "x")
+    found = resolve("hhh/harmless-base")
+    assert shape(found) == [("hhh/harmless-base", "train", 1), ("hhh/harmless-base", "test", 1)]
+    asked = [path for path in hub.asked if "resolve" in path]
+    assert sorted({path.split("/", 5)[-1] for path in asked}) == [
+        "harmless-base/test.jsonl",
+        "harmless-base/train.jsonl",
+    ]
+    assert len(list(read_rows(found.sources[0].files[0]))) == len(list(read_rows(found.sources[1].files[0]))) > 0
+    assert shape(resolve("hf:someone/mine", split="train"))[0] == ("hf:someone/mine", "train", 2)
+    with pytest.raises(UserError, match=r"someone/none cannot be fetched.*dataset_path=DIR"):
+        resolve("hf:someone/none")
+    use_hub(monkeypatch, tmp_path, closed_port())
+    assert resolve("hhh/harmless-base") == found
