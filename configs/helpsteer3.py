@@ -9,7 +9,8 @@
         pair of this length a second: bound it with --config.num_steps=50.
 
 Raw files on disk: --config.dataset_path=DIR with DIR/preference/{train,validation}.jsonl.gz as on the hub.
-No recipe is published for DPO on it; rates are those of models of this size on UltraFeedback. Contexts are long (several turns): prompts keep their last 1,024 tokens.
+No recipe is published for DPO on it; rates are those of models of this size on UltraFeedback. Contexts are long
+(several turns): prompts keep their last 1,024 tokens.
 """
 
 import ml_collections

@@ -18,8 +18,8 @@
         slice; about 3e18 operations an epoch: half an hour on eight v5p chips at 40% of their peak (computed).
 
     python -m dpo_jax.train --config=configs/hhh.py:qwen2.5-7b --workdir=runs/hhh-7b
-        Qwen2.5-7B (the base model, so in HH's own plain format), one epoch, beta 0.1, rate 5e-6 with cosine decay, batch
-        64. Published for this: held-out accuracy about 0.65 (loss about 0.62). 137 GB before activations.
+        Qwen2.5-7B (the base model, so in HH's own plain format), one epoch, beta 0.1, rate 5e-6 with cosine decay,
+        batch 64. Published for this: held-out accuracy about 0.65 (loss about 0.62). 137 GB before activations.
 
 Learning rate: 1e-5 to 1e-6, the larger the model the lower; dpo_beta from 0.1. HH's raw files can lie on disk:
 --config.dataset_path=DIR, with DIR/<subset>/{train,test}.jsonl.gz as on the hub; one subset:
