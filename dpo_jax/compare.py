@@ -7,7 +7,6 @@ from dpo_jax import metrics
 from dpo_jax.charts import chart
 from dpo_jax.page import RUN_COLORS, count, number, section, setting, table, text
 from dpo_jax.runs import (
-    LABELS,
     OTHER_PLOTS,
     Plot,
     Run,
@@ -16,6 +15,7 @@ from dpo_jax.runs import (
     last_step,
     main_plots,
     median,
+    metric_label,
     training_series,
 )
 
@@ -75,7 +75,7 @@ def _finals(runs: Sequence[Run]) -> list[list[str]]:
             error = accuracy_error(run, value) if name == "accuracy" else None
             cell = number(name, value) + (f" ± {number(name, error)}" if error is not None else "")
             cells.append(f"<strong>{cell}</strong>" if value is not None and value == best else cell)
-        rows.append([text(LABELS[name]), *cells])
+        rows.append([text(metric_label(name)), *cells])
     rows.append(["Last step", *(count(last_step(run)) for run in runs)])
     rows.append(
         ["Pairs per second (median)", *(number("pairs_per_second", median(run, "pairs_per_second")) for run in runs)]
@@ -99,4 +99,4 @@ def _figure(runs: Sequence[Run], names: Sequence[str], plot: Plot, name: str) ->
             series.append(held_out)
             label = None  # one entry of the legend for each run
         series.append(training_series(run, plot, name, label, _color(i)))
-    return chart(LABELS[name], series, guide=plot.guide, from_zero=plot.from_zero)
+    return chart(metric_label(name), series, guide=plot.guide, from_zero=plot.from_zero)

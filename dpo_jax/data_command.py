@@ -88,10 +88,11 @@ def _inspect(c: inputs.Config, options: Mapping[str, Any]) -> None:
     plan, note = None, ""
     try:
         inputs.check_enough(c, len(prepared.train))
+        limits = policy.limits_on(found.config, shards * micro, platform)
+        schedule = inputs.plan(c, prepared.train, limits, prepared.split.mixture)
     except UserError as error:  # what there is can still be looked at
         note = f"no plan: {error}"
     else:
-        schedule = inputs.plan(c, prepared.train, policy.limits_on(found.config, shards * micro, platform))
         plan = inspection.plan_use(schedule, where, inputs.run_steps(c, schedule.steps_per_epoch))
     shown = inspection.Inspection(
         dataset=c["dataset"],

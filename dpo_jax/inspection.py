@@ -15,7 +15,7 @@ from dpo_jax.data.prepare import Pairs, Prepared
 
 PARTS = ("prompt", "chosen", "rejected")
 BINS = 40  # of a histogram, about
-_CONTEXT = 4  # tokens before a token, decoded with it: some decoders drop the space in front of a text
+_CONTEXT = 4  # pieces before a piece, decoded with it: some decoders drop the space in front of a text
 _CHARACTER = 4  # tokens that may have to come together before their bytes are a character
 
 
@@ -167,17 +167,25 @@ def pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> tu
     known = getattr(tokenizer, "added_tokens_decoder", {})
     special = {*tokenizer.all_special_ids, *(i for i, token in known.items() if token.special)}
     found: list[Piece] = []
-    context, waiting = list(before[-_CONTEXT:]), list[int]()
+    groups = [_whole_characters(tokenizer, before)]  # of a piece's tokens each, so that no character is cut
+    waiting: list[int] = []
     for at, token in enumerate(ids):
         waiting.append(token)
+        context = [i for group in groups for i in group]
         text = _added(tokenizer, context, waiting)
         follows = at + 1 < len(ids) and ids[at + 1] not in special
         if text.endswith("\ufffd") and len(waiting) < _CHARACTER and token not in special and follows:
             continue  # part of a character
         shown = text or "".join(map(str, tokenizer.convert_ids_to_tokens(waiting)))
         found.append(Piece(shown, tuple(waiting), token in special))
-        context, waiting = [*context, *waiting][-_CONTEXT:], []
+        groups, waiting = [*groups, waiting][-_CONTEXT:], []
     return tuple(found)
+
+
+def _whole_characters(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """The last few of `ids`, beginning with a whole character."""
+    few = range(_CONTEXT, _CONTEXT + _CHARACTER)
+    return next((list(ids[-n:]) for n in few if not _decode(tokenizer, list(ids[-n:])).startswith("\ufffd")), [])
 
 
 def visible(piece: Piece) -> str:

@@ -16,7 +16,6 @@ from dpo_jax.compare import compare_page
 from dpo_jax.errors import UserError
 from dpo_jax.page import count, fold, number, save, section, setting, table, text
 from dpo_jax.runs import (
-    LABELS,
     MAIN_PLOTS,
     OTHER_PLOTS,
     Plot,
@@ -29,6 +28,7 @@ from dpo_jax.runs import (
     load,
     main_plots,
     median,
+    metric_label,
     training_series,
 )
 
@@ -212,7 +212,7 @@ def _figure(run: Run, plot: Plot, *, small: bool) -> str:
 
 def _before_after(run: Run) -> str:
     rows = [
-        (text(LABELS[name]), number(name, before), number(name, after), _change(name, before, after))
+        (text(metric_label(name)), number(name, before), number(name, after), _change(name, before, after))
         for name, before, after in metrics.before_after(run.records)
     ]
     return table(("", "before", "after", "change"), rows, narrow=True) if rows else ""

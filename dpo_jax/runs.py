@@ -27,6 +27,12 @@ LABELS = {
 }
 
 
+def metric_label(name: str) -> str:
+    """A metric's name for a person; `accuracy/SOURCE` is the accuracy of that source."""
+    metric, slash, source = name.partition("/")
+    return f"{LABELS[metric]} · {source}" if slash else LABELS[metric]
+
+
 @dataclass(frozen=True)
 class Plot:
     """A chart of the pages: which metrics of which training split, and how `charts.chart` draws them."""

@@ -321,7 +321,8 @@ def _finish(run: Run, state: TrainState, steps: int) -> dict[str, float]:
     if jax.process_index() == 0:
         report.write(workdir)
         answers.show(_read(samples), run.writer)
-        run.writer.table("Held-out pairs", metrics.before_after(records))
+        if held_out := metrics.before_after(records):
+            run.writer.table("Held-out pairs", held_out)
         run.writer.message(f"report {workdir / 'report.html'}" + (f", policy {export}" if c["export"] else ""))
     last = [r for r in records if r["split"] == ("eval" if len(run.data.evaluation) else "train")]
     return {k: v for k, v in last[-1].items() if k != "split"} if last else {}

@@ -9,7 +9,7 @@ import pytest
 ORDER = """
 errors
 data.preference data.columns data.datasets data.files data.mixture data.sources data.render data.cache data.shared_store
-data.remote_cache data.split data.prepare
+data.remote_cache data.split data.identity data.prepare
 data.balance data.packing data.pipeline data.synthetic
 architecture attention experts logprobs losses objective optim model step
 hub tensors sharding checkpoint weights sample tiny policy

@@ -218,7 +218,7 @@ def test_prepare_onto_a_shared_cache(tiny, tmp_path):
         (["inspect"], "--config is missing; usage: python -m dpo_jax.data inspect"),
         (["prepare", TINY, "--html=x"], "Unknown command line flag 'html'"),
         (["inspect", TINY, "--shards=0"], "--shards=0"),
-        (["inspect", TINY, "--config.loss=dpo"], "loss='dpo' does not exist"),
+        (["inspect", TINY, "--config.loss=dpo"], "loss='dpo': 'dpo' does not exist"),
         (["inspect", TINY, "--config.batchsize=4"], "did you mean batch_size"),
         (["inspect", TINY, "--shards=5"], "does not divide over 5 data shards x 1 microbatches"),
         (["inspect", TINY, "--config.dataset=/nowhere/x.jsonl"], "/nowhere/x.jsonl: no such file"),

@@ -4,10 +4,11 @@ To add one: write a function `row -> LabeledComparison | Skip` and a line in `DA
 `--config.dataset=my_module:my_function --config.dataset_path=FILES`.
 """
 
-import functools
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from dpo_jax.data.columns import (
     Parser,
@@ -111,11 +112,14 @@ def load_parser(name: str) -> Parser:
             "PYTHONPATH"
         ) from error
     except AttributeError as error:
-        raise UserError(f"dataset={name}: module {module_name} has no {function_name}; check the name") from error
+        if module_name in sys.modules:
+            raise UserError(f"dataset={name}: module {module_name} has no {function_name}; check the name") from error
+        raise UserError(_broken(name, module_name, error)) from error
+    except (Exception, SystemExit) as error:  # the module is the user's own code
+        raise UserError(_broken(name, module_name, error)) from error
     if not callable(parse):
         raise UserError(f"dataset={name}: {function_name} is a {type(parse).__name__}; needed is a function of one row")
 
-    @functools.wraps(parse)
     def guarded(row: Row) -> LabeledComparison | Skip:
         try:
             result = parse(row)
@@ -123,8 +127,32 @@ def load_parser(name: str) -> Parser:
                 return result
             if isinstance(result, LabeledComparison):
                 return checked(result)
-        except Exception as error:
-            return Skip("parser_error", f"{name} raised {type(error).__name__}: {error}")
+        except (Exception, SystemExit) as error:
+            return Skip("parser_error", f"{name} raised {type(error).__name__}: {' '.join(str(error).split())}")
         return Skip("parser_error", f"{name} returned {type(result).__name__}, not LabeledComparison or Skip")
 
     return guarded
+
+
+def own_code(name: str) -> list[Path]:
+    """The files of the code behind `module:function`: its module, and what is imported from the same package or folder.
+
+    Of an installed module outside any package only its own file counts: beside it lies everything else.
+    """
+    module = sys.modules[name.partition(":")[0]]
+    file = getattr(module, "__file__", None)
+    if not file:
+        return []
+    top = sys.modules[module.__name__.partition(".")[0]]
+    root = Path(file).resolve().parent
+    if getattr(top, "__path__", None):
+        root = Path(next(iter(top.__path__))).resolve()
+    elif root.name in ("site-packages", "dist-packages"):
+        return [Path(file)]
+    loaded = {Path(f).resolve() for m in list(sys.modules.values()) if (f := getattr(m, "__file__", None))}
+    return sorted(f for f in loaded if f.suffix == ".py" and (f == Path(file).resolve() or root in f.parents))
+
+
+def _broken(name: str, module: str, error: BaseException) -> str:
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"dataset={name}: importing module {module} failed ({what}); mend it"

@@ -11,6 +11,8 @@ import hashlib
 import io
 import json
 import os
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -156,7 +158,13 @@ def _rows_of(stream: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
     stream.seek(0)
     if magic[:2] == b"\x1f\x8b":
         with gzip.GzipFile(fileobj=stream) as unpacked:
-            yield from _json_rows(io.BufferedReader(unpacked, _CHUNK))
+            reader = io.BufferedReader(unpacked, _CHUNK)
+            if reader.peek(4)[:4] == b"PAR1":
+                with tempfile.TemporaryFile() as whole:  # read from its end first
+                    shutil.copyfileobj(reader, whole, _CHUNK)
+                    yield from _parquet_rows(whole)
+            else:
+                yield from _json_rows(reader)
     elif magic == b"PAR1":
         yield from _parquet_rows(stream)
     else:
@@ -197,12 +205,18 @@ def _array_rows(stream: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
     scan, window, line, ended = json.JSONDecoder().raw_decode, decode(stream.read(_CHUNK)), 1, False
     at = window.index("[") + 1
     line += window.count("\n", 0, at)
+    first, commas = True, 0  # since the row before
     while True:
         begin = at
         while begin < len(window) and window[begin] in " \t\r\n,":
+            commas += window[begin] == ","
             begin += 1
         if begin < len(window) and window[begin] == "]":
+            _refuse_more(window[begin + 1 :] + decode(stream.read(), True), line + window.count("\n", at, begin))
             return
+        if begin < len(window) and commas != (not first):
+            line += window.count("\n", at, begin)
+            raise ValueError(f"line {line}: {'a comma is missing' if commas == 0 else 'too many commas'} between rows")
         line += window.count("\n", at, begin)
         at = begin
         try:
@@ -217,7 +231,17 @@ def _array_rows(stream: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
             window, at, ended = window[at:] + decode(chunk, not chunk), 0, not chunk
             continue
         yield line, value if isinstance(value, dict) else BadLine("not_an_object", window[begin:end])
+        first, commas = False, 0
         line, at = line + window.count("\n", begin, end), end
+
+
+def _refuse_more(rest: str, line: int) -> None:
+    """An array is the whole file: rows after it would be lost without a word."""
+    if rest.strip():
+        raise ValueError(
+            f"line {line}: after the JSON array's end comes {rest.strip()[:20]!r}; a file is one array, or an object "
+            "a line"
+        )
 
 
 def _parquet_rows(stream: Any) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -237,7 +261,8 @@ def _find_remote(path: str) -> list[str]:
             return _data_files(path, [filesystem.unstrip_protocol(found) for found in filesystem.find(inner)])
         found = sorted(filesystem.glob(inner)) if glob.has_magic(inner) else [inner] if filesystem.exists(inner) else []
     except (ImportError, ValueError) as error:
-        raise UserError(f"{path}: {error}; for gs:// run pip install 'dpo_jax[gcs]'") from error
+        extra = "; run pip install 'dpo_jax[gcs]'" if path.startswith(("gs://", "gcs://")) else ""
+        raise UserError(f"{path}: cannot be opened ({_one_line(error)}){extra}") from error
     except OSError as error:
         raise UserError(
             f"{path}: cannot be reached ({_one_line(error)}); check the address and the credentials"

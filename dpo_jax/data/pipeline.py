@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from dpo_jax.data.balance import EMPTY
-from dpo_jax.data.mixture import Mixture
+from dpo_jax.data.mixture import Mixture, apportion
 from dpo_jax.data.packing import EpochPlan, Ladder, Order, RowLimits, RowShape, choose_ladder, plan_epoch
 from dpo_jax.errors import UserError
 
@@ -122,6 +122,12 @@ def make_schedule(
         raise UserError(
             f"batch_size={batch_size}: the mixture's proportions leave less than one batch (pairs of its parts: "
             f"{', '.join(map(str, mixture.sizes))}); lower batch_size or change the weights"
+        )
+    if mixture is not None and not (apportion(draft.epoch_size, mixture.weights) > 0).all():
+        raise UserError(
+            f"a mixture of weights {', '.join(f'{w:g}' for w in mixture.weights)} over pairs "
+            f"{', '.join(map(str, mixture.sizes))} gives nothing of one part to an epoch of {draft.epoch_size}; "
+            "bring the weights nearer together, or leave the part out"
         )
     epoch = lengths[draft.members(0)]
     ladder = choose_ladder(epoch, batch_size, limits, order, longest=lengths.max(0))

@@ -2,7 +2,6 @@
 
 import collections
 import hashlib
-import inspect
 import itertools
 import json
 import shutil
@@ -13,9 +12,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from dpo_jax.data import columns, datasets, preference, render
 from dpo_jax.data.cache import QUARANTINE, Pair, PairCache
-from dpo_jax.data.files import BadLine, fingerprint, read_rows
+from dpo_jax.data.files import BadLine, read_rows
+from dpo_jax.data.identity import identity
 from dpo_jax.data.mixture import apportion
 from dpo_jax.data.preference import DELIBERATE, LabeledComparison, Skip
 from dpo_jax.data.remote_cache import open_or_build
@@ -26,6 +25,7 @@ from dpo_jax.errors import UserError
 
 _BATCH = 512  # rows parsed and tokenised together: enough for the tokenizer's threads, little memory
 _PARTS = ("prompt", "chosen", "rejected")
+_PLAINLY = 20_000  # rows without one good one
 _WRONG_COLUMNS = ("unknown_columns", "missing_column")
 
 
@@ -103,12 +103,12 @@ def prepare(
     renderer = make_renderer(
         tokenizer, request.prompt_format, request.max_prompt_length, request.max_completion_length, request.overlong
     )
-    identity = _fingerprint(found, renderer, request.drop_ties)
-    total = sum(file["bytes"] or 0 for source in identity["sources"] for file in source["files"])
-    reader = _Reader(progress, total, collections.Counter())
+    decides = identity(found, renderer, request.drop_ties, Path(__file__))
+    total = sum(file["bytes"] or 0 for source in decides["sources"] for file in source["files"])
+    reader = _Reader(progress, total, collections.Counter(), quarantine)
     cache, built = open_or_build(
         request.cache_dir,
-        identity,
+        decides,
         lambda path: _produce(found.sources, renderer, request.drop_ties, path, reader),
     )
     written = _copy_quarantine(cache, quarantine)
@@ -136,8 +136,9 @@ def _produce(
             for batch in reader.batches(source):
                 for pair in _batch_pairs(batch, source, renderer, drop_ties, _Notes(tally, examples, bad_rows)):
                     yield pair._replace(source=names.index(source.name))
-                _refuse_wrong_columns(tally, examples)
+                _refuse_wrong_columns(tally, examples, bad_rows, reader.quarantine, ended=False)
                 reader.tell(tally["rows"])
+            _refuse_wrong_columns(tally, examples, bad_rows, reader.quarantine, ended=True)
             reader.rows.update(tally["rows"])
             rows, kept = tally["rows"], tally["rows"]["kept"]
             entries.append(
@@ -183,6 +184,7 @@ class _Reader:
     progress: Progress | None
     total_bytes: int
     rows: collections.Counter[str]
+    quarantine: Path | None
 
     def batches(self, source: Source) -> Iterator[list[tuple[str, dict[str, Any] | BadLine]]]:
         rows = itertools.chain.from_iterable(read_rows(path, self._count) for path in source.files)
@@ -232,10 +234,21 @@ def _prompt_hash(pair: LabeledComparison) -> int:
     return int.from_bytes(hashlib.blake2b(json.dumps(turns).encode(), digest_size=8).digest(), "little")
 
 
-def _refuse_wrong_columns(tally: dict[str, collections.Counter[str]], examples: dict[str, str]) -> None:
-    """Stops at once where the columns are plainly not those of the format, rather than after a million rows."""
+def _refuse_wrong_columns(
+    tally: dict[str, collections.Counter[str]],
+    examples: dict[str, str],
+    bad_rows: IO[str],
+    quarantine: Path | None,
+    *,
+    ended: bool,
+) -> None:
+    """Stops where the columns are plainly not those of the format: at the end, or after many rows of a long file."""
     wrong = sum(tally["dropped"][reason] for reason in _WRONG_COLUMNS)
-    if not tally["rows"]["kept"] and wrong > 0.9 * tally["rows"]["read"]:
+    enough = ended or tally["rows"]["read"] >= _PLAINLY
+    if enough and not tally["rows"]["kept"] and wrong > 0.9 * tally["rows"]["read"]:
+        if quarantine is not None:  # no cache will be there to copy them from
+            bad_rows.flush()
+            _copy_bad_rows(Path(bad_rows.name), quarantine)
         raise UserError(next(examples[reason] for reason in _WRONG_COLUMNS if reason in examples))
 
 
@@ -269,9 +282,18 @@ def _copy_quarantine(cache: PairCache, quarantine: Path | None) -> str | None:
         return None
     if quarantine is None:
         return str(kept)
-    quarantine.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(kept, quarantine)
+    _copy_bad_rows(kept, quarantine)
     return str(quarantine)
+
+
+def _copy_bad_rows(kept: Path, quarantine: Path) -> None:
+    try:
+        quarantine.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(kept, quarantine)
+    except OSError as error:
+        raise UserError(
+            f"{quarantine}: bad rows cannot be written there ({error.strerror}); choose another --workdir"
+        ) from None
 
 
 def _mixture_report(request: DataRequest, found: Found, divided: Split) -> dict[str, Any]:
@@ -322,39 +344,3 @@ def _token_table(pairs: Pairs) -> dict[str, dict[str, float]]:
         }
         for part, column in zip(_PARTS, lengths.T, strict=True)
     }
-
-
-def _fingerprint(found: Found, renderer: Renderer, drop_ties: bool) -> dict[str, Any]:
-    """Everything that decides the cache's content: files, parsers and our own code, tokenizer, template, limits."""
-    own_code = [Path(inspect.getfile(module)) for module in (columns, datasets, preference, render)]
-    return {
-        "sources": [
-            {
-                "name": source.name,
-                "split": source.split,
-                "parser": source.parser,
-                "code": _digest(Path(inspect.getfile(inspect.unwrap(source.spec.parse))).read_text()),
-                # Without the directory: what one machine built, another finds whose files lie elsewhere.
-                "files": [{**fingerprint(path), "path": path.rsplit("/", 1)[-1]} for path in source.files],
-            }
-            for source in found.sources
-        ],
-        "code": [_digest(path.read_text()) for path in (*own_code, Path(__file__))],
-        "tokenizer": _tokenizer_digest(renderer.tokenizer),
-        "form": renderer.form,
-        "limits": [renderer.max_prompt_length, renderer.max_completion_length, renderer.overlong],
-        "drop_ties": drop_ties,
-    }
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    """Of the vocabulary, the rules and the template; not of padding and truncation, which a caller may have set."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
-    rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, getattr(tokenizer, "chat_template", None)]
-    return _digest(json.dumps([type(tokenizer).__name__, rules, special], sort_keys=True))
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

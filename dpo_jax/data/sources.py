@@ -12,7 +12,9 @@ from dpo_jax.errors import UserError
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # A part of a mixture; its name may itself have commas and colons.
-_PART = re.compile(r"(.+?):(\d+\.?\d*(?:[eE]-?\d+)?|\.\d+)(?:,|$)")
+_PART = re.compile(r"\s*(.+?):((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?:,|$)")
+# Split names in the hub's file names: data/train_prefs-00000-of-00001.parquet.
+_SHARD = re.compile(r"(?:^|/)([\w.]+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.")
 _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 # Words in a file's path that name its split; validation comes before test, which is kept for the end.
 _EVAL_WORDS = (("validation", "valid", "val", "dev", "eval"), ("test",))
@@ -35,6 +37,7 @@ class Source:
 
 
 EXTRA = -1
+_HEAVIEST = 1e12  # a weight; more is a mistake, and would overflow their sum
 Sources = tuple[list[Source], str]  # of one part, and its note
 
 
@@ -80,6 +83,9 @@ def resolve(dataset: str, dataset_path: str = "", eval_path: str = "", split: st
         found, note = _find(name, path, split)
         parts.append(Part(name, weight, note))
         sources += [replace(source, part=number) for source in found]
+    if split and not any(_HUB.fullmatch(name) for name, _ in named):
+        raise UserError(f"split={split}: only an hf: dataset has splits to choose from; leave it out for {dataset}")
+    _refuse_twice(sources)
     if eval_path:
         sources = [source for source in sources if source.split == "train"]
         sources.append(_held_out(eval_path, sources, own_parser=len(named) == 1 and bool(_FUNCTION.fullmatch(dataset))))
@@ -101,16 +107,27 @@ def parse_mixture(dataset: str) -> list[tuple[str, float]]:
     if not found or _HUB.fullmatch(dataset):  # hf:OWNER/NAME:2024 is a split
         return [(dataset, 1.0)]
     parts = [(match[1], float(match[2])) for match in found]
-    whole = "".join(match[0] for match in found) == dataset and not dataset.endswith(",")
-    if not whole or len(parts) == 1 or any(weight <= 0 or name.startswith(",") for name, weight in parts):
+    rest = dataset[found[-1].end() :].strip() or ("," if dataset.rstrip().endswith(",") else "")
+    wrong = [f"{name}:{weight:g}" for name, weight in parts if not 0 < weight <= _HEAVIEST or name.startswith(",")]
+    if rest or wrong or len(parts) == 1:
         raise UserError(
-            f"dataset={dataset}: a mixture has two parts or more, each with a weight above 0, as in "
-            "hhh:0.7,ultrafeedback:0.3"
+            f"dataset={dataset}: a mixture has two parts or more, each with a weight above 0 (at most {_HEAVIEST:g}), "
+            f"as in hhh:0.7,ultrafeedback:0.3; found {(rest or ', '.join(wrong) or 'one part')!r}"
         )
     twice = sorted({name for name, _ in parts if [one for one, _ in parts].count(name) > 1})
     if twice:
         raise UserError(f"dataset={dataset}: {twice[0]} stands there twice; give it the sum of its weights")
     return parts
+
+
+def _refuse_twice(sources: list[Source]) -> None:
+    """Of a mixture, no file may be in two parts, whatever it is called there."""
+    owner: dict[str, int] = {}
+    for source in sources:
+        for path in source.files:
+            real = path if files.is_remote(path) else os.path.realpath(path)
+            if owner.setdefault(real, source.part) != source.part:
+                raise UserError(f"dataset: {path} is in two parts of the mixture; give it to one")
 
 
 def _paths(dataset_path: str, names: list[str]) -> list[str]:
@@ -124,9 +141,10 @@ def _paths(dataset_path: str, names: list[str]) -> list[str]:
     known = [path if re.split("[/:]", name)[0] in DATASETS else "" for path, name in zip(below, names, strict=True)]
     missing = [path for path in known if path and not files.is_remote(path) and not os.path.isdir(path)]
     if len(given) > 1 or missing:
+        found = f"found {len(given)} paths" if len(given) > 1 else f"there is no {missing[0]}"
         raise UserError(
             f"dataset_path={dataset_path}: a mixture of {len(names)} needs {len(names)} paths with commas between, in "
-            f"its order (empty: from the hub), or one directory that holds {', '.join(filter(None, known)) or 'them'}"
+            f"its order (empty: from the hub), or one directory that holds a directory for each named part; {found}"
         )
     return known
 
@@ -151,7 +169,8 @@ def _find(dataset: str, dataset_path: str, split: str) -> Sources:
             raise UserError(f"dataset={dataset}: needs --config.dataset_path=FILES, the rows to give to this function")
         spec = replace(OWN, parse=load_parser(dataset), tied=lambda row: False)
         return _directory(dataset, dataset_path, spec, parser=dataset)
-    if (re.search(r"[/*?\\]|\.\w+$", dataset) and ":" not in dataset.replace("://", "")) or os.path.exists(dataset):
+    like_path = re.search(r"[/*?\\]|\.\w+$", dataset) and ":" not in dataset
+    if like_path or files.is_remote(dataset) or os.path.exists(dataset):
         if dataset_path:
             raise UserError(f"dataset={dataset} is a path, and so is dataset_path={dataset_path}; give one of them")
         return _directory(dataset, dataset, OWN, parser="own")
@@ -187,16 +206,31 @@ def _named(name: str, subsets: tuple[str, ...], path: str) -> Sources:
 def _hub(dataset: str, repository: str, split: str, dataset_path: str) -> Sources:
     patterns = [f"*{suffix}{packed}" for suffix in files.SUFFIXES for packed in ("", ".gz")]
     directory = dataset_path or files.download(repository, patterns)
-    if not split:
-        return _directory(dataset, directory, OWN, parser="own")
     listed = files.find_files(directory)
-    chosen = tuple(path for path in listed if split in re.split(r"[^\w]+|-", _relative(path, directory)))
+    if not split:
+        splits = {found[1] for path in listed if (found := _SHARD.search(_relative(path, directory)))}
+        several = sorted(name for name in splits if name.startswith("train"))
+        if len(several) > 1:
+            raise UserError(
+                f"dataset={dataset}: there are several training splits ({', '.join(several)}); choose one by "
+                f"--config.split={several[0]}"
+            )
+        return _directory(dataset, directory, OWN, parser="own")
+
+    def of_split(name: str) -> tuple[str, ...]:
+        return tuple(path for path in listed if name in re.split(r"[^\w]+|-", _relative(path, directory)))
+
+    chosen = of_split(split)
     if not chosen:
         names = ", ".join(_relative(path, directory) for path in listed[:10])
         raise UserError(f"dataset={dataset}: no file of split {split}; the repository has {names}")
+    train = Source(dataset, "train", chosen, OWN, "own")
+    for word in ("test", "validation"):  # the split of the same kind: test_prefs for train_prefs
+        twin = of_split(split.replace("train", word, 1)) if split.startswith("train") else ()
+        if twin:
+            return [train, Source(dataset, "test", twin, OWN, "own")], "the published held-out split"
     rest, note = _directory(dataset, directory, OWN, parser="own")
     held = [source for source in rest if source.split == "test" and not set(source.files) & set(chosen)]
-    train = Source(dataset, "train", chosen, OWN, "own")
     return [train, *held], note if held else "no published evaluation split was found"
 
 

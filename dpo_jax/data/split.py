@@ -6,7 +6,7 @@ import numpy as np
 
 from dpo_jax.data.cache import PairCache
 from dpo_jax.data.mixture import Mixture, apportion
-from dpo_jax.data.sources import EXTRA, Found
+from dpo_jax.data.sources import EXTRA, Found, Part
 from dpo_jax.errors import UserError
 
 
@@ -96,13 +96,16 @@ def _by_part(
     train = np.flatnonzero(~in_test)
     wanted = apportion(eval_pairs, [part.weight for part in found.parts]) if eval_pairs > 0 else [-1] * len(found.parts)
     taken_by_part: list[np.ndarray] = []
-    notes: list[str] = []
+    notes: dict[str, str] = {}
+    published: list[tuple[Part, np.ndarray, np.ndarray]] = []
     for number, part in enumerate(found.parts):
         mine = np.flatnonzero(part_of == number)
         if found.published(number):
             held = mine[in_test[mine]]
             taken = _sampled(held, int(wanted[number]), seed)
-            note = _published_note(part.note, taken, held, hashes, train, seed)
+            known = np.isin(hashes[train], hashes[taken]) & (part_of[train] != number)
+            train = train[~known]  # its own training split stays as it was published
+            published.append((part, taken, held))
         elif eval_pairs == -1:
             raise UserError(
                 f"eval_pairs=-1 (all) needs an evaluation split, but {part.note}; give a number or eval_path"
@@ -114,11 +117,14 @@ def _by_part(
                 f"(seed {seed}), none of these prompts is in training"
             )
             train = train[~np.isin(hashes[train], hashes[held])]
+            notes[part.name] = note
         taken_by_part.append(taken)
-        notes.append(note if len(found.parts) == 1 else f"{part.name}: {note}.")
+    for part, taken, held in published:  # now that all is out of training that others hold out
+        notes[part.name] = _published_note(part.note, taken, held, hashes, train, seed)
     # Spread, so that the first pairs are from every part.
     places = np.concatenate([(np.arange(len(x)) + 0.5) / max(1, len(x)) for x in taken_by_part])
-    return train, np.concatenate(taken_by_part)[np.argsort(places, kind="stable")], notes
+    said = [notes[part.name] if len(found.parts) == 1 else f"{part.name}: {notes[part.name]}." for part in found.parts]
+    return train, np.concatenate(taken_by_part)[np.argsort(places, kind="stable")], said
 
 
 def _sampled(held: np.ndarray, count: int, seed: int) -> np.ndarray:

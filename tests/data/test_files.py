@@ -270,7 +270,8 @@ def test_any_hub_dataset_with_and_without_a_split(tmp_path, monkeypatch):
     found = resolve("hf:some/data:train_prefs")
     assert shape(found) == [("hf:some/data:train_prefs", "train", 1), ("hf:some/data:train_prefs", "test", 1)]
     assert shape(resolve("hf:some/data", split="train_prefs"))[0] == ("hf:some/data", "train", 1)
-    assert shape(resolve("hf:some/data")) == [("hf:some/data", "train", 2), ("hf:some/data", "test", 1)]
+    with pytest.raises(UserError, match=r"several training splits \(train_prefs, train_sft\)"):
+        resolve("hf:some/data")
     with pytest.raises(UserError, match="no file of split dev; the repository has data/test_prefs"):
         resolve("hf:some/data:dev")
 
@@ -315,8 +316,10 @@ def test_a_mixture_has_its_parts_and_their_files(tmp_path):
         ("hhh:0.7,", "", "two parts or more"),
         ("ultrafeedback:0.5", "", "two parts or more"),
         ("hhh:1,hhh:2", "", "stands there twice"),
+        ("hhh:1,ultrafeedback:1e400", "", "at most 1e.12"),
+        ("hhh:1, ultrafeedback", "", "found .ultrafeedback."),
         ("hhh:1,ultrafeedback:1", "a,b,c", "a mixture of 2 needs 2 paths"),
-        ("hhh:1,ultrafeedback:1", "/nowhere", "/nowhere/hhh, /nowhere/ultrafeedback"),
+        ("hhh:1,ultrafeedback:1", "/nowhere", "there is no /nowhere/hhh"),
     ],
 )
 def test_mixtures_that_are_none(dataset, path, message):
@@ -345,3 +348,31 @@ def test_a_dataset_from_the_hub_and_again_without_one(hub, tmp_path, monkeypatch
         resolve("hf:someone/none")
     use_hub(monkeypatch, tmp_path, closed_port())
     assert resolve("hhh/harmless-base") == found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}]\n[{"a": 2}]\n', "line 1: after the JSON array's end comes"),
+        ('[{"a": 1}] x', "after the JSON array's end"),
+        ('[{"a": 1}\n{"a": 2}]', "line 2: a comma is missing"),
+        ('[{"a": 1},, {"a": 2}]', "too many commas"),
+    ],
+)
+def test_an_array_that_would_lose_rows_is_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        list(read_rows(written(tmp_path / "data.json", text)))
+
+
+def test_parquet_packed_with_gzip(tmp_path):
+    pyarrow.parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "plain.parquet")
+    path = written(tmp_path / "rows.parquet.gz", gzip.compress((tmp_path / "plain.parquet").read_bytes()))
+    assert [row for _, row in read_rows(path)] == ROWS
+
+
+def test_no_file_is_in_two_parts_and_split_is_for_the_hub(tmp_path):
+    root = hh_layout(tmp_path, "hhh/harmless-base/train.jsonl", "x.jsonl")
+    with pytest.raises(UserError, match="in two parts of the mixture"):
+        resolve(f"{root}/x.jsonl:1,{root}/./x.jsonl:1")
+    with pytest.raises(UserError, match="only an hf: dataset has splits"):
+        resolve(f"{root}/x.jsonl", split="test")

@@ -1,6 +1,7 @@
 """From files to training and evaluation pairs: counts, the hold-out, ties, the quarantine, and the cache in between."""
 
 import gzip
+import importlib
 import json
 import sys
 from itertools import pairwise
@@ -366,3 +367,46 @@ def test_a_mixtures_published_splits_are_sampled_by_weight(tmp_path, run):
     prepared = run(f"{tmp_path}/a:1,{tmp_path}/b:2", eval_pairs=6)
     assert [int(held.sum()) for held in prepared.split.groups.values()] == [2, 4]
     assert len(run(f"{tmp_path}/a:1,{tmp_path}/b:2", eval_pairs=-1).evaluation) == 24
+
+
+def test_no_published_test_prompt_of_one_part_is_trained_on_in_another(tmp_path, run):
+    jsonl(tmp_path / "a" / "train.jsonl", rows(20))
+    jsonl(tmp_path / "a" / "test.jsonl", rows(12, start=100))
+    b = jsonl(tmp_path / "b.jsonl", [{**row, "chosen": "other " + row["chosen"]} for row in rows(40, start=90)])
+    for order in (f"{tmp_path}/a:1,{b}:1", f"{b}:1,{tmp_path}/a:1"):
+        prepared = run(order, eval_pairs=20)
+        assert not prompts(prepared.train) & prompts(prepared.evaluation)
+        assert "0 have a prompt of training" in prepared.report["held_out"]
+
+
+def test_wrong_columns_leave_their_rows_in_the_quarantine(tmp_path, run):
+    path = jsonl(tmp_path / "data.jsonl", [{"prompt": "x", "chosen": "y"}] * 600)
+    with pytest.raises(UserError, match="accepted are"):
+        run(path, quarantine=tmp_path / "run" / "quarantine.jsonl")
+    assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) == 600
+    good = jsonl(tmp_path / "good.jsonl", [{"prompt": "x", "chosen": "y"}] * 600 + rows(3000))
+    assert len(run(good, eval_pairs=0, max_bad_fraction=1.0).train) == 3000
+
+
+def test_a_change_in_what_ones_own_module_imports_is_another_cache(tmp_path, run, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "rows_of_mine.py").write_text(
+        "import words_of_mine\nfrom dpo_jax.data.columns import parse_own\n"
+        "class Parse:\n    def __call__(self, row):\n"
+        "        return parse_own({**row, 'chosen': row['chosen'] + words_of_mine.WORD})\nparse = Parse()\n"
+    )
+    path = jsonl(tmp_path / "data" / "rows.jsonl", rows(4))
+    for word in (" one", " two"):
+        (tmp_path / "words_of_mine.py").write_text(f"WORD = {word!r}\n")
+        for module in ("rows_of_mine", "words_of_mine"):
+            sys.modules.pop(module, None)
+        importlib.invalidate_caches()
+        sys.dont_write_bytecode = True
+        prepared = run("rows_of_mine:parse", path, eval_pairs=0)
+        assert all(chosen.removesuffix("<|im_end|>\n").endswith(word) for _, chosen, _ in texts(prepared.train))
+    for text, what in (("raise RuntimeError('x\\ny')", "RuntimeError: x y"), ("def (", "SyntaxError")):
+        (tmp_path / "broken_of_mine.py").write_text(text + "\n")
+        sys.modules.pop("broken_of_mine", None)
+        importlib.invalidate_caches()
+        with pytest.raises(UserError, match=f"importing module broken_of_mine failed .{what}"):
+            run("broken_of_mine:parse", path)
