@@ -111,7 +111,7 @@ def exo_pair(pairs: Scored, *, beta: float, label_smoothing: float) -> jax.Array
 def nca_pair(pairs: Scored, *, beta: float) -> jax.Array:
     """NCA: −log σ(β·r_w) − ½·log σ(−β·r_w) − ½·log σ(−β·r_l): absolute likelihoods, so that r_w does not fall.
 
-    Chen et al. 2024, arXiv 2402.05369, section 3.3 with two completions.
+    Chen et al. 2024, arXiv 2402.05369, with two completions.
     """
     chosen, rejected = _both(pairs)
     both = jax.nn.log_sigmoid(-beta * chosen) + jax.nn.log_sigmoid(-beta * rejected)
@@ -197,7 +197,7 @@ def discopop(pairs: Scored, *, beta: float, discopop_tau: float = 0.05) -> jax.A
 def sigmoid_norm(pairs: Scored, *, beta: float) -> jax.Array:
     """DPO per token: −log σ(β·(r_w/|y_w| − r_l/|y_l|)).
 
-    Length-normalised DPO of Lambert et al. 2024 (Tülu 3), arXiv 2411.15124, equation 6.
+    Length-normalised DPO of Lambert et al. 2024 (Tülu 3), arXiv 2411.15124.
     """
     assert pairs.scores is not None
     return -jax.nn.log_sigmoid(beta * difference(pairs.scores / pairs.tokens))
@@ -222,7 +222,7 @@ def simpo(pairs: Scored, *, beta: float, simpo_gamma: float = 0.5, label_smoothi
 def cpo(pairs: Scored, *, beta: float, cpo_alpha: float = 1.0, label_smoothing: float = 0.0) -> jax.Array:
     """CPO: −log σ(β·(log π(y_w) − log π(y_l))) + α·`sft`, without a reference; smoothing as in `sigmoid`.
 
-    Xu et al. 2024, arXiv 2401.08417, equations 3 to 5 (α = 1).
+    Xu et al. 2024, arXiv 2401.08417, equation 3 and its likelihood term (α = 1).
     """
     return _smoothed(beta * difference(pairs.policy), label_smoothing) + cpo_alpha * sft(pairs)
 

@@ -189,7 +189,7 @@ def make_logps_step(logps: LogpsFn, *, compute_dtype: Any, out_shardings: Any = 
 def make_reference_sync(alpha: float, *, shardings: Any = None):
     """Build the jitted `sync(reference, params)` → (1−α)·reference + α·params; the reference is donated.
 
-    TR-DPO's soft update (Gorbatovski et al. 2024, arXiv 2404.09656, equation 5), in the reference's own dtype: keep it
+    TR-DPO's soft update (Gorbatovski et al. 2024, arXiv 2404.09656), in the reference's own dtype: keep it
     in float32, as a small α's changes are lost in bfloat16.
     """
 

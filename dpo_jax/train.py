@@ -126,21 +126,10 @@ def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
     tx, rate = _transformation(c, c["learning_rate"], c["lr_schedule"], steps)
     objective, moves = _objective(c), c["reference_sync_steps"] > 0
     in_step = objective.needs_reference and not c["reference_cache"]
-    ref_params, values = None, None
-    if run.done > sft_steps:
-        saved: Any = policy.abstract_state(tx, run.layout)
-        if moves:
-            saved = {"state": saved, "reference": policy.abstract_reference(run.layout)}
-            both = checkpoint.restore(run.checkpoints, run.done, saved)
-            state, ref_params = both["state"], both["reference"]
-        else:
-            state = checkpoint.restore(run.checkpoints, run.done, saved)
-            ref_params = _reference(run, None) if in_step else None
-            values = _kept_reference(run, plan, steps, None)
-    else:
-        state = policy.start_state(_params_after_sft(run), tx, run.layout)
-        ref_params = _reference(run, state.params) if in_step else None
-        values = _kept_reference(run, plan, steps, state.params)
+    state, ref_params = _start(run, tx, in_step)
+    starts = run.done <= sft_steps
+    values = _kept_reference(run, plan, steps, state.params if starts else None)
+    if starts:
         _answer(run, state.params, "before", 0)
 
     def save(n: int, state: TrainState, reference: Params | None) -> None:
@@ -194,6 +183,21 @@ def _params_after_sft(run: Run) -> Params:
         )
         state = _run_phase(run, phase, state, None, run.done)
     return state.params
+
+
+def _start(run: Run, tx: optax.GradientTransformation, needs_reference: bool) -> tuple[TrainState, Params | None]:
+    """State and reference of DPO when it starts, or as the newest checkpoint has them."""
+    c = run.c
+    if run.done <= c["sft_steps"]:
+        state = policy.start_state(_params_after_sft(run), tx, run.layout)
+        return state, _reference(run, state.params) if needs_reference else None
+    saved = policy.abstract_state(tx, run.layout)
+    if c["reference_sync_steps"]:
+        both = {"state": saved, "reference": policy.abstract_reference(run.layout)}
+        both = checkpoint.restore(run.checkpoints, run.done, both)
+        return both["state"], both["reference"]
+    state = checkpoint.restore(run.checkpoints, run.done, saved)
+    return state, _reference(run, None) if needs_reference else None
 
 
 def _objective(c: Config) -> Objective:

@@ -21,13 +21,15 @@ RUNS = {name: {"loss": name} for name in LOSSES}
 RUNS["robust"] |= {"label_smoothing": 0.1}
 RUNS["exo_pair"] |= {"label_smoothing": 1e-3}
 RUNS["sigmoid_norm"] |= {"dpo_beta": 5.0}
-RUNS["sft"] |= {"learning_rate": 1e-3}
 RUNS["simpo"] |= {"dpo_beta": 2.0, "simpo_gamma": 1.0}
 RUNS["orpo"] |= {"dpo_beta": 1.0}
+for name in ("sft", "cpo", "orpo"):  # likelihood moves slower than a difference of likelihoods
+    RUNS[name] |= {"learning_rate": 1e-3, "num_steps": 60}
 RUNS["sigmoid:1.0,sft:0.2"] = {"loss": "sigmoid:1.0,sft:0.2"}
-RUNS |= {f"sigmoid + {f}": {"f_divergence": f} for f in ("forward_kl", "js", "alpha")}
-RUNS |= {"sigmoid + wpo": {"wpo": True}, "sigmoid + ld_alpha": {"ld_alpha": 0.5}}
-RUNS["sigmoid + sync"] = {"reference_sync_steps": 10}
+RUNS |= {f"f_divergence={f}": {"f_divergence": f} for f in ("forward_kl", "js", "alpha")}
+# Rude answers are nothing the policy would say: few pairs weigh much, and a large beta soon has enough of those.
+RUNS["wpo"] = {"wpo": True, "dpo_beta": 1.0, "learning_rate": 2e-4, "num_steps": 60}
+RUNS |= {"ld_alpha": {"ld_alpha": 0.5}, "reference_sync_steps": {"reference_sync_steps": 10}}
 SWEEP = {"num_steps": 30, "learning_rate": 3e-4, "eval_every": 0, "checkpoint_every": 0, "sample_prompts": 0}
 
 

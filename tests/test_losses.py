@@ -13,6 +13,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.logprobs import Logps, sum_pairs
 from dpo_jax.losses import LOSSES, Scored
 from dpo_jax.objective import DIVERGENCES, needs_reference, parse_loss, preference_objective
+from dpo_jax.step import make_reference_sync
 
 N = 64
 
@@ -125,14 +126,13 @@ CASES = [json.loads(case) for case in GOLDEN["cases"]]
 TRL_METRICS = ("chosen_reward", "rejected_reward", "margin", "accuracy")
 
 
-def _row(case):
-    """The name of a case in docs/losses.md."""
-    options = [case["f_divergence"]] if "f_divergence" in case else []
-    options += [name for name in ("wpo", "ld_alpha") if name in case]
-    return " + ".join([case["loss"], *options])
+def _rows(case):
+    """Where docs/losses.md says a case's differences: at its options, else at its loss."""
+    options = [f"f_divergence={case['f_divergence']}"] if "f_divergence" in case else []
+    return [*options, *(name for name in ("wpo", "ld_alpha") if name in case)] or [case["loss"]]
 
 
-ROWS = sorted({_row(case) for case in CASES})
+ROWS = sorted({row for case in CASES for row in _rows(case)})
 
 
 def _golden_inputs():
@@ -182,9 +182,9 @@ def _compare(case, ours, theirs, measured=None):
     """Values within 1e-5 of max(1, |loss|), gradients within 1e-4 of their largest component."""
     value = abs(ours[0] - theirs[0]) / max(1, abs(theirs[0]))
     grad = np.abs(ours[1] - theirs[1]).max() / np.abs(theirs[1]).max()
-    if measured is not None:
-        measured("losses", "value", _row(case), value)
-        measured("losses", "gradient", _row(case), grad)
+    for row in _rows(case) if measured else []:
+        measured("losses", "value", row, value)
+        measured("losses", "gradient", row, grad)
     assert value < 1e-5, case
     assert grad < 1e-4, case
     np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-4, atol=1e-5)
@@ -194,7 +194,7 @@ def _compare(case, ours, theirs, measured=None):
 def test_values_gradients_and_rewards_are_those_of_trl(row, measured):
     data, real = _golden_inputs()
     for i, case in enumerate(CASES):
-        if _row(case) == row:
+        if _rows(case)[0] == row:
             grad = np.zeros(real.shape)
             grad[real] = GOLDEN["grad"][i]
             _compare(case, _ours(case, data), (GOLDEN["loss"][i], grad, GOLDEN["metrics"][i]), measured)
@@ -216,6 +216,19 @@ def test_trl_itself_says_the_same(loss):
         data = record_losses.inputs()
         theirs = record_losses.record(case, data)
     _compare(case, _ours(case, data), theirs)
+
+
+def test_trls_callback_moves_the_reference_as_ours_does():
+    """TR-DPO's soft update, by `SyncRefModelCallback`."""
+    pytest.importorskip("trl", reason="needs the parity extra: torch and trl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tests.golden import record_losses
+
+    rng = np.random.default_rng(0)
+    reference, params = (rng.normal(size=(5, 3)).astype(np.float32) for _ in range(2))
+    ours = make_reference_sync(0.6)({"w": jnp.asarray(reference)}, {"w": jnp.asarray(params)})["w"]
+    np.testing.assert_allclose(ours, record_losses.moved_reference(reference, params, 0.6), rtol=1e-6, atol=1e-7)
 
 
 # --- what the definitions promise

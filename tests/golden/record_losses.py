@@ -23,6 +23,7 @@ import torch
 from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
 
 OUT = Path(__file__).parent / "trl" / "losses.npz"
 PAIRS, LONGEST = 64, 12
@@ -188,6 +189,16 @@ def record(case: dict[str, Any], data: dict[str, np.ndarray]) -> tuple[float, np
     loss.backward()
     grad = torch.where(real, leaf.grad, 0.0).numpy().reshape(2, PAIRS, LONGEST).swapaxes(0, 1)
     return float(loss), grad.astype(np.float32), [float(metrics[name]) for name in METRICS]
+
+
+def moved_reference(reference: np.ndarray, params: np.ndarray, alpha: float) -> np.ndarray:
+    """What `SyncRefModelCallback` makes of one weight of a reference."""
+    models = []
+    for weight in (params, reference):
+        models.append(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+        models[-1].weight.data = torch.tensor(weight)
+    SyncRefModelCallback._sync_target_model(*models, alpha)
+    return models[1].weight.detach().numpy()
 
 
 def main() -> None:
