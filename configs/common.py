@@ -55,7 +55,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer = "adamw"  # adamw or rmsprop
     c.weight_decay = 0.0  # decoupled; norms do not decay
     c.max_grad_norm = 1.0  # clip by global norm; 0 = off
-    c.lora_rank = 0  # 0 = all parameters are trained; adapters are not there yet
+
+    # --- adapters (docs/lora.md): the base is frozen and, without them, the reference
+    c.lora_rank = 0  # 0 = all parameters are trained; 8 to 64: learning_rate 1e-5 and more
+    c.lora_alpha = 32.0  # adapters are scaled by lora_alpha / lora_rank
+    c.lora_rslora = False  # divide lora_alpha by the root of the rank, for large ranks
+    c.lora_targets = "all"  # all projections, or some of q,k,v,o,gate,up,down (also q_proj, ...)
+    c.lora_base_dtype = "auto"  # of the frozen base; auto = compute_dtype
 
     # --- numbers and machine
     c.param_dtype = "float32"  # of the trained parameters and the optimiser's moments

@@ -5,6 +5,7 @@ on standard error, before anything is compiled), 143 stopped by SIGTERM after sa
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dpo_jax import answers, checkpoint, hub, inputs, metrics, policy, report, weights
+from dpo_jax import answers, checkpoint, hub, inputs, lora, metrics, peft_files, policy, report, weights
 from dpo_jax.config import check, check_workdir, claim_workdir, parse
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.packing import Order
@@ -51,6 +52,7 @@ class Run:
     writer: metrics.MetricsWriter
     stop: threading.Event
     done: int  # updates, of SFT and DPO together, that the newest checkpoint holds
+    base: Params  # under the adapters, never trained; {} if all parameters are
 
 
 def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
@@ -75,7 +77,14 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     main_process = jax.process_index() == 0
     with first_process_first("dpo_jax model files"):
         found = policy.find(c["model"], workdir, c["seed"])
-    layout = policy.lay_out(found.config, mesh, param_dtype=c["param_dtype"], compute_dtype=c["compute_dtype"])
+    layout = policy.lay_out(
+        found.config,
+        mesh,
+        param_dtype=c["param_dtype"],
+        compute_dtype=c["compute_dtype"],
+        lora=_adapters(c, found),
+        base_dtype=c["lora_base_dtype"],
+    )
     if c["reference"]:
         policy.check_reference(hub.resolve(c["reference"], what="reference"), layout)
     with first_process_first("dpo_jax data"):  # with a cache that all share, the others find it whole
@@ -100,7 +109,17 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
         writer = metrics.MetricsWriter(workdir if main_process else None, total_steps=totals, quiet=not main_process)
         logps = policy.logps_fn(layout, remat=c["remat"], ld_alpha=c["ld_alpha"], log_sum_sq=c["wpo"])
         with writer:
-            return _train(Run(c, workdir, found, layout, data, logps, checkpoints, writer, stop, done), plan, steps)
+            base = policy.load_base(found, layout, c["seed"])
+            return _train(
+                Run(c, workdir, found, layout, data, logps, checkpoints, writer, stop, done, base), plan, steps
+            )
+
+
+def _adapters(c: Config, found: Policy) -> lora.Lora | None:
+    if not c["lora_rank"]:
+        return None
+    targets = lora.parse_targets(c["lora_targets"])
+    return lora.on_model(found.config, c["lora_rank"], c["lora_alpha"], targets, rslora=c["lora_rslora"])
 
 
 def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
@@ -122,7 +141,7 @@ def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
     else:
         state = policy.start_state(_params_after_sft(run), tx, run.layout)
         ref_params = _reference(run, state.params) if objective.needs_reference else None
-        _answer(run, state.params, "before", 0)
+        _answer(run, state, "before", 0)
 
     def save(n: int, state: TrainState, reference: Params | None) -> None:
         tree = {"state": state, "reference": reference} if moves else state
@@ -131,7 +150,7 @@ def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
     phase = Phase(
         "train",
         _source(plan, run.layout.mesh, steps, c["microbatches"]),
-        make_train_step(run.logps, objective, tx, rate, compute_dtype=run.layout.dtype),
+        _train_step(run, objective, tx, rate),
         log_every=c["log_every"],
         eval_every=c["eval_every"],
         checkpoint_every=c["checkpoint_every"],
@@ -151,8 +170,13 @@ def _run_phase(run: Run, phase: Phase, state: TrainState, ref_params: Params | N
         return run_phase(phase, state, ref_params, start, mesh=run.layout.mesh, writer=run.writer, stop=run.stop)
 
 
+def _train_step(run: Run, objective: Objective, tx: optax.GradientTransformation, rate: optax.Schedule) -> Any:
+    step = make_train_step(run.logps, objective, tx, rate, compute_dtype=run.layout.dtype)
+    return functools.partial(step, base=run.base)
+
+
 def _params_after_sft(run: Run) -> Params:
-    """The policy's parameters when DPO starts: as loaded or fresh, after what is left of the SFT phase."""
+    """What is trained, when DPO starts: as loaded or fresh, after what is left of the SFT phase."""
     c, steps = run.c, run.c["sft_steps"]
     if not steps:
         return policy.load_params(run.policy, run.layout, c["seed"])
@@ -166,7 +190,7 @@ def _params_after_sft(run: Run) -> Params:
         phase = Phase(
             "sft",
             _source(plan, run.layout.mesh, steps, c["microbatches"]),
-            make_train_step(run.logps, sft_objective(), tx, rate, compute_dtype=run.layout.dtype),
+            _train_step(run, sft_objective(), tx, rate),
             log_every=c["log_every"],
             eval_every=0,
             checkpoint_every=c["checkpoint_every"],
@@ -183,10 +207,15 @@ def _objective(c: Config) -> Objective:
 
 
 def _reference(run: Run, start: Params | None) -> Params:
-    """The reference's parameters: those named, else the policy's when DPO starts (`start`, None in a resumed run)."""
+    """The reference's parameters: those named, else the policy's when DPO starts (`start`, None in a resumed run).
+
+    Over a frozen base only what differs from it is needed: nothing, or the adapters after the SFT phase.
+    """
     c, moves = run.c, run.c["reference_sync_steps"] > 0
     if c["reference"]:
         return policy.load_reference(hub.resolve(c["reference"], what="reference"), run.layout, moves=moves)
+    if run.base and not c["sft_steps"]:
+        return {}
     if run.policy.directory is not None and not c["sft_steps"]:
         return policy.load_reference(run.policy.directory, run.layout, moves=moves)
     if moves:  # only asked for when DPO starts: checkpoints hold it afterwards
@@ -206,10 +235,11 @@ def _evaluator(run: Run, objective: Objective) -> Callable[[TrainState, Params |
         run.logps, objective, compute_dtype=run.layout.dtype, out_shardings=replicated(run.layout.mesh)
     )
     groups = run.data.split.groups
+    eval_step = functools.partial(eval_step, base=run.base)
     return lambda state, reference: evaluate(eval_step, state.params, reference, source, run.layout.mesh, groups)
 
 
-def _answer(run: Run, params: Params, when: str, step: int) -> None:
+def _answer(run: Run, state: TrainState, when: str, step: int) -> None:
     """Answer the first held-out prompts and append the answers to samples.jsonl."""
     c = run.c
     pairs = run.data.evaluation if len(run.data.evaluation) else run.data.train
@@ -217,7 +247,7 @@ def _answer(run: Run, params: Params, when: str, step: int) -> None:
     if not len(shown):
         return
     records = answers.answer(
-        params,
+        run.base | state.params,
         shown,
         run.policy.tokenizer,
         run.layout,
@@ -230,17 +260,20 @@ def _answer(run: Run, params: Params, when: str, step: int) -> None:
 
 def _finish(run: Run, state: TrainState, steps: int) -> dict[str, float]:
     """Answers after training, the export, the report and the final table. Done again, it changes nothing."""
-    c, workdir, samples = run.c, run.workdir, run.workdir / "samples.jsonl"
+    c, workdir, layout, samples = run.c, run.workdir, run.layout, run.workdir / "samples.jsonl"
     if not agreed(any(r["when"] == "after" for r in _read(samples))):
-        _answer(run, state.params, "after", steps)
+        _answer(run, state, "after", steps)
     export = workdir / "export"
     if c["export"] and not agreed((export / "config.json").exists()):
+        if layout.lora is not None:
+            peft_files.save(state.params, layout.config, layout.lora, workdir / "export-adapter", base=c["model"])
         weights.save(
-            state.params,
+            run.base | state.params,
             run.policy.hf_config(),
             export,
             dtype=c["param_dtype"],
             tokenizer_from=run.policy.tokenizer_directory,
+            lora_scale=layout.config.lora_scale,
         )
     records = _read(workdir / "metrics.jsonl")
     if jax.process_index() == 0:
@@ -263,6 +296,9 @@ def _introduce(run: Run, plan: Schedule) -> None:
     platform = layout.mesh.devices.flat[0].platform
     say = run.writer.message
     say(f"model {c['model']}: {layout.config.parameter_count():,} parameters, {layout.dtype} on {mesh} ({platform})")
+    if layout.lora is not None:
+        adapters, targets = policy.trained_count(layout), ",".join(layout.lora.targets)
+        say(f"LoRA of rank {layout.lora.rank} on {targets}: {adapters:,} parameters are trained")
     say(f"data {c['dataset']}: {len(run.data.train):,} training pairs, {len(run.data.evaluation):,} held out")
     for part in run.data.report.get("mixture", []):
         say(f"  {part['name']}: {part['weight']:.1%}, {part['epoch']:,} of {part['pairs']:,} pairs an epoch")

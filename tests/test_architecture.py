@@ -12,7 +12,7 @@ data.preference data.columns data.datasets data.files data.mixture data.sources 
 data.remote_cache data.split data.prepare
 data.balance data.packing data.pipeline data.synthetic
 architecture attention experts logprobs losses objective optim model step
-hub tensors sharding checkpoint weights sample tiny policy
+hub tensors lora sharding checkpoint weights peft_files sample tiny policy
 metrics page charts runs compare report answers loop config inputs
 inspection inspection_text inspection_page data_command data.__main__
 train
