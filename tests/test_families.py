@@ -16,7 +16,6 @@ from dpo_jax import weights
 from dpo_jax.architecture import hf_config
 from dpo_jax.experts import balance_loss
 from dpo_jax.logprobs import pair_logps
-from dpo_jax.losses import LOSSES
 from dpo_jax.model import hidden_states, hidden_states_and_balance, unembedding
 from dpo_jax.sample import generate
 from tests import families
@@ -94,10 +93,11 @@ def dpo_gradient(config, pairs):
     def loss(params, noise):
         hidden = hidden_states(params, rows, config=config, slots=slots, remat="dots")
         cap, table = config.final_logit_softcapping, unembedding(params)
-        logps = pair_logps(hidden, rows, table, slots=slots, pairs_per_row=3, chunk_tokens=16, softcap=cap)
+        logps = pair_logps(hidden, rows, table, slots=slots, pairs_per_row=3, chunk_tokens=16, softcap=cap).logps
         logps = jnp.stack([logps[places[i]] for i in range(len(pairs))])
         reference = jax.lax.stop_gradient(logps) + noise
-        return LOSSES["sigmoid"](logps, reference, beta=BETA, label_smoothing=0.0).mean(), reference
+        rewards = BETA * (logps - reference)
+        return -jax.nn.log_sigmoid(rewards[:, 0] - rewards[:, 1]).mean(), reference
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
