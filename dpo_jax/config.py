@@ -17,9 +17,9 @@ from ml_collections import config_flags
 from dpo_jax.errors import UserError
 from dpo_jax.lora import parse_targets
 from dpo_jax.losses import LOSSES
-from dpo_jax.model import REMAT_POLICIES
 from dpo_jax.objective import DIVERGENCES, needs_reference, parse_loss
 from dpo_jax.optim import OPTIMIZERS, SCHEDULES
+from dpo_jax.remat import REMAT_POLICIES
 
 DTYPES = ("float32", "bfloat16")
 

@@ -20,22 +20,11 @@ from jax.ad_checkpoint import checkpoint_name
 from dpo_jax.architecture import ACTIVATIONS, ModelConfig
 from dpo_jax.attention import Slots, apply_rotary, cached_attention, pair_row_attention, rotary_angles
 from dpo_jax.experts import balance_sums, experts_mlp, route
+from dpo_jax.remat import REMAT_POLICIES
 
 Params = Any  # a nested dict of arrays
 
 NO_WINDOW = 2**30  # positions, more than any row has
-
-# What the backward pass keeps of a layer; everything else is computed again.
-REMAT_POLICIES: dict[str, Callable | None] = {
-    "none": None,
-    # matrix products and attention are kept, the cheap element-wise work between them is not
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attention_out"),
-    ),
-    "attention": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention_out"),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], dtype) -> jax.Array:

@@ -20,9 +20,10 @@ from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowShape
 from dpo_jax.errors import UserError
 from dpo_jax.lora import Lora, init_adapters, on_model, parse_targets
-from dpo_jax.model import REMAT_POLICIES, init_params
+from dpo_jax.model import init_params
 from dpo_jax.objective import preference_objective
 from dpo_jax.optim import optimizer, schedule
+from dpo_jax.remat import REMAT_POLICIES
 from dpo_jax.sharding import make_mesh, to_global
 from dpo_jax.step import make_eval_step, make_train_step
 from tests import oracle
