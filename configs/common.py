@@ -51,13 +51,19 @@ def get_config() -> ml_collections.ConfigDict:
     c.reference_cache = False  # compute the reference once, keep it on disk, and free its memory; False = in every step
     c.reference_sync_steps = 0  # updates after which the reference moves towards the policy; 0 = never
     c.reference_sync_alpha = 0.6  # how far it moves: 1 = all the way
-    c.learning_rate = 1e-6  # peak; 5e-7 to 1e-5, lower than SFT's
+    c.learning_rate = 1e-6  # peak; 5e-7 to 1e-5, lower than SFT's; of adapters 1e-5 and more
     c.lr_schedule = "linear"  # constant, linear or cosine to 0 after the warm-up
     c.warmup_steps = 0.1  # updates from 0 to the peak; below 1 = a fraction of all updates
     c.optimizer = "adamw"  # adamw or rmsprop
     c.weight_decay = 0.0  # decoupled; norms do not decay
     c.max_grad_norm = 1.0  # clip by global norm; 0 = off
-    c.lora_rank = 0  # 0 = all parameters are trained; adapters are not there yet
+
+    # --- adapters (docs/lora.md): the base is frozen and, without them, the reference
+    c.lora_rank = 0  # 0 = all parameters are trained; else 8 to 64, with a learning_rate from 1e-5
+    c.lora_alpha = 32.0  # adapters are scaled by lora_alpha / lora_rank
+    c.lora_rslora = False  # divide lora_alpha by the root of the rank, for large ranks
+    c.lora_targets = "all"  # all projections, or some of q,k,v,o,gate,up,down (also q_proj, ...)
+    c.lora_base_dtype = "auto"  # of the frozen base; auto = compute_dtype
 
     # --- numbers and machine
     c.param_dtype = "float32"  # of the trained parameters and the optimiser's moments

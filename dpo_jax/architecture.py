@@ -43,6 +43,7 @@ class ModelConfig:
       sliding_layers: which layers slide; empty if none does.
       rope_local_theta: of the sliding layers, where they have a rope of their own (never scaled).
       num_experts: 0 is a dense feed-forward layer.
+      lora_scale: what adapters are multiplied by, where the parameters hold some (`lora.py`).
     """
 
     model_type: str
@@ -76,6 +77,7 @@ class ModelConfig:
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = True
     router_aux_loss_coef: float = 0.0
+    lora_scale: float = 1.0
 
     def parameter_count(self) -> int:
         """Number of parameters, embeddings included."""

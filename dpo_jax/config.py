@@ -15,10 +15,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax.errors import UserError
+from dpo_jax.lora import parse_targets
 from dpo_jax.losses import LOSSES
-from dpo_jax.model import REMAT_POLICIES
 from dpo_jax.objective import DIVERGENCES, needs_reference, parse_loss
 from dpo_jax.optim import OPTIMIZERS, SCHEDULES
+from dpo_jax.remat import REMAT_POLICIES
 
 DTYPES = ("float32", "bfloat16")
 
@@ -141,7 +142,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "router_aux_loss_coef": (lambda v: v >= 0, "0 (off) or more"),
     "reference_sync_steps": (lambda v: v >= 0, "0 (never) or more"),
     "reference_sync_alpha": (lambda v: 0 < v <= 1, "in (0, 1]"),
-    "lora_rank": (lambda v: v == 0, "0: adapters are not supported yet"),
+    "lora_rank": (lambda v: v >= 0, "0 (all parameters are trained) or more"),
+    "lora_alpha": (lambda v: v > 0, "above 0"),
     "log_every": (lambda v: v >= 1, "at least 1"),
     "eval_every": (lambda v: v >= 0, "0 (only first and last) or more"),
     "checkpoint_every": (lambda v: v >= 0, "0 (only the end) or more"),
@@ -159,6 +161,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "remat": tuple(REMAT_POLICIES),
     "param_dtype": DTYPES,
     "compute_dtype": ("auto", *DTYPES),
+    "lora_base_dtype": ("auto", *DTYPES),
     "overlong": ("truncate", "drop"),
     "prompt_format": ("auto", "chat", "plain"),
 }
@@ -190,6 +193,7 @@ def check(config: Mapping[str, Any]) -> None:
         if config[key] not in choices:
             raise UserError(f"{key}={config[key]!r} does not exist; choose from {', '.join(choices)}")
     _check_loss(config, known)
+    _check_lora(config, known)
     if not config["model"]:
         raise UserError("model is empty; name a Hugging Face id, a directory, or tiny")
     if not config["num_steps"] and not config["num_epochs"]:
@@ -236,6 +240,18 @@ def _check_loss(c: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     for key in ("reference", "reference_cache", "reference_sync_steps"):
         if c[key] and not needs_reference(parts):
             raise UserError(f"{key}={c[key]!r}: {loss} has no reference; leave it at {defaults[key]!r}")
+
+
+def _check_lora(c: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    parse_targets(c["lora_targets"])
+    for key in ("lora_alpha", "lora_rslora", "lora_targets", "lora_base_dtype"):
+        if c[key] != defaults[key] and not c["lora_rank"]:
+            raise UserError(f"{key}={c[key]} has no meaning without lora_rank above 0; leave it at {defaults[key]}")
+    if c["lora_rank"] and c["reference_sync_steps"]:
+        raise UserError(
+            "reference_sync_steps moves a reference of its own, and with lora_rank above 0 the frozen base is the "
+            "reference; set one of them to 0"
+        )
 
 
 def check_workdir(workdir: str) -> str:

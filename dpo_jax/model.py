@@ -20,22 +20,11 @@ from jax.ad_checkpoint import checkpoint_name
 from dpo_jax.architecture import ACTIVATIONS, ModelConfig
 from dpo_jax.attention import Slots, apply_rotary, cached_attention, pair_row_attention, rotary_angles
 from dpo_jax.experts import balance_sums, experts_mlp, route
+from dpo_jax.remat import REMAT_POLICIES
 
 Params = Any  # a nested dict of arrays
 
 NO_WINDOW = 2**30  # positions, more than any row has
-
-# What the backward pass keeps of a layer; everything else is computed again.
-REMAT_POLICIES: dict[str, Callable | None] = {
-    "none": None,
-    # matrix products and attention are kept, the cheap element-wise work between them is not
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attention_out"),
-    ),
-    "attention": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention_out"),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], dtype) -> jax.Array:
@@ -49,15 +38,32 @@ def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str,
     return jnp.asarray(module.param(name, init, shape, jnp.float32), dtype)
 
 
-def _project(x: jax.Array, kernel: jax.Array, contracted: int = 1, bias: jax.Array | None = None) -> jax.Array:
+Adapter = tuple[jax.Array, jax.Array] | None
+
+
+def _adapter(module: nn.Module, name: str, scale: float, dtype) -> Adapter:
+    """A `[inputs..., r]` and scale · B `[r, outputs...]` of a projection, where the parameters have them."""
+    pair: Any = module.get_variable("lora", name)
+    return None if pair is None else (jnp.asarray(pair["a"], dtype), scale * jnp.asarray(pair["b"], dtype))
+
+
+def _project(
+    x: jax.Array, kernel: jax.Array, adapter: Adapter = None, *, contracted: int = 1, bias: jax.Array | None = None
+) -> jax.Array:
     """Contract the last `contracted` axes of `x` with the first ones of `kernel`, as one product of two matrices.
+
+    An adapter adds (x·A)·B (Hu et al. 2021, arXiv 2106.09685): two thin products, W + A·B is never made.
 
     With tokens as one axis the kernel's gradient contracts one axis too; over two, XLA transposes the activations
     first, which costs the backward pass on CPU a seventh of its time.
     """
     lead, outs = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
     inner = math.prod(kernel.shape[:contracted])
-    product = jnp.dot(x.reshape(math.prod(lead), inner), kernel.reshape(inner, math.prod(outs)))
+    x = x.reshape(math.prod(lead), inner)
+    product = jnp.dot(x, kernel.reshape(inner, math.prod(outs)))
+    if adapter is not None:
+        a, b = adapter
+        product = product + jnp.dot(jnp.dot(x, a.reshape(inner, -1)), b.reshape(-1, math.prod(outs)))
     if bias is not None:
         product = product + bias.reshape(1, -1)
     return product.reshape(*lead, *outs)
@@ -110,8 +116,10 @@ class Attention(nn.Module):
             bias_vGE = _bias(self, "v_bias", (G, E), ("kv_heads", "head_dim"), dtype)
         if c.output_bias:
             bias_D = _bias(self, "o_bias", (D,), ("norm",), dtype)
-        q_BTHE, k_BTGE = _project(x_BTD, wq_DHE, bias=bias_HE), _project(x_BTD, wk_DGE, bias=bias_GE)
-        v_BTGE = _project(x_BTD, wv_DGE, bias=bias_vGE)
+        adapters = {name: _adapter(self, name, c.lora_scale, dtype) for name in "qkvo"}
+        q_BTHE = _project(x_BTD, wq_DHE, adapters["q"], bias=bias_HE)
+        k_BTGE = _project(x_BTD, wk_DGE, adapters["k"], bias=bias_GE)
+        v_BTGE = _project(x_BTD, wv_DGE, adapters["v"], bias=bias_vGE)
         if c.qk_norm:
             over = ("head_dim",) if c.qk_norm == "head" else ("heads", "head_dim")
             k_over = tuple("kv_heads" if axis == "heads" else axis for axis in over)
@@ -124,7 +132,7 @@ class Attention(nn.Module):
         out_BTHE, cache = self.attend(q_BTHE, k_BTGE, v_BTGE, context, cache)
         out_BTHE = nn.with_logical_constraint(out_BTHE, ("rows", "tokens", "heads", "head_dim"))
         out_BTHE = checkpoint_name(out_BTHE, "attention_out")
-        return _project(out_BTHE, wo_HED, contracted=2, bias=bias_D), cache
+        return _project(out_BTHE, wo_HED, adapters["o"], contracted=2, bias=bias_D), cache
 
 
 class Mlp(nn.Module):
@@ -134,13 +142,15 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        D, F, dtype = self.config.hidden_size, self.config.intermediate_size, x_BTD.dtype
+        c, dtype = self.config, x_BTD.dtype
+        D, F = c.hidden_size, c.intermediate_size
         gate_DF = _kernel(self, "gate", (D, F), ("embed", "mlp"), dtype)
         up_DF = _kernel(self, "up", (D, F), ("embed", "mlp"), dtype)
         down_FD = _kernel(self, "down", (F, D), ("mlp", "embed"), dtype)
-        x_BTF = ACTIVATIONS[self.config.hidden_act](_project(x_BTD, gate_DF)) * _project(x_BTD, up_DF)
+        gate, up, down = (_adapter(self, name, c.lora_scale, dtype) for name in ("gate", "up", "down"))
+        x_BTF = ACTIVATIONS[c.hidden_act](_project(x_BTD, gate_DF, gate)) * _project(x_BTD, up_DF, up)
         x_BTF = nn.with_logical_constraint(x_BTF, ("rows", "tokens", "mlp"))
-        return _project(x_BTF, down_FD)
+        return _project(x_BTF, down_FD, down)
 
 
 class Experts(nn.Module):
@@ -219,7 +229,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
             out_axes=0,
@@ -292,13 +302,20 @@ def _row_context(config: ModelConfig, batch: dict[str, jax.Array], slots: Slots)
     return context | ({"positions": positions_BT} if "window" in context["layers"] else {})
 
 
+def _variables(params: Params) -> dict[str, Params]:
+    """The branch `lora` is a collection of its own: a projection has an adapter if its name is in there."""
+    params = dict(params)
+    adapters = params.pop("lora", None)
+    return {"params": params} | ({} if adapters is None else {"lora": adapters})
+
+
 def hidden_states(
     params: Params, batch: dict[str, jax.Array], *, config: ModelConfig, slots: Slots, dtype=jnp.float32, remat="none"
 ) -> jax.Array:
     """Final hidden states of pair rows.
 
     Args:
-      params: the decoder's parameters.
+      params: the decoder's parameters, adapters among them or not.
       batch: `tokens`, `positions`, `segments`, int32 `[B, T]` each, laid out as `attention.py` says.
       config, slots: the model's and the row's numbers.
       dtype: dtype of activations and matrix products.
@@ -309,7 +326,7 @@ def hidden_states(
     """
     context = _row_context(config, batch, slots)
     decoder = Decoder(config, _row_attention(config, slots), dtype, remat)
-    return decoder.apply({"params": params}, batch["tokens"], context)[0]
+    return decoder.apply(_variables(params), batch["tokens"], context)[0]
 
 
 def hidden_states_and_balance(
@@ -324,7 +341,7 @@ def hidden_states_and_balance(
     assert config.num_experts, f"{config.model_type} has no experts"
     context = _row_context(config, batch, slots) | {"counted": batch["segments"] != 0}
     decoder = Decoder(config, _row_attention(config, slots), dtype, remat)
-    hidden, (_, sums) = decoder.apply({"params": params}, batch["tokens"], context)
+    hidden, (_, sums) = decoder.apply(_variables(params), batch["tokens"], context)
     return hidden, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
 
@@ -348,7 +365,7 @@ def decode(
     # As far as a row may come: were its rope to change on the way, the cached keys would be of another one.
     last_BT = lambda: jnp.sum(real_BS, axis=1, keepdims=True) - 1
     context = _context(config, positions_BT, real_BS.shape[1], last_BT) | {"where": where, "real": real_BS}
-    hidden, (cache, _) = Decoder(config, attend, dtype).apply({"params": params}, tokens_BT, context, cache)
+    hidden, (cache, _) = Decoder(config, attend, dtype).apply(_variables(params), tokens_BT, context, cache)
     return hidden, cache
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowLimits
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import CHUNK_TOKENS, Logps, pair_logps
+from dpo_jax.lora import Lora, init_adapters
 from dpo_jax.model import Params, hidden_states, hidden_states_and_balance, init_params, unembedding
-from dpo_jax.sharding import axis_rules, param_shardings, replicated, row_shards, state_shardings
+from dpo_jax.sharding import adapter_shardings, axis_rules, param_shardings, replicated, row_shards, state_shardings
 from dpo_jax.step import LogpsFn, TrainState, init_state
 
 # A reference that follows the policy (TR-DPO): small changes would be lost in bfloat16.
@@ -49,16 +51,22 @@ class Layout:
 
     Attributes:
       config, mesh: of the model and the devices.
-      shardings: a `NamedSharding` for every parameter.
-      param_dtype: of the trained parameters and the optimiser's moments.
+      shardings: a `NamedSharding` for every parameter of the model.
+      trained: the same for what is trained: all of them, or the adapters.
+      param_dtype: of what is trained and the optimiser's moments.
       dtype: of activations, products and the reference.
+      base_dtype: of the frozen base under adapters.
+      lora: the adapters; None where all parameters are trained.
     """
 
     config: ModelConfig
     mesh: Mesh
     shardings: Any
+    trained: Any
     param_dtype: Any
     dtype: Any
+    base_dtype: Any
+    lora: Lora | None
 
 
 def find(model: str, workdir: Path, seed: int, *, with_weights: bool = True) -> Policy:
@@ -93,15 +101,30 @@ def _tokenizer(directory: Path) -> Any:
         raise UserError(f"no tokenizer can be read from {directory} ({first}); put its tokenizer.json there") from None
 
 
-def lay_out(config: ModelConfig, mesh: Mesh, *, param_dtype: str, compute_dtype: str) -> Layout:
+def lay_out(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    param_dtype: str,
+    compute_dtype: str,
+    lora: Lora | None = None,
+    base_dtype: str = "auto",
+) -> Layout:
     """Place a model on a mesh. `compute_dtype` auto is bfloat16, and float32 on CPU, where it is the faster one.
+
+    `base_dtype` auto is the compute dtype.
 
     Raises:
       UserError: the model does not divide over the mesh.
     """
     auto = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if compute_dtype == "auto" else compute_dtype)
-    return Layout(config, mesh, param_shardings(config, mesh), jnp.dtype(param_dtype), dtype)
+    base = dtype if base_dtype == "auto" else jnp.dtype(base_dtype)
+    shardings = trained = param_shardings(config, mesh)
+    if lora is not None:
+        trained = adapter_shardings(config, lora, mesh)
+        config = dataclasses.replace(config, lora_scale=lora.scale)
+    return Layout(config, mesh, shardings, trained, jnp.dtype(param_dtype), dtype, base, lora)
 
 
 def row_limits(layout: Layout, microbatches: int) -> RowLimits:
@@ -160,16 +183,32 @@ def logps_fn(
     return logps_of
 
 
+def load_base(policy: Policy, layout: Layout, seed: int) -> Params:
+    """What is under the adapters and never trained, from the policy's files or fresh; {} if all parameters are trained.
+
+    Nobody saves it: the same files or the same seed bring it back.
+    """
+    return {} if layout.lora is None else _load(policy, layout, seed, layout.base_dtype)
+
+
 def load_params(policy: Policy, layout: Layout, seed: int) -> Params:
-    """The policy's parameters before any training, from its files or fresh."""
+    """What is trained, before any training: the policy's parameters from its files or fresh, or fresh adapters."""
+    lora = layout.lora
+    if lora is None:
+        return _load(policy, layout, seed, layout.param_dtype)
+    key = jax.random.fold_in(jax.random.key(seed), 1)  # not the one that fresh parameters are drawn with
+    return _fresh(lambda: init_adapters(key, layout.config, lora), layout.param_dtype, layout.trained)
+
+
+def _load(policy: Policy, layout: Layout, seed: int, dtype: Any) -> Params:
     if policy.directory is not None:
-        return weights.load(policy.directory, policy.config, layout.shardings, layout.param_dtype)
+        return weights.load(policy.directory, policy.config, layout.shardings, dtype)
+    return _fresh(lambda: init_params(jax.random.key(seed), policy.config), dtype, layout.shardings)
 
-    def fresh() -> Params:
-        params = nn.meta.unbox(init_params(jax.random.key(seed), policy.config))
-        return jax.tree.map(lambda p: p.astype(layout.param_dtype), params)
 
-    return jax.jit(fresh, out_shardings=layout.shardings)()
+def _fresh(init: Callable[[], Any], dtype: Any, shardings: Any) -> Params:
+    cast = lambda: jax.tree.map(lambda p: p.astype(dtype), nn.meta.unbox(init()))
+    return jax.jit(cast, out_shardings=shardings)()
 
 
 def check_reference(directory: Path, layout: Layout) -> None:
@@ -180,7 +219,7 @@ def check_reference(directory: Path, layout: Layout) -> None:
     """
     theirs = dataclasses.asdict(weights.read_config(directory)[0])
     ours = dataclasses.asdict(layout.config)
-    irrelevant = ("model_type", "max_position_embeddings", "router_aux_loss_coef")
+    irrelevant = ("model_type", "lora_scale", "max_position_embeddings", "router_aux_loss_coef")
     changed = [f"{k}: {theirs[k]!r}, policy {ours[k]!r}" for k in ours if k not in irrelevant and theirs[k] != ours[k]]
     if changed:
         raise UserError(f"reference {directory} is another architecture than the policy ({'; '.join(changed)})")
@@ -198,7 +237,7 @@ def moving_reference(params: Params) -> Params:
 
 def abstract_reference(layout: Layout) -> Any:
     """Shapes, dtype and shardings of a reference that moves: what restoring one needs."""
-    return _abstract_params(layout, MOVING)
+    return _abstract_trained(layout, MOVING)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -210,9 +249,11 @@ def _copied(params: Params, dtype: Any) -> Params:
 def own_reference(saved: Path, params: Params | None, layout: Layout) -> Params:
     """The reference that the run made itself: kept in `saved`, as nobody else can bring it back.
 
+    Under adapters it is those after the SFT phase, over the same base.
+
     Args:
       saved: its directory.
-      params: the policy when DPO starts, to be saved; None in a run that goes on.
+      params: what is trained when DPO starts, to be saved; None in a run that goes on.
       layout: of the model.
 
     Raises:
@@ -222,7 +263,7 @@ def own_reference(saved: Path, params: Params | None, layout: Layout) -> Params:
         checkpoint.save_tree(saved, _copied(params, layout.dtype))
     if not saved.exists():
         raise UserError(f"{saved}, the reference that this run made, is gone; start again in a new workdir")
-    return checkpoint.restore_tree(saved, _abstract_params(layout, layout.dtype))
+    return checkpoint.restore_tree(saved, _abstract_trained(layout, layout.dtype))
 
 
 def start_state(params: Params, tx: optax.GradientTransformation, layout: Layout) -> TrainState:
@@ -233,16 +274,24 @@ def start_state(params: Params, tx: optax.GradientTransformation, layout: Layout
 
 def abstract_state(tx: optax.GradientTransformation, layout: Layout) -> TrainState:
     """Shapes, dtypes and shardings of a state: what restoring one needs."""
-    shapes = jax.eval_shape(lambda p: init_state(p, tx), _abstract_params(layout, layout.param_dtype))
+    shapes = jax.eval_shape(lambda p: init_state(p, tx), _abstract_trained(layout, layout.param_dtype))
     return checkpoint.abstract(shapes, _state_shardings(tx, layout))
 
 
-def _abstract_params(layout: Layout, dtype: Any) -> Any:
-    shapes = jax.eval_shape(lambda: nn.meta.unbox(init_params(jax.random.key(0), layout.config)))
-    return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s), shapes, layout.shardings)
+def trained_count(layout: Layout) -> int:
+    """How many parameters are trained."""
+    return sum(leaf.size for leaf in jax.tree.leaves(_abstract_trained(layout, layout.param_dtype)))
+
+
+def _abstract_trained(layout: Layout, dtype: Any) -> Any:
+    config, lora = layout.config, layout.lora
+    key = jax.random.key(0)
+    boxed = jax.eval_shape(lambda: init_params(key, config) if lora is None else init_adapters(key, config, lora))
+    shapes = nn.meta.unbox(boxed)
+    return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s), shapes, layout.trained)
 
 
 def _state_shardings(tx: optax.GradientTransformation, layout: Layout) -> Any:
-    params = _abstract_params(layout, layout.param_dtype)
-    moments = state_shardings(tx, params, layout.shardings, layout.mesh)
-    return TrainState(step=replicated(layout.mesh), params=layout.shardings, opt_state=moments)  # type: ignore[arg-type]
+    params = _abstract_trained(layout, layout.param_dtype)
+    moments = state_shardings(tx, params, layout.trained, layout.mesh)
+    return TrainState(step=replicated(layout.mesh), params=layout.trained, opt_state=moments)  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ class Place:
 
 
 def find_place(
-    cache: PairCache, model: Path | None, workdir: Path, *, dtype: Any, ld_alpha: float, start_anew: bool
+    cache: PairCache, model: Path | None, workdir: Path, *, dtypes: str, ld_alpha: float, start_anew: bool
 ) -> Place:
     """The file for a reference.
 
@@ -48,7 +48,7 @@ def find_place(
       cache: the pairs.
       model: the reference's Hugging Face directory; None: the run made it, and its values stay in the run's directory.
       workdir: the run's directory.
-      dtype: that it is computed in.
+      dtypes: that it is computed in.
       ld_alpha: of LD-DPO, which weighs tokens; 1 is off.
       start_anew: whether a reference that the run made is another one than before; its old values go.
 
@@ -59,7 +59,7 @@ def find_place(
     if model is not None:
         files = sorted([*model.glob("*.safetensors"), model / "config.json"])
         who = [{**fingerprint(str(file)), "path": file.name} for file in files]
-    decides = {"model": who, "pairs": cache.manifest["id"], "dtype": str(np.dtype(dtype)), "ld_alpha": ld_alpha}
+    decides = {"model": who, "pairs": cache.manifest["id"], "dtypes": dtypes, "ld_alpha": ld_alpha}
     key = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=12).hexdigest()
     directory = workdir if model is None else Path(cache.directory)
     found = Place(directory / f"reference-{key}.npy", len(cache), 1 if ld_alpha == 1 else len(REFERENCE_FIELDS))

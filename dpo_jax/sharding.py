@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from dpo_jax.architecture import ModelConfig
 from dpo_jax.errors import UserError
+from dpo_jax.lora import Lora, init_adapters
 from dpo_jax.model import init_params
 
 AXES = ("data", "fsdp", "tensor")
@@ -85,12 +86,21 @@ def axis_rules(config: ModelConfig, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
         ("expert_mlp", None if spread_experts else "tensor"),
         ("norm", None),
         ("layers", None),
+        ("rank", None),
     )
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
     """A tree of `NamedSharding` shaped like the parameters."""
-    abstract = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    return _shardings(jax.eval_shape(lambda: init_params(jax.random.key(0), config)), config, mesh)
+
+
+def adapter_shardings(config: ModelConfig, lora: Lora, mesh: Mesh) -> Any:
+    """As `param_shardings`: A and B lie as their kernel does, whole along the rank."""
+    return _shardings(jax.eval_shape(lambda: init_adapters(jax.random.key(0), config, lora)), config, mesh)
+
+
+def _shardings(abstract: Any, config: ModelConfig, mesh: Mesh) -> Any:
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, axis_rules(config, mesh))
 
 

@@ -1,6 +1,7 @@
 """The step: both models' log-probabilities, the loss, its gradient, the update and every metric, in one jit.
 
-The reference is an argument: never in the state, never donated, never differentiated. A batch is a tree of arrays
+The reference is an argument: never in the state, never donated, never differentiated. So is the frozen base of a policy
+of which only adapters are trained. A batch is a tree of arrays
 `[M, B, ...]`: M microbatches (scanned) of B pair rows. Loss and metrics are means over the real pairs of the whole
 batch, whatever the rows, the microbatches and the mesh.
 
@@ -115,10 +116,18 @@ def _scan_sum(fn: Callable[[Any], Any], items: Any) -> Any:
     return jax.lax.scan(add, zeros, items)[0]
 
 
+def _over(base: Params | None, logps: LogpsFn) -> LogpsFn:
+    """`logps` of the union of the base's branches and those given; of two of one name the given one counts.
+
+    Over a frozen base the adapters are the policy, and `{}`, the base alone, is its reference; a whole tree is itself.
+    """
+    return lambda params, micro, slots: logps((base or {}) | params, micro, slots)
+
+
 def make_train_step(
     logps: LogpsFn, objective: Objective, tx: optax.GradientTransformation, rate: optax.Schedule, *, compute_dtype: Any
 ):
-    """Build the jitted `train_step(state, ref_params, batch, slots) -> (state, metrics)`; the state is donated.
+    """Build the jitted `train_step(state, ref_params, batch, slots, base=None) -> (state, metrics)`; donates the state.
 
     Args:
       logps: the model: log-probabilities of a microbatch's pairs.
@@ -129,13 +138,16 @@ def make_train_step(
         Gradients are summed over microbatches in float32.
 
     Returns:
-      The step; `slots` is static, so it compiles once per row shape. `metrics` holds float32 scalars: the objective's
-      values as means, `grad_norm` before clipping, and `learning_rate`.
+      The step; `slots` is static, so it compiles once per row shape. `base` are branches of the parameter tree that are
+      not trained: policy and reference are what lies over it (see `_over`). `metrics` holds float32 scalars: the
+      objective's values as means, `grad_norm` before clipping, and `learning_rate`.
     """
 
-    def train_step(state: TrainState, ref_params: Params | None, batch: Batch, slots: Slots):
-        params, reference = (_cast(x, compute_dtype) for x in (state.params, ref_params))
-        grads, means = _batch_gradient(logps, objective, params, reference, batch, slots)
+    def train_step(
+        state: TrainState, ref_params: Params | None, batch: Batch, slots: Slots, base: Params | None = None
+    ):
+        params, reference, base = (_cast(x, compute_dtype) for x in (state.params, ref_params, base))
+        grads, means = _batch_gradient(_over(base, logps), objective, params, reference, batch, slots)
         metrics = means | {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
@@ -149,7 +161,7 @@ def make_train_step(
 
 
 def make_eval_step(logps: LogpsFn, objective: Objective, *, compute_dtype: Any, out_shardings: Any = None):
-    """Build the jitted `eval_step(params, ref_params, batch, slots)` → every value of the objective, pair by pair.
+    """Build the jitted `eval_step(params, ref_params, batch, slots, base=None)` → all values of the objective by pair.
 
     Args:
       logps, objective, compute_dtype: as in `make_train_step`.
@@ -160,12 +172,13 @@ def make_eval_step(logps: LogpsFn, objective: Objective, *, compute_dtype: Any, 
       which pair lies where.
     """
 
-    def eval_step(params: Params, ref_params: Params | None, batch: Batch, slots: Slots):
-        compute_params, reference_params = (_cast(x, compute_dtype) for x in (params, ref_params))
+    def eval_step(params: Params, ref_params: Params | None, batch: Batch, slots: Slots, base: Params | None = None):
+        compute_params, reference_params, base = (_cast(x, compute_dtype) for x in (params, ref_params, base))
+        over_base = _over(base, logps)
 
         def one(micro: Batch) -> tuple[Logps, Logps | None]:
-            reference = _reference(logps, objective, reference_params, micro, slots)
-            return logps(compute_params, micro, slots), reference
+            reference = _reference(over_base, objective, reference_params, micro, slots)
+            return over_base(compute_params, micro, slots), reference
 
         policy, reference = jax.lax.map(one, batch)
         return objective.values(policy, reference, batch, _chosen_tokens(batch))
@@ -174,13 +187,14 @@ def make_eval_step(logps: LogpsFn, objective: Objective, *, compute_dtype: Any, 
 
 
 def make_logps_step(logps: LogpsFn, *, compute_dtype: Any, out_shardings: Any = None):
-    """Build the jitted `logps_step(params, batch, slots)` → what a reference is kept by, `[M, B, K, 2]` each.
+    """Build the jitted `logps_step(params, batch, slots, base=None)` → what a reference is kept by, `[M, B, K, 2]`.
 
     That is its log-probabilities, and those with every token counted whole where LD-DPO weighs them.
     """
 
-    def logps_step(params: Params, batch: Batch, slots: Slots) -> list[jax.Array]:
-        found = jax.lax.map(lambda micro: logps(_cast(params, compute_dtype), micro, slots), batch)
+    def logps_step(params: Params, batch: Batch, slots: Slots, base: Params | None = None) -> list[jax.Array]:
+        params, base = _cast(params, compute_dtype), _cast(base, compute_dtype)
+        found = jax.lax.map(lambda micro: _over(base, logps)(params, micro, slots), batch)
         return [x for x in (found.logps, found.whole) if x is not None]
 
     return jax.jit(logps_step, static_argnames="slots", out_shardings=out_shardings)

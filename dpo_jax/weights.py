@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from dpo_jax.architecture import ModelConfig, config_from_hf, hf_config
 from dpo_jax.errors import UserError
 from dpo_jax.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
+from dpo_jax.lora import BRANCH
 from dpo_jax.model import Params
 from dpo_jax.tensors import Leaf, Parts, Sizes, first_rows, leaves, sizes, tensors, whole_shape
 
@@ -204,18 +205,21 @@ def save(
     dtype: Any,
     tokenizer_from: Path | None = None,
     max_shard_bytes: float = 5e9,
+    lora_scale: float = 1.0,
 ) -> None:
     """Write a directory that transformers and vLLM load; whole or not at all, replacing one that is there.
 
     Every process must call this (all take part in gathering); process 0 alone writes. It returns when all is written.
 
     Args:
-      params: the parameter tree of `model.py`, plain arrays, sharded anyhow.
+      params: the parameter tree of `model.py`, plain arrays, sharded anyhow. Adapters in it (`lora.py`) are merged into
+        their kernels, one tensor at a time and in float32.
       config: the loaded model's own config.json, or one by `hf_config`, or only the numbers.
       directory: the new directory.
       dtype: of the file: float32, bfloat16 or float16.
       tokenizer_from: a directory whose tokenizer files and generation_config.json are copied.
       max_shard_bytes: the most that one safetensors file holds (a larger tensor has a file of its own).
+      lora_scale: of the adapters.
 
     Raises:
       UserError: the directory cannot be written.
@@ -225,8 +229,29 @@ def save(
     assert name in FLOATS, f"dtype={name}, needs one of {tuple(FLOATS)}"
     hf |= {key: name for key in ("dtype", "torch_dtype") if key in hf} or {"torch_dtype": name}
     flat = flax.traverse_util.flatten_dict(params)
+    adapters = {path[1:]: flat.pop(path) for path in list(flat) if path[0] == BRANCH}
+    adapters |= {path: lora_scale * b for path, b in adapters.items() if path[-1] == "b"}
     assert set(flat) == {leaf.path for leaf in leaves(numbers)}, f"not the tree of this config: {sorted(flat)}"
     files = _plan_files(numbers, jnp.dtype(dtype).itemsize, max_shard_bytes)
+    with new_directory(directory) as new:
+        if new:
+            (new / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+            _write_index(new, files, jnp.dtype(dtype).itemsize, numbers)
+            _copy_files(tokenizer_from, new)
+        with jax.transfer_guard("allow"):  # row numbers go to the device unasked; a guard is for the training loop
+            for file, held in files.items():
+                _write_file(new / file if new else None, held, flat | adapters, sizes(numbers), name)
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path | None]:
+    """A directory to write into that then takes the place of `directory`, whole or not at all; None but for process 0.
+
+    Every process enters and leaves together.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     directory = Path(directory).absolute()
     new, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
     writes = jax.process_index() == 0
@@ -234,12 +259,7 @@ def save(
         if writes:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
-            (new / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-            _write_index(new, files, jnp.dtype(dtype).itemsize, numbers)
-            _copy_files(tokenizer_from, new)
-        with jax.transfer_guard("allow"):  # row numbers go to the device unasked; a guard is for the training loop
-            for file, held in files.items():
-                _write_file(new / file if writes else None, held, flat, sizes(numbers), name)
+        yield new if writes else None
         if writes:
             shutil.rmtree(old, ignore_errors=True)
             if directory.exists():
@@ -252,7 +272,7 @@ def save(
         if writes:
             shutil.rmtree(new, ignore_errors=True)
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("dpo_jax.weights.save")
+        multihost_utils.sync_global_devices("dpo_jax.weights.new_directory")
 
 
 Tensors = dict[str, Parts]
@@ -309,7 +329,8 @@ def _write_file(path: Path | None, held: Tensors, flat: Mapping, letters: Sizes,
         if file:
             file.write(len(text).to_bytes(8, "little") + text)
         for leaf, index in (part for parts in held.values() for part in parts):
-            for piece in _pieces(flat[leaf.path], leaf, index, dtype):
+            adapter = tuple(flat[(*leaf.path, ab)] for ab in "ab" if (*leaf.path, ab) in flat)
+            for piece in _pieces(flat[leaf.path], leaf, index, dtype, adapter):
                 if file:
                     file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
@@ -320,23 +341,30 @@ def _rows(leaf: jax.Array, start: int, *, size: int, dtype: str) -> jax.Array:
 
 
 @jax.jit(static_argnames="dtype")
-def _entry(leaf: jax.Array, index: tuple[int, ...], *, dtype: str) -> jax.Array:
-    return leaf[index].astype(dtype)
+def _entry(leaf: jax.Array, index: tuple[int, ...], adapter: tuple[jax.Array, ...] = (), *, dtype: str) -> jax.Array:
+    """One layer's kernel (of one expert), with its adapter (A, B) merged into it: W + A·B."""
+    entry = leaf[index]
+    if adapter:
+        a, b = (x[index].astype(jnp.float32) for x in adapter)
+        entry = entry.astype(jnp.float32) + jnp.tensordot(a, b, 1, precision="highest")
+    return entry.astype(dtype)
 
 
-def _on_host(array: jax.Array) -> np.ndarray:
+def on_host(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable:
         return jax.device_get(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def _pieces(array: jax.Array, leaf: Leaf, index: tuple[int, ...], dtype: str) -> Iterator[np.ndarray]:
+def _pieces(
+    array: jax.Array, leaf: Leaf, index: tuple[int, ...], dtype: str, adapter: tuple[jax.Array, ...]
+) -> Iterator[np.ndarray]:
     """One tensor on the host, in the checkpoint's layout: whole if it is a layer's, else in runs of rows."""
     if leaf.stacked:
-        host = _on_host(_entry(array, index, dtype=dtype))
+        host = on_host(_entry(array, index, adapter, dtype=dtype))
         yield host.transpose([leaf.axes.index(letter) for letter in "".join(leaf.theirs)])
         return
     assert leaf.theirs == tuple(leaf.ours), "runs of rows are the tensor's bytes only if no axis moves"
     size = max(1, int(PIECE_BYTES) // (4 * math.prod(array.shape[1:])))
     for row in range(0, array.shape[0], size):
-        yield _on_host(_rows(array, row, size=min(size, array.shape[0] - row), dtype=dtype))
+        yield on_host(_rows(array, row, size=min(size, array.shape[0] - row), dtype=dtype))

@@ -11,9 +11,9 @@ errors
 data.preference data.columns data.datasets data.files data.mixture data.sources data.render data.cache data.shared_store
 data.remote_cache data.split data.identity data.prepare
 data.balance data.packing data.pipeline data.synthetic
-architecture attention experts logprobs losses objective optim model step
-hub tensors sharding checkpoint weights sample tiny policy
-metrics page charts runs compare report answers loop reference_cache config inputs
+architecture attention experts remat logprobs losses objective optim model step
+hub tensors lora sharding checkpoint weights peft_files sample tiny policy
+metrics page charts runs compare report answers loop reference_cache config inputs running references
 inspection inspection_text inspection_page data_command data.__main__
 train
 """.split()
@@ -55,7 +55,18 @@ def test_the_data_side_has_no_jax(module):
 
 def test_the_step_knows_no_model_and_the_core_no_mesh():
     assert not {"model", "sharding", "policy"} & set(_imports(FILES["step"]))
-    for module in ("architecture", "attention", "experts", "losses", "logprobs", "model", "step", "optim", "tensors"):
+    for module in (
+        "architecture",
+        "attention",
+        "experts",
+        "remat",
+        "losses",
+        "logprobs",
+        "model",
+        "step",
+        "optim",
+        "tensors",
+    ):
         text = FILES[module].read_text()
         assert not {'"fsdp"', '"tensor"', '"data"'} & set(text.split()), module
         assert "sharding" not in set(_imports(FILES[module]))

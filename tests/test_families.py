@@ -93,11 +93,11 @@ def dpo_gradient(config, pairs):
     def loss(params, noise):
         hidden = hidden_states(params, rows, config=config, slots=slots, remat="dots")
         cap, table = config.final_logit_softcapping, unembedding(params)
-        logps = pair_logps(hidden, rows, table, slots=slots, pairs_per_row=3, chunk_tokens=16, softcap=cap)
-        logps = jnp.stack([logps.logps[places[i]] for i in range(len(pairs))])
+        logps = pair_logps(hidden, rows, table, slots=slots, pairs_per_row=3, chunk_tokens=16, softcap=cap).logps
+        logps = jnp.stack([logps[places[i]] for i in range(len(pairs))])
         reference = jax.lax.stop_gradient(logps) + noise
-        ratios = logps - reference
-        return -jax.nn.log_sigmoid(BETA * (ratios[:, 0] - ratios[:, 1])).mean(), reference
+        rewards = BETA * (logps - reference)
+        return -jax.nn.log_sigmoid(rewards[:, 0] - rewards[:, 1]).mean(), reference
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 

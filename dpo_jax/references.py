@@ -1,0 +1,79 @@
+"""The reference of a run: its parameters, or what they said about every pair, computed once."""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import numpy as np
+
+from dpo_jax import hub, policy, reference_cache
+from dpo_jax.data.pipeline import Schedule
+from dpo_jax.data.split import Pairs
+from dpo_jax.model import Params
+from dpo_jax.running import Run, once_through
+from dpo_jax.sharding import replicated
+from dpo_jax.step import REFERENCE_FIELDS, make_logps_step
+
+
+def load_reference(run: Run, start: Params | None) -> Params:
+    """The reference's parameters: those named, else the policy's when DPO starts (`start`, None in a resumed run).
+
+    Over a frozen base only what differs from it is needed: nothing, or the adapters after the SFT phase.
+    """
+    c, moves = run.c, run.c["reference_sync_steps"] > 0
+    if c["reference"]:
+        return policy.load_reference(hub.resolve(c["reference"], what="reference"), run.layout, moves=moves)
+    if run.base and not c["sft_steps"]:
+        return {}
+    if run.policy.directory is not None and not c["sft_steps"]:
+        return policy.load_reference(run.policy.directory, run.layout, moves=moves)
+    if moves:  # only asked for when DPO starts: checkpoints hold it afterwards
+        return policy.moving_reference(start)
+    return policy.own_reference(run.workdir / "reference", start, run.layout)
+
+
+def kept_reference(run: Run, plan: Schedule, steps: int, start: Params | None) -> np.ndarray | None:
+    """The reference's values for every pair that the run meets, by pair of the cache; None unless `reference_cache`.
+
+    What is not known from an earlier run is computed; the reference's parameters are freed again.
+    """
+    c = run.c
+    if not c["reference_cache"]:
+        return None
+    named = hub.resolve(c["reference"], what="reference") if c["reference"] else run.policy.directory
+    model = None if c["sft_steps"] and not c["reference"] else named
+    cache = run.data.train.cache
+    dtypes = f"{run.layout.dtype} over {run.layout.base_dtype}"
+    where = reference_cache.find_place(
+        cache, model, run.workdir, dtypes=dtypes, ld_alpha=c["ld_alpha"], start_anew=start is not None
+    )
+    met = np.unique(np.concatenate([placed[placed >= 0] for _, placed in map(plan.place, range(steps))]))
+    needed = np.union1d(run.data.train.index[met], run.data.evaluation.index)
+    values = reference_cache.load(where)
+    missing = needed[np.isnan(values[needed]).any((1, 2))]
+    run.writer.message(f"reference: {len(needed) - len(missing):,} pairs known, {len(missing):,} to compute")
+    if not len(missing):
+        return values
+    params = load_reference(run, start)
+    pairs = dataclasses.replace(run.data.train, index=missing)
+    step = make_logps_step(run.logps, compute_dtype=run.layout.dtype, out_shardings=replicated(run.layout.mesh))
+    began = time.perf_counter()
+    step = functools.partial(step, base=run.base)
+    ids, computed = reference_cache.compute(step, params, once_through(run, pairs), run.layout.mesh)
+    values[missing[ids]] = computed
+    kept = jax.process_index() > 0 or reference_cache.save(where, values)
+    seconds = time.perf_counter() - began
+    run.writer.message(
+        f"reference: {len(missing):,} pairs computed in {seconds:.1f} s"
+        + ("" if kept else f"; not kept, {where.path.parent} cannot be written")
+    )
+    return values
+
+
+def given_reference(values: np.ndarray | None, pairs: Pairs) -> dict[str, np.ndarray]:
+    """The reference's values of `pairs` as a batch has them."""
+    if values is None:
+        return {}
+    mine = values[pairs.index]
+    return {name: mine[..., number] for number, name in enumerate(REFERENCE_FIELDS[: mine.shape[-1]])}

@@ -1,0 +1,146 @@
+"""What the phases of a run share: its model, its data, its checkpoints, and the pieces that are made of them.
+
+Only here, in `references.py`, `inputs.py` and `train.py` is the config read; everything below takes named values.
+"""
+
+import dataclasses
+import functools
+import math
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from dpo_jax import answers, inputs, metrics, policy
+from dpo_jax.data.mixture import Mixture
+from dpo_jax.data.packing import Order
+from dpo_jax.data.pipeline import PairSource, Schedule, StepSource, make_schedule
+from dpo_jax.data.prepare import Prepared
+from dpo_jax.data.split import Pairs
+from dpo_jax.model import Params
+from dpo_jax.objective import Objective, parse_loss, preference_objective
+from dpo_jax.optim import optimizer, schedule
+from dpo_jax.policy import Layout, Policy
+from dpo_jax.sharding import local_rows
+from dpo_jax.step import LogpsFn, TrainState, make_train_step
+
+Config = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the phases of a run share."""
+
+    c: Config
+    workdir: Path
+    policy: Policy
+    layout: Layout
+    data: Prepared
+    logps: LogpsFn
+    checkpoints: Any
+    writer: metrics.MetricsWriter
+    stop: threading.Event
+    done: int  # updates, of SFT and DPO together, that the newest checkpoint holds
+    base: Params  # under the adapters, never trained; {} if all parameters are
+
+
+def plan_of(c: Config, pairs: PairSource, layout: Layout, mixture: Mixture | None) -> Schedule:
+    """Every step over these pairs, in rows that this mesh takes."""
+    return inputs.plan(c, pairs, policy.row_limits(layout, c["microbatches"]), mixture)
+
+
+def step_source(
+    plan: Schedule, mesh: Mesh, steps: int, microbatches: int, given: Mapping[str, np.ndarray] | None = None
+) -> StepSource:
+    """The rows of `steps` steps that this process loads; `given` is more of every pair."""
+    rows: dict[int, np.ndarray] = {}
+    for shape in plan.shapes:
+        n = shape.rows // microbatches
+        rows[n] = local_rows(mesh, n)
+    return StepSource(plan, microbatches, rows, steps, given or {})
+
+
+def once_through(run: Run, pairs: Pairs, given: Mapping[str, np.ndarray] | None = None) -> StepSource:
+    """Every one of `pairs` once."""
+    microbatches = run.c["microbatches"]
+    limits = policy.row_limits(run.layout, microbatches)
+    plan = make_schedule(pairs, min(run.c["batch_size"], len(pairs)), limits, Order(drop_remainder=False))
+    return step_source(plan, run.layout.mesh, plan.steps_per_epoch, microbatches, given)
+
+
+def train_step(run: Run, objective: Objective, tx: optax.GradientTransformation, rate: optax.Schedule) -> Any:
+    """The step over the run's base."""
+    step = make_train_step(run.logps, objective, tx, rate, compute_dtype=run.layout.dtype)
+    return functools.partial(step, base=run.base)
+
+
+def transformation(
+    c: Config, peak: float, kind: str, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser of a phase of `steps` updates, and its learning rate by update."""
+    warmup = c["warmup_steps"]
+    warmup = math.ceil(warmup * steps) if warmup < 1 else min(int(warmup), steps)
+    rate = schedule(kind, peak=peak, warmup_steps=warmup, total_steps=steps)
+    return optimizer(c["optimizer"], rate, weight_decay=c["weight_decay"], max_grad_norm=c["max_grad_norm"]), rate
+
+
+def make_objective(c: Config) -> Objective:
+    """What DPO's phase minimises."""
+    names = ("f_divergence", "f_alpha", "wpo", "label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau")
+    return preference_objective(
+        parse_loss(c["loss"]),
+        beta=c["dpo_beta"],
+        balance=c["router_aux_loss_coef"],
+        **{name: c[name] for name in names},
+    )
+
+
+def answer(run: Run, state: TrainState, when: str, step: int) -> None:
+    """Answer the first held-out prompts and append the answers to samples.jsonl."""
+    c = run.c
+    pairs = run.data.evaluation if len(run.data.evaluation) else run.data.train
+    shown = dataclasses.replace(pairs, index=pairs.index[: c["sample_prompts"]])
+    if not len(shown):
+        return
+    records = answers.answer(
+        run.base | state.params,
+        shown,
+        run.policy.tokenizer,
+        run.layout,
+        modes={"greedy": (0.0, 1.0), "sampled": (c["sample_temperature"], c["sample_top_p"])},
+        new_tokens=c["sample_tokens"],
+        seed=c["seed"],
+    )
+    answers.append(run.workdir / "samples.jsonl", [{"when": when, "step": step} | r for r in records])
+
+
+def introduce(run: Run, plan: Schedule) -> None:
+    """What is run, on what: the first lines on the console."""
+    c, layout, shape = run.c, run.layout, plan.shapes[0]
+    mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
+    platform = layout.mesh.devices.flat[0].platform
+    say = run.writer.message
+    say(f"model {c['model']}: {layout.config.parameter_count():,} parameters, {layout.dtype} on {mesh} ({platform})")
+    if layout.lora is not None:
+        adapters, targets = policy.trained_count(layout), ",".join(layout.lora.targets)
+        say(f"LoRA of rank {layout.lora.rank} on {targets}: {adapters:,} parameters are trained")
+    say(f"data {c['dataset']}: {len(run.data.train):,} training pairs, {len(run.data.evaluation):,} held out")
+    for part in run.data.report.get("mixture", []):
+        say(f"  {part['name']}: {part['weight']:.1%}, {part['epoch']:,} of {part['pairs']:,} pairs an epoch")
+    say(f"rows {shape.rows} x [{shape.prompt} | {shape.chosen} | {shape.rejected}] for {c['batch_size']} pairs")
+    lengths = run.data.train.lengths
+    longest, limit = int((lengths[:, 0] + lengths[:, 1:].max(1)).max()), layout.config.max_position_embeddings
+    if longest > limit:
+        say(
+            f"warning: sequences of up to {longest} tokens, but the model was made for {limit}; lower max_prompt_length"
+        )
+    if run.done:
+        say(f"going on from checkpoint {run.done}")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    return metrics.read(path) if path.exists() else []
