@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import os
 import re
 import sys
@@ -186,6 +187,8 @@ def check(config: Mapping[str, Any]) -> None:
         kinds = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(config[key], kinds) or isinstance(config[key], bool) != isinstance(default, bool):
             raise UserError(f"{key}={config[key]!r}: must be a {type(default).__name__}, such as {default!r}")
+        if isinstance(config[key], float) and not math.isfinite(config[key]):
+            raise UserError(f"{key}={config[key]!r}: must be finite")
     for key, (is_good, words) in _CHECKS.items():
         if not is_good(config[key]):
             raise UserError(f"{key}={config[key]!r}: must be {words}")

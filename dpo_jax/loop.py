@@ -171,7 +171,13 @@ def run_phase(
     def evaluate_at(n: int) -> None:
         if phase.evaluate is not None:
             with throughput.paused():
-                writer.write({"step": n, "split": "eval"} | phase.evaluate(state, ref_params))
+                values = phase.evaluate(state, ref_params)
+                writer.write({"step": n, "split": "eval"} | values)
+            if n == 0 and not all(map(math.isfinite, values.values())):
+                raise UserError(
+                    "the evaluation before any update is not finite: the weights of the model or the reference are "
+                    "damaged, or compute_dtype is too narrow for them"
+                )
 
     if start == 0:
         evaluate_at(0)

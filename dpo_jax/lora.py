@@ -90,6 +90,8 @@ def on_model(config: ModelConfig, rank: int, alpha: float, targets: tuple[str, .
             f"lora_targets: adapters on experts ({', '.join(experts)}) are not supported; a {config.model_type} model "
             f"can have them on {', '.join(ATTENTION)}"
         )
+    if rank > config.hidden_size:
+        raise UserError(f"lora_rank={rank} is more than the model's width {config.hidden_size}; 8 to 64 is usual")
     if ALL in targets:
         targets = ATTENTION if config.num_experts else (*ATTENTION, *MLP)
     return Lora(rank, alpha, targets, rslora)

@@ -53,6 +53,8 @@ def refused(capsys, monkeypatch, tmp_path):
         ([TINY, "--config.loss=exo_pair"], "needs a label_smoothing above 0; its paper uses 0.001"),
         ([TINY, "--config.simpo_gamma=1"], "simpo_gamma has no meaning for loss=sigmoid; .*or use simpo"),
         ([TINY, "--config.f_alpha=0.3"], "f_alpha=0.3 has no meaning without f_divergence=alpha"),
+        ([TINY, "--config.dpo_beta=inf"], "dpo_beta=inf: must be finite"),
+        ([TINY, "--config.f_alpha=nan", "--config.f_divergence=alpha"], "f_alpha=nan: must be finite"),
         ([TINY, "--config.f_divergence=kl"], "choose from reverse_kl, forward_kl, js, alpha"),
         ([TINY, "--config.f_divergence=js", "--config.loss=sigmoid,bco_pair"], "not defined for loss=sigmoid,bco_pair"),
         ([TINY, "--config.wpo", "--config.loss=sft,aot"], "not defined for loss=sft,aot: aot matches pairs"),

@@ -224,6 +224,11 @@ def test_evaluation_is_what_a_training_step_reports(one_device):
         assert mean == pytest.approx(float(one_device[2][0][name]), abs=1e-5), name
 
 
+def test_a_rank_beyond_the_models_width_is_a_mistake():
+    with pytest.raises(UserError, match=r"lora_rank=100000 is more than the model's width"):
+        on_model(CONFIG, 100_000, 32.0, ("q",), rslora=False)
+
+
 def test_adapters_begin_as_pefts_do():
     """A is torch's kaiming_uniform_(a=√5), ±1/√inputs, another one in every layer; B is zeros."""
     config = dataclasses.replace(CONFIG, hidden_size=64, num_attention_heads=8, head_dim=4, intermediate_size=96)

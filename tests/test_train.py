@@ -34,8 +34,6 @@ def environment(tmp_path_factory):
     base = tmp_path_factory.mktemp("environment")
     inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return inherited | {
-        "JAX_COMPILATION_CACHE_DIR": str(base / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "DPO_JAX_CACHE": str(base / "pairs"),
     }
 
