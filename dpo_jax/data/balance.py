@@ -72,6 +72,18 @@ def _exchange(a: np.ndarray, b: np.ndarray, same_batch: np.ndarray, lengths: np.
     a[h, i], b[h, j] = b[h, j], a[h, i]
 
 
+def _emptiest(sums: np.ndarray, hot: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """For every overfull row a row with room in the slot that it overflows most: the fullest meet the emptiest."""
+    over = (sums - target) / np.maximum(target, 1.0)
+    worst = over[hot].argmax(1)
+    other = np.empty_like(hot)
+    for slot in range(3):
+        mine = np.flatnonzero(worst == slot)
+        fullest = mine[np.argsort(-over[hot[mine], slot], kind="stable")]
+        other[fullest] = np.argsort(over[:, slot], kind="stable")[: len(mine)]
+    return other
+
+
 def _partners(rng: np.random.Generator, hot: np.ndarray, rows_per_batch: int, total: int, across: bool) -> np.ndarray:
     """A partner for every overfull row: any row, or one of its own batch."""
     if across:
@@ -95,7 +107,11 @@ def balance(
         if len(hot) == 0:
             break
         # Moves inside a batch are the only ones that can change how many pairs a row has: take turns.
-        other = _partners(rng, hot, rows, len(flat), across and round_ % 2 == 0)
+        # While many rows are overfull, choosing partners pays; the last few find theirs by chance.
+        if across and round_ % 4 == 2 and len(hot) > len(flat) // 20:
+            other = _emptiest(lengths[flat].sum(1), hot, target)
+        else:
+            other = _partners(rng, hot, rows, len(flat), across and round_ % 2 == 0)
         # A row may take part in one exchange at a time.
         both = np.stack([hot, other], 1)
         both = both[rng.permutation(len(both))]
