@@ -142,9 +142,8 @@ def test_a_run_holds_the_adapters_alone(finished):
     assert weights.read_config(workdir / "export")[0].lora_scale == 1
 
 
-@pytest.mark.parametrize(("split", "step"), [("sft", 3), ("train", 3)])
-def test_killed_and_gone_on_is_never_stopped(split, step, finished, environment, tmp_path):
-    code, _ = test_train._stop_at(tmp_path / "run", environment, split, step, signal.SIGKILL, **LORA_RUN)
+def test_killed_and_gone_on_is_never_stopped(finished, environment, tmp_path):
+    code, _ = test_train._stop_at(tmp_path / "run", environment, "train", 3, signal.SIGKILL, **LORA_RUN)
     assert code == -signal.SIGKILL
     test_train._finish(tmp_path / "run", environment, **LORA_RUN)  # from a checkpoint, if one was whole by then
     assert test_train._values(tmp_path / "run") == test_train._values(finished[0])
