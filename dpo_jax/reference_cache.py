@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +96,9 @@ def save(where: Place, values: np.ndarray) -> bool:
 
 
 def compute(
-    logps_step: Callable[..., Any],
-    params: Any,
-    source: StepSource,
-    mesh: Mesh,
-) -> tuple[np.ndarray, np.ndarray]:
-    """All values of one pass.
+    logps_step: Callable[..., Any], params: Any, source: StepSource, mesh: Mesh
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the values of one pass, step by step: the next step runs while one is taken.
 
     Args:
       logps_step: from `step.make_logps_step`.
@@ -109,23 +106,18 @@ def compute(
       source: the rows of the pass.
       mesh: where they are computed.
 
-    Returns:
+    Yields:
       Positions in the source's pairs, int64 `[n]`, and their values, float32 `[n, 2, F]`.
     """
-    ids: list[np.ndarray] = []
-    values: list[np.ndarray] = []
-    pending: tuple[Any, np.ndarray] | None = None
+    pending: list[tuple[Any, np.ndarray]] = []
 
-    def fetch() -> None:
-        if pending is not None:
-            result, placed = pending
-            ids.append(placed[placed >= 0])
-            values.append(np.stack(jax.device_get(result), axis=-1)[placed >= 0])
+    def fetched() -> tuple[np.ndarray, np.ndarray]:
+        result, placed = pending.pop(0)
+        return placed[placed >= 0], np.stack(jax.device_get(result), axis=-1)[placed >= 0]
 
     for item in batches(source, 0):
         batch, slots = place(item, mesh)
-        result = logps_step(params, batch, slots)
-        fetch()  # of the step before, while this one runs
-        pending = (result, item["info"]["placed"])
-    fetch()
-    return np.concatenate(ids), np.concatenate(values)
+        pending.append((logps_step(params, batch, slots), item["info"]["placed"]))
+        if len(pending) > 1:
+            yield fetched()
+    yield fetched()

@@ -148,9 +148,12 @@ def make_any(mesh: Mesh) -> Callable[[bool], jax.Array]:
 
 def agreed(flag: bool) -> bool:
     """What the first process found: files that it is writing may look half there to others. Every process calls it."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+    return bool(from_first(np.asarray(flag, np.int32)))
+
+
+def from_first(array: np.ndarray) -> np.ndarray:
+    """The first process's array, of the same shape in all. Every process calls it."""
+    return array if jax.process_count() == 1 else np.array(multihost_utils.broadcast_one_to_all(array))
 
 
 @contextlib.contextmanager

@@ -35,9 +35,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.loop import Phase, Stopped, evaluate, run_phase, stop_signal
 from dpo_jax.model import Params
 from dpo_jax.objective import Objective, sft_objective
-from dpo_jax.policy import Policy
-from dpo_jax.references import given_reference, kept_reference, load_reference
-from dpo_jax.running import (
+from dpo_jax.phases import (
     Config,
     Run,
     answer,
@@ -50,6 +48,8 @@ from dpo_jax.running import (
     train_step,
     transformation,
 )
+from dpo_jax.policy import Policy
+from dpo_jax.reference import given_reference, kept_reference, load_reference
 from dpo_jax.sharding import agreed, first_process_first, make_mesh, replicated, row_shards
 from dpo_jax.step import (
     TrainState,

@@ -1,5 +1,6 @@
 """Several processes on this machine that find each other over loopback: for tests of pods without one."""
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -31,3 +32,14 @@ def end(started, codes, timeout=300):
             process.kill()
     assert [process.returncode for process in started] == list(codes), "\n---\n".join(printed)
     return printed
+
+
+def run_all(target, arguments):
+    """Call `target` in as many fresh processes as there are tuples of arguments, all at once; all must succeed."""
+    context = multiprocessing.get_context("spawn")
+    started = [context.Process(target=target, args=one) for one in arguments]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert {process.exitcode for process in started} == {0}

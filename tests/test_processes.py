@@ -117,3 +117,17 @@ def test_a_signal_to_one_of_two_stops_both_and_one_or_four_go_on(tmp_path, envir
     for name in ("two", "four"):
         _same(whole, _values(tmp_path / name))
         assert (tmp_path / name / "export" / "model.safetensors").exists()
+
+
+def test_hosts_with_disks_of_their_own_agree_on_what_the_reference_has_said(tmp_path, environment):  # noqa: F811
+    """Only the first one kept the values: the second run must not leave the others to compute alone."""
+    small = {**CHANGED, "num_steps": 2, "checkpoint_every": 0, "sample_prompts": 0}
+    _finish(tmp_path / "model", environment, **small)
+    data = {"dataset": "synthetic", "dataset_path": tmp_path / "model" / "synthetic-0", "export": False}
+    kept = small | data | {"model": tmp_path / "model" / "export", "reference_cache": True}
+    for name, computed in (("first", "32 to compute"), ("second", "0 to compute")):
+        command = [*_command(tmp_path / name, **kept), "--distributed"]
+        commands = [["env", f"DPO_JAX_CACHE={tmp_path}/disk{number}", *command] for number in range(2)]
+        printed = processes.end(processes.start(commands, environment), [0, 0])
+        assert computed in printed[0]
+    _same(_values(tmp_path / "first"), _values(tmp_path / "second"))

@@ -1,7 +1,6 @@
 """The cache: what goes in comes out, only a whole and matching cache is used, and writers do not disturb each other."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import signal
@@ -15,6 +14,7 @@ import pytest
 
 from dpo_jax.data.cache import Pair, cache_root, find_or_build, open_cache
 from dpo_jax.errors import UserError
+from tests.processes import run_all
 
 FINGERPRINT = {"files": ["a"], "limit": 3}
 PAIRS = [
@@ -129,14 +129,7 @@ def build_slowly(root, calls):
 
 @pytest.mark.parametrize("writers", [2, 4])
 def test_of_several_writers_one_writes_and_the_others_wait(tmp_path, writers):
-    context = multiprocessing.get_context("spawn")
-    arguments = (str(tmp_path / "cache"), str(tmp_path / "calls"))
-    processes = [context.Process(target=build_slowly, args=arguments) for _ in range(writers)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert {process.exitcode for process in processes} == {0}
+    run_all(build_slowly, [(str(tmp_path / "cache"), str(tmp_path / "calls"))] * writers)
     assert (tmp_path / "calls").read_text() == "built\n"
 
 

@@ -1,7 +1,6 @@
 """The shared cache: one process builds it, all copy it, and what is not whole is nobody's cache."""
 
 import json
-import multiprocessing
 import os
 import threading
 import time
@@ -15,6 +14,7 @@ from dpo_jax.data.cache import cache_key
 from dpo_jax.data.remote_cache import open_or_build, shared_address
 from dpo_jax.errors import UserError
 from tests.data.test_cache import FINGERPRINT, assert_holds_the_pairs, build_and_be_killed, forbidden, produce
+from tests.processes import run_all
 
 KEY = cache_key(FINGERPRINT)
 
@@ -126,18 +126,8 @@ def build_slowly(address, root, calls):
 
 @pytest.mark.parametrize("writers", [2, 4])
 def test_of_several_machines_one_builds_and_the_others_wait(tmp_path, writers):
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(
-            target=build_slowly, args=(f"file://{tmp_path}/shared", str(tmp_path / str(n)), str(tmp_path / "calls"))
-        )
-        for n in range(writers)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert {process.exitcode for process in processes} == {0}
+    address, calls = f"file://{tmp_path}/shared", str(tmp_path / "calls")
+    run_all(build_slowly, [(address, str(tmp_path / str(n)), calls) for n in range(writers)])
     assert (tmp_path / "calls").read_text() == "built\n"
 
 

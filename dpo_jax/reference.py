@@ -11,9 +11,11 @@ from dpo_jax import hub, policy, reference_cache
 from dpo_jax.data.pipeline import Schedule
 from dpo_jax.data.split import Pairs
 from dpo_jax.model import Params
-from dpo_jax.running import Run, once_through
-from dpo_jax.sharding import replicated
+from dpo_jax.phases import Run, once_through
+from dpo_jax.sharding import from_first, replicated
 from dpo_jax.step import REFERENCE_FIELDS, make_logps_step
+
+SAVE_SECONDS = 120  # between saves on the way: a run that is stopped computes no more than this again
 
 
 def load_reference(run: Run, start: Params | None) -> Params:
@@ -50,7 +52,8 @@ def kept_reference(run: Run, plan: Schedule, steps: int, start: Params | None) -
     )
     met = np.unique(np.concatenate([placed[placed >= 0] for _, placed in map(plan.place, range(steps))]))
     needed = np.union1d(run.data.train.index[met], run.data.evaluation.index)
-    values = reference_cache.load(where)
+    # Hosts may have disks of their own, and must agree on what is to be computed together.
+    values = from_first(reference_cache.load(where))
     missing = needed[np.isnan(values[needed]).any((1, 2))]
     run.writer.message(f"reference: {len(needed) - len(missing):,} pairs known, {len(missing):,} to compute")
     if not len(missing):
@@ -58,10 +61,13 @@ def kept_reference(run: Run, plan: Schedule, steps: int, start: Params | None) -
     params = load_reference(run, start)
     pairs = dataclasses.replace(run.data.train, index=missing)
     step = make_logps_step(run.logps, compute_dtype=run.layout.dtype, out_shardings=replicated(run.layout.mesh))
-    began = time.perf_counter()
     step = functools.partial(step, base=run.base)
-    ids, computed = reference_cache.compute(step, params, once_through(run, pairs), run.layout.mesh)
-    values[missing[ids]] = computed
+    began = saved = time.perf_counter()
+    for ids, computed in reference_cache.compute(step, params, once_through(run, pairs), run.layout.mesh):
+        values[missing[ids]] = computed
+        if time.perf_counter() - saved > SAVE_SECONDS and jax.process_index() == 0:
+            reference_cache.save(where, values)
+            saved = time.perf_counter()
     kept = jax.process_index() > 0 or reference_cache.save(where, values)
     seconds = time.perf_counter() - began
     run.writer.message(

@@ -1,6 +1,6 @@
 """What the phases of a run share: its model, its data, its checkpoints, and the pieces that are made of them.
 
-Only here, in `references.py`, `inputs.py` and `train.py` is the config read; everything below takes named values.
+Only here, in `reference.py`, `inputs.py` and `train.py` is the config read; everything below takes named values.
 """
 
 import dataclasses
