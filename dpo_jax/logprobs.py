@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.attention import Slots
-
-# Completion tokens (rows x tokens) whose logits exist at one time on a device.
-CHUNK_TOKENS = 1024
+from dpo_jax.vocabulary import LogpOptions, token_logps
 
 
 @flax.struct.dataclass
@@ -32,62 +30,6 @@ class Logps:
     balance: dict[str, jax.Array] | None = None
 
 
-def _chunk_logps(
-    hidden_BnD: jax.Array, targets_Bn: jax.Array, table_VD: jax.Array, softcap: float | None, log_sum_sq: bool
-) -> tuple[jax.Array, jax.Array | None]:
-    """log p(target) `[B, n]` in float32, and log Σ p² if asked for."""
-    logits_BnV = jnp.einsum("BnD,VD->BnV", hidden_BnD, table_VD, preferred_element_type=jnp.float32)
-    if softcap:
-        logits_BnV = softcap * jnp.tanh(logits_BnV / softcap)
-    # A masked sum, not a gather: it stays local where the vocabulary is sharded, and fuses with the reduction.
-    is_target = jnp.arange(table_VD.shape[0])[None, None, :] == targets_Bn[:, :, None]
-    target_logit = jnp.sum(jnp.where(is_target, logits_BnV, 0.0), axis=-1)
-    log_sum = jax.nn.logsumexp(logits_BnV, axis=-1)
-    squares = jax.nn.logsumexp(2 * logits_BnV, axis=-1) - 2 * log_sum if log_sum_sq else None
-    return target_logit - log_sum, jax.lax.stop_gradient(squares)
-
-
-def token_logps(
-    hidden_BND: jax.Array,
-    targets_BN: jax.Array,
-    table_VD: jax.Array,
-    *,
-    chunk_tokens: int = CHUNK_TOKENS,
-    softcap: float | None = None,
-    log_sum_sq: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:
-    """log p(target | hidden) for every completion token, computed in chunks that the backward pass makes again.
-
-    Args:
-      hidden_BND: the hidden states that predict the targets.
-      targets_BN: int32 token ids.
-      table_VD: the vocabulary projection.
-      chunk_tokens: about how many tokens' logits are held at once (rows x tokens).
-      softcap: logits become softcap·tanh(logits/softcap) (Gemma 2, arXiv 2408.00118); None leaves them.
-      log_sum_sq: whether to compute log Σ_v p(v)² of every distribution in the same pass, without a gradient.
-
-    Returns:
-      float32 `[B, N]`, and the same of log Σ p² or None.
-    """
-    B, N, D = hidden_BND.shape
-    if N == 0:
-        return jnp.zeros((B, 0), jnp.float32), jnp.zeros((B, 0), jnp.float32) if log_sum_sq else None
-    chunks = max(1, -(-B * N // chunk_tokens))
-    n = -(-N // chunks)
-    chunks = -(-N // n)
-    pad = chunks * n - N
-    hidden = jnp.pad(hidden_BND, ((0, 0), (0, pad), (0, 0))).reshape(B, chunks, n, D).swapaxes(0, 1)
-    targets = jnp.pad(targets_BN, ((0, 0), (0, pad))).reshape(B, chunks, n).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def body(_, chunk):
-        hidden_BnD, targets_Bn = chunk
-        return None, _chunk_logps(hidden_BnD, targets_Bn, table_VD, softcap, log_sum_sq)
-
-    _, values = jax.lax.scan(body, None, (hidden, targets))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, chunks * n)[:, :N], values)
-
-
 def pair_logps(
     hidden_BTD: jax.Array,
     batch: dict[str, jax.Array],
@@ -95,10 +37,8 @@ def pair_logps(
     *,
     slots: Slots,
     pairs_per_row: int,
-    chunk_tokens: int = CHUNK_TOKENS,
-    softcap: float | None = None,
+    options: LogpOptions = LogpOptions(),
     ld_alpha: float = 1.0,
-    log_sum_sq: bool = False,
 ) -> Logps:
     """Summed log-probabilities of both completions of every pair in a row.
 
@@ -109,7 +49,7 @@ def pair_logps(
       table_VD: the vocabulary projection.
       slots: the row's widths.
       pairs_per_row: K.
-      chunk_tokens, softcap, log_sum_sq: as in `token_logps`.
+      options: how the vocabulary is gone through.
       ld_alpha: weight of a completion's tokens beyond the length of the pair's shorter completion.
 
     Returns:
@@ -117,9 +57,7 @@ def pair_logps(
     """
     hidden_BND = jnp.take_along_axis(hidden_BTD, batch["source"][:, :, None], axis=1)
     targets_BN = batch["tokens"][:, slots.prompt :]
-    values = token_logps(
-        hidden_BND, targets_BN, table_VD, chunk_tokens=chunk_tokens, softcap=softcap, log_sum_sq=log_sum_sq
-    )
+    values = token_logps(hidden_BND, targets_BN, table_VD, options)
     segments_BN = batch["segments"][:, slots.prompt :]
     owner_BNK = (segments_BN[:, :, None] == jnp.arange(1, pairs_per_row + 1)[None, None, :]).astype(jnp.float32)
     return sum_pairs(*values, owner_BNK, batch, chosen=slots.chosen, ld_alpha=ld_alpha)

@@ -21,6 +21,8 @@ from dpo_jax.architecture import ACTIVATIONS, ModelConfig
 from dpo_jax.attention import Slots, apply_rotary, cached_attention, pair_row_attention, rotary_angles
 from dpo_jax.experts import balance_sums, experts_mlp, route
 from dpo_jax.remat import REMAT_POLICIES
+from dpo_jax.splash import Tiling, splash_attention
+from dpo_jax.vocabulary import embed
 
 Params = Any  # a nested dict of arrays
 
@@ -131,7 +133,6 @@ class Attention(nn.Module):
         v_BTGE = nn.with_logical_constraint(checkpoint_name(v_BTGE, "v"), ("rows", "tokens", "kv_heads", "head_dim"))
         out_BTHE, cache = self.attend(q_BTHE, k_BTGE, v_BTGE, context, cache)
         out_BTHE = nn.with_logical_constraint(out_BTHE, ("rows", "tokens", "heads", "head_dim"))
-        out_BTHE = checkpoint_name(out_BTHE, "attention_out")
         return _project(out_BTHE, wo_HED, adapters["o"], contracted=2, bias=bias_D), cache
 
 
@@ -215,13 +216,11 @@ class Decoder(nn.Module):
         """Final hidden states; and of every layer `[L, ...]` its cache and its `balance_sums` (None where unasked)."""
         c, context = self.config, dict(context)
         layer = context.pop("layers")
-        table_VD = _kernel(self, "embedding", (c.vocab_size, c.hidden_size), ("vocab", "embed"), self.dtype)
+        table_VD = _kernel(self, "embedding", (c.vocab_size, c.hidden_size), ("vocab", "table"), self.dtype)
         if not c.tie_word_embeddings:
             # Read by `unembedding`, outside this module: the projection runs on completion tokens only.
-            _kernel(self, "lm_head", (c.vocab_size, c.hidden_size), ("vocab", "embed"), self.dtype)
-        # Rows come out spread over the axis over which the table's columns are: gathered whole first, once.
-        table_VD = nn.with_logical_constraint(table_VD, ("vocab", "activation"))
-        x_BTD = nn.with_logical_constraint(jnp.take(table_VD, tokens_BT, axis=0), ("rows", "tokens", "activation"))
+            _kernel(self, "lm_head", (c.vocab_size, c.hidden_size), ("vocab", "table"), self.dtype)
+        x_BTD = nn.with_logical_constraint(embed(table_VD, tokens_BT), ("rows", "tokens", "activation"))
         if c.scale_embeddings:
             x_BTD = x_BTD * jnp.asarray(c.hidden_size**0.5, self.dtype)
         block: Any = Block
@@ -280,11 +279,19 @@ def _score_options(config: ModelConfig) -> dict[str, float | None]:
     return {"scale": None if scalar is None else scalar**-0.5, "softcap": config.attn_logit_softcapping}
 
 
-def _row_attention(config: ModelConfig, slots: Slots) -> Callable:
+def _row_attention(config: ModelConfig, slots: Slots, tiling: Tiling | None = None) -> Callable:
+    """Attention of pair rows: by the kernel where there is a tiling for it, else as dense blocks.
+
+    Layers with windows that rows can reach beyond have dense blocks too: windows count positions, and the kernel columns.
+    """
+
     def attend(q, k, v, context, cache):
+        options: dict[str, Any] = _score_options(config) | {"slots": slots}
+        if tiling is not None and "window" not in context:
+            return splash_attention(q, k, v, context["segments"], tiling=tiling, **options), cache
         window = (context["positions"], context["window"]) if "window" in context else None
-        options = _score_options(config)
-        return pair_row_attention(q, k, v, context["segments"], slots=slots, window=window, **options), cache
+        out = pair_row_attention(q, k, v, context["segments"], window=window, **options)
+        return checkpoint_name(out, "attention_out"), cache
 
     return attend
 
@@ -310,7 +317,14 @@ def _variables(params: Params) -> dict[str, Params]:
 
 
 def hidden_states(
-    params: Params, batch: dict[str, jax.Array], *, config: ModelConfig, slots: Slots, dtype=jnp.float32, remat="none"
+    params: Params,
+    batch: dict[str, jax.Array],
+    *,
+    config: ModelConfig,
+    slots: Slots,
+    dtype=jnp.float32,
+    remat: str = "none",
+    tiling: Tiling | None = None,
 ) -> jax.Array:
     """Final hidden states of pair rows.
 
@@ -320,17 +334,25 @@ def hidden_states(
       config, slots: the model's and the row's numbers.
       dtype: dtype of activations and matrix products.
       remat: a name in `REMAT_POLICIES`.
+      tiling: of the attention kernel; None is attention as dense blocks.
 
     Returns:
       `[B, T, D]` in `dtype`.
     """
     context = _row_context(config, batch, slots)
-    decoder = Decoder(config, _row_attention(config, slots), dtype, remat)
+    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat)
     return decoder.apply(_variables(params), batch["tokens"], context)[0]
 
 
 def hidden_states_and_balance(
-    params: Params, batch: dict[str, jax.Array], *, config: ModelConfig, slots: Slots, dtype=jnp.float32, remat="none"
+    params: Params,
+    batch: dict[str, jax.Array],
+    *,
+    config: ModelConfig,
+    slots: Slots,
+    dtype=jnp.float32,
+    remat: str = "none",
+    tiling: Tiling | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`hidden_states` of a model with experts, and how evenly its experts were used.
 
@@ -340,7 +362,7 @@ def hidden_states_and_balance(
     """
     assert config.num_experts, f"{config.model_type} has no experts"
     context = _row_context(config, batch, slots) | {"counted": batch["segments"] != 0}
-    decoder = Decoder(config, _row_attention(config, slots), dtype, remat)
+    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat)
     hidden, (_, sums) = decoder.apply(_variables(params), batch["tokens"], context)
     return hidden, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
@@ -376,8 +398,8 @@ def empty_cache(config: ModelConfig, rows: int, length: int, dtype=jnp.float32) 
 
 
 def unembedding(params: Params) -> jax.Array:
-    """The vocabulary projection `[V, D]`: the embedding itself where they are tied. Gathered once for all chunks."""
-    return nn.with_logical_constraint(params.get("lm_head", params["embedding"]), ("vocab", "activation"))
+    """The vocabulary projection `[V, D]`: the embedding itself where they are tied."""
+    return params.get("lm_head", params["embedding"])
 
 
 @functools.cache

@@ -18,12 +18,16 @@ from dpo_jax.architecture import ModelConfig, hf_config
 from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowLimits
 from dpo_jax.errors import UserError
-from dpo_jax.logprobs import CHUNK_TOKENS, Logps, pair_logps
+from dpo_jax.logprobs import Logps, pair_logps
 from dpo_jax.lora import Lora, init_adapters
 from dpo_jax.model import Params, hidden_states, hidden_states_and_balance, init_params, unembedding
 from dpo_jax.sharding import adapter_shardings, axis_rules, param_shardings, replicated, row_shards, state_shardings
+from dpo_jax.splash import Tiling
 from dpo_jax.step import LogpsFn, TrainState, init_state
+from dpo_jax.tpu import generation_of
+from dpo_jax.vocabulary import LogpOptions
 
+ATTENTION = ("auto", "splash", "dense")  # auto: the kernel on TPU, dense blocks elsewhere
 # A reference that follows the policy (TR-DPO): small changes would be lost in bfloat16.
 MOVING = jnp.dtype("float32")
 
@@ -57,6 +61,7 @@ class Layout:
       dtype: of activations, products and the reference.
       base_dtype: of the frozen base under adapters.
       lora: the adapters; None where all parameters are trained.
+      tiling: of the attention kernel; None is attention as dense blocks.
     """
 
     config: ModelConfig
@@ -67,6 +72,13 @@ class Layout:
     dtype: Any
     base_dtype: Any
     lora: Lora | None
+    tiling: Tiling | None = None
+
+    @property
+    def compiler_options(self) -> dict[str, str]:
+        """XLA's, for the steps on these devices."""
+        generation = generation_of(self.mesh.devices.flat[0])
+        return dict(generation.compiler_options) if generation else {}
 
 
 def find(model: str, workdir: Path, seed: int, *, with_weights: bool = True) -> Policy:
@@ -109,10 +121,11 @@ def lay_out(
     compute_dtype: str,
     lora: Lora | None = None,
     base_dtype: str = "auto",
+    attention: str = "auto",
 ) -> Layout:
     """Place a model on a mesh. `compute_dtype` auto is bfloat16, and float32 on CPU, where it is the faster one.
 
-    `base_dtype` auto is the compute dtype.
+    `base_dtype` auto is the compute dtype; `attention` is one of `ATTENTION`.
 
     Raises:
       UserError: the model does not divide over the mesh.
@@ -124,7 +137,17 @@ def lay_out(
     if lora is not None:
         trained = adapter_shardings(config, lora, mesh)
         config = dataclasses.replace(config, lora_scale=lora.scale)
-    return Layout(config, mesh, shardings, trained, jnp.dtype(param_dtype), dtype, base, lora)
+    tiling = _tiling(attention, mesh.devices.flat[0])
+    return Layout(config, mesh, shardings, trained, jnp.dtype(param_dtype), dtype, base, lora, tiling)
+
+
+def _tiling(attention: str, device: jax.Device) -> Tiling | None:
+    """How the attention kernel runs on this device, None where dense blocks are used."""
+    is_tpu = device.platform == "tpu"
+    if attention == "dense" or (attention == "auto" and not is_tpu):
+        return None
+    generation = generation_of(device)
+    return Tiling(generation.largest_tile if generation else 512, interpret=not is_tpu)
 
 
 def row_limits(layout: Layout, microbatches: int) -> RowLimits:
@@ -141,7 +164,9 @@ def limits_on(config: ModelConfig, row_multiple: int, platform: str) -> RowLimit
     key_cost = 4 * c.num_attention_heads * c.head_dim / (2 * layer)
     return RowLimits(
         row_multiple=row_multiple,
-        width_multiple=128 if platform == "tpu" else 8,
+        # Sublanes of a bfloat16 register on TPU. Not its 128 lanes: only the attention kernel wants them, and pads for
+        # itself; rows that wide would compute up to a fifth more.
+        width_multiple=16 if platform == "tpu" else 8,
         key_cost=key_cost * (2.5 if platform == "cpu" else 1),
     )
 
@@ -151,32 +176,28 @@ def logps_fn(
 ) -> LogpsFn:
     """The model as the step sees it: (parameters, one microbatch, widths) → log-probabilities `[B, K, 2]`.
 
-    `ld_alpha` and `log_sum_sq` as in `logprobs.pair_logps`; `balance`: with the sums of `Logps.balance`.
+    `ld_alpha` as in `logprobs.pair_logps`, `log_sum_sq` as in `LogpOptions`; `balance`: with the sums of `Logps.balance`.
     """
     rules = axis_rules(layout.config, layout.mesh)
+    vocabulary = LogpOptions(softcap=layout.config.final_logit_softcapping, log_sum_sq=log_sum_sq)
 
     def logps_of(params: Params, micro: dict[str, jax.Array], slots: Slots) -> Logps:
         with nn.logical_axis_rules(rules):
             options: Any = {"config": layout.config, "slots": slots, "dtype": layout.dtype, "remat": remat}
+            options["tiling"] = layout.tiling
             sums = None
             if balance:
                 hidden, sums = hidden_states_and_balance(params, micro, **options)
             else:
                 hidden = hidden_states(params, micro, **options)
-            pairs = micro["is_pair"].shape[-1]
-            table = unembedding(params)
-            # Each shard of rows holds a chunk of its own at a time.
-            chunk = CHUNK_TOKENS * row_shards(layout.mesh)
             logps = pair_logps(
                 hidden,
                 micro,
-                table,
+                unembedding(params),
                 slots=slots,
-                pairs_per_row=pairs,
-                chunk_tokens=chunk,
-                softcap=layout.config.final_logit_softcapping,
+                pairs_per_row=micro["is_pair"].shape[-1],
+                options=vocabulary,
                 ld_alpha=ld_alpha,
-                log_sum_sq=log_sum_sq,
             )
             return dataclasses.replace(logps, balance=sums)
 

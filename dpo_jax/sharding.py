@@ -69,13 +69,14 @@ def axis_rules(config: ModelConfig, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
     ):
         if size % mesh.shape[axis]:
             raise UserError(f"mesh_{axis}={mesh.shape[axis]} does not divide the model's {name}={size}; use a divisor")
+    vocab = _vocab_axes(config.vocab_size, mesh)
     return (
         ("rows", ROW_AXES),
         ("tokens", None),
         ("activation", None),
         ("embed", "fsdp"),
-        # A vocabulary that does not divide is kept whole on every tensor shard.
-        ("vocab", "tensor" if config.vocab_size % tensor == 0 else None),
+        ("vocab", vocab),
+        ("table", None if "fsdp" in vocab else "fsdp"),
         ("heads", "tensor"),
         # Fewer kv-heads than tensor shards: each shard keeps them all, as it needs some of each.
         ("kv_heads", "tensor" if config.num_key_value_heads % tensor == 0 else None),
@@ -88,6 +89,12 @@ def axis_rules(config: ModelConfig, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
         ("layers", None),
         ("rank", None),
     )
+
+
+def _vocab_axes(vocab_size: int, mesh: Mesh) -> tuple[str, ...]:
+    """Over which axes the vocabulary's tables are spread by tokens: all that it divides over (see `vocabulary.py`)."""
+    axes = (("tensor", "fsdp"), ("fsdp",), ("tensor",))
+    return next((a for a in axes if vocab_size % math.prod(mesh.shape[x] for x in a) == 0), ())
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:

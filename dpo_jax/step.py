@@ -8,7 +8,7 @@ batch, whatever the rows, the microbatches and the mesh.
 Shapes: M microbatches, B rows, K pairs in a row, T tokens of a row, N completion tokens of a row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -125,7 +125,13 @@ def _over(base: Params | None, logps: LogpsFn) -> LogpsFn:
 
 
 def make_train_step(
-    logps: LogpsFn, objective: Objective, tx: optax.GradientTransformation, rate: optax.Schedule, *, compute_dtype: Any
+    logps: LogpsFn,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    rate: optax.Schedule,
+    *,
+    compute_dtype: Any,
+    compiler_options: Mapping[str, str] | None = None,
 ):
     """Build the jitted `train_step(state, ref_params, batch, slots, base=None) -> (state, metrics)`; donates the state.
 
@@ -136,6 +142,7 @@ def make_train_step(
       rate: the learning rate by update, to report.
       compute_dtype: master parameters are cast to it once a step, as is a reference that is kept more exactly.
         Gradients are summed over microbatches in float32.
+      compiler_options: XLA's.
 
     Returns:
       The step; `slots` is static, so it compiles once per row shape. `base` are branches of the parameter tree that are
@@ -157,14 +164,22 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnames="state", static_argnames="slots")
+    options = dict(compiler_options or {})
+    return jax.jit(train_step, donate_argnames="state", static_argnames="slots", compiler_options=options)
 
 
-def make_eval_step(logps: LogpsFn, objective: Objective, *, compute_dtype: Any, out_shardings: Any = None):
+def make_eval_step(
+    logps: LogpsFn,
+    objective: Objective,
+    *,
+    compute_dtype: Any,
+    out_shardings: Any = None,
+    compiler_options: Mapping[str, str] | None = None,
+):
     """Build the jitted `eval_step(params, ref_params, batch, slots, base=None)` → all values of the objective by pair.
 
     Args:
-      logps, objective, compute_dtype: as in `make_train_step`.
+      logps, objective, compute_dtype, compiler_options: as in `make_train_step`.
       out_shardings: of the values; replicated, so that every process can read them.
 
     Returns:
@@ -183,10 +198,17 @@ def make_eval_step(logps: LogpsFn, objective: Objective, *, compute_dtype: Any, 
         policy, reference = jax.lax.map(one, batch)
         return objective.values(policy, reference, batch, _chosen_tokens(batch))
 
-    return jax.jit(eval_step, static_argnames="slots", out_shardings=out_shardings)
+    options = dict(compiler_options or {})
+    return jax.jit(eval_step, static_argnames="slots", out_shardings=out_shardings, compiler_options=options)
 
 
-def make_logps_step(logps: LogpsFn, *, compute_dtype: Any, out_shardings: Any = None):
+def make_logps_step(
+    logps: LogpsFn,
+    *,
+    compute_dtype: Any,
+    out_shardings: Any = None,
+    compiler_options: Mapping[str, str] | None = None,
+):
     """Build the jitted `logps_step(params, batch, slots, base=None)` → what a reference is kept by, `[M, B, K, 2]`.
 
     That is its log-probabilities, and those with every token counted whole where LD-DPO weighs them.
@@ -197,7 +219,8 @@ def make_logps_step(logps: LogpsFn, *, compute_dtype: Any, out_shardings: Any = 
         found = jax.lax.map(lambda micro: _over(base, logps)(params, micro, slots), batch)
         return [x for x in (found.logps, found.whole) if x is not None]
 
-    return jax.jit(logps_step, static_argnames="slots", out_shardings=out_shardings)
+    options = dict(compiler_options or {})
+    return jax.jit(logps_step, static_argnames="slots", out_shardings=out_shardings, compiler_options=options)
 
 
 def make_reference_sync(alpha: float, *, shardings: Any = None):

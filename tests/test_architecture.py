@@ -11,7 +11,7 @@ errors
 data.preference data.columns data.datasets data.files data.mixture data.sources data.render data.cache data.shared_store
 data.remote_cache data.split data.identity data.prepare
 data.balance data.packing data.pipeline data.synthetic
-architecture attention experts remat logprobs losses objective optim model step
+architecture attention vocabulary splash experts remat logprobs losses objective optim model step tpu
 hub tensors lora sharding checkpoint weights peft_files sample tiny policy
 metrics page charts runs compare report answers loop reference_cache config inputs phases reference
 inspection inspection_text inspection_page data_command data.__main__

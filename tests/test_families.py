@@ -17,6 +17,7 @@ from dpo_jax.architecture import hf_config
 from dpo_jax.experts import balance_loss
 from dpo_jax.logprobs import pair_logps
 from dpo_jax.model import hidden_states, hidden_states_and_balance, unembedding
+from dpo_jax.vocabulary import LogpOptions
 from dpo_jax.sample import generate
 from tests import families
 from tests.families import PLACED, TextPairs, difference, load, row_logits, sequence_logits, unpacked
@@ -93,7 +94,8 @@ def dpo_gradient(config, pairs):
     def loss(params, noise):
         hidden = hidden_states(params, rows, config=config, slots=slots, remat="dots")
         cap, table = config.final_logit_softcapping, unembedding(params)
-        logps = pair_logps(hidden, rows, table, slots=slots, pairs_per_row=3, chunk_tokens=16, softcap=cap).logps
+        options = LogpOptions(16, softcap=cap)
+        logps = pair_logps(hidden, rows, table, slots=slots, pairs_per_row=3, options=options).logps
         logps = jnp.stack([logps[places[i]] for i in range(len(pairs))])
         reference = jax.lax.stop_gradient(logps) + noise
         rewards = BETA * (logps - reference)

@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowShape
-from dpo_jax.logprobs import pair_logps, sum_pairs, token_logps
+from dpo_jax.logprobs import pair_logps, sum_pairs
+from dpo_jax.vocabulary import LogpOptions, token_logps
 from dpo_jax.model import hidden_states, init_params, unembedding
 from tests import oracle
 from tests.oracle import CONFIG
@@ -33,7 +34,7 @@ def test_chunks_do_not_change_token_logps(chunk):
     logps = z - np.log(np.exp(z).sum(-1, keepdims=True))
     expected = np.take_along_axis(logps, targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(
-        token_logps(hidden, jnp.asarray(targets), table, chunk_tokens=chunk)[0], expected, atol=1e-5
+        token_logps(hidden, jnp.asarray(targets), table, LogpOptions(chunk))[0], expected, atol=1e-5
     )
 
 
@@ -44,10 +45,10 @@ def test_log_sum_sq_comes_along_without_a_gradient():
     targets = jnp.asarray(rng.integers(0, 17, (2, 9)))
     p = np.exp(hidden.astype(np.float64) @ table.T)
     expected = np.log(((p / p.sum(-1, keepdims=True)) ** 2).sum(-1))
-    run = lambda x: token_logps(x, targets, table, chunk_tokens=4, log_sum_sq=True)
+    run = lambda x: token_logps(x, targets, table, LogpOptions(4, log_sum_sq=True))
     np.testing.assert_allclose(run(hidden)[1], expected, atol=1e-5)
-    np.testing.assert_array_equal(run(hidden)[0], token_logps(hidden, targets, table, chunk_tokens=4)[0])
-    assert token_logps(hidden, targets, table)[1] is None
+    np.testing.assert_array_equal(run(hidden)[0], token_logps(hidden, targets, table, LogpOptions(4))[0])
+    assert token_logps(hidden, targets, table, LogpOptions())[1] is None
     np.testing.assert_array_equal(jax.grad(lambda x: run(x)[1].sum())(jnp.asarray(hidden)), np.zeros(hidden.shape))
 
 
@@ -71,7 +72,7 @@ def test_ld_dpo_weighs_what_lies_beyond_the_shorter_completion():
 
 
 def test_no_completions_no_logps():
-    assert token_logps(jnp.zeros((3, 0, 4)), jnp.zeros((3, 0), jnp.int32), jnp.zeros((5, 4)))[0].shape == (3, 0)
+    assert token_logps(jnp.zeros((3, 0, 4)), jnp.zeros((3, 0), jnp.int32), jnp.zeros((5, 4)), LogpOptions())[0].shape == (3, 0)
 
 
 def test_the_gradient_of_chunks_is_that_of_whole_logits():
@@ -85,7 +86,7 @@ def test_the_gradient_of_chunks_is_that_of_whole_logits():
         return (jnp.take_along_axis(logps, targets[..., None], -1)[..., 0] * weight).sum()
 
     def chunked(hidden, table):
-        return (token_logps(hidden, targets, table, chunk_tokens=4)[0] * weight).sum()
+        return (token_logps(hidden, targets, table, LogpOptions(4))[0] * weight).sum()
 
     ours, theirs = (jax.grad(f, argnums=(0, 1))(hidden, table) for f in (chunked, whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)

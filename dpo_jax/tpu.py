@@ -1,0 +1,199 @@
+"""TPU generations: what a chip can do, how slices are named and shaped, and how programs are compiled for them.
+
+Training and the compile-only plan read the same table, so that what is planned is what runs. Nothing here needs a TPU.
+
+Sources: Cloud TPU documentation (v5e, v5p, v6e, TPU7x system architecture: peaks, HBM, "inter-chip interconnect bandwidth"
+per chip over its ports, network cards per host); the memory that programs may use is what the compiler's own
+out-of-memory error names; MaxText's `xla_flags_library` for the compiler options (the scoped VMEM limit of v6e).
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.errors import UserError
+
+# Collectives run beside the products that do not need them, and are started early enough for that.
+OVERLAP = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One generation of chips; numbers are per JAX device (TPU7x: two devices a chip).
+
+    Attributes:
+      name: as topologies name it.
+      kinds: `device_kind` of its devices.
+      cloud: prefixes of Cloud's accelerator types, such as `v5litepod` in `v5litepod-16`.
+      counted: what the number in an accelerator type counts per chip: 1 chips, 2 cores.
+      devices: JAX devices per chip.
+      peak_flops: bfloat16 operations per second.
+      hbm_bytes: that a program may use.
+      hbm_bandwidth: bytes per second.
+      link_bandwidth: bytes per second over one link to a neighbour, one way.
+      torus: from which length on an axis of a slice is closed to a ring.
+      dcn_bandwidth: bytes per second to other slices, one way.
+      host_bandwidth: bytes per second between HBM and the host's memory, one way.
+      largest_tile: see `splash.Tiling`.
+      compiler_options: XLA's, for every step.
+      shapes: topologies that can be had.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    cloud: tuple[str, ...]
+    counted: int
+    devices: int
+    peak_flops: float
+    hbm_bytes: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    torus: int
+    dcn_bandwidth: float
+    host_bandwidth: float
+    largest_tile: int
+    compiler_options: Mapping[str, str]
+    shapes: tuple[str, ...]
+
+
+GIB = 2.0**30
+_FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
+_CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
+
+GENERATIONS = {
+    g.name: g
+    for g in (
+        Generation(
+            "v5e", ("TPU v5 lite", "TPU v5e"), ("v5litepod", "v5e"), 1, 1, 197e12, 15.75 * GIB, 819e9, 50e9, 16, 3.125e9,
+            16e9, 512, OVERLAP, tuple(_FLAT.split()),
+        ),
+        Generation(
+            "v5p", ("TPU v5", "TPU v5p"), ("v5p",), 2, 1, 459e12, 95.74 * GIB, 2765e9, 100e9, 4, 6.25e9,
+            16e9, 1024, OVERLAP, tuple(_CUBES.split()),
+        ),
+        Generation(
+            "v6e", ("TPU v6 lite", "TPU v6e"), ("v6e",), 1, 1, 918e12, 31.25 * GIB, 1640e9, 100e9, 16, 12.5e9,
+            32e9, 1024, OVERLAP | {"xla_tpu_scoped_vmem_limit_kib": "98304"}, tuple(_FLAT.split()),
+        ),
+        Generation(
+            "tpu7x", ("TPU7x",), ("tpu7x", "v7x"), 2, 2, 2307e12 / 2, 94.75 * GIB, 7380e9 / 2, 100e9 / 2, 4, 12.5e9 / 2,
+            32e9, 1024, OVERLAP, tuple(_CUBES.split()),
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Some slices of one generation.
+
+    Attributes:
+      generation: of its chips.
+      shape: chips along each axis of a slice.
+      slices: how many.
+    """
+
+    generation: Generation
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def name(self) -> str:
+        """As `parse_topology` reads it."""
+        return f"{self.generation.name}:{self._shape}" + (f"*{self.slices}" if self.slices > 1 else "")
+
+    @property
+    def _shape(self) -> str:
+        return "x".join(map(str, self.shape))
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def accelerator_type(self) -> str:
+        """Cloud's name of one of its slices, such as v5p-16 for 8 chips."""
+        return f"{self.generation.cloud[0]}-{math.prod(self.shape) * self.generation.counted}"
+
+    def links(self, lengths: tuple[int, ...]) -> int:
+        """Over how many links the worst placed chip receives, in a group that spans `lengths` chips along each axis."""
+        ring = self.generation.torus
+        closed = (
+            length == whole and whole >= ring and whole % ring == 0
+            for length, whole in zip(lengths, self.shape, strict=True)
+        )
+        return sum(
+            0 if length == 1 else 2 if is_ring else 1 for length, is_ring in zip(lengths, closed, strict=True)
+        )
+
+    def devices(self) -> list[Any]:
+        """Its devices, for compiling only.
+
+        Raises:
+          UserError: the TPU compiler is not installed.
+        """
+        from jax.experimental import topologies
+
+        options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
+        chips = math.prod(self.shape)
+        if chips < 4:
+            options["chips_per_host_bounds"] = (*self.shape, 1, 1)[:3]
+        try:
+            described = topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{self.generation.name}:{self._shape}", **options
+            )
+        except Exception as e:  # plugin errors are of many kinds
+            if "libtpu" in str(e) or "not found" in str(e).lower() or isinstance(e, ModuleNotFoundError):
+                raise UserError(
+                    f"{self.name}: the TPU compiler is not installed; pip install 'dpo_jax[tpu]' (Linux, x86-64)"
+                ) from None
+            raise UserError(f"{self.name}: the TPU compiler refuses this topology ({_first_line(e)})") from None
+        return list(described.devices)
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
+def parse_topology(text: str) -> Topology:
+    """Read `v6e:2x4`, two slices as `v6e:2x4*2`, or Cloud's accelerator type: `v6e-8`, `v5litepod-16`, `v5p-16` (cores).
+
+    Raises:
+      UserError: there is none of this name; lists those that there are.
+    """
+    match = re.fullmatch(r"([a-z0-9]+)(?::([0-9x]+)|-(\d+))(?:\*(\d+))?", text.strip())
+    known = {prefix: g for g in GENERATIONS.values() for prefix in (g.name, *g.cloud)}
+    generation = known.get(match[1]) if match else None
+    if match is None or generation is None:
+        raise UserError(f"topology {text!r} does not exist; there are {_known()}")
+    shapes = {shape: tuple(map(int, shape.split("x"))) for shape in generation.shapes}
+    slices = int(match[4] or 1)
+    if match[2]:
+        found = [shape for name, shape in shapes.items() if name == match[2]]
+    else:
+        found = [s for s in shapes.values() if math.prod(s) * generation.counted == int(match[3])]
+    if not found or slices < 1:
+        raise UserError(
+            f"topology {text!r} does not exist; of {generation.name} there are {', '.join(generation.shapes)} "
+            f"(chips), also as {', '.join(Topology(generation, s).accelerator_type for s in shapes.values())}"
+        )
+    return Topology(generation, found[0], slices)
+
+
+def _known() -> str:
+    return "; ".join(f"{g.name}:{{{','.join(g.shapes)}}}" for g in GENERATIONS.values()) + "; several slices as v6e:2x4*2"
+
+
+def generation_of(device: Any) -> Generation | None:
+    """The generation of a JAX device; None if it is no TPU, or one that is not in the table."""
+    if device.platform != "tpu":
+        return None
+    return next((g for g in GENERATIONS.values() if device.device_kind in g.kinds), None)
