@@ -68,10 +68,16 @@ def get_config() -> ml_collections.ConfigDict:
     # --- numbers and machine
     c.param_dtype = "float32"  # of the trained parameters and the optimiser's moments
     c.compute_dtype = "auto"  # of activations, products and the reference; auto = bfloat16, on CPU float32
-    c.remat = "dots"  # what the backward pass computes again: none, dots (element-wise work), attention, full
+    # what the backward pass computes again: none, dots (element-wise work), attention (all but q, k, v and attention's
+    c.remat = "dots"  # output), attention_offload (the same, kept in the host's memory meanwhile), full
+    c.attention = "auto"  # splash (TPU kernel), dense (XLA), auto = splash on TPU; both give the same numbers
+    c.optimizer_offload = False  # keep the optimiser's moments in the host's memory between updates
+    c.reference_offload = False  # keep the reference in the host's memory, a layer at a time on the device
     c.mesh_data = 1  # devices over which rows are spread and parameters are whole; -1 = all that are left
     c.mesh_fsdp = -1  # devices over which rows and parameters are spread
     c.mesh_tensor = 1  # devices over which heads, ffn and vocabulary are spread
+
+    c.compilation_cache = ""  # compiled programs: a directory, off, or empty = beside the cache of tokenised pairs
 
     # --- what is written
     c.log_every = 10  # updates between train records (the first is always written)

@@ -20,6 +20,7 @@ from dpo_jax.lora import parse_targets
 from dpo_jax.losses import LOSSES
 from dpo_jax.objective import DIVERGENCES, needs_reference, parse_loss
 from dpo_jax.optim import OPTIMIZERS, SCHEDULES
+from dpo_jax.policy import ATTENTION
 from dpo_jax.remat import REMAT_POLICIES
 
 DTYPES = ("float32", "bfloat16")
@@ -160,6 +161,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "lr_schedule": SCHEDULES,
     "optimizer": OPTIMIZERS,
     "remat": tuple(REMAT_POLICIES),
+    "attention": ATTENTION,
     "param_dtype": DTYPES,
     "compute_dtype": ("auto", *DTYPES),
     "lora_base_dtype": ("auto", *DTYPES),
@@ -197,6 +199,7 @@ def check(config: Mapping[str, Any]) -> None:
             raise UserError(f"{key}={config[key]!r} does not exist; choose from {', '.join(choices)}")
     _check_loss(config, known)
     _check_lora(config, known)
+    _check_offload(config)
     if not config["model"]:
         raise UserError("model is empty; name a Hugging Face id, a directory, or tiny")
     if not config["num_steps"] and not config["num_epochs"]:
@@ -255,6 +258,18 @@ def _check_lora(c: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
             "reference_sync_steps moves a reference of its own, and with lora_rank above 0 the frozen base is the "
             "reference; set one of them to 0"
         )
+
+
+def _check_offload(c: Mapping[str, Any]) -> None:
+    for key, why in (
+        ("reference_sync_steps", "moves the reference on the device"),
+        ("reference_cache", "has no reference in memory at all"),
+        ("lora_rank", "has the frozen base as its reference, on the device"),
+    ):
+        if c["reference_offload"] and c[key]:
+            raise UserError(f"reference_offload=True: {key}={c[key]} {why}; set one of them to its default")
+    if c["reference_offload"] and not needs_reference({name: LOSSES[name] for name in parse_loss(c["loss"])}):
+        raise UserError(f"reference_offload=True: loss={c['loss']} has no reference; set it to False")
 
 
 def check_workdir(workdir: str) -> str:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from dpo_jax.attention import Slots
 from dpo_jax.vocabulary import LogpOptions, token_logps
 
+DEFAULTS = LogpOptions()
+
 
 @flax.struct.dataclass
 class Logps:
@@ -37,7 +39,7 @@ def pair_logps(
     *,
     slots: Slots,
     pairs_per_row: int,
-    options: LogpOptions = LogpOptions(),
+    options: LogpOptions = DEFAULTS,
     ld_alpha: float = 1.0,
 ) -> Logps:
     """Summed log-probabilities of both completions of every pair in a row.

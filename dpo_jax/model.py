@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dpo_jax.architecture import ACTIVATIONS, ModelConfig
 from dpo_jax.attention import Slots, apply_rotary, cached_attention, pair_row_attention, rotary_angles
 from dpo_jax.experts import balance_sums, experts_mlp, route
-from dpo_jax.remat import REMAT_POLICIES
+from dpo_jax.remat import REMAT_POLICIES, to_device
 from dpo_jax.splash import Tiling, splash_attention
 from dpo_jax.vocabulary import embed
 
@@ -210,6 +210,7 @@ class Decoder(nn.Module):
     attend: Callable
     dtype: Any = jnp.float32
     remat: str = "none"
+    from_host: bool = False
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, context: dict[str, Any], cache: Any = None) -> tuple[jax.Array, Any]:
@@ -224,6 +225,8 @@ class Decoder(nn.Module):
         if c.scale_embeddings:
             x_BTD = x_BTD * jnp.asarray(c.hidden_size**0.5, self.dtype)
         block: Any = Block
+        if self.from_host:
+            block = nn.map_variables(block, "params", trans_in_fn=to_device)
         if REMAT_POLICIES[self.remat] is not None:
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         layers = nn.scan(
@@ -282,7 +285,7 @@ def _score_options(config: ModelConfig) -> dict[str, float | None]:
 def _row_attention(config: ModelConfig, slots: Slots, tiling: Tiling | None = None) -> Callable:
     """Attention of pair rows: by the kernel where there is a tiling for it, else as dense blocks.
 
-    Layers with windows that rows can reach beyond have dense blocks too: windows count positions, and the kernel columns.
+    Layers with windows that rows can reach beyond have dense blocks too: windows count positions, the kernel columns.
     """
 
     def attend(q, k, v, context, cache):
@@ -325,6 +328,7 @@ def hidden_states(
     dtype=jnp.float32,
     remat: str = "none",
     tiling: Tiling | None = None,
+    from_host: bool = False,
 ) -> jax.Array:
     """Final hidden states of pair rows.
 
@@ -335,12 +339,13 @@ def hidden_states(
       dtype: dtype of activations and matrix products.
       remat: a name in `REMAT_POLICIES`.
       tiling: of the attention kernel; None is attention as dense blocks.
+      from_host: the layers' parameters lie in the host's memory.
 
     Returns:
       `[B, T, D]` in `dtype`.
     """
     context = _row_context(config, batch, slots)
-    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat)
+    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat, from_host)
     return decoder.apply(_variables(params), batch["tokens"], context)[0]
 
 
@@ -353,6 +358,7 @@ def hidden_states_and_balance(
     dtype=jnp.float32,
     remat: str = "none",
     tiling: Tiling | None = None,
+    from_host: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`hidden_states` of a model with experts, and how evenly its experts were used.
 
@@ -362,7 +368,7 @@ def hidden_states_and_balance(
     """
     assert config.num_experts, f"{config.model_type} has no experts"
     context = _row_context(config, batch, slots) | {"counted": batch["segments"] != 0}
-    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat)
+    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat, from_host)
     hidden, (_, sums) = decoder.apply(_variables(params), batch["tokens"], context)
     return hidden, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 

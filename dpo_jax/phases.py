@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from dpo_jax import answers, inputs, metrics, policy
+from dpo_jax.data.cache import cache_root
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.packing import Order
 from dpo_jax.data.pipeline import PairSource, Schedule, StepSource, make_schedule
@@ -41,11 +43,28 @@ class Run:
     layout: Layout
     data: Prepared
     logps: LogpsFn
+    reference_logps: LogpsFn  # the same model, with the reference's parameters where they lie
     checkpoints: Any
     writer: metrics.MetricsWriter
     stop: threading.Event
     done: int  # updates, of SFT and DPO together, that the newest checkpoint holds
     base: Params  # under the adapters, never trained; {} if all parameters are
+
+
+def keep_compiled(c: Config) -> None:
+    """Keep compiled programs for the next run on this machine, unless jax is configured for it already."""
+    if c["compilation_cache"] != "off" and not jax.config.values["jax_compilation_cache_dir"]:
+        directory = c["compilation_cache"] or str(cache_root(c["cache_dir"]) / "compiled")
+        jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def make_models(c: Config, layout: Layout) -> tuple[LogpsFn, LogpsFn]:
+    """The policy and the reference as the steps see them."""
+    options = {"remat": c["remat"], "ld_alpha": c["ld_alpha"], "log_sum_sq": c["wpo"]}
+    logps = policy.logps_fn(layout, balance=c["router_aux_loss_coef"] > 0, **options)
+    if not layout.reference_offload:
+        return logps, logps
+    return logps, policy.logps_fn(layout, from_host=True, **options)
 
 
 def plan_of(c: Config, pairs: PairSource, layout: Layout, mixture: Mixture | None) -> Schedule:
@@ -74,7 +93,17 @@ def once_through(run: Run, pairs: Pairs, given: Mapping[str, np.ndarray] | None 
 
 def train_step(run: Run, objective: Objective, tx: optax.GradientTransformation, rate: optax.Schedule) -> Any:
     """The step over the run's base."""
-    step = make_train_step(run.logps, objective, tx, rate, compute_dtype=run.layout.dtype)
+    layout = run.layout
+    step = make_train_step(
+        run.logps,
+        objective,
+        tx,
+        rate,
+        compute_dtype=layout.dtype,
+        reference_logps=run.reference_logps,
+        optimizer_offload=layout.optimizer_offload,
+        compiler_options=layout.compiler_options,
+    )
     return functools.partial(step, base=run.base)
 
 

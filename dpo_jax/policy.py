@@ -21,7 +21,16 @@ from dpo_jax.errors import UserError
 from dpo_jax.logprobs import Logps, pair_logps
 from dpo_jax.lora import Lora, init_adapters
 from dpo_jax.model import Params, hidden_states, hidden_states_and_balance, init_params, unembedding
-from dpo_jax.sharding import adapter_shardings, axis_rules, param_shardings, replicated, row_shards, state_shardings
+from dpo_jax.remat import to_device
+from dpo_jax.sharding import (
+    adapter_shardings,
+    axis_rules,
+    on_host,
+    param_shardings,
+    replicated,
+    row_shards,
+    state_shardings,
+)
 from dpo_jax.splash import Tiling
 from dpo_jax.step import LogpsFn, TrainState, init_state
 from dpo_jax.tpu import generation_of
@@ -62,6 +71,7 @@ class Layout:
       base_dtype: of the frozen base under adapters.
       lora: the adapters; None where all parameters are trained.
       tiling: of the attention kernel; None is attention as dense blocks.
+      optimizer_offload, reference_offload: whether the optimiser's moments, or the reference, lie in the host's memory.
     """
 
     config: ModelConfig
@@ -73,6 +83,13 @@ class Layout:
     base_dtype: Any
     lora: Lora | None
     tiling: Tiling | None = None
+    optimizer_offload: bool = False
+    reference_offload: bool = False
+
+    @property
+    def reference_shardings(self) -> Any:
+        """As `shardings`, where the reference lies."""
+        return on_host(self.shardings) if self.reference_offload else self.shardings
 
     @property
     def compiler_options(self) -> dict[str, str]:
@@ -122,10 +139,12 @@ def lay_out(
     lora: Lora | None = None,
     base_dtype: str = "auto",
     attention: str = "auto",
+    optimizer_offload: bool = False,
+    reference_offload: bool = False,
 ) -> Layout:
     """Place a model on a mesh. `compute_dtype` auto is bfloat16, and float32 on CPU, where it is the faster one.
 
-    `base_dtype` auto is the compute dtype; `attention` is one of `ATTENTION`.
+    `base_dtype` auto is the compute dtype; `attention` is one of `ATTENTION`; the others as in `Layout`.
 
     Raises:
       UserError: the model does not divide over the mesh.
@@ -138,7 +157,8 @@ def lay_out(
         trained = adapter_shardings(config, lora, mesh)
         config = dataclasses.replace(config, lora_scale=lora.scale)
     tiling = _tiling(attention, mesh.devices.flat[0])
-    return Layout(config, mesh, shardings, trained, jnp.dtype(param_dtype), dtype, base, lora, tiling)
+    numbers = (jnp.dtype(param_dtype), dtype, base)
+    return Layout(config, mesh, shardings, trained, *numbers, lora, tiling, optimizer_offload, reference_offload)
 
 
 def _tiling(attention: str, device: jax.Device) -> Tiling | None:
@@ -172,19 +192,28 @@ def limits_on(config: ModelConfig, row_multiple: int, platform: str) -> RowLimit
 
 
 def logps_fn(
-    layout: Layout, *, remat: str, ld_alpha: float = 1.0, log_sum_sq: bool = False, balance: bool = False
+    layout: Layout,
+    *,
+    remat: str,
+    ld_alpha: float = 1.0,
+    log_sum_sq: bool = False,
+    balance: bool = False,
+    from_host: bool = False,
 ) -> LogpsFn:
     """The model as the step sees it: (parameters, one microbatch, widths) → log-probabilities `[B, K, 2]`.
 
-    `ld_alpha` as in `logprobs.pair_logps`, `log_sum_sq` as in `LogpOptions`; `balance`: with the sums of `Logps.balance`.
+    `ld_alpha` as in `logprobs.pair_logps`, `log_sum_sq` as in `LogpOptions`; `balance`: with `Logps.balance`.
+    `from_host`: the parameters lie in the host's memory and come to the device a layer at a time.
     """
     rules = axis_rules(layout.config, layout.mesh)
     vocabulary = LogpOptions(softcap=layout.config.final_logit_softcapping, log_sum_sq=log_sum_sq)
 
     def logps_of(params: Params, micro: dict[str, jax.Array], slots: Slots) -> Logps:
         with nn.logical_axis_rules(rules):
+            if from_host:
+                params = params | to_device({name: p for name, p in params.items() if name != "layers"})
             options: Any = {"config": layout.config, "slots": slots, "dtype": layout.dtype, "remat": remat}
-            options["tiling"] = layout.tiling
+            options |= {"tiling": layout.tiling, "from_host": from_host}
             sums = None
             if balance:
                 hidden, sums = hidden_states_and_balance(params, micro, **options)
@@ -248,7 +277,7 @@ def check_reference(directory: Path, layout: Layout) -> None:
 
 def load_reference(directory: Path, layout: Layout, *, moves: bool) -> Params:
     """A named model as the reference, in the compute dtype (see `check_reference`); one that `moves` in `MOVING`."""
-    return weights.load(directory, layout.config, layout.shardings, MOVING if moves else layout.dtype)
+    return weights.load(directory, layout.config, layout.reference_shardings, MOVING if moves else layout.dtype)
 
 
 def moving_reference(params: Params) -> Params:
@@ -256,9 +285,17 @@ def moving_reference(params: Params) -> Params:
     return _copied(params, MOVING)
 
 
+def abstract_frozen(layout: Layout) -> Any:
+    """Shapes, dtype and shardings of a reference that stays as it is, or of the base under adapters."""
+    dtype = layout.dtype if layout.lora is None else layout.base_dtype
+    shapes = nn.meta.unbox(jax.eval_shape(lambda: init_params(jax.random.key(0), layout.config)))
+    shardings = layout.reference_shardings
+    return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s), shapes, shardings)
+
+
 def abstract_reference(layout: Layout) -> Any:
     """Shapes, dtype and shardings of a reference that moves: what restoring one needs."""
-    return _abstract_trained(layout, MOVING)
+    return abstract_trained(layout, MOVING)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -284,7 +321,8 @@ def own_reference(saved: Path, params: Params | None, layout: Layout) -> Params:
         checkpoint.save_tree(saved, _copied(params, layout.dtype))
     if not saved.exists():
         raise UserError(f"{saved}, the reference that this run made, is gone; start again in a new workdir")
-    return checkpoint.restore_tree(saved, _abstract_trained(layout, layout.dtype))
+    kept = checkpoint.restore_tree(saved, abstract_trained(layout, layout.dtype))
+    return jax.device_put(kept, layout.reference_shardings) if layout.reference_offload else kept
 
 
 def start_state(params: Params, tx: optax.GradientTransformation, layout: Layout) -> TrainState:
@@ -295,16 +333,17 @@ def start_state(params: Params, tx: optax.GradientTransformation, layout: Layout
 
 def abstract_state(tx: optax.GradientTransformation, layout: Layout) -> TrainState:
     """Shapes, dtypes and shardings of a state: what restoring one needs."""
-    shapes = jax.eval_shape(lambda p: init_state(p, tx), _abstract_trained(layout, layout.param_dtype))
+    shapes = jax.eval_shape(lambda p: init_state(p, tx), abstract_trained(layout, layout.param_dtype))
     return checkpoint.abstract(shapes, _state_shardings(tx, layout))
 
 
 def trained_count(layout: Layout) -> int:
     """How many parameters are trained."""
-    return sum(leaf.size for leaf in jax.tree.leaves(_abstract_trained(layout, layout.param_dtype)))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_trained(layout, layout.param_dtype)))
 
 
-def _abstract_trained(layout: Layout, dtype: Any) -> Any:
+def abstract_trained(layout: Layout, dtype: Any) -> Any:
+    """Shapes, `dtype` and shardings of what is trained."""
     config, lora = layout.config, layout.lora
     key = jax.random.key(0)
     boxed = jax.eval_shape(lambda: init_params(key, config) if lora is None else init_adapters(key, config, lora))
@@ -313,6 +352,7 @@ def _abstract_trained(layout: Layout, dtype: Any) -> Any:
 
 
 def _state_shardings(tx: optax.GradientTransformation, layout: Layout) -> Any:
-    params = _abstract_trained(layout, layout.param_dtype)
-    moments = state_shardings(tx, params, layout.trained, layout.mesh)
+    params = abstract_trained(layout, layout.param_dtype)
+    held = on_host(layout.trained) if layout.optimizer_offload else layout.trained
+    moments = state_shardings(tx, params, held, layout.mesh)
     return TrainState(step=replicated(layout.mesh), params=layout.trained, opt_state=moments)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -60,10 +61,8 @@ def kept_reference(run: Run, plan: Schedule, steps: int, start: Params | None) -
         return values
     params = load_reference(run, start)
     pairs = dataclasses.replace(run.data.train, index=missing)
-    step = make_logps_step(run.logps, compute_dtype=run.layout.dtype, out_shardings=replicated(run.layout.mesh))
-    step = functools.partial(step, base=run.base)
     began = saved = time.perf_counter()
-    for ids, computed in reference_cache.compute(step, params, once_through(run, pairs), run.layout.mesh):
+    for ids, computed in _computed(run, params, pairs):
         values[missing[ids]] = computed
         if time.perf_counter() - saved > SAVE_SECONDS and jax.process_index() == 0:
             reference_cache.save(where, values)
@@ -77,9 +76,30 @@ def kept_reference(run: Run, plan: Schedule, steps: int, start: Params | None) -
     return values
 
 
+def held_out_reference(run: Run, params: Params | None) -> dict[str, np.ndarray]:
+    """The reference's values of the held-out pairs: computed once, as it says the same at every evaluation."""
+    parts = list(_computed(run, params, run.data.evaluation))
+    ids = np.concatenate([ids for ids, _ in parts])
+    return _by_name(np.concatenate([values for _, values in parts])[np.argsort(ids)])
+
+
 def given_reference(values: np.ndarray | None, pairs: Pairs) -> dict[str, np.ndarray]:
     """The reference's values of `pairs` as a batch has them."""
-    if values is None:
-        return {}
-    mine = values[pairs.index]
-    return {name: mine[..., number] for number, name in enumerate(REFERENCE_FIELDS[: mine.shape[-1]])}
+    return {} if values is None else _by_name(values[pairs.index])
+
+
+def _computed(run: Run, params: Params | None, pairs: Pairs) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    layout = run.layout
+    step = make_logps_step(
+        run.reference_logps,
+        compute_dtype=layout.dtype,
+        out_shardings=replicated(layout.mesh),
+        compiler_options=layout.compiler_options,
+    )
+    step = functools.partial(step, base=run.base)
+    return reference_cache.compute(step, params, once_through(run, pairs), layout.mesh)
+
+
+def _by_name(values: np.ndarray) -> dict[str, np.ndarray]:
+    """`[pairs, 2, F]` → `[pairs, 2]` by the name that a batch has for each."""
+    return {name: values[..., number] for number, name in enumerate(REFERENCE_FIELDS[: values.shape[-1]])}

@@ -1,4 +1,4 @@
-"""What the backward pass keeps of a layer; everything else is computed again."""
+"""What the backward pass keeps of a layer (everything else is computed again), and moves to and from host memory."""
 
 import math
 from collections.abc import Callable
@@ -20,12 +20,30 @@ def _keeps_product(primitive: Any, *operands: Any, **params: Any) -> bool:
     return right.size < 8 * contracted**2
 
 
+ATTENTION_NAMES = ("q", "k", "v", "attention_out")
+
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     # matrix products and attention are kept, the cheap element-wise work between them is not
     "dots": jax.checkpoint_policies.save_from_both_policies(
         _keeps_product, jax.checkpoint_policies.save_only_these_names("attention_out")
     ),
-    "attention": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention_out"),
+    "attention": jax.checkpoint_policies.save_only_these_names(*ATTENTION_NAMES),
+    "attention_offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(ATTENTION_NAMES),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def to_device(tree: Any) -> Any:
+    """Arrays in the device's memory, inside a jitted function."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays in the host's memory, inside a jitted function; scalars stay where they are."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, tree)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,6 +26,9 @@ ROW_AXES = ("data", "fsdp")
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Devices as data x fsdp x tensor; at most one size may be -1 (whatever is left).
+
+    Several slices of a TPU pod are copies of each other: whole slices lie along the data axis, so that what crosses the
+    network between them is the sum of the gradients alone.
 
     Raises:
       UserError: the product does not use the devices exactly.
@@ -45,7 +48,17 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
             f"{asked} is a mesh of {fixed} devices, but there are {len(devices)} ({devices[0].platform}); make the "
             f"product {len(devices)}, or leave one of the three at -1"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if sizes[0] % slices:
+        raise UserError(
+            f"{asked}: the devices are {slices} slices with a slow network between them, over which only rows are "
+            f"spread; make mesh_data a multiple of {slices}"
+        )
+    inside = (sizes[0] // slices, *sizes[1:])
+    arranged = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -121,6 +134,11 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
         shardings,
         transform_non_params=lambda _: replicated,
     )
+
+
+def on_host(shardings: Any) -> Any:
+    """The same shardings in the memory of each device's host."""
+    return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,4 +1,4 @@
-"""Pair-row attention by the splash-attention kernel of JAX (Pallas, TPU): forward and backward in tiles, no scores kept.
+"""Pair-row attention by the splash-attention kernel of JAX (Pallas, TPU): in tiles both ways, no scores kept.
 
 The kernel takes a static mask, which tiles it may skip, and segment ids, which tell the pairs of a row apart: the two
 halves of the rule in `attention.py`. On other machines it runs interpreted, slowly, for tests.
@@ -133,15 +133,13 @@ def _local(
     `heads` are all query heads. They are spread over the mesh axes `axes`, where every device has all kv-heads.
     """
     H, G = q_BTHE.shape[2], k_BTGE.shape[2]
-    if H < heads and axes:
+    if axes and heads != H:
         group = heads // G
         mine = (jax.lax.axis_index(axes) * H + jnp.arange(H)) // group
         mine = mine[:1] if group % H == 0 else mine
         k_BTGE, v_BTGE = (jnp.take(x, mine, axis=2) for x in (k_BTGE, v_BTGE))
     pad = tile(slots, tiling.largest)[1] - slots.total
-    q, k, v = (
-        jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q_BTHE, k_BTGE, v_BTGE)
-    )
+    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q_BTHE, k_BTGE, v_BTGE))
     segments = jnp.pad(segments_BT, ((0, 0), (0, pad)))
     kernel = _kernel(slots, H, tiling, softcap)
     out = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(segments, segments))
@@ -161,8 +159,8 @@ def splash_attention(
 ) -> jax.Array:
     """Attention of pair rows by the kernel; arguments and result as in `attention.pair_row_attention`.
 
-    It has no window: one counts positions, the kernel's mask counts columns. On a mesh every device runs its own rows and
-    heads. What the backward pass needs of it carries the checkpoint name `attention_out`.
+    It has no window: one counts positions, the kernel's mask counts columns. On a mesh every device runs its own rows
+    and heads. What the backward pass needs of it carries the checkpoint name `attention_out`.
     """
     q_BTHE = q_BTHE * jnp.asarray(scale or q_BTHE.shape[-1] ** -0.5, q_BTHE.dtype)
     heads = q_BTHE.shape[2]
@@ -178,3 +176,23 @@ def splash_attention(
         out_specs=P(rows, None, by_head),
         check_vma=False,  # kernels do not say over which axes their results vary
     )(q_BTHE, k_BTGE, v_BTGE, segments_BT)
+
+
+def query_shape(operands: Any) -> tuple[int, ...]:
+    """Of a kernel's operands, the shape of its queries: the first array with rows, heads, tokens and head width."""
+    shapes = (tuple(getattr(x, "shape", None) or getattr(x, "dims", ())) for x in operands)
+    return next((shape for shape in shapes if len(shape) == 4), ())
+
+
+def kernel_flops(name: str, query: tuple[int, ...], slots: Slots, tiling: Tiling) -> float | None:
+    """FLOPs of one call of the kernel: its tiles that are not skipped; None if it is another kernel.
+
+    Two products a score forward (scores, values), five backward (scores again, gradients of probabilities, values, keys
+    and queries); 2·E operations a score and product.
+    """
+    products = 2 if "_fwd" in name else 5 if "_dkv" in name else 0
+    if not name.startswith("splash") or not products or len(query) != 4:
+        return None
+    rows, heads, _, width = query
+    side, _ = tile(slots, tiling.largest)
+    return float(rows * heads * tiles_run(slots, side) * side**2 * 2 * width * products)

@@ -20,6 +20,7 @@ from dpo_jax.attention import Slots
 from dpo_jax.experts import balance_loss
 from dpo_jax.logprobs import Logps
 from dpo_jax.objective import Objective
+from dpo_jax.remat import to_device, to_host
 
 # A reference that was computed before comes with the batch, float32 `[M, B, K, 2]` each; the second for LD-DPO only.
 REFERENCE_FIELDS = ("ref_logps", "ref_whole")
@@ -60,14 +61,23 @@ def _summed(values: dict[str, jax.Array], is_pair: jax.Array) -> dict[str, jax.A
 
 
 def _batch_gradient(
-    logps: LogpsFn, objective: Objective, params: Params, ref_params: Params | None, batch: Batch, slots: Slots
+    models: tuple[LogpsFn, LogpsFn],
+    objective: Objective,
+    params: Params,
+    ref_params: Params | None,
+    batch: Batch,
+    slots: Slots,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """The gradient of the mean loss, in float32, and the mean of every value over the batch's pairs."""
+    """The gradient of the mean loss, in float32, and the mean of every value over the batch's pairs.
+
+    `models` are those of the policy and the reference.
+    """
+    logps, ref_logps = models
     count = jnp.maximum(jnp.sum(batch["is_pair"]), 1).astype(jnp.float32)
     chosen_tokens = _chosen_tokens(batch)
 
     def reference_logps(micro: Batch) -> Logps | None:  # constant to the gradient
-        return _reference(logps, objective, ref_params, micro, slots)
+        return _reference(ref_logps, objective, ref_params, micro, slots)
 
     def loss_of(policy: Logps, reference: Logps | None, part: Batch):
         sums = _summed(objective.values(policy, reference, part, chosen_tokens), part["is_pair"])
@@ -131,6 +141,8 @@ def make_train_step(
     rate: optax.Schedule,
     *,
     compute_dtype: Any,
+    reference_logps: LogpsFn | None = None,
+    optimizer_offload: bool = False,
     compiler_options: Mapping[str, str] | None = None,
 ):
     """Build the jitted `train_step(state, ref_params, batch, slots, base=None) -> (state, metrics)`; donates the state.
@@ -142,6 +154,8 @@ def make_train_step(
       rate: the learning rate by update, to report.
       compute_dtype: master parameters are cast to it once a step, as is a reference that is kept more exactly.
         Gradients are summed over microbatches in float32.
+      reference_logps: the model with the reference's parameters, where they lie elsewhere; None is `logps`.
+      optimizer_offload: the optimiser's state lies in the host's memory.
       compiler_options: XLA's.
 
     Returns:
@@ -154,14 +168,17 @@ def make_train_step(
         state: TrainState, ref_params: Params | None, batch: Batch, slots: Slots, base: Params | None = None
     ):
         params, reference, base = (_cast(x, compute_dtype) for x in (state.params, ref_params, base))
-        grads, means = _batch_gradient(_over(base, logps), objective, params, reference, batch, slots)
+        models = _over(base, logps), _over(base, reference_logps or logps)
+        grads, means = _batch_gradient(models, objective, params, reference, batch, slots)
         metrics = means | {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
         }
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        opt_state = to_device(state.opt_state) if optimizer_offload else state.opt_state
+        updates, opt_state = tx.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        opt_state = to_host(opt_state) if optimizer_offload else opt_state
         return TrainState(state.step + 1, params, opt_state), metrics
 
     options = dict(compiler_options or {})

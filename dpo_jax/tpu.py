@@ -2,8 +2,8 @@
 
 Training and the compile-only plan read the same table, so that what is planned is what runs. Nothing here needs a TPU.
 
-Sources: Cloud TPU documentation (v5e, v5p, v6e, TPU7x system architecture: peaks, HBM, "inter-chip interconnect bandwidth"
-per chip over its ports, network cards per host); the memory that programs may use is what the compiler's own
+Sources: Cloud TPU documentation (v5e, v5p, v6e, TPU7x system architecture: peaks, HBM, "inter-chip interconnect
+bandwidth" per chip over its ports, network cards per host); the memory that programs may use is what the compiler's own
 out-of-memory error names; MaxText's `xla_flags_library` for the compiler options (the scoped VMEM limit of v6e).
 """
 
@@ -72,8 +72,8 @@ GENERATIONS = {
     g.name: g
     for g in (
         Generation(
-            "v5e", ("TPU v5 lite", "TPU v5e"), ("v5litepod", "v5e"), 1, 1, 197e12, 15.75 * GIB, 819e9, 50e9, 16, 3.125e9,
-            16e9, 512, OVERLAP, tuple(_FLAT.split()),
+            "v5e", ("TPU v5 lite", "TPU v5e"), ("v5litepod", "v5e"), 1, 1, 197e12, 15.75 * GIB, 819e9, 50e9, 16,
+            3.125e9, 16e9, 512, OVERLAP, tuple(_FLAT.split()),
         ),
         Generation(
             "v5p", ("TPU v5", "TPU v5p"), ("v5p",), 2, 1, 459e12, 95.74 * GIB, 2765e9, 100e9, 4, 6.25e9,
@@ -130,9 +130,7 @@ class Topology:
             length == whole and whole >= ring and whole % ring == 0
             for length, whole in zip(lengths, self.shape, strict=True)
         )
-        return sum(
-            0 if length == 1 else 2 if is_ring else 1 for length, is_ring in zip(lengths, closed, strict=True)
-        )
+        return sum(0 if length == 1 else 2 if is_ring else 1 for length, is_ring in zip(lengths, closed, strict=True))
 
     def devices(self) -> list[Any]:
         """Its devices, for compiling only.
@@ -164,7 +162,7 @@ def _first_line(e: Exception) -> str:
 
 
 def parse_topology(text: str) -> Topology:
-    """Read `v6e:2x4`, two slices as `v6e:2x4*2`, or Cloud's accelerator type: `v6e-8`, `v5litepod-16`, `v5p-16` (cores).
+    """Read `v6e:2x4`, two slices `v6e:2x4*2`, or Cloud's accelerator type: `v6e-8`, `v5litepod-16`, `v5p-16` (cores).
 
     Raises:
       UserError: there is none of this name; lists those that there are.
@@ -189,7 +187,9 @@ def parse_topology(text: str) -> Topology:
 
 
 def _known() -> str:
-    return "; ".join(f"{g.name}:{{{','.join(g.shapes)}}}" for g in GENERATIONS.values()) + "; several slices as v6e:2x4*2"
+    return (
+        "; ".join(f"{g.name}:{{{','.join(g.shapes)}}}" for g in GENERATIONS.values()) + "; several slices as v6e:2x4*2"
+    )
 
 
 def generation_of(device: Any) -> Generation | None:

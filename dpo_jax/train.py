@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 bad input (one line
 on standard error, before anything is compiled), 143 stopped by SIGTERM after saving (the same command goes on).
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -40,6 +41,8 @@ from dpo_jax.phases import (
     Run,
     answer,
     introduce,
+    keep_compiled,
+    make_models,
     make_objective,
     once_through,
     plan_of,
@@ -49,7 +52,7 @@ from dpo_jax.phases import (
     transformation,
 )
 from dpo_jax.policy import Policy
-from dpo_jax.reference import given_reference, kept_reference, load_reference
+from dpo_jax.reference import given_reference, held_out_reference, kept_reference, load_reference
 from dpo_jax.sharding import agreed, first_process_first, make_mesh, replicated, row_shards
 from dpo_jax.step import (
     TrainState,
@@ -75,6 +78,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     c, workdir = dict(config), Path(check_workdir(os.fspath(workdir)))
     check(c)
     claim_workdir(workdir, c, write=False)
+    keep_compiled(c)
     mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"])
     inputs.check_division(c["batch_size"], row_shards(mesh), c["microbatches"])
     main_process = jax.process_index() == 0
@@ -91,6 +95,9 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
         compute_dtype=c["compute_dtype"],
         lora=_adapters(c, found),
         base_dtype=c["lora_base_dtype"],
+        attention=c["attention"],
+        optimizer_offload=c["optimizer_offload"],
+        reference_offload=c["reference_offload"],
     )
     if c["reference"]:
         policy.check_reference(hub.resolve(c["reference"], what="reference"), layout)
@@ -114,13 +121,13 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
             _forget_after(workdir, c["sft_steps"], done)
         totals = {"sft": c["sft_steps"], "train": steps}
         writer = metrics.MetricsWriter(workdir if main_process else None, total_steps=totals, quiet=not main_process)
-        logps = policy.logps_fn(
-            layout, remat=c["remat"], ld_alpha=c["ld_alpha"], log_sum_sq=c["wpo"], balance=c["router_aux_loss_coef"] > 0
-        )
+        logps, reference_logps = make_models(c, layout)
         with writer:
             base = policy.load_base(found, layout, c["seed"])
             return _train(
-                Run(c, workdir, found, layout, data, logps, checkpoints, writer, stop, done, base), plan, steps
+                Run(c, workdir, found, layout, data, logps, reference_logps, checkpoints, writer, stop, done, base),
+                plan,
+                steps,
             )
 
 
@@ -218,13 +225,26 @@ def _evaluator(
     held_out = run.data.evaluation
     if not len(held_out):
         return None
-    source = once_through(run, held_out, given_reference(values, held_out))
+    layout, groups = run.layout, run.data.split.groups
     eval_step = make_eval_step(
-        run.logps, objective, compute_dtype=run.layout.dtype, out_shardings=replicated(run.layout.mesh)
+        run.logps,
+        objective,
+        compute_dtype=layout.dtype,
+        out_shardings=replicated(layout.mesh),
+        compiler_options=layout.compiler_options,
     )
-    groups = run.data.split.groups
     eval_step = functools.partial(eval_step, base=run.base)
-    return lambda state, reference: evaluate(eval_step, state.params, reference, source, run.layout.mesh, groups)
+    moves = run.c["reference_sync_steps"] > 0
+    known = given_reference(values, held_out)
+    source = once_through(run, held_out, known)
+
+    def at(state: TrainState, reference: Params | None) -> dict[str, Any]:
+        nonlocal source
+        if objective.needs_reference and not moves and not source.given:
+            source = dataclasses.replace(source, given=held_out_reference(run, reference))
+        return evaluate(eval_step, state.params, reference if moves else None, source, layout.mesh, groups)
+
+    return at
 
 
 def _finish(run: Run, state: TrainState, steps: int) -> dict[str, float]:

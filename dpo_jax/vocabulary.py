@@ -1,11 +1,13 @@
 """The two ends of a model that are as wide as its vocabulary: the embedding, and log-probabilities of given tokens.
 
-Both tables lie in parts of whole rows (tokens of the vocabulary) over every mesh axis that can hold them, and stay there: not
-the table travels but the hidden states, which are far fewer than the vocabulary has tokens. Each device looks up, or
-computes the logits of, its own part of the vocabulary for the rows of all devices that hold another part; sums over
-devices make the rest. So no device ever has the whole table, its whole gradient, or the logits of all completions.
+Both tables lie in parts of whole rows (tokens of the vocabulary) over every mesh axis that can hold them, and stay
+there: not the table travels but the hidden states, which are far fewer than the vocabulary has tokens. Each device
+looks up, or computes the logits of, its own part of the vocabulary for the rows of all devices that hold another part;
+sums over devices make the rest. So no device ever has the whole table, its whole gradient, or the logits of all
+completions.
 
-Shapes: B rows, T tokens of a row, N completion tokens of a row, n of them in a chunk, D model, V vocabulary (v: a part).
+Shapes: B rows, T tokens of a row, N completion tokens of a row, n of them in a chunk, D model, V vocabulary (v: a
+part of it).
 """
 
 import dataclasses
@@ -138,9 +140,7 @@ def _mine(tokens: jax.Array, part: int, spread: Spread) -> tuple[jax.Array, jax.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _embed(
-    table_VD: jax.Array, tokens_BT: jax.Array, spread: Spread, like_VD: jax.ShapeDtypeStruct
-) -> jax.Array:
+def _embed(table_VD: jax.Array, tokens_BT: jax.Array, spread: Spread, like_VD: jax.ShapeDtypeStruct) -> jax.Array:
     def local(table_vD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         if not spread.vocab:
             return jnp.take(table_vD, tokens_BT, axis=0)

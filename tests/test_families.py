@@ -17,8 +17,8 @@ from dpo_jax.architecture import hf_config
 from dpo_jax.experts import balance_loss
 from dpo_jax.logprobs import pair_logps
 from dpo_jax.model import hidden_states, hidden_states_and_balance, unembedding
-from dpo_jax.vocabulary import LogpOptions
 from dpo_jax.sample import generate
+from dpo_jax.vocabulary import LogpOptions
 from tests import families
 from tests.families import PLACED, TextPairs, difference, load, row_logits, sequence_logits, unpacked
 from tests.golden import record_transformers

@@ -11,8 +11,8 @@ from flax import linen as nn
 from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowShape
 from dpo_jax.logprobs import pair_logps, sum_pairs
-from dpo_jax.vocabulary import LogpOptions, token_logps
 from dpo_jax.model import hidden_states, init_params, unembedding
+from dpo_jax.vocabulary import LogpOptions, token_logps
 from tests import oracle
 from tests.oracle import CONFIG
 
@@ -72,7 +72,9 @@ def test_ld_dpo_weighs_what_lies_beyond_the_shorter_completion():
 
 
 def test_no_completions_no_logps():
-    assert token_logps(jnp.zeros((3, 0, 4)), jnp.zeros((3, 0), jnp.int32), jnp.zeros((5, 4)), LogpOptions())[0].shape == (3, 0)
+    assert token_logps(jnp.zeros((3, 0, 4)), jnp.zeros((3, 0), jnp.int32), jnp.zeros((5, 4)), LogpOptions())[
+        0
+    ].shape == (3, 0)
 
 
 def test_the_gradient_of_chunks_is_that_of_whole_logits():

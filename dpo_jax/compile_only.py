@@ -1,0 +1,199 @@
+"""A run's own programs, compiled for devices that are not there: what they hold in memory and what they do."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpo_jax import hlo, jaxpr_costs, policy, splash
+from dpo_jax.attention import Slots
+from dpo_jax.data.packing import RowShape
+from dpo_jax.objective import Objective
+from dpo_jax.phases import Config, make_models
+from dpo_jax.policy import Layout
+from dpo_jax.sharding import batch_sharding, replicated
+from dpo_jax.step import REFERENCE_FIELDS, make_eval_step, make_train_step
+
+
+class TooLargeError(Exception):
+    """The compiler found that a program does not fit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program; bytes are per device.
+
+    Attributes:
+      costs: what it does, see `hlo.Costs`.
+      asked_flops: of all devices together, counted in the program as it was traced.
+      total_bytes: arguments, results and temporaries together, what is donated once.
+      temporary_bytes: what is held only while it runs.
+      host_bytes: in the host's memory.
+      seconds: that compiling took.
+    """
+
+    costs: hlo.Costs
+    asked_flops: float
+    total_bytes: float
+    temporary_bytes: float
+    host_bytes: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Bytes per device of what a run holds all the time, by what it is."""
+
+    parameters: float
+    optimizer: float
+    reference: float
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what the TPU runtime prints on a machine without a TPU out of sight; it is shown if something fails."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def abstract_batch(shape: RowShape, layout: Layout, microbatches: int, given: int = 0) -> dict[str, Any]:
+    """A batch as `pipeline.StepSource` makes it, by shape and sharding; `given` of the reference's values come along."""
+    M, B, K = microbatches, shape.rows // microbatches, shape.pairs
+    T, N = sum(shape.widths), shape.chosen + shape.rejected
+    sizes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "tokens": ((T,), jnp.int32),
+        "segments": ((T,), jnp.int32),
+        "positions": ((T,), jnp.int32),
+        "source": ((N,), jnp.int32),
+        "is_pair": ((K,), jnp.bool_),
+        "completion_tokens": ((K, 2), jnp.int32),
+    } | {name: ((K, 2), jnp.float32) for name in REFERENCE_FIELDS[:given]}
+    sharding = batch_sharding(layout.mesh)
+    return {n: jax.ShapeDtypeStruct((M, B, *rest), dtype, sharding=sharding) for n, (rest, dtype) in sizes.items()}
+
+
+def _frozen(c: Config, objective: Objective, layout: Layout) -> tuple[Any, Any, int]:
+    """Abstract reference parameters and base, and how many of the reference's values come with the batch."""
+    base = policy.abstract_frozen(layout) if layout.lora is not None else None
+    if not objective.needs_reference:
+        return None, base, 0
+    if c["reference_cache"]:
+        return None, base, 2 if c["ld_alpha"] != 1 else 1
+    if base is not None:
+        return {}, base, 0
+    moving = c["reference_sync_steps"] > 0
+    return policy.abstract_reference(layout) if moving else policy.abstract_frozen(layout), None, 0
+
+
+def train_program(
+    c: Config, layout: Layout, objective: Objective, optimizer: tuple[optax.GradientTransformation, Any], shape: RowShape
+) -> tuple[Program, Held]:
+    """The training step for rows of one shape.
+
+    Raises:
+      TooLargeError: it needs more memory than a device has.
+    """
+    tx, rate = optimizer
+    logps, reference_logps = make_models(c, layout)
+    step = make_train_step(
+        logps,
+        objective,
+        tx,
+        rate,
+        compute_dtype=layout.dtype,
+        reference_logps=reference_logps,
+        optimizer_offload=layout.optimizer_offload,
+        compiler_options=layout.compiler_options,
+    )
+    state = policy.abstract_state(tx, layout)
+    reference, base, given = _frozen(c, objective, layout)
+    batch = abstract_batch(shape, layout, c["microbatches"], given)
+    held = Held(local_bytes(state.params), local_bytes(state.opt_state), local_bytes((reference, base)))
+    return _compile(step, (state, reference, batch, slots_of(shape), base), shape, layout), held
+
+
+def eval_program(c: Config, layout: Layout, objective: Objective, shape: RowShape) -> Program:
+    """The evaluation for rows of one shape: the policy alone, as the reference's values are known."""
+    logps, _ = make_models(c, layout)
+    step = make_eval_step(
+        logps,
+        objective,
+        compute_dtype=layout.dtype,
+        out_shardings=replicated(layout.mesh),
+        compiler_options=layout.compiler_options,
+    )
+    params = policy.abstract_trained(layout, layout.param_dtype)
+    reference, base, given = _frozen(c, objective, layout)
+    if objective.needs_reference and not c["reference_sync_steps"]:
+        reference, given = None, max(given, 2 if c["ld_alpha"] != 1 else 1)
+    batch = abstract_batch(shape, layout, c["microbatches"], given)
+    return _compile(step, (params, reference, batch, slots_of(shape), base), shape, layout)
+
+
+def slots_of(shape: RowShape) -> Slots:
+    return Slots(*shape.widths)
+
+
+def _compile(step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Layout) -> Program:
+    slots, tiling = slots_of(shape), layout.tiling
+
+    def kernel(name: str, query_shape: tuple[int, ...]) -> float | None:
+        return splash.kernel_flops(name, query_shape, slots, tiling) if tiling is not None else None
+
+    began = time.perf_counter()
+    with jax.set_mesh(layout.mesh), quiet():
+        traced = step.trace(*arguments)
+        try:
+            compiled = traced.lower().compile()
+        except Exception as e:  # XLA's errors have no class of their own for this
+            if "RESOURCE_EXHAUSTED" in str(e):
+                raise TooLargeError(_memory_words(str(e))) from None
+            raise
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    costs = hlo.count(compiled.as_text(), lambda call: kernel(call.name, splash.query_shape(call.operands)))
+    asked = jaxpr_costs.flops(
+        traced.jaxpr, lambda name, operands, _: kernel(name, splash.query_shape(operands))
+    )
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return Program(
+        costs=costs,
+        asked_flops=asked,
+        total_bytes=total - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        seconds=seconds,
+    )
+
+
+def _memory_words(message: str) -> str:
+    """The compiler's own numbers, in one line."""
+    found = re.search(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT])", message)
+    if found:
+        return f"needs {found[1]} of {found[2]}"
+    found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
+    return f"needs {found[1]} of {found[2]}" if found else message.strip().splitlines()[0][:200]
+
+
+def local_bytes(tree: Any) -> float:
+    """Bytes of abstract arrays in the memory of one device; what lies in the host's memory does not count."""
+    leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != "pinned_host"]
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
