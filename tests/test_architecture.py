@@ -12,7 +12,7 @@ data.preference data.columns data.datasets data.files data.mixture data.sources 
 data.remote_cache data.split data.identity data.prepare
 data.balance data.packing data.pipeline data.synthetic
 architecture attention experts remat logprobs losses objective optim model step
-hlo_text hlo_loops hlo_flops hlo_bytes hlo
+hlo_text hlo_loops hlo_flops hlo_bytes hlo jaxpr_costs
 hub tensors lora sharding checkpoint weights peft_files sample tiny policy
 metrics page charts runs compare report answers loop reference_cache config inputs phases reference
 inspection inspection_text inspection_page data_command data.__main__
