@@ -184,7 +184,10 @@ class _Counter:
             total.add(self.dearest(it, times))
         elif it.opcode in ("call", "async-start"):
             callee = it.called("to_apply") or it.called("calls") or it.called("called_computation")
-            total.add(self.computation(self.module.of(callee, it), times, fused=fused))
+            inner = self.computation(self.module.of(callee, it), times, fused=fused)
+            if it.opcode == "async-start":
+                inner.collectives = [dataclasses.replace(c, asynchronous=True) for c in inner.collectives]
+            total.add(inner)
         else:
             if it.opcode == "fusion":
                 total.add(self.computation(self.module.of(it.called("calls"), it), times, fused=True))
