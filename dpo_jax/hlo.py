@@ -190,13 +190,16 @@ class _Counter:
             total.add(inner)
         else:
             if it.opcode == "fusion":
-                total.add(self.computation(self.module.of(it.called("calls"), it), times, fused=True))
+                inner = self.computation(self.module.of(it.called("calls"), it), times, fused=True)
+                op_name = it.quoted("op_name") or ""
+                inner.collectives = [dataclasses.replace(c, op_name=c.op_name or op_name) for c in inner.collectives]
+                total.add(inner)
             elif it.opcode in ("dot", "convolution", "ragged-dot"):
                 total.flops += times * FLOPS[it.opcode](inside, it)
             elif it.opcode == "custom-call":
                 self.custom_call(total, inside, it, times)
             elif kind in COLLECTIVES:
-                total.collectives.append(_collective(self.module, inside, it, times))
+                total.collectives.append(_collective(self.module, inside, it, times, fused))
             if not fused:
                 for space, size in moved_bytes(self.module, inside, it).items():
                     total.bytes[space] += times * size  # type: ignore[assignment]
@@ -242,8 +245,10 @@ def _kernel_call(inside: Computation, it: Instruction) -> KernelCall:
     )
 
 
-def _collective(module: Module, inside: Computation, it: Instruction, times: float) -> Collective:
+def _collective(module: Module, inside: Computation, it: Instruction, times: float, fused: bool) -> Collective:
     kind = it.opcode.removesuffix("-start")
+    if kind == "all-reduce" and fused and _only_sliced(inside, it.name):
+        kind = "reduce-scatter"  # as TPU writes it: a fusion of the two, in which nobody receives the whole
     operands = [leaf for shape in inside.operand_shapes(it) for leaf in leaves(shape)]
     if kind == "ragged-all-to-all":  # the others are where the result goes, offsets and sizes
         operands = operands[:1]
@@ -258,6 +263,14 @@ def _collective(module: Module, inside: Computation, it: Instruction, times: flo
         groups=groups,
         times=times,
         asynchronous=it.opcode.endswith("-start"),
+    )
+
+
+def _only_sliced(inside: Computation, name: str) -> bool:
+    users = [user for user, _ in inside.users.get(name, ())]
+    return bool(users) and all(
+        user.opcode == "dynamic-slice" or (user.opcode == "bitcast" and _only_sliced(inside, user.name))
+        for user in users
     )
 
 

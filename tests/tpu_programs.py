@@ -5,13 +5,14 @@ jaxpr. A process of its own, as libtpu puts handlers on signals.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-LAYERS, WIDTH, TOKENS = 5, 1024, 2048
+LAYERS, WIDTH, TOKENS = 5, 2048, 8192
 
 
 def compile_all(topology: str, directory: Path, names: tuple[str, ...] = ()) -> dict[str, tuple[str, dict]]:
@@ -38,15 +39,19 @@ def _programs(mesh):
         probs = jax.nn.softmax(jnp.einsum("bqhe,bkhe->bhqk", q, k), axis=-1)
         return jnp.einsum("bhqk,bkhe->bqhe", probs, v)
 
-    recomputed = lambda w, x: layers(w, x, lambda body: jax.checkpoint(body, prevent_cse=False))
+    def gradient(**options):
+        spread = jax.NamedSharding(mesh, P(None, "x"))
+        return lambda w, x: jax.lax.with_sharding_constraint(jax.grad(layers)(w, x, **options), spread)
+
+    recomputed = gradient(keep=lambda body: jax.checkpoint(body, prevent_cse=False))
     weights = array(LAYERS, WIDTH, WIDTH, spec=(None, "x"))
     rows = array(TOKENS, WIDTH, spec=("x",))
     heads = array(8, 512, 16, 128, spec=("x",))
     return {
         "matmul": (lambda a, b: a @ b, (array(1024, 2048), array(2048, 512))),
         "scan": (layers, (array(LAYERS, WIDTH, WIDTH), rows)),
-        "fsdp": (jax.grad(layers), (weights, rows)),
-        "remat": (jax.grad(recomputed), (weights, rows)),
+        "fsdp": (gradient(), (weights, rows)),
+        "remat": (recomputed, (weights, rows)),
         "tensor": (
             lambda x, w, v: jnp.tanh(x @ w) @ v,
             (array(TOKENS, WIDTH), array(WIDTH, 8192, spec=(None, "x")), array(8192, WIDTH, spec=("x",))),
@@ -148,7 +153,7 @@ def main(topology_name: str, directory: Path, names: tuple[str, ...]) -> None:
         mesh = jax.sharding.Mesh(np.array(topology.devices), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
         programs = [(name, mesh, jax.jit(f), args) for name, (f, args) in _programs(mesh).items()]
     directory.mkdir(parents=True, exist_ok=True)
-    formula = lambda name, operands, results: splash_flops(name, max((x.shape for x in operands), key=len))
+    formula = lambda name, operands, results: splash_flops(name, max((x.shape for x in operands), key=math.prod))
     for name, mesh, f, args in programs:
         if names and name not in names:
             continue
