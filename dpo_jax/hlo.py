@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dpo_jax.hlo_bytes import COLLECTIVES, FREE_CALLS, moved_bytes
+from dpo_jax.hlo_bytes import CALLS_WITHOUT_PRODUCTS, COLLECTIVES, moved_bytes
 from dpo_jax.hlo_flops import FLOPS
 from dpo_jax.hlo_loops import trip_count
 from dpo_jax.hlo_text import HBM, HOST, Computation, Instruction, Module, Shape, leaves, parse
@@ -221,7 +221,7 @@ class _Counter:
 
     def custom_call(self, total: _Sum, inside: Computation, it: Instruction, times: float) -> None:
         call = _kernel_call(inside, it)
-        if call.target in FREE_CALLS:
+        if call.target in CALLS_WITHOUT_PRODUCTS:
             return
         total.kernels[call.name] += times  # type: ignore[assignment]
         flops = self.kernel_flops(call)

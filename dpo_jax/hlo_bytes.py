@@ -16,22 +16,23 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# Nothing is read or written: names, views, and the second half of what was counted at its start.
+# Nothing is read or written: names and views. So is the second half (`-done`) of what was counted at its start.
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier add-dependency "
-    "domain copy-done async-done async-update send-done recv-done".split()
-) | {f"{name}-done" for name in COLLECTIVES}
-# Custom calls that compute nothing.
-FREE_CALLS = frozenset(
-    "AllocateBuffer AssumeGatherIndicesInBound MoveToDevice MoveToHost PadToStatic Sharding SliceToDynamic "
-    "SPMDFullToShardShape SPMDShardToFullShape annotate_device_placement".split()
+    "domain async-update".split()
 )
+# Custom calls that do nothing; and those that compute, but no products.
+FREE_CALLS = frozenset(
+    "AllocateBuffer AssumeGatherIndicesInBound ConcatBitcast MoveToDevice MoveToHost PadToStatic Sharding "
+    "SliceToDynamic SPMDFullToShardShape SPMDShardToFullShape annotate_device_placement".split()
+)
+CALLS_WITHOUT_PRODUCTS = FREE_CALLS | {"GatherScatterIndicesBitpacked", "TopK"}
 
 
 def moved_bytes(module: Module, inside: Computation, it: Instruction) -> Counter[int]:
     """Bytes that one instruction reads and writes, by memory space."""
     moved: Counter[int] = Counter()
-    if it.opcode in FREE:
+    if it.opcode in FREE or it.opcode.endswith("-done"):
         return moved
     operands = inside.operand_shapes(it)
 
@@ -46,8 +47,11 @@ def moved_bytes(module: Module, inside: Computation, it: Instruction) -> Counter
         roots = _results(callee)
         for leaf, name in zip(leaves(it.shape), roots, strict=True):
             _add_part(moved, leaf, _written(module, callee, name))
-    elif it.opcode in ("dynamic-slice", "slice", "gather"):
-        (result,) = leaves(it.shape)
+    elif it.opcode.removesuffix("-start") in ("dynamic-slice", "slice", "gather"):
+        # The result of a start is ((operands), result, context).
+        result = it.shape if isinstance(it.shape, Shape) else it.shape[1]
+        if not isinstance(result, Shape):
+            raise it.error("a slice that is no array")
         moved[result.space] += result.stored_bytes
         _add_part(moved, operands[0], result.stored_bytes)
         add(operands[1:])

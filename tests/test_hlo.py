@@ -296,6 +296,37 @@ def test_an_asynchronous_collective_counts_once():
     assert costs.hbm_bytes == 128 + 256 + 256 + 256
 
 
+def test_an_asynchronous_slice_counts_what_it_takes():
+    costs = _count("""
+  %a = f32[100]{0} parameter(0)
+  %s = ((f32[100]{0}), f32[10]{0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:10]}
+  ROOT %d = f32[10]{0:S(1)} slice-done(%s)""")
+    assert costs.hbm_bytes == 40
+
+
+def test_a_fused_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    fused = """
+%all-reduce-scatter (p: f32[16,8]) -> f32[4,8] {
+  %p.1 = f32[16,8]{1,0} parameter(0)
+  %all-reduce = f32[16,8]{1,0} all-reduce(%p.1), replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = u32[] constant(0)
+  %id = u32[] partition-id()
+  ROOT %slice = f32[4,8]{1,0} dynamic-slice(%all-reduce, %id, %zero), dynamic_slice_sizes={4,8}
+}
+"""
+    call = "  %a = f32[16,8]{1,0} parameter(0)\n"
+    call += "  ROOT %f = f32[4,8]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter"
+    costs = _count(call + ', metadata={op_name="grad"}', fused, devices=4)
+    (found,) = costs.collectives
+    assert (found.kind, found.payload_bytes, found.received_bytes, found.op_name) == (
+        "reduce-scatter",
+        512,
+        384,
+        "grad",
+    )
+    assert costs.hbm_bytes == 512 + 128
+
+
 def test_an_asynchronous_computation_is_followed():
     inside = """
 %wrapped (p: f32[16,8]) -> f32[4,8] {
