@@ -86,6 +86,7 @@ class Costs:
       kernel_flops: of custom calls, by the caller's formula.
       hbm_bytes: read and written by instructions, padding of tiles included. A kernel's operands count once, though it
         may read them more often; what stays on the chip between instructions does not count.
+      chip_bytes: read and written likewise in memories on the chip (VMEM, SMEM).
       host_bytes: to and from the host's memory.
       collectives: each instruction once, with how often it runs.
       kernels: custom calls by name and how often they run.
@@ -96,6 +97,7 @@ class Costs:
     flops: float
     kernel_flops: float
     hbm_bytes: float
+    chip_bytes: float
     host_bytes: float
     collectives: tuple[Collective, ...]
     kernels: dict[str, float]
@@ -153,6 +155,7 @@ class _Sum:
             flops=self.flops,
             kernel_flops=self.kernel_flops,
             hbm_bytes=float(self.bytes[HBM]),
+            chip_bytes=float(sum(size for space, size in self.bytes.items() if space not in (HBM, HOST))),
             host_bytes=float(self.bytes[HOST]),
             collectives=tuple(self.collectives),
             kernels=dict(self.kernels),

@@ -43,9 +43,10 @@ def test_products(programs, name, flops):
     assert costs.unknown_loops == costs.unknown_kernels == ()
     # What every device repeats is once in the jaxpr; XLA's own count has element-wise work too, and bodies once.
     assert numbers["jaxpr"] == (flops / DEVICES if name == "matmul" else flops)
-    assert hlo.count(text, once=True).flops == pytest.approx(numbers["flops"], rel=0.03)
-    # Ours is HBM alone: XLA counts what stays on the chip too, and both halves of a copy.
-    assert numbers["bytes accessed"] / 20 < hlo.count(text, once=True).hbm_bytes < 1.05 * numbers["bytes accessed"]
+    once = hlo.count(text, once=True)
+    assert once.flops == pytest.approx(numbers["flops"], rel=0.03)
+    # XLA counts a copy at its start and at its end.
+    assert 0.6 < (once.hbm_bytes + once.chip_bytes) / numbers["bytes accessed"] < 1.05
 
 
 @pytest.mark.parametrize("name", ["fsdp", "remat"])
@@ -94,7 +95,7 @@ def test_the_training_step(step):
     # More than asked for: XLA computes the scores twice in one fusion, for their maximum and for the probabilities.
     assert 1.0 <= costs.flops * DEVICES / numbers["jaxpr"] < 1.05
     assert once.flops == pytest.approx(numbers["flops"], rel=0.02)
-    assert numbers["bytes accessed"] / 5 < once.hbm_bytes < numbers["bytes accessed"]
+    assert 0.6 < (once.hbm_bytes + once.chip_bytes) / numbers["bytes accessed"] < 1.05
     assert {c.kind for c in costs.collectives} <= {"all-gather", "all-reduce", "reduce-scatter"}
     # Seven weights of a layer are gathered for the policy's forward, the reference's, and the backward pass.
     gathers = [c for c in costs.collectives if c.kind == "all-gather" and c.times == 4]
