@@ -77,6 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh_fsdp = -1  # devices over which rows and parameters are spread
     c.mesh_tensor = 1  # devices over which heads, ffn and vocabulary are spread
 
+    c.compiler_options = ""  # XLA's for the steps, NAME=VALUE,NAME=VALUE, on top of those of the TPU generation
     c.compilation_cache = ""  # compiled programs: a directory, off, or empty = beside the cache of tokenised pairs
 
     # --- what is written

@@ -1,14 +1,9 @@
 """A run's own programs, compiled for devices that are not there: what they hold in memory and what they do."""
 
-import contextlib
 import dataclasses
 import math
-import os
 import re
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,6 +18,7 @@ from dpo_jax.phases import Config, make_models
 from dpo_jax.policy import Layout
 from dpo_jax.sharding import batch_sharding, replicated
 from dpo_jax.step import REFERENCE_FIELDS, make_eval_step, make_train_step
+from dpo_jax.tpu import quiet
 
 
 class TooLargeError(Exception):
@@ -59,23 +55,8 @@ class Held:
     reference: float
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what the TPU runtime prints on a machine without a TPU out of sight; it is shown if something fails."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as log:
-        os.dup2(log.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
 def abstract_batch(shape: RowShape, layout: Layout, microbatches: int, given: int = 0) -> dict[str, Any]:
-    """A batch as `pipeline.StepSource` makes it, by shape and sharding; `given` of the reference's values come along."""
+    """A batch as `pipeline.StepSource` makes it, by shape and sharding, with `given` of the reference's values."""
     M, B, K = microbatches, shape.rows // microbatches, shape.pairs
     T, N = sum(shape.widths), shape.chosen + shape.rejected
     sizes: dict[str, tuple[tuple[int, ...], Any]] = {
@@ -85,7 +66,7 @@ def abstract_batch(shape: RowShape, layout: Layout, microbatches: int, given: in
         "source": ((N,), jnp.int32),
         "is_pair": ((K,), jnp.bool_),
         "completion_tokens": ((K, 2), jnp.int32),
-    } | {name: ((K, 2), jnp.float32) for name in REFERENCE_FIELDS[:given]}
+    } | dict.fromkeys(REFERENCE_FIELDS[:given], ((K, 2), jnp.float32))
     sharding = batch_sharding(layout.mesh)
     return {n: jax.ShapeDtypeStruct((M, B, *rest), dtype, sharding=sharding) for n, (rest, dtype) in sizes.items()}
 
@@ -103,9 +84,20 @@ def _frozen(c: Config, objective: Objective, layout: Layout) -> tuple[Any, Any, 
     return policy.abstract_reference(layout) if moving else policy.abstract_frozen(layout), None, 0
 
 
+def held_by(c: Config, layout: Layout, objective: Objective, tx: optax.GradientTransformation) -> Held:
+    """What the run holds on each device all the time."""
+    state = policy.abstract_state(tx, layout)
+    reference, base, _ = _frozen(c, objective, layout)
+    return Held(local_bytes(state.params), local_bytes(state.opt_state), local_bytes((reference, base)))
+
+
 def train_program(
-    c: Config, layout: Layout, objective: Objective, optimizer: tuple[optax.GradientTransformation, Any], shape: RowShape
-) -> tuple[Program, Held]:
+    c: Config,
+    layout: Layout,
+    objective: Objective,
+    optimizer: tuple[optax.GradientTransformation, Any],
+    shape: RowShape,
+) -> Program:
     """The training step for rows of one shape.
 
     Raises:
@@ -126,8 +118,7 @@ def train_program(
     state = policy.abstract_state(tx, layout)
     reference, base, given = _frozen(c, objective, layout)
     batch = abstract_batch(shape, layout, c["microbatches"], given)
-    held = Held(local_bytes(state.params), local_bytes(state.opt_state), local_bytes((reference, base)))
-    return _compile(step, (state, reference, batch, slots_of(shape), base), shape, layout), held
+    return _compile(step, (state, reference, batch, slots_of(shape), base), shape, layout)
 
 
 def eval_program(c: Config, layout: Layout, objective: Objective, shape: RowShape) -> Program:
@@ -155,8 +146,14 @@ def slots_of(shape: RowShape) -> Slots:
 def _compile(step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Layout) -> Program:
     slots, tiling = slots_of(shape), layout.tiling
 
-    def kernel(name: str, query_shape: tuple[int, ...]) -> float | None:
-        return splash.kernel_flops(name, query_shape, slots, tiling) if tiling is not None else None
+    def kernel(name: str, operands: Any) -> float | None:
+        if name == "ragged-dot-metadata":  # of a grouped product: no products
+            return 0.0
+        return splash.kernel_flops(name, splash.query_shape(operands), slots, tiling) if tiling is not None else None
+
+    def called(call: hlo.KernelCall) -> float | None:
+        found = kernel(call.name, call.operands)
+        return call.cost_estimate if found is None else found
 
     began = time.perf_counter()
     with jax.set_mesh(layout.mesh), quiet():
@@ -169,10 +166,8 @@ def _compile(step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Lay
             raise
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    costs = hlo.count(compiled.as_text(), lambda call: kernel(call.name, splash.query_shape(call.operands)))
-    asked = jaxpr_costs.flops(
-        traced.jaxpr, lambda name, operands, _: kernel(name, splash.query_shape(operands))
-    )
+    costs = hlo.count(compiled.as_text(), called)
+    asked = jaxpr_costs.flops(traced.jaxpr, lambda name, operands, _: kernel(name, operands))
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return Program(
         costs=costs,

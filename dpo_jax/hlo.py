@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dpo_jax.hlo_bytes import CALLS_WITHOUT_PRODUCTS, COLLECTIVES, moved_bytes
+from dpo_jax.hlo_bytes import CALLS_WITHOUT_PRODUCTS, COLLECTIVES, goes_on, moved_bytes, starts
 from dpo_jax.hlo_flops import FLOPS
 from dpo_jax.hlo_loops import trip_count
 from dpo_jax.hlo_text import HBM, HOST, Computation, Instruction, Module, Shape, leaves, parse
@@ -193,9 +193,15 @@ class _Counter:
             total.add(inner)
         else:
             if it.opcode == "fusion":
-                inner = self.computation(self.module.of(it.called("calls"), it), times, fused=True)
+                callee = self.module.of(it.called("calls"), it)
+                inner = self.computation(callee, times, fused=True)
                 op_name = it.quoted("op_name") or ""
-                inner.collectives = [dataclasses.replace(c, op_name=c.op_name or op_name) for c in inner.collectives]
+                if goes_on(callee):  # counted where it was started
+                    inner.collectives = []
+                inner.collectives = [
+                    dataclasses.replace(c, op_name=c.op_name or op_name, asynchronous=c.asynchronous or starts(callee))
+                    for c in inner.collectives
+                ]
                 total.add(inner)
             elif it.opcode in ("dot", "convolution", "ragged-dot"):
                 total.flops += times * FLOPS[it.opcode](inside, it)

@@ -42,10 +42,15 @@ def moved_bytes(module: Module, inside: Computation, it: Instruction) -> Counter
 
     if it.opcode == "fusion":
         callee = module.of(it.called("calls"), it)
+        if _calls(callee, "AsyncCollectiveDone"):
+            return moved  # a wait
         for shape, size in zip(operands, _read_by_fusion(module, callee), strict=True):
             _add_part(moved, shape, size)
-        roots = _results(callee)
-        for leaf, name in zip(leaves(it.shape), roots, strict=True):
+        results, roots = list(leaves(it.shape)), _results(callee)
+        if len(results) > len(roots) == 1:
+            # A collective that is started here: its result is (operand, result, contexts), the operand aliased.
+            results = results[1:2]
+        for leaf, name in zip(results, roots, strict=True):
             _add_part(moved, leaf, _written(module, callee, name))
     elif it.opcode.removesuffix("-start") in ("dynamic-slice", "slice", "gather"):
         # The result of a start is ((operands), result, context).
@@ -72,6 +77,23 @@ def moved_bytes(module: Module, inside: Computation, it: Instruction) -> Counter
         add(operands)
         add([it.shape])
     return moved
+
+
+def _calls(callee: Computation, target: str) -> bool:
+    return any(it.opcode == "custom-call" and target in it.text for it in callee.instructions.values())
+
+
+def starts(callee: Computation) -> bool:
+    """Whether a fusion starts a collective that later ones go on with."""
+    return _calls(callee, "AsyncCollectiveStart")
+
+
+def goes_on(callee: Computation) -> bool:
+    """Whether a fusion goes on with, or waits for, a collective that an earlier one started.
+
+    TPU writes such a collective into each of them: the start, products during which it goes on, and the wait.
+    """
+    return callee.name.startswith("async_collective_fusion") or _calls(callee, "AsyncCollectiveDone")
 
 
 def _add_part(moved: Counter[int], shape: Tree, size: int | None) -> None:
@@ -110,6 +132,8 @@ def _read_of(module: Module, callee: Computation, name: str, after: Callable[[],
             parts.append(sum(leaf.stored_bytes for leaf in leaves(user.shape)))
         elif (user.opcode == "dynamic-update-slice" and i == 0) or user.opcode == "tuple":
             parts.append(0)  # updated in place, or handed on as it is
+        elif user.opcode in COLLECTIVES and goes_on(callee):
+            parts.append(0)  # moved by the interconnect beside what the fusion computes
         elif user.opcode == "bitcast":
             parts.append(further())
         elif user.opcode == "fusion":
@@ -135,4 +159,4 @@ def _written(module: Module, callee: Computation, name: str) -> int | None:
         inner = module.of(it.called("calls"), it)
         names = _results(inner)
         return _written(module, inner, names[0]) if len(names) == 1 else None
-    return 0 if it.opcode == "parameter" else None
+    return 0 if it.opcode == "parameter" or (it.opcode in COLLECTIVES and goes_on(callee)) else None

@@ -16,13 +16,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dpo_jax import answers, inputs, metrics, policy
+from dpo_jax import answers, inputs, lora, metrics, policy
+from dpo_jax.architecture import ModelConfig
 from dpo_jax.data.cache import cache_root
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.packing import Order
 from dpo_jax.data.pipeline import PairSource, Schedule, StepSource, make_schedule
 from dpo_jax.data.prepare import Prepared
 from dpo_jax.data.split import Pairs
+from dpo_jax.errors import UserError
 from dpo_jax.model import Params
 from dpo_jax.objective import Objective, parse_loss, preference_objective
 from dpo_jax.optim import optimizer, schedule
@@ -56,6 +58,38 @@ def keep_compiled(c: Config) -> None:
     if c["compilation_cache"] != "off" and not jax.config.values["jax_compilation_cache_dir"]:
         directory = c["compilation_cache"] or str(cache_root(c["cache_dir"]) / "compiled")
         jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def parse_options(text: str) -> dict[str, str]:
+    """`NAME=VALUE,NAME=VALUE` → compiler options.
+
+    Raises:
+      UserError: it is not of this form.
+    """
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    if any(not (name and equals and value) for name, equals, value in pairs):
+        raise UserError(f"compiler_options={text!r}: must be NAME=VALUE,NAME=VALUE, such as xla_tpu_...=true")
+    return {name.strip().lstrip("-"): value.strip() for name, _, value in pairs}
+
+
+def lay_out(c: Config, config: ModelConfig, mesh: Mesh) -> Layout:
+    """The model on the mesh as the config asks for it, adapters included."""
+    adapters = None
+    if c["lora_rank"]:
+        targets = lora.parse_targets(c["lora_targets"])
+        adapters = lora.on_model(config, c["lora_rank"], c["lora_alpha"], targets, rslora=c["lora_rslora"])
+    return policy.lay_out(
+        config,
+        mesh,
+        param_dtype=c["param_dtype"],
+        compute_dtype=c["compute_dtype"],
+        lora=adapters,
+        base_dtype=c["lora_base_dtype"],
+        attention=c["attention"],
+        optimizer_offload=c["optimizer_offload"],
+        reference_offload=c["reference_offload"],
+        compiler_options=parse_options(c["compiler_options"]),
+    )
 
 
 def make_models(c: Config, layout: Layout) -> tuple[LogpsFn, LogpsFn]:

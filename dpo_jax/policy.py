@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ class Layout:
       lora: the adapters; None where all parameters are trained.
       tiling: of the attention kernel; None is attention as dense blocks.
       optimizer_offload, reference_offload: whether the optimiser's moments, or the reference, lie in the host's memory.
+      compiler_options: XLA's, for the steps on these devices.
     """
 
     config: ModelConfig
@@ -85,17 +86,12 @@ class Layout:
     tiling: Tiling | None = None
     optimizer_offload: bool = False
     reference_offload: bool = False
+    compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def reference_shardings(self) -> Any:
         """As `shardings`, where the reference lies."""
         return on_host(self.shardings) if self.reference_offload else self.shardings
-
-    @property
-    def compiler_options(self) -> dict[str, str]:
-        """XLA's, for the steps on these devices."""
-        generation = generation_of(self.mesh.devices.flat[0])
-        return dict(generation.compiler_options) if generation else {}
 
 
 def find(model: str, workdir: Path, seed: int, *, with_weights: bool = True) -> Policy:
@@ -141,10 +137,12 @@ def lay_out(
     attention: str = "auto",
     optimizer_offload: bool = False,
     reference_offload: bool = False,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> Layout:
     """Place a model on a mesh. `compute_dtype` auto is bfloat16, and float32 on CPU, where it is the faster one.
 
-    `base_dtype` auto is the compute dtype; `attention` is one of `ATTENTION`; the others as in `Layout`.
+    `base_dtype` auto is the compute dtype; `attention` is one of `ATTENTION`;
+    `compiler_options` come on top of those of the generation; the others as in `Layout`.
 
     Raises:
       UserError: the model does not divide over the mesh.
@@ -156,9 +154,22 @@ def lay_out(
     if lora is not None:
         trained = adapter_shardings(config, lora, mesh)
         config = dataclasses.replace(config, lora_scale=lora.scale)
-    tiling = _tiling(attention, mesh.devices.flat[0])
-    numbers = (jnp.dtype(param_dtype), dtype, base)
-    return Layout(config, mesh, shardings, trained, *numbers, lora, tiling, optimizer_offload, reference_offload)
+    device = mesh.devices.flat[0]
+    generation = generation_of(device)
+    return Layout(
+        config,
+        mesh,
+        shardings,
+        trained,
+        jnp.dtype(param_dtype),
+        dtype,
+        base,
+        lora,
+        tiling=_tiling(attention, device),
+        optimizer_offload=optimizer_offload,
+        reference_offload=reference_offload,
+        compiler_options={**(generation.compiler_options if generation else {}), **(compiler_options or {})},
+    )
 
 
 def _tiling(attention: str, device: jax.Device) -> Tiling | None:

@@ -8,6 +8,7 @@ Shapes: B rows, T tokens of a row, H query heads, G kv-heads, E head width.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -179,9 +180,12 @@ def splash_attention(
 
 
 def query_shape(operands: Any) -> tuple[int, ...]:
-    """Of a kernel's operands, the shape of its queries: the first array with rows, heads, tokens and head width."""
-    shapes = (tuple(getattr(x, "shape", None) or getattr(x, "dims", ())) for x in operands)
-    return next((shape for shape in shapes if len(shape) == 4), ())
+    """Of a kernel's operands, the shape of its queries: the first of real numbers, as mask tables and ids are integers.
+
+    `[rows, heads, tokens, head width]`; a single row has no axis of its own.
+    """
+    real = (x for x in operands if str(x.dtype) in ("bf16", "f32", "bfloat16", "float32"))
+    return next((tuple(x.shape if hasattr(x, "shape") else x.dims) for x in real), ())
 
 
 def kernel_flops(name: str, query: tuple[int, ...], slots: Slots, tiling: Tiling) -> float | None:
@@ -191,8 +195,8 @@ def kernel_flops(name: str, query: tuple[int, ...], slots: Slots, tiling: Tiling
     and queries); 2·E operations a score and product.
     """
     products = 2 if "_fwd" in name else 5 if "_dkv" in name else 0
-    if not name.startswith("splash") or not products or len(query) != 4:
+    if not name.startswith("splash") or not products:
         return None
-    rows, heads, _, width = query
+    *rows_and_heads, _, width = query
     side, _ = tile(slots, tiling.largest)
-    return float(rows * heads * tiles_run(slots, side) * side**2 * 2 * width * products)
+    return float(math.prod(rows_and_heads) * tiles_run(slots, side) * side**2 * 2 * width * products)

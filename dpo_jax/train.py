@@ -22,7 +22,6 @@ from dpo_jax import (
     checkpoint,
     hub,
     inputs,
-    lora,
     metrics,
     peft_files,
     policy,
@@ -42,6 +41,7 @@ from dpo_jax.phases import (
     answer,
     introduce,
     keep_compiled,
+    lay_out,
     make_models,
     make_objective,
     once_through,
@@ -88,17 +88,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
         raise UserError(
             f"router_aux_loss_coef={c['router_aux_loss_coef']:g}: {c['model']} has no experts; leave it at 0"
         )
-    layout = policy.lay_out(
-        found.config,
-        mesh,
-        param_dtype=c["param_dtype"],
-        compute_dtype=c["compute_dtype"],
-        lora=_adapters(c, found),
-        base_dtype=c["lora_base_dtype"],
-        attention=c["attention"],
-        optimizer_offload=c["optimizer_offload"],
-        reference_offload=c["reference_offload"],
-    )
+    layout = lay_out(c, found.config, mesh)
     if c["reference"]:
         policy.check_reference(hub.resolve(c["reference"], what="reference"), layout)
     with first_process_first("dpo_jax data"):  # with a cache that all share, the others find it whole
@@ -129,13 +119,6 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
                 plan,
                 steps,
             )
-
-
-def _adapters(c: Config, found: Policy) -> lora.Lora | None:
-    if not c["lora_rank"]:
-        return None
-    targets = lora.parse_targets(c["lora_targets"])
-    return lora.on_model(found.config, c["lora_rank"], c["lora_alpha"], targets, rslora=c["lora_rslora"])
 
 
 def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ hlo_text hlo_loops hlo_flops hlo_bytes hlo jaxpr_costs
 hub tensors lora sharding checkpoint weights peft_files sample tiny policy
 metrics page charts runs compare report answers loop reference_cache config inputs phases reference
 inspection inspection_text inspection_page data_command data.__main__
-known compile_only plan
+known bounds compile_only plan
 train
 """.split()
 FILES = {".".join(p.with_suffix("").parts[1:]): p for p in Path("dpo_jax").rglob("*.py") if p.name != "__init__.py"}
