@@ -102,8 +102,9 @@ mounted() { # the local path of gs://BUCKET/DIR, after mounting the bucket
   local bucket=${path%%/*}
   local point=$base/gcs/$bucket
   mkdir -p "$point"
-  # Other workers write too, so nothing is remembered about their files. A checkpoint is made whole by renaming its
-  # directory, which is refused by default on buckets without a hierarchical namespace.
+  # The same path on every worker, as one user runs them all: orbax insists on it. They all write there, so nothing is
+  # remembered about files. A checkpoint is made whole by renaming its directory, which is refused by default on buckets
+  # without a hierarchical namespace.
   mountpoint -q "$point" ||
     gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
       "$bucket" "$point" >&2 8>&-
