@@ -24,7 +24,7 @@ def main(argv):
             file.write(json.dumps(record) + "\n")
     workdir = Path(next(word.split("=", 1)[1] for word in argv if word.startswith("--workdir=")))
     workdir.mkdir(parents=True, exist_ok=True)
-    steps = workdir / "steps"
+    steps = workdir / f"steps-{os.environ['FAKE_WORKER']}"
     done = int(steps.read_text()) if steps.exists() else 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("saved") or 143))
     for _ in range(plan.get("lines", 0)):

@@ -128,7 +128,7 @@ def test_up_when_the_slice_is_ready_at_once(cloud):
         "--distributed",
         f"--workdir={home}/.dpo_jax/gcs/bucket/runs/hhh",
     ]
-    assert (cloud.root / "buckets/bucket/runs/hhh/steps").read_text() == "3"
+    assert (cloud.root / "buckets/bucket/runs/hhh/steps-0").read_text() == "3"
     assert (home / ".dpo_jax/stamp").read_text() == sha + "\n"
     assert (home / ".dpo_jax").stat().st_mode & 0o777 == 0o700
     shipped = home / ".dpo_jax/trees" / sha
