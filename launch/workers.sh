@@ -61,7 +61,8 @@ unquoted() { # a value of a NAME=VALUE file: as it is, without one pair of quote
 
 begin() { # refuse|adopt: start a run everywhere; a live one is refused, or followed when it is the same
   local live live_sha live_command ours command=("$mount" "$workdir" "--config=$config" --distributed "${train_args[@]}")
-  follow_id=$(date -u +%Y%m%d-%H%M%S)-${sha:0:7}
+  # Never an earlier run's: a worker takes a second start of a run for gcloud's repetition.
+  printf -v follow_id '%s-%s-%04x' "$(date -u +%Y%m%d-%H%M%S)" "${sha:0:7}" "$RANDOM"
   worker_states || return 1
   read -r live live_sha live_command <<<"$(printf '%s\n' "${states[@]}" | awk '$2 == "running" { print $3, $5, $6; exit }')"
   if [[ $live ]]; then
