@@ -222,6 +222,8 @@ def test_stop_saves_and_the_waiting_up_ends(cloud):
     process = cloud.start("up", *RUN, *FAST)
     wait_for(lambda: len(cloud.trained()) == 2)
     wait_for(lambda: (cloud.home(1) / ".dpo_jax/run/pid").exists())
+    for name in ("main", "pid"):  # the terminal is gone, as when tmux is: no reason to end unsaved
+        os.kill(int((cloud.home() / ".dpo_jax/run" / name).read_text()), signal.SIGHUP)
     _, err = cloud.launch("run", *RUN, code=2)  # a second run beside it
     assert re.search(r"error: run \S+ is live on hhh .*`stop` ends it", err)
     out, _ = cloud.launch("status", *SLICE)
