@@ -193,13 +193,13 @@ class _Counter:
             total.add(inner)
         else:
             if it.opcode == "fusion":
-                callee = self.module.of(it.called("calls"), it)
-                inner = self.computation(callee, times, fused=True)
+                fusion = self.module.of(it.called("calls"), it)
+                inner = self.computation(fusion, times, fused=True)
                 op_name = it.quoted("op_name") or ""
-                if goes_on(callee):  # counted where it was started
+                if goes_on(fusion):  # counted where it was started
                     inner.collectives = []
                 inner.collectives = [
-                    dataclasses.replace(c, op_name=c.op_name or op_name, asynchronous=c.asynchronous or starts(callee))
+                    dataclasses.replace(c, op_name=c.op_name or op_name, asynchronous=c.asynchronous or starts(fusion))
                     for c in inner.collectives
                 ]
                 total.add(inner)

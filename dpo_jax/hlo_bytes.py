@@ -26,7 +26,12 @@ FREE_CALLS = frozenset(
     "AllocateBuffer AssumeGatherIndicesInBound ConcatBitcast MoveToDevice MoveToHost PadToStatic Sharding "
     "SliceToDynamic SPMDFullToShardShape SPMDShardToFullShape annotate_device_placement".split()
 )
-CALLS_WITHOUT_PRODUCTS = FREE_CALLS | {"GatherScatterIndicesBitpacked", "TopK"}
+CALLS_WITHOUT_PRODUCTS = FREE_CALLS | {
+    "GatherScatterIndicesBitpacked",
+    "TopK",
+    "AsyncCollectiveStart",
+    "AsyncCollectiveDone",
+}
 
 
 def moved_bytes(module: Module, inside: Computation, it: Instruction) -> Counter[int]:

@@ -19,9 +19,9 @@ from typing import Any
 
 from dpo_jax.errors import UserError
 
-# Weights are gathered, and gradients scattered, whole and beside products that do not need them. Compiled for an 8B model
-# on v6e:2x4 (64 pairs): windowed products, XLA's default, move 1.5 times as much over HBM (partial sums) and 1.2 times as
-# much over the interconnect. MaxText's whole set for v6e, with scoped VMEM of 96 MiB and collectives over multiple
+# Weights are gathered, and gradients scattered, whole and beside products that do not need them. Compiled for an 8B
+# model on v6e:2x4 (64 pairs): windowed products, XLA's default, move 1.5 times as much over HBM (partial sums) and 1.2
+# times as much over the interconnect. MaxText's set for v6e, with scoped VMEM of 96 MiB and collectives over multiple
 # steps, took seven times as long to compile for 1.4 times the bytes over HBM of the default.
 OPTIONS = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",

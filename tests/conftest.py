@@ -18,6 +18,7 @@ import jax
 import pytest
 
 from tests.fake_hub import hub  # noqa: F401 (a fixture)
+from tests.launching import cloud, launch_repo  # noqa: F401 (fixtures)
 
 collect_ignore = ["golden"]  # scripts for another environment (torch, TRL)
 
