@@ -78,6 +78,25 @@ PRESETS = {
         "lora_rank": 32,
         "remat": "full",
     },
+    "qwen3-32b": {
+        "model": "Qwen/Qwen3-32B",
+        "batch_size": 64,
+        "learning_rate": 5e-7,
+        "remat": "full",
+    },
+    "llama3.1-70b": {
+        "model": "meta-llama/Llama-3.1-70B-Instruct",
+        "batch_size": 128,
+        "learning_rate": 5e-7,
+        "remat": "full",
+    },
+    "llama3.1-70b-lora": {
+        "model": "meta-llama/Llama-3.1-70B-Instruct",
+        "batch_size": 128,
+        "learning_rate": 1e-5,
+        "lora_rank": 32,
+        "remat": "full",
+    },
 }
 
 

@@ -1,0 +1,87 @@
+"""The spread vocabulary: the same values and gradients on every mesh, and no array as large as all logits."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.sharding import make_mesh
+from dpo_jax.vocabulary import LogpOptions, embed, spread_of, token_logps
+
+ROWS, N, D = 8, 12, 6
+
+
+def _rules(sizes, vocab):
+    axes = (("tensor", "fsdp"), ("fsdp",), ("tensor",))
+    sizes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    divides = next((a for a in axes if vocab % int(np.prod([sizes[x] for x in a])) == 0), ())
+    return [("rows", ("data", "fsdp")), ("vocab", divides)]
+
+
+def _all(table, hidden, tokens, weights, options):
+    """Embeddings and log-probabilities with their gradients to everything."""
+
+    def loss(table, hidden):
+        logps, squares = token_logps(hidden, tokens, table, options)
+        total = jnp.sum(logps * weights) + jnp.sum(embed(table, tokens) * hidden) / 3
+        return total, (logps, squares, embed(table, tokens))
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(table, hidden)
+
+
+def _inputs(vocab):
+    rng = np.random.default_rng(0)
+    table, hidden, weights = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((vocab, D), (ROWS, N, D), (ROWS, N))
+    )
+    return table, hidden, jnp.asarray(rng.integers(0, vocab, (ROWS, N))), weights
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("vocab", [40, 36, 31])  # over all devices, over some, over none
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_every_mesh_gives_the_same_values_and_gradients(sizes, vocab, softcap):
+    inputs, options = _inputs(vocab), LogpOptions(16, softcap=softcap, log_sum_sq=softcap is None)
+    alone = _all(*inputs, options)
+    with jax.set_mesh(make_mesh(*sizes)), nn.logical_axis_rules(_rules(sizes, vocab)):
+        spread = _all(*inputs, options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), spread, alone)
+
+
+def test_rows_that_do_not_divide_are_everywhere():
+    table, _, tokens, _ = _inputs(40)
+    sizes = (1, 8, 1)
+    with jax.set_mesh(make_mesh(*sizes)), nn.logical_axis_rules(_rules(sizes, 40)):
+        assert spread_of(3).rows == ()
+        found = jax.jit(embed)(table, tokens[:3])
+    np.testing.assert_array_equal(found, np.asarray(table)[np.asarray(tokens[:3])])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_no_array_holds_all_logits_or_a_table_of_the_whole_vocabulary(sizes):
+    """Every buffer of the compiled program, forward and backward."""
+    rows, n, width, vocab = 16, 48, 16, 1024
+    devices = jax.devices()[: int(np.prod(sizes))]
+    mesh = make_mesh(*sizes, devices=devices)
+    table, hidden, tokens = jnp.zeros((vocab, width)), jnp.zeros((rows, n, width)), jnp.zeros((rows, n), jnp.int32)
+
+    def loss(table, hidden):
+        return token_logps(hidden, tokens, table, LogpOptions(32))[0].sum() + embed(table, tokens).sum()
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(_rules(sizes, vocab)):
+        shardings = [
+            jax.NamedSharding(mesh, jax.P(("tensor", "fsdp"))),
+            jax.NamedSharding(mesh, jax.P(("data", "fsdp"))),
+        ]
+        step = jax.jit(jax.grad(loss, argnums=(0, 1)), in_shardings=shardings, out_shardings=tuple(shardings))
+        text = step.lower(table, hidden).compile().as_text()
+    shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"\b(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)}
+    row_shards, shards = sizes[0] * sizes[1], sizes[1] * sizes[2]
+    largest = max(int(np.prod(shape)) for shape in shapes if shape[-1] >= vocab // shards)
+    # A device's rows x tokens x vocabulary would be this much; chunks hold a small part of it.
+    assert largest <= rows // row_shards * n * vocab // 4
+    if shards > 1:
+        assert not any(vocab in shape for shape in shapes), "a device holds a whole table"
