@@ -92,5 +92,5 @@ def test_slices_lie_along_the_data_axis():
 
 
 def test_parameters_are_not_spread_over_slices():
-    with pytest.raises(UserError, match="2 slices .* make mesh_data a multiple of 2"):
+    with pytest.raises(UserError, match=r"2 slices .* make mesh_data a multiple of 2"):
         make_mesh(1, -1, 1, _slices(2, 4))

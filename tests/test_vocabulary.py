@@ -63,13 +63,13 @@ def test_rows_that_do_not_divide_are_everywhere():
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_no_array_holds_all_logits_or_a_table_of_the_whole_vocabulary(sizes):
     """Every buffer of the compiled program, forward and backward."""
-    rows, n, width, vocab = 16, 48, 16, 1024
+    rows, n, width, vocab = 16, 48, 16, 1048
     devices = jax.devices()[: int(np.prod(sizes))]
     mesh = make_mesh(*sizes, devices=devices)
     table, hidden, tokens = jnp.zeros((vocab, width)), jnp.zeros((rows, n, width)), jnp.zeros((rows, n), jnp.int32)
 
     def loss(table, hidden):
-        return token_logps(hidden, tokens, table, LogpOptions(32))[0].sum() + embed(table, tokens).sum()
+        return token_logps(hidden, tokens, table, LogpOptions(16))[0].sum() + embed(table, tokens).sum()
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(_rules(sizes, vocab)):
         shardings = [
@@ -84,4 +84,4 @@ def test_no_array_holds_all_logits_or_a_table_of_the_whole_vocabulary(sizes):
     # A device's rows x tokens x vocabulary would be this much; chunks hold a small part of it.
     assert largest <= rows // row_shards * n * vocab // 4
     if shards > 1:
-        assert not any(vocab in shape for shape in shapes), "a device holds a whole table"
+        assert not [shape for shape in shapes if vocab in shape], "a device holds a whole table"
