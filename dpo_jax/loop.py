@@ -126,7 +126,7 @@ def evaluate(
     correlation = length_correlation(lengths[pair], values["margin"]) if out["accuracy"] else None
     if correlation is not None:
         out["length_correlation"] = correlation
-    for group, members in ((groups or {}) | length_groups(lengths)).items():
+    for group, members in {**(groups or {}), **length_groups(lengths)}.items():
         mine = members[pair]
         if mine.any():
             out |= {f"{name}/{group}": float(values[name][mine].mean()) for name in BY_GROUP if name in values}

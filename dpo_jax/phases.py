@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dpo_jax import answers, inputs, metrics, policy
+from dpo_jax import answers, inputs, kl, metrics, policy
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.packing import Order
 from dpo_jax.data.pipeline import PairSource, Schedule, StepSource, make_schedule
@@ -116,6 +116,22 @@ def answer(run: Run, state: TrainState, when: str, step: int) -> None:
         seed=c["seed"],
     )
     answers.append(run.workdir / "samples.jsonl", [{"when": when, "step": step} | r for r in records])
+
+
+def make_kl(run: Run) -> Callable[[TrainState, Params | None], dict[str, float]]:
+    """(state, reference) → the KL divergence of the policy's answers from the reference, see `kl.py`.
+
+    Nothing where there is no reference to ask: a loss without one, or one that was computed before and is freed.
+    """
+    c, held_out = run.c, run.data.evaluation
+    asked = dataclasses.replace(held_out, index=held_out.index[: c["kl_prompts"]])
+    if not len(asked):
+        return lambda state, reference: {}
+    prompts = [asked[i][0].tolist() for i in range(len(asked))]
+    stop = answers.stop_tokens(asked, run.policy.tokenizer)
+    estimate = kl.make_on_policy_kl(run.layout, prompts, stop=stop, new_tokens=c["sample_tokens"], seed=c["seed"])
+    base = run.base
+    return lambda state, ref: {} if ref is None else estimate(base | state.params, base | ref)
 
 
 def introduce(run: Run, plan: Schedule) -> None:

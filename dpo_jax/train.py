@@ -40,6 +40,7 @@ from dpo_jax.phases import (
     Run,
     answer,
     introduce,
+    make_kl,
     make_objective,
     once_through,
     plan_of,
@@ -222,9 +223,9 @@ def _evaluator(
     eval_step = make_eval_step(
         run.logps, objective, compute_dtype=run.layout.dtype, out_shardings=replicated(run.layout.mesh)
     )
-    groups = run.data.split.groups
+    groups, mesh, kl = run.data.split.groups, run.layout.mesh, make_kl(run)
     eval_step = functools.partial(eval_step, base=run.base)
-    return lambda state, reference: evaluate(eval_step, state.params, reference, source, run.layout.mesh, groups)
+    return lambda state, ref: evaluate(eval_step, state.params, ref, source, mesh, groups) | kl(state, ref)
 
 
 def _finish(run: Run, state: TrainState, steps: int) -> dict[str, float]:
