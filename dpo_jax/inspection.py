@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from dpo_jax import metrics
+from dpo_jax.data.lengths import differences
 from dpo_jax.data.packing import RowShape
 from dpo_jax.data.pipeline import Schedule
 from dpo_jax.data.preference import DELIBERATE
 from dpo_jax.data.prepare import Pairs, Prepared
 
-PARTS = ("prompt", "chosen", "rejected")
-BINS = 40  # of a histogram, about
 _CONTEXT = 4  # pieces before a piece, decoded with it: some decoders drop the space in front of a text
 _CHARACTER = 4  # tokens that may have to come together before their bytes are a character
 
@@ -94,7 +93,7 @@ class Inspection:
     @property
     def differences(self) -> np.ndarray:
         """Tokens by which the chosen answer is longer than the rejected one, int [n]."""
-        return self.lengths[:, 1].astype(np.int64) - self.lengths[:, 2]
+        return differences(self.lengths)
 
 
 def length_bias(inspection: Inspection) -> str:
@@ -194,15 +193,6 @@ def visible(piece: Piece) -> str:
     if text.isspace():
         text = "".join(c if c == "\n" else "⇥" if c == "\t" else "·" for c in text)
     return text.replace("\n", "⏎\n")
-
-
-def bins(values: np.ndarray) -> tuple[list[tuple[float, int]], int]:
-    """A histogram of integers: (middle of the bin, count) for about `BINS` bins, and their width; one begins at 0."""
-    low, high = int(values.min()), int(values.max())
-    width = max(1, math.ceil((high - min(low, 0) + 1) / BINS))
-    edges = np.arange(math.floor(min(low, 0) / width), high // width + 2) * width
-    counts, _ = np.histogram(values, edges)
-    return [(float(edge) + (width - 1) / 2, int(n)) for edge, n in zip(edges, counts, strict=False)], width
 
 
 def _added(tokenizer: Any, context: list[int], ids: list[int]) -> str:

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.charts import Series, histogram
+from dpo_jax import charts
+from dpo_jax.charts import Series
+from dpo_jax.data.lengths import PARTS, bin_points, histogram
 from dpo_jax.inspection import (
-    PARTS,
     Example,
     Inspection,
     PlanUse,
     bad_reasons,
-    bins,
     length_bias,
     mixture_words,
     plan_words,
@@ -102,18 +102,22 @@ def _lengths(inspection: Inspection) -> str:
 
 
 def _lengths_chart(part: str, lengths: np.ndarray, color: str) -> str:
-    points, width = bins(lengths)
+    points, width = bin_points(histogram(lengths))
     note = f"Training pairs in bins of {width} tokens." if width > 1 else "Training pairs by tokens."
-    return histogram(part.capitalize(), [Series("pairs", color, points)], width, unit="tokens", note=note, small=True)
+    return charts.histogram(
+        part.capitalize(), [Series("pairs", color, points)], width, unit="tokens", note=note, small=True
+    )
 
 
 def _difference_chart(differences: np.ndarray) -> str:
-    points, width = bins(differences)
+    points, width = bin_points(histogram(differences))
     sides = [
         Series("rejected longer", "rejected", [p for p in points if p[0] < 0]),
         Series("chosen longer or as long", "chosen", [p for p in points if p[0] >= 0]),
     ]
-    return histogram("Chosen minus rejected", sides, width, unit="tokens", note="In tokens, by pair.", small=True)
+    return charts.histogram(
+        "Chosen minus rejected", sides, width, unit="tokens", note="In tokens, by pair.", small=True
+    )
 
 
 def _plan(plan: PlanUse) -> str:

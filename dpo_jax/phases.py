@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dpo_jax import answers, inputs, kl, metrics, policy
+from dpo_jax import about, answers, inputs, kl, metrics, policy
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.packing import Order
 from dpo_jax.data.pipeline import PairSource, Schedule, StepSource, make_schedule
@@ -134,9 +135,11 @@ def make_kl(run: Run) -> Callable[[TrainState, Params | None], dict[str, float]]
     return lambda state, ref: {} if ref is None else estimate(base | state.params, base | ref)
 
 
-def introduce(run: Run, plan: Schedule) -> None:
-    """What is run, on what: the first lines on the console."""
+def introduce(run: Run, plan: Schedule, steps: int) -> None:
+    """What is run, on what: run.json and the first lines on the console."""
     c, layout, shape = run.c, run.layout, plan.shapes[0]
+    if jax.process_index() == 0:
+        about.write(run.workdir / "run.json", about.about(layout, plan, steps))
     mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
     platform = layout.mesh.devices.flat[0].platform
     say = run.writer.message

@@ -135,7 +135,7 @@ def _adapters(c: Config, found: Policy) -> lora.Lora | None:
 def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
     """SFT if any, then DPO, then everything that is written at the end."""
     c, sft_steps = run.c, run.c["sft_steps"]
-    introduce(run, plan)
+    introduce(run, plan, steps)
     tx, rate = transformation(c, c["learning_rate"], c["lr_schedule"], steps)
     objective, moves = make_objective(c), c["reference_sync_steps"] > 0
     in_step = objective.needs_reference and not c["reference_cache"]
