@@ -84,6 +84,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.sample_tokens = 64  # most tokens of an answer
     c.sample_temperature = 0.8  # of the sampled answers, shown beside the greedy ones
     c.sample_top_p = 0.95  # nucleus mass of the sampled answers
+    c.wandb_project = ""  # Weights & Biases project for a copy of the records (pip install wandb); empty = off
+    c.trackio_project = ""  # the same for trackio (pip install trackio)
     return c
 
 

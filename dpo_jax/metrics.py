@@ -176,11 +176,19 @@ class MetricsWriter:
       total_steps: steps of each phase by its split, such as {"sft": 60, "train": 200}.
       quiet: nothing on the console.
       console: where to print; standard output unless given. A terminal gets a progress line for each phase.
+      logs: each is given every record too; one that raises an error is given no more.
     """
 
     def __init__(
-        self, workdir: Path | None, *, total_steps: Mapping[str, int], quiet: bool, console: Console | None = None
+        self,
+        workdir: Path | None,
+        *,
+        total_steps: Mapping[str, int],
+        quiet: bool,
+        console: Console | None = None,
+        logs: Sequence[Callable[[Record], None]] = (),
     ):
+        self._logs = list(logs)
         self._total = dict(total_steps)
         self._console = console or Console(quiet=quiet)
         if quiet:
@@ -223,6 +231,12 @@ class MetricsWriter:
             self._file.flush()
         if self._events:
             _add_event(self._events, finite, time.time())
+        for log in list(self._logs):
+            try:
+                log(values)
+            except Exception as error:  # somebody else's service: training goes on without it
+                self._logs.remove(log)
+                self.message(f"warning: a tracker failed and gets no more records ({error})")
         left = self._time_left(values)
         if self._progress and values["split"] in self._total:
             self._advance(self._progress, values, left)

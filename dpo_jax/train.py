@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 bad input (one line
 on standard error, before anything is compiled), 143 stopped by SIGTERM after saving (the same command goes on).
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -26,6 +27,7 @@ from dpo_jax import (
     peft_files,
     policy,
     report,
+    trackers,
     weights,
 )
 from dpo_jax.config import check, check_workdir, claim_workdir, parse
@@ -75,6 +77,8 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     """
     c, workdir = dict(config), Path(check_workdir(os.fspath(workdir)))
     check(c)
+    projects = {"wandb": c["wandb_project"], "trackio": c["trackio_project"]}
+    trackers.check_packages(projects)
     claim_workdir(workdir, c, write=False)
     mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"])
     inputs.check_division(c["batch_size"], row_shards(mesh), c["microbatches"])
@@ -102,6 +106,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
         jax.set_mesh(mesh),
         stop_signal() as stop,
         checkpoint.open_checkpoints(workdir / "checkpoints", c["keep_checkpoints"]) as checkpoints,
+        contextlib.ExitStack() as stack,
     ):
         plan = plan_of(c, data.train, layout, data.split.mixture)
         steps = inputs.run_steps(c, plan.steps_per_epoch)
@@ -114,7 +119,10 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
         if main_process:
             _forget_after(workdir, c["sft_steps"], done)
         totals = {"sft": c["sft_steps"], "train": steps}
-        writer = metrics.MetricsWriter(workdir if main_process else None, total_steps=totals, quiet=not main_process)
+        logs = stack.enter_context(trackers.open_trackers(workdir, projects, c)) if main_process else []
+        writer = metrics.MetricsWriter(
+            workdir if main_process else None, total_steps=totals, quiet=not main_process, logs=logs
+        )
         logps = policy.logps_fn(
             layout, remat=c["remat"], ld_alpha=c["ld_alpha"], log_sum_sq=c["wpo"], balance=c["router_aux_loss_coef"] > 0
         )
