@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from dpo_jax import metrics
-from dpo_jax.data.lengths import differences
+from dpo_jax.data.lengths import length_report
 from dpo_jax.data.packing import RowShape
 from dpo_jax.data.pipeline import Schedule
 from dpo_jax.data.preference import DELIBERATE
 from dpo_jax.data.prepare import Pairs, Prepared
+from dpo_jax.lengths_page import length_words
 
 _CONTEXT = 4  # pieces before a piece, decoded with it: some decoders drop the space in front of a text
 _CHARACTER = 4  # tokens that may have to come together before their bytes are a character
@@ -90,20 +91,10 @@ class Inspection:
     note: str
     examples: tuple[Example, ...]
 
-    @property
-    def differences(self) -> np.ndarray:
-        """Tokens by which the chosen answer is longer than the rejected one, int [n]."""
-        return differences(self.lengths)
-
 
 def length_bias(inspection: Inspection) -> str:
     """A sentence: how often the chosen answer is the longer one. What prefers length is learned as length."""
-    differences = inspection.differences
-    longer, equal = float((differences > 0).mean()), float((differences == 0).mean())
-    return (
-        f"The chosen answer is longer in {longer:.1%} of the training pairs, as long in {equal:.1%}; "
-        f"by {differences.mean():+.1f} tokens on average."
-    )
+    return length_words(length_report(inspection.lengths)["longer"], "training pairs")
 
 
 def bad_reasons(source: Mapping[str, Any]) -> list[tuple[str, int, str]]:

@@ -45,6 +45,11 @@ FORMATS = {
     "pairs_per_second": ".1f",
     "step_seconds": ".3f",
     "useful_token_fraction": ".3f",
+    "memory_gb": ".2f",
+    "length_correlation": ".3f",
+    "kl": ".3f",
+    "kl_error": ".3f",
+    "kl_per_token": ".4f",
 }
 # What a console line shows, in this order, with the console's shorter names.
 LINE = {
@@ -57,7 +62,10 @@ LINE = {
     "grad_norm": "grad_norm",
     "learning_rate": "lr",
 }
-HELD_OUT = ("dpo_loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
+HELD_OUT = (
+    "dpo_loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "kl",
+    "kl_per_token", "length_correlation",
+)  # fmt: skip
 
 
 def show(name: str, value: float | None) -> str:
