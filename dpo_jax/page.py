@@ -179,7 +179,7 @@ data, output, td.n, .plot b { font-variant-numeric: tabular-nums; }
 .headline { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 32px 36px; }
 .headline { margin-top: 44px; }
 .headline h2 { font-size: 14px; font-weight: 500; color: var(--soft); }
-.headline .big { margin: 2px 0 6px; font-size: 30px; line-height: 1.2; letter-spacing: -0.025em; font-weight: 600; }
+.headline .big { margin: 2px 0 6px; font-size: 25px; line-height: 1.25; letter-spacing: -0.02em; font-weight: 600; }
 .headline .big .was { color: var(--faint); font-weight: 400; }
 .headline small { font-size: 15px; font-weight: 400; letter-spacing: 0; color: var(--soft); }
 .headline p + p { color: var(--soft); font-size: 13.5px; max-width: 40ch; }
@@ -191,6 +191,7 @@ dd { margin: 0; }
 .scroll { overflow-x: auto; }
 .scroll + .scroll, .scroll + .charts { margin-top: 36px; }
 .scroll + .note { margin-top: 12px; }
+.note + .scroll, .note + .charts { margin-top: 36px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th { font-weight: 500; color: var(--soft); font-size: 13px; text-align: left; white-space: nowrap; }
 th, td { padding: 7px 28px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -227,6 +228,7 @@ figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; justify-content: spa
 .key i { display: block; width: 14px; height: 2px; border-radius: 1px; background: currentColor; opacity: 0.75; }
 .key i.dot { width: 8px; height: 8px; border-radius: 50%; opacity: 1; }
 .key output { color: var(--ink); min-width: 2.6em; }
+.key output:empty { display: none; }
 .plot { position: relative; height: 230px; margin: 0 0 30px 46px; }
 .small .plot { height: 150px; }
 .plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
