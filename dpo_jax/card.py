@@ -4,6 +4,7 @@ Every number in it is one of the run's files. The format: https://huggingface.co
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from huggingface_hub.repocard_data import EvalResult
 from dpo_jax import metrics
 from dpo_jax.data.datasets import DATASETS
 from dpo_jax.data.sources import hub_dataset
+from dpo_jax.hub import CARD
 from dpo_jax.runs import Run, accuracy_error, held_out_pairs, is_dpo, last_step, metric_label
 
-CARD = "README.md"
 LICENSE_KEYS = ("license", "license_name", "license_link")
 # What of the config a reader needs to do it again, where it is set at all.
 RECIPE = """
@@ -27,16 +28,16 @@ RECIPE = """
 OFF = (0, 0.0, "", False, None)
 
 
-def write(run: Run, directory: Path, *, base: Path | None, adapter: bool = False) -> None:
-    """Write DIRECTORY/README.md.
+def write(run: Run, directory: Path, *, base: Path | None) -> None:
+    """Write DIRECTORY/README.md, of a whole model or of adapters in PEFT's layout.
 
     Args:
       run: as its files have it.
       directory: an export.
       base: the files of the model that was trained, whose licence the card takes over; None if it was made from
         scratch.
-      adapter: the export is PEFT's, and not a whole model.
     """
+    adapter = (directory / "adapter_config.json").exists()
     (directory / CARD).write_text(card(run, base, adapter=adapter), encoding="utf-8")
 
 
@@ -155,9 +156,11 @@ def _use(run: Run) -> str:
 
 
 def _use_adapter(run: Run) -> str:
+    model = str(run.config.get("model"))
+    base = model if _is_hub_id(model) else f"path/to/{Path(model).name}"
     return (
         "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(str(run.config.get('model')))})\n"
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})\n"
         'model = PeftModel.from_pretrained(base, ".")  # this directory, or its name on the hub\n```'
     )
 
@@ -182,7 +185,8 @@ def _data(run: Run) -> str:
         f"{found}: {spec.licence}" for spec in DATASETS.values() for found in _hub_datasets(run) if spec.hub == found
     }
     lines.append(f"Licences of the data: {'; '.join(sorted(licences))}." if licences else "")
-    return "\n\n".join(filter(None, [*lines, table]))
+    # Of a path on the machine that trained, its last name alone is anybody's business.
+    return re.sub(r"(?<![\w:/])(?:/[^\s/,:;|]+)+/([^\s/,:;|]+)", r"\1", "\n\n".join(filter(None, [*lines, table])))
 
 
 SPLIT_WORDS = {"train": "training pairs", "eval": "held-out pairs"}

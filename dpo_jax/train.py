@@ -19,6 +19,7 @@ import optax
 
 from dpo_jax import (
     answers,
+    card,
     checkpoint,
     hub,
     inputs,
@@ -53,6 +54,7 @@ from dpo_jax.phases import (
 )
 from dpo_jax.policy import Policy
 from dpo_jax.reference import given_reference, kept_reference, load_reference
+from dpo_jax.runs import EXPORTS, load
 from dpo_jax.sharding import agreed, first_process_first, make_mesh, replicated, row_shards
 from dpo_jax.step import (
     TrainState,
@@ -255,6 +257,9 @@ def _finish(run: Run, state: TrainState, steps: int) -> dict[str, float]:
         )
     records = read_records(workdir / "metrics.jsonl")
     if jax.process_index() == 0:
+        for name in EXPORTS:
+            if (workdir / name).is_dir():
+                card.write(load(workdir), workdir / name, base=run.policy.directory)
         report.write(workdir)
         answers.show(read_records(samples), run.writer)
         if held_out := metrics.before_after(records):

@@ -186,6 +186,8 @@ def test_runs_are_compared(tmp_path, capsys, monkeypatch):
     page = Page(tmp_path / "compare.html")
     assert {"run (1)", "run (2)", "dpo_beta", "other/model"} <= set(page.words)
     assert "learning_rate" not in page.words  # equal in both
+    assert page.text.count("I think (greedy) that is what one would say here.") > 5
+    assert "Accuracy · chosen shorter" in page.text
     for records in (first, second):
         assert [r["dpo_loss"] for r in records if r["split"] == "eval"][-1] in page.values
     assert len(page.curves["0"]) == 2

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from configs import hhh
 from dpo_jax import metrics, train, weights
+from dpo_jax.length_bias import GROUPS
 
 SETTINGS = {
     "batch_size": 8,
@@ -66,7 +67,9 @@ def finished(tmp_path_factory, environment):
 
 def test_the_directory_holds_what_the_contract_says(finished):
     workdir, _ = finished
-    names = "config.json metrics.jsonl checkpoints tensorboard samples.jsonl report.html export data.json".split()
+    names = (
+        "config.json metrics.jsonl checkpoints tensorboard samples.jsonl report.html export data.json run.json".split()
+    )
     assert set(names) <= {p.name for p in workdir.iterdir()}
     config = json.loads((workdir / "config.json").read_text())
     assert config["batch_size"] == 8
@@ -74,6 +77,10 @@ def test_the_directory_holds_what_the_contract_says(finished):
     data = json.loads((workdir / "data.json").read_text())
     assert data["splits"]["train"]["pairs"] == sum(s["kept"] for s in data["sources"] if s["split"] == "train")
     assert len(list((workdir / "tensorboard").iterdir())) == 1
+    about = json.loads((workdir / "run.json").read_text())
+    assert (about["steps"], about["platform"], about["devices"], about["processes"]) == (10, "cpu", 1, 1)
+    assert about["parameters"] == about["trained_parameters"] > 1e6
+    assert {"jax", "flax", "python"} <= set(about["versions"])
     assert (workdir / "report.html").read_text().lower().startswith("<!doctype html>")
 
 
@@ -98,6 +105,19 @@ def test_records_are_those_of_the_contract(finished):
     assert first["grad_norm"] > 0
     assert by_split["eval"][0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert by_split["eval"][0]["pairs"] == 16
+    kl = [r["kl"] for r in by_split["eval"]]
+    assert kl[0] == 0  # the policy is its reference
+    assert 0 < kl[1] < kl[-1]
+    for record in by_split["eval"]:
+        groups = [name for name in GROUPS if f"pairs/{name}" in record]
+        share = lambda name, record=record, groups=groups: (
+            sum(record[f"{name}/{group}"] * record[f"pairs/{group}"] for group in groups)
+            / sum(record[f"pairs/{group}"] for group in groups)
+        )
+        assert sum(record[f"pairs/{group}"] for group in groups) == 16
+        assert share("accuracy") == pytest.approx(record["accuracy"])
+        assert share("margin") == pytest.approx(record["margin"], abs=1e-6)
+    assert -1 <= by_split["eval"][-1]["length_correlation"] <= 1
     rates = [r["learning_rate"] for r in by_split["train"]]
     assert rates[0] == 0  # one update of warm-up
     np.testing.assert_allclose(rates[1:], 2e-4 * (1 - np.arange(9) / 9), rtol=1e-5)
