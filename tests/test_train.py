@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from configs import hhh
@@ -144,6 +145,9 @@ def test_answers_before_and_after_are_kept_and_shown_side_by_side(finished):
 
 def test_the_export_is_a_hugging_face_directory(finished):
     export = finished[0] / "export"
+    last = metrics.read(finished[0] / "metrics.jsonl")[-1]
+    (result,) = ModelCard.load(export / "README.md").data.eval_results
+    assert result.metric_value == pytest.approx(last["accuracy"], abs=1e-4)
     config, hf = weights.read_config(export)
     assert hf["architectures"] == ["LlamaForCausalLM"]
     tokenizer = AutoTokenizer.from_pretrained(export)
