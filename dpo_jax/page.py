@@ -269,24 +269,28 @@ figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; justify-content: spa
 .tokens.rejected span { color: var(--rejected); } .tokens span:hover { background: var(--line); }
 .tokens b { font-weight: 650; }
 .pair h3.chosen { color: var(--chosen); } .pair h3.rejected { color: var(--rejected); }
-@media print {
-  :root { color-scheme: light; --paper: #fff; --panel: #fff; --ink: #000; --soft: #444; --faint: #777; --line: #ccc; }
-  :root { --accent: #3457c9; --chosen: #0b7f74; --rejected: #c8501c; --warn: #9a4a00; }
-  main { max-width: none; padding: 0; }
-  section { margin-top: 28px; }
-  body { font-size: 12px; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  figure, tr, .pair > div, .headline > div, dl > div { break-inside: avoid; }
-  h2 { break-after: avoid; }
-  .said { max-height: none; overflow: visible; }
-  .pair > div { border: 1px solid var(--line); }
-  .scroll { overflow: visible; }
-  details:not([open]) { display: none; }
-}
 @media (max-width: 900px) { .charts.three { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 @media (max-width: 720px) {
   main { padding: 36px 20px 64px; }
   .config { columns: 1; }
   .charts, .charts.three, .pair { grid-template-columns: minmax(0, 1fr); }
   dl { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 16px 24px; }
+}
+@media print {
+  :root { color-scheme: light; --paper: #fff; --panel: #fff; --ink: #000; --soft: #444; --faint: #777; --line: #ccc; }
+  :root { --accent: #3457c9; --chosen: #0b7f74; --rejected: #c8501c; --warn: #9a4a00; }
+  main { max-width: none; padding: 0 12px 0 0; }
+  section { margin-top: 28px; }
+  body { font-size: 12px; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  figure, tr, .pair > div, .headline > div, dl > div { break-inside: avoid; }
+  h2, .lead, .prompt { break-after: avoid; }
+  dl, .charts.three { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+  .headline { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 16px; }
+  .headline .big { font-size: 18px; }
+  .charts, .pair { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .said { max-height: none; overflow: visible; }
+  .pair > div { border: 1px solid var(--line); }
+  .scroll { overflow: visible; }
+  details:not([open]) { display: none; }
 }
 """
