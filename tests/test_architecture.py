@@ -13,7 +13,7 @@ data.remote_cache data.split data.identity data.lengths data.prepare
 data.balance data.packing data.pipeline data.synthetic
 architecture attention experts remat logprobs losses objective optim model step
 hub tensors lora sharding checkpoint weights peft_files sample tiny policy about
-length_bias memory metrics trackers page charts runs compare lengths_page sections card report answers kl loop
+length_bias memory events metrics trackers page charts runs compare lengths_page sections card report answers kl loop
 reference_cache config inputs phases reference
 inspection inspection_text inspection_page data_command data.__main__
 train
