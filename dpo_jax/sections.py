@@ -41,8 +41,8 @@ def _groups(run: Run) -> str:
     note = f"Longer: by more than {RATIO - 1:.0%} in tokens."
     if bias is not None:
         note += (
-            f" Correlation of (chosen − rejected tokens) with the margin: {metrics.show('length_correlation', bias)}; "
-            "near 0 margins do not depend on length, near 1 the policy prefers what is longer."
+            f" Correlation of (chosen − rejected tokens) with the margin: {metrics.show('length_correlation', bias)}. "
+            "Near 0 margins do not depend on length; near 1 the policy prefers what is longer, near -1 what is shorter."
         )
     return _group_table(run, last, "by source", named) + (
         _group_table(run, last, "by length", {name: LENGTH_WORDS[name] for name in GROUPS}, note)
@@ -56,11 +56,11 @@ def _group_table(run: Run, last: Mapping[str, Any], title: str, names: Mapping[s
         if accuracy is None:
             continue
         error = accuracy_error(run, accuracy, pairs)
-        shown = number("accuracy", accuracy) + (f" ± {number('accuracy', error)}" if error is not None else "")
+        shown = number("accuracy", accuracy) + (f" ± {number('accuracy', error)}" if error else "")
         rows.append((text(words), count(pairs), bar(accuracy), shown, number("margin", last.get(f"margin/{name}"))))
     if not rows:
         return ""
-    below = f'<p class="note">{text(note)}</p>' if note else ""
+    below = f'<p class="note">{text(note.replace(" -", " −"))}</p>' if note else ""
     return table((title, "pairs", "", "accuracy", "margin"), rows, words=(0, 2), narrow=True) + below
 
 

@@ -193,7 +193,7 @@ def test_wins_by_source_and_length_are_told_apart(tmp_path):
             page.values
         )
         assert words in page.words
-    assert "with the margin: 0.310;" in page.text
+    assert "with the margin: 0.310." in page.text
     curve = next(c for c in page.curves.values() if len(c) == 3)  # by length: three lines
     assert [points[-1] for points in curve] == [
         [200, pytest.approx(last[f"accuracy/{name}"], rel=1e-4)] for name in GROUPS
@@ -295,6 +295,12 @@ def test_thinning_keeps_every_peak_in_order():
 def test_running_mean_keeps_a_straight_line():
     line = [(float(i), 3.0 * i) for i in range(200)]
     assert charts.running_mean(line) == [(x, pytest.approx(y)) for x, y in line[3:-3]]
+
+
+def test_whiskers_are_within_the_axis():
+    series = charts.Series("kl", "accent", [(0, 1.0), (10, 2.0)], held_out=True, errors={10: 3.0})
+    heights = [float(y) for y in re.findall(r"[ML][\d.-]+ ([\d.-]+)", charts.chart("t", [series]))]
+    assert 0 <= min(heights) < max(heights) <= 1000
 
 
 @pytest.mark.parametrize(
