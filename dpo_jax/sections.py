@@ -71,7 +71,9 @@ def samples(run: Run) -> str:
         prompts.setdefault(sample.get("prompt", ""), {})[sample.get("when", ""), sample.get("mode", "")] = sample
     blocks = [_sample(prompt, answers) for prompt, answers in prompts.items()]
     rest = blocks[OPEN_SAMPLES:]
-    return "".join(blocks[:OPEN_SAMPLES]) + (fold(f"{len(rest)} more prompts", "".join(rest)) if rest else "")
+    return "".join(blocks[:OPEN_SAMPLES]) + (
+        fold(f"{len(rest)} more prompt{'s' * (len(rest) > 1)}", "".join(rest)) if rest else ""
+    )
 
 
 def _sample(prompt: str, answers: Mapping[tuple[str, str], metrics.Record]) -> str:
