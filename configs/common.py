@@ -86,10 +86,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.checkpoint_every = 200  # updates between checkpoints; the end is always saved; 0 = only the end
     c.keep_checkpoints = 2  # newest ones kept
     c.export = True  # write export/: a Hugging Face directory of the aligned policy
+    c.kl_prompts = 8  # held-out prompts, answered twice at every evaluation: KL from the reference; 0 = no estimate
     c.sample_prompts = 4  # held-out prompts answered before and after; 0 = none
     c.sample_tokens = 64  # most tokens of an answer
     c.sample_temperature = 0.8  # of the sampled answers, shown beside the greedy ones
     c.sample_top_p = 0.95  # nucleus mass of the sampled answers
+    c.wandb_project = ""  # Weights & Biases project for a copy of the records (pip install wandb); empty = off
+    c.trackio_project = ""  # the same for trackio (pip install trackio)
     return c
 
 

@@ -38,10 +38,7 @@ def answer(
       Records with `mode`, `prompt`, `answer`, `chosen`, `rejected`.
     """
     shown = [pairs[i] for i in range(len(pairs))]
-    # A chat template ends a turn with a token of its own, which need not be the tokenizer's eos.
-    # It may be followed by a newline.
-    last = {int(i) for _, chosen, rejected in shown for ids in (chosen, rejected) for i in ids[-2:]}
-    stop = sorted({tokenizer.eos_token_id, *(last & set(tokenizer.all_special_ids))} - {None}) or [-1]
+    stop = stop_tokens(pairs, tokenizer)
     records = []
     for mode, (temperature, top_p) in modes.items():
         answers = sample.generate(
@@ -60,6 +57,14 @@ def answer(
             texts = {name: tokenizer.decode(x, skip_special_tokens=True).strip() for name, x in parts.items()}
             records.append({"mode": mode} | texts)
     return records
+
+
+def stop_tokens(pairs: PairSource, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer, as the completions of `pairs` do; [-1], which nothing is, if there are none."""
+    # A chat template ends a turn with a token of its own, which need not be the tokenizer's eos.
+    # It may be followed by a newline.
+    last = {int(i) for n in range(len(pairs)) for ids in pairs[n][1:] for i in ids[-2:]}
+    return sorted({tokenizer.eos_token_id, *(last & set(tokenizer.all_special_ids))} - {None}) or [-1]
 
 
 def append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -84,7 +84,7 @@ def chart(
     if not lines:
         return ""
     xs = [x for _, points in lines for x, _ in points]
-    ys = [y for _, points in lines for _, y in points]
+    ys = [y + side * s.errors.get(x, 0.0) for s, points in lines for x, y in points for side in (-1, 1)]
     lows = [*ys, *([guide[0]] if guide else []), *([0.0] if from_zero else [])]
     scale = Scale(x=(min(0.0, *xs), max(*xs, min(xs) + 1)), y=_padded(min(lows), max(lows), from_zero))
     drawn = "".join(_draw(s, points, scale) for s, points in sorted(lines, key=lambda line: line[0].held_out))

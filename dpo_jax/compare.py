@@ -12,12 +12,16 @@ from dpo_jax.runs import (
     Run,
     accuracy_error,
     held_out_series,
+    largest,
     last_step,
     main_plots,
     median,
     metric_label,
     training_series,
 )
+
+AFTER = ("after", "greedy")
+ANSWERED = 4  # prompts shown
 
 
 def compare_page(runs: Sequence[Run]) -> tuple[str, str]:
@@ -38,6 +42,7 @@ def compare_page(runs: Sequence[Run]) -> tuple[str, str]:
             else "<p>The configurations are equal, or not there.</p>",
         ),
         section("Curves", _curves(runs, names), "By step. Dots are held-out pairs, thin lines training batches."),
+        section("Answers after training", _answers(runs, names), "Greedy, to prompts that all runs answered."),
     ]
     return "Compared: " + ", ".join(names), "".join(body)
 
@@ -62,8 +67,9 @@ def _differences(runs: Sequence[Run]) -> list[list[str]]:
 
 def _finals(runs: Sequence[Run]) -> list[list[str]]:
     finals = [{name: after for name, _, after in metrics.before_after(run.records)} for run in runs]
+    groups = dict.fromkeys(name for final in finals for name in final if name.startswith("accuracy/"))
     rows = []
-    for name in metrics.HELD_OUT:
+    for name in (*metrics.HELD_OUT, *groups):
         values = [final.get(name) for final in finals]
         known = [value for value in values if value is not None]
         if not known:
@@ -80,7 +86,29 @@ def _finals(runs: Sequence[Run]) -> list[list[str]]:
     rows.append(
         ["Pairs per second (median)", *(number("pairs_per_second", median(run, "pairs_per_second")) for run in runs)]
     )
+    rows.append(["Peak memory, GB", *(number("memory_gb", largest(run, "memory_gb")) for run in runs)])
     return rows
+
+
+def _answers(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """What every run says in the end to the same prompts."""
+    said = [
+        {s.get("prompt", ""): s.get("answer", "") for s in run.samples if (s.get("when"), s.get("mode")) == AFTER}
+        for run in runs
+    ]
+    shared = [prompt for prompt in said[0] if all(prompt in answers for answers in said)]
+    blocks = []
+    for prompt in shared[:ANSWERED]:
+        answers = "".join(
+            f'<div><h3 style="color:var(--{_color(i)})">{text(name)}</h3>'
+            f'<div class="said">{text(str(said[i][prompt]).strip())}</div></div>'
+            for i, name in enumerate(names)
+        )
+        blocks.append(
+            f'<article class="sample"><div class="prompt"><h3>prompt</h3><div class="said">{text(prompt.strip())}</div>'
+            f'</div><div class="pair">{answers}</div></article>'
+        )
+    return "".join(blocks)
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:

@@ -150,6 +150,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval_every": (lambda v: v >= 0, "0 (only first and last) or more"),
     "checkpoint_every": (lambda v: v >= 0, "0 (only the end) or more"),
     "keep_checkpoints": (lambda v: v >= 1, "at least 1"),
+    "kl_prompts": (lambda v: v >= 0, "0 (no estimate) or more"),
     "sample_prompts": (lambda v: v >= 0, "0 or more"),
     "sample_tokens": (lambda v: v >= 1, "at least 1"),
     "sample_temperature": (lambda v: v >= 0, "0 (greedy) or more"),

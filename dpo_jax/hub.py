@@ -9,13 +9,14 @@ from huggingface_hub import errors as hub_errors
 from dpo_jax.errors import UserError
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+CARD = "README.md"  # for its licence
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 # `model*`: some repositories hold the same weights a second time as consolidated*.safetensors or under original/.
-HUB_FILES = (CONFIG, GENERATION_CONFIG, "model*.safetensors", INDEX, *TOKENIZER_FILES)
+HUB_FILES = (CONFIG, GENERATION_CONFIG, "model*.safetensors", INDEX, CARD, *TOKENIZER_FILES)
 
 
 def resolve(model: str, *, what: str = "model", with_weights: bool = True) -> Path:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from dpo_jax import metrics
+from dpo_jax.data.lengths import length_report
 from dpo_jax.data.packing import RowShape
 from dpo_jax.data.pipeline import Schedule
 from dpo_jax.data.preference import DELIBERATE
 from dpo_jax.data.prepare import Pairs, Prepared
+from dpo_jax.lengths_page import length_words
 
-PARTS = ("prompt", "chosen", "rejected")
-BINS = 40  # of a histogram, about
 _CONTEXT = 4  # pieces before a piece, decoded with it: some decoders drop the space in front of a text
 _CHARACTER = 4  # tokens that may have to come together before their bytes are a character
 
@@ -91,20 +91,10 @@ class Inspection:
     note: str
     examples: tuple[Example, ...]
 
-    @property
-    def differences(self) -> np.ndarray:
-        """Tokens by which the chosen answer is longer than the rejected one, int [n]."""
-        return self.lengths[:, 1].astype(np.int64) - self.lengths[:, 2]
-
 
 def length_bias(inspection: Inspection) -> str:
     """A sentence: how often the chosen answer is the longer one. What prefers length is learned as length."""
-    differences = inspection.differences
-    longer, equal = float((differences > 0).mean()), float((differences == 0).mean())
-    return (
-        f"The chosen answer is longer in {longer:.1%} of the training pairs, as long in {equal:.1%}; "
-        f"by {differences.mean():+.1f} tokens on average."
-    )
+    return length_words(length_report(inspection.lengths)["longer"], "training pairs")
 
 
 def bad_reasons(source: Mapping[str, Any]) -> list[tuple[str, int, str]]:
@@ -194,15 +184,6 @@ def visible(piece: Piece) -> str:
     if text.isspace():
         text = "".join(c if c == "\n" else "⇥" if c == "\t" else "·" for c in text)
     return text.replace("\n", "⏎\n")
-
-
-def bins(values: np.ndarray) -> tuple[list[tuple[float, int]], int]:
-    """A histogram of integers: (middle of the bin, count) for about `BINS` bins, and their width; one begins at 0."""
-    low, high = int(values.min()), int(values.max())
-    width = max(1, math.ceil((high - min(low, 0) + 1) / BINS))
-    edges = np.arange(math.floor(min(low, 0) / width), high // width + 2) * width
-    counts, _ = np.histogram(values, edges)
-    return [(float(edge) + (width - 1) / 2, int(n)) for edge, n in zip(edges, counts, strict=False)], width
 
 
 def _added(tokenizer: Any, context: list[int], ids: list[int]) -> str:

@@ -4,22 +4,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dpo_jax.charts import Series, histogram
+from dpo_jax.data.lengths import PARTS, length_report
 from dpo_jax.inspection import (
-    PARTS,
     Example,
     Inspection,
     PlanUse,
     bad_reasons,
-    bins,
     length_bias,
     mixture_words,
     plan_words,
     shape_words,
     visible,
 )
+from dpo_jax.lengths_page import length_charts
 from dpo_jax.page import count, fold, section, table, text
 
 OPEN_EXAMPLES = 3  # shown at once; the others are folded
@@ -91,29 +88,7 @@ def _lengths(inspection: Inspection) -> str:
         for part, stats in entry["tokens"].items()
     ]
     head = ("split", "pairs", "tokens of", "mean", "median", "p90", "max")
-    charts = "".join(
-        _lengths_chart(part, inspection.lengths[:, i], "accent" if part == "prompt" else part)
-        for i, part in enumerate(PARTS)
-    )
-    return (
-        table(head, cells, words=(0, 2))
-        + f'<div class="charts">{charts}{_difference_chart(inspection.differences)}</div>'
-    )
-
-
-def _lengths_chart(part: str, lengths: np.ndarray, color: str) -> str:
-    points, width = bins(lengths)
-    note = f"Training pairs in bins of {width} tokens." if width > 1 else "Training pairs by tokens."
-    return histogram(part.capitalize(), [Series("pairs", color, points)], width, unit="tokens", note=note, small=True)
-
-
-def _difference_chart(differences: np.ndarray) -> str:
-    points, width = bins(differences)
-    sides = [
-        Series("rejected longer", "rejected", [p for p in points if p[0] < 0]),
-        Series("chosen longer or as long", "chosen", [p for p in points if p[0] >= 0]),
-    ]
-    return histogram("Chosen minus rejected", sides, width, unit="tokens", note="In tokens, by pair.", small=True)
+    return table(head, cells, words=(0, 2)) + length_charts(length_report(inspection.lengths).get("histograms", {}))
 
 
 def _plan(plan: PlanUse) -> str:

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo_jax.data.lengths import PARTS
 from dpo_jax.inspection import (
-    PARTS,
     Example,
     Inspection,
     Piece,

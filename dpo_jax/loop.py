@@ -16,11 +16,13 @@ from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowShape
 from dpo_jax.data.pipeline import StepSource, batches
 from dpo_jax.errors import UserError
+from dpo_jax.length_bias import length_correlation, length_groups
+from dpo_jax.memory import peak_gb
 from dpo_jax.metrics import MetricsWriter, Throughput
 from dpo_jax.sharding import make_any, to_global
 from dpo_jax.step import TrainState
 
-# What an evaluation says of every group of pairs (source) apart.
+# What an evaluation says of every group of pairs (by source, by length) apart.
 BY_GROUP = ("accuracy", "margin")
 STOP = "stop"  # beside the metrics of an update, while they are on the devices
 
@@ -94,14 +96,16 @@ def evaluate(
     mesh: Mesh,
     groups: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, float]:
-    """Means over all pairs of `source`, and how many there are (`pairs`).
+    """Means over all pairs of `source`, how many there are (`pairs`), and how their margins depend on length.
 
     Args:
       eval_step: from `step.make_eval_step`.
       params, ref_params: of the policy and the reference.
       source: the rows of one pass.
       mesh: where they are computed.
-      groups: bool `[pairs of source]` by name: for these, `accuracy/NAME`, `margin/NAME` and `pairs/NAME` too.
+      groups: bool `[pairs of source]` by name: for these, `accuracy/NAME`, `margin/NAME` and `pairs/NAME` too; those
+        of `length_groups` are always there. `length_correlation` is left out while no pair is won: margins are then
+        what rounding leaves between a policy and its equal.
     """
     results: list[Any] = []
     placed: list[np.ndarray] = []
@@ -118,7 +122,11 @@ def evaluate(
         for name in results[0]
     }
     out = {name: float(x.mean()) for name, x in values.items()} | {"pairs": len(pair)}
-    for group, members in (groups or {}).items():
+    lengths = source.schedule.lengths
+    correlation = length_correlation(lengths[pair], values["margin"]) if out["accuracy"] else None
+    if correlation is not None:
+        out["length_correlation"] = correlation
+    for group, members in {**(groups or {}), **length_groups(lengths)}.items():
         mine = members[pair]
         if mine.any():
             out |= {f"{name}/{group}": float(values[name][mine].mean()) for name in BY_GROUP if name in values}
@@ -160,6 +168,7 @@ def run_phase(
         throughput.count(info["pairs"])
         if n == 1 or n % phase.log_every == 0 or n == total:
             facts = {"pairs": info["pairs"], "tokens": info["tokens"], "useful_token_fraction": info["fraction"]}
+            facts["memory_gb"] = peak_gb()
             writer.write({"step": n, "split": phase.split} | values | facts | throughput.take())
         lost = [name for name, value in values.items() if not math.isfinite(value)]
         if lost:  # before any save: the checkpoints that are there stay good

@@ -10,24 +10,20 @@ import json
 import math
 import numbers
 import os
-import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
-from tensorboardX import FileWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.proto.summary_pb2 import Summary
 
 from dpo_jax.errors import UserError
+from dpo_jax.events import add_event, open_events
 
 Record = dict[str, Any]
 
@@ -45,6 +41,11 @@ FORMATS = {
     "pairs_per_second": ".1f",
     "step_seconds": ".3f",
     "useful_token_fraction": ".3f",
+    "memory_gb": ".2f",
+    "length_correlation": ".3f",
+    "kl": ".3f",
+    "kl_error": ".3f",
+    "kl_per_token": ".4f",
 }
 # What a console line shows, in this order, with the console's shorter names.
 LINE = {
@@ -57,7 +58,10 @@ LINE = {
     "grad_norm": "grad_norm",
     "learning_rate": "lr",
 }
-HELD_OUT = ("dpo_loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
+HELD_OUT = (
+    "dpo_loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "kl",
+    "kl_per_token", "length_correlation",
+)  # fmt: skip
 
 
 def show(name: str, value: float | None) -> str:
@@ -176,11 +180,19 @@ class MetricsWriter:
       total_steps: steps of each phase by its split, such as {"sft": 60, "train": 200}.
       quiet: nothing on the console.
       console: where to print; standard output unless given. A terminal gets a progress line for each phase.
+      logs: each is given every record too; one that raises an error is given no more.
     """
 
     def __init__(
-        self, workdir: Path | None, *, total_steps: Mapping[str, int], quiet: bool, console: Console | None = None
+        self,
+        workdir: Path | None,
+        *,
+        total_steps: Mapping[str, int],
+        quiet: bool,
+        console: Console | None = None,
+        logs: Sequence[Callable[[Record], None]] = (),
     ):
+        self._logs = list(logs)
         self._total = dict(total_steps)
         self._console = console or Console(quiet=quiet)
         if quiet:
@@ -222,7 +234,13 @@ class MetricsWriter:
             self._file.write(json.dumps(finite, allow_nan=False) + "\n")
             self._file.flush()
         if self._events:
-            _add_event(self._events, finite, time.time())
+            add_event(self._events, finite, time.time())
+        for log in list(self._logs):
+            try:
+                log(values)
+            except Exception as error:  # somebody else's service: training goes on without it
+                self._logs.remove(log)
+                self.message(f"warning: a tracker failed and gets no more records ({error})")
         left = self._time_left(values)
         if self._progress and values["split"] in self._total:
             self._advance(self._progress, values, left)
@@ -305,48 +323,3 @@ def _plain(value: Any) -> str | int | float | None:
     if value is None or isinstance(value, str):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
-
-
-def open_events(directory: Path, records: Sequence[Record]) -> FileWriter:
-    """A TensorBoard writer whose directory holds exactly `records`: old event files are replaced.
-
-    A stopped run leaves events past the checkpoint it resumes from, and a killed one lacks those not yet flushed.
-    TensorBoard's own remedy, `purge_step`, drops every tag from that step on: with two phases that both count from 1 it
-    would take the SFT curve with it. So the file is made anew from the records, with the times of the old events.
-    """
-    times: dict[tuple[str, int], float] = {}
-    for path in sorted(directory.glob("events.out.tfevents.*")):
-        for event in read_events(path):
-            times |= {(value.tag.split("/")[0], event.step): event.wall_time for value in event.summary.value}
-        path.unlink()
-    writer = FileWriter(str(directory), flush_secs=10)
-    now = time.time()
-    for record in records:
-        _add_event(writer, record, times.get((record["split"], record["step"]), now))
-    return writer
-
-
-def read_events(path: Path) -> Iterator[Event]:
-    """The events of a TensorBoard file, up to where a killed writer left it."""
-    data = path.read_bytes()
-    at = 0
-    while at + 12 <= len(data):
-        # A record is: length (8 bytes), its checksum (4), the event, its checksum (4).
-        (length,) = struct.unpack_from("<Q", data, at)
-        body = data[at + 12 : at + 12 + length]
-        if len(body) < length:
-            return
-        try:
-            yield Event.FromString(body)
-        except DecodeError:
-            return
-        at += length + 16
-
-
-def _add_event(writer: FileWriter, record: Record, when: float) -> None:
-    values = [
-        Summary.Value(tag=f"{record['split']}/{name}", simple_value=math.nan if value is None else value)
-        for name, value in record.items()
-        if name != "step" and not isinstance(value, str)
-    ]
-    writer.add_summary(Summary(value=values), record["step"], when)

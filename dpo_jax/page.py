@@ -38,6 +38,21 @@ def count(value: Any) -> str:
     return f'<data value="{value!r}">{shown}</data>'
 
 
+def size(held: int) -> str:
+    """Bytes for a person."""
+    value, unit = float(held), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f'<data value="{held!r}">{value:.3g} {unit}</data>' if value < 1000 else f"{value:,.0f} {unit}"
+
+
+def bar(fraction: float) -> str:
+    """A fraction as a bar, with a mark at one half."""
+    return f'<span class="bar"><i style="width:{100 * min(max(fraction, 0), 1):.1f}%"></i></span>'
+
+
 def setting(value: object) -> str:
     """A config value as one would write it on the command line."""
     if value is None or value == "":
@@ -161,10 +176,10 @@ section > h2 + :not(.lead) { margin-top: 20px; }
 .warn { color: var(--warn); margin-top: 12px; }
 data, output, td.n, .plot b { font-variant-numeric: tabular-nums; }
 
-.headline { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 32px 48px; }
+.headline { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 32px 36px; }
 .headline { margin-top: 44px; }
 .headline h2 { font-size: 14px; font-weight: 500; color: var(--soft); }
-.headline .big { margin: 2px 0 6px; font-size: 34px; line-height: 1.2; letter-spacing: -0.025em; font-weight: 600; }
+.headline .big { margin: 2px 0 6px; font-size: 25px; line-height: 1.25; letter-spacing: -0.02em; font-weight: 600; }
 .headline .big .was { color: var(--faint); font-weight: 400; }
 .headline small { font-size: 15px; font-weight: 400; letter-spacing: 0; color: var(--soft); }
 .headline p + p { color: var(--soft); font-size: 13.5px; max-width: 40ch; }
@@ -176,6 +191,7 @@ dd { margin: 0; }
 .scroll { overflow-x: auto; }
 .scroll + .scroll, .scroll + .charts { margin-top: 36px; }
 .scroll + .note { margin-top: 12px; }
+.note + .scroll, .note + .charts { margin-top: 36px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th { font-weight: 500; color: var(--soft); font-size: 13px; text-align: left; white-space: nowrap; }
 th, td { padding: 7px 28px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -185,6 +201,11 @@ td.n { white-space: nowrap; overflow-wrap: normal; }
 td i { font-style: normal; display: inline-block; white-space: nowrap; }
 table.narrow { max-width: 640px; }
 strong { font-weight: 650; }
+.bar { display: block; position: relative; width: 150px; height: 8px; margin: 7px 0; background: var(--line); }
+.bar i { display: block; height: 100%; background: var(--accent); }
+.bar::after {
+  content: ""; position: absolute; left: 50%; top: -3px; bottom: -3px; border-left: 1px dashed var(--soft);
+}
 
 details { margin-top: 20px; }
 summary { cursor: pointer; color: var(--soft); font-size: 14px; width: fit-content; }
@@ -207,6 +228,7 @@ figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; justify-content: spa
 .key i { display: block; width: 14px; height: 2px; border-radius: 1px; background: currentColor; opacity: 0.75; }
 .key i.dot { width: 8px; height: 8px; border-radius: 50%; opacity: 1; }
 .key output { color: var(--ink); min-width: 2.6em; }
+.key output:empty { display: none; }
 .plot { position: relative; height: 230px; margin: 0 0 30px 46px; }
 .small .plot { height: 150px; }
 .plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
@@ -253,5 +275,22 @@ figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; justify-content: spa
   .config { columns: 1; }
   .charts, .charts.three, .pair { grid-template-columns: minmax(0, 1fr); }
   dl { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 16px 24px; }
+}
+@media print {
+  :root { color-scheme: light; --paper: #fff; --panel: #fff; --ink: #000; --soft: #444; --faint: #777; --line: #ccc; }
+  :root { --accent: #3457c9; --chosen: #0b7f74; --rejected: #c8501c; --warn: #9a4a00; }
+  main { max-width: none; padding: 0 12px 0 0; }
+  section { margin-top: 28px; }
+  body { font-size: 12px; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  figure, tr, .pair > div, .headline > div, dl > div { break-inside: avoid; }
+  h2, .lead, .prompt { break-after: avoid; }
+  dl, .charts.three { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+  .headline { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 16px; }
+  .headline .big { font-size: 18px; }
+  .charts, .pair { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .said { max-height: none; overflow: visible; }
+  .pair > div { border: 1px solid var(--line); }
+  .scroll { overflow: visible; }
+  details:not([open]) { display: none; }
 }
 """

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dpo_jax import answers, inputs, lora, metrics, policy
+from dpo_jax import about, answers, inputs, kl, lora, metrics, policy
 from dpo_jax.architecture import ModelConfig
 from dpo_jax.data.cache import cache_root
 from dpo_jax.data.mixture import Mixture
@@ -181,9 +181,28 @@ def answer(run: Run, state: TrainState, when: str, step: int) -> None:
     answers.append(run.workdir / "samples.jsonl", [{"when": when, "step": step} | r for r in records])
 
 
-def introduce(run: Run, plan: Schedule) -> None:
-    """What is run, on what: the first lines on the console."""
+def make_kl(run: Run) -> Callable[[TrainState, Params | None], dict[str, float]]:
+    """(state, reference) → the KL divergence of the policy's answers from the reference, see `kl.py`.
+
+    Nothing where there is no reference on the devices to ask: a loss without one, one that was computed before and is
+    freed, or one in the host's memory.
+    """
+    c, held_out = run.c, run.data.evaluation
+    asked = dataclasses.replace(held_out, index=held_out.index[: c["kl_prompts"]])
+    if not len(asked) or run.layout.reference_offload:
+        return lambda state, reference: {}
+    prompts = [asked[i][0].tolist() for i in range(len(asked))]
+    stop = answers.stop_tokens(asked, run.policy.tokenizer)
+    estimate = kl.make_on_policy_kl(run.layout, prompts, stop=stop, new_tokens=c["sample_tokens"], seed=c["seed"])
+    base = run.base
+    return lambda state, ref: {} if ref is None else estimate(base | state.params, base | ref)
+
+
+def introduce(run: Run, plan: Schedule, steps: int) -> None:
+    """What is run, on what: run.json and the first lines on the console."""
     c, layout, shape = run.c, run.layout, plan.shapes[0]
+    if jax.process_index() == 0:
+        about.write(run.workdir / "run.json", about.about(layout, plan, steps))
     mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
     platform = layout.mesh.devices.flat[0].platform
     say = run.writer.message

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax import metrics
+from dpo_jax import metrics, sections
 from dpo_jax.charts import chart
 from dpo_jax.compare import compare_page
 from dpo_jax.errors import UserError
-from dpo_jax.page import count, fold, number, save, section, setting, table, text
+from dpo_jax.page import fold, number, save, section, setting, text
 from dpo_jax.runs import (
     MAIN_PLOTS,
     OTHER_PLOTS,
@@ -24,21 +24,27 @@ from dpo_jax.runs import (
     held_out_pairs,
     held_out_series,
     is_dpo,
+    largest,
     last_step,
+    length_plot,
     load,
     main_plots,
     median,
     metric_label,
+    source_plot,
+    sources,
+    total_steps,
+    training_seconds,
     training_series,
 )
 
-NOT_CHARTED = {"step", "pairs", "tokens"}
+NOT_CHARTED = {"step", "pairs", "tokens", "kl_error"}  # the last one is the KL's whiskers
 HEADLINE = {
     "dpo_loss": ("Held-out loss", "A policy equal to its reference has ln 2 = 0.6931."),
     "accuracy": ("Held-out accuracy", "Pairs whose chosen answer has the higher reward."),
     "margin": ("Held-out margin", "Chosen reward minus rejected reward."),
+    "kl": ("KL from the reference", "Nats an answer, on the policy's own answers."),
 }
-OPEN_SAMPLES = 3  # prompts shown at once; the others are folded
 
 
 def write(workdir: Path) -> Path:
@@ -83,22 +89,34 @@ def run_page(run: Run) -> tuple[str, str]:
         section(
             "Curves", _curves(run), "By step. Dots are held-out pairs; thin lines training batches and their mean."
         ),
-        section("Held-out pairs, before and after", _before_after(run)),
-        section("Answers, before and after", _samples(run)),
-        section("Data", _data(run)),
+        section("Held-out pairs, before and after", sections.before_after(run)),
+        section("Answers, before and after", sections.samples(run)),
+        section("Data", sections.data(run)),
+        section("Checkpoints and export", sections.files(run)),
     ]
     return title, "".join(body)
 
 
 def _progress(run: Run) -> str:
-    steps, total = last_step(run), run.config.get("num_steps")
-    words = [run.name, f"step {steps}" + (f" of {total}" if total else "")]
-    pairs = held_out_pairs(run)
-    return " · ".join(words + ([f"{pairs:,} held-out pairs"] if pairs else []))
+    steps, total = last_step(run), total_steps(run)
+    pairs, seconds = held_out_pairs(run), training_seconds(run)
+    words = [
+        run.name,
+        f"step {steps:,}" + (f" of {total:,}" if total else ""),
+        f"{pairs:,} held-out pairs" if pairs else "",
+        f"{duration(seconds)} of updates" if seconds else "",
+        _hardware(run),
+    ]
+    return " · ".join(filter(None, words))
+
+
+def _hardware(run: Run) -> str:
+    device = run.about.get("device", "")
+    return f"{run.about['devices']} × {device}" if device else ""
 
 
 def _warnings(run: Run) -> list[str]:
-    steps, total = last_step(run), run.config.get("num_steps")
+    steps, total = last_step(run), total_steps(run)
     found = []
     if total and steps < total:
         found.append(f"The run has not reached its end: its last record is of step {steps} of {total}.")
@@ -121,11 +139,13 @@ def _headline(run: Run) -> str:
         error = accuracy_error(run, after) if name == "accuracy" else None
         if name == "dpo_loss" and not is_dpo(run):
             note = f"That of {text(str(run.config['loss']))}."
-        if name == "accuracy" and before == 0 and rows.get("margin", (None,))[0] == 0:
-            note += " Before training all pairs tie, and a tie counts as lost."
+        was = f'<span class="was">{number(name, before)} →</span> '
+        if name == "accuracy" and not before:
+            was, note = "", note + " Chance is 0.5; before training all pairs tie."
+        if name == "kl" and not before:
+            was = ""
         blocks.append(
-            f'<div><h2>{title}</h2><p class="big">'
-            f'<span class="was">{number(name, before)} →</span> {number(name, after)}'
+            f'<div><h2>{title}</h2><p class="big">{was}{number(name, after)}'
             + (f" <small>± {number(name, error)}</small>" if error is not None else "")
             + f"</p><p>{note}</p></div>"
         )
@@ -137,14 +157,20 @@ def _settings(run: Run) -> str:
     keys = "".join(
         f"<div><code>{text(key)}</code><code>{setting(value)}</code></div>" for key, value in run.config.items()
     )
-    return (f"<dl>{facts}</dl>" if facts else "") + (
-        fold("Full configuration", f'<div class="config">{keys}</div>') if keys else ""
+    versions = "".join(
+        f"<div><code>{text(name)}</code><code>{text(version)}</code></div>"
+        for name, version in run.about.get("versions", {}).items()
+    )
+    return (
+        (f"<dl>{facts}</dl>" if facts else "")
+        + (fold("Full configuration", f'<div class="config">{keys}</div>') if keys else "")
+        + (fold("Versions", f'<div class="config">{versions}</div>') if versions else "")
     )
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """What a reader asks first: (name, text); settings that are off, or not known, are left out."""
-    get = run.config.get
+    get, about = run.config.get, run.about
 
     def say(form: str, key: str) -> str:
         return form.format(get(key)) if get(key) else ""
@@ -154,7 +180,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         return "" if value is None else form.format(value)
 
     facts: dict[str, list[Any]] = {
-        "Model": [say("{}", "model")],
+        "Model": [say("{}", "model"), f"{about['parameters']:,} parameters" if "parameters" in about else ""],
         "Reference": [say("{}", "reference") or ("the policy as DPO found it" if "reference" in run.config else "")],
         "Dataset": [say("{}", "dataset")],
         "Mixture": [
@@ -167,27 +193,68 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "Learning rate": [
             say("{}", "learning_rate"),
             say("{}", "lr_schedule"),
-            say("{} warm-up steps", "warmup_steps"),
+            warm_up(get("warmup_steps")),
         ],
         "Optimizer": [say("{}", "optimizer"), say("decay {}", "weight_decay"), say("clip at {}", "max_grad_norm")],
-        "Batch": [say("{} pairs", "batch_size"), say("{} microbatches", "microbatches")],
+        "Batch": [
+            say("{} pairs", "batch_size"),
+            say("{} microbatches", "microbatches") if get("microbatches") != 1 else "",
+        ],
+        "Row shapes": [_shape(shape) for shape in about.get("rows", [])[:1]],
         "SFT first": [say("{} steps", "sft_steps"), say("{}", "sft_learning_rate")] if get("sft_steps") else [],
-        "Trained": [say("LoRA of rank {}", "lora_rank") or ("all parameters" if "lora_rank" in run.config else "")],
-        "Precision": [say("{} parameters", "param_dtype"), say("{} compute", "compute_dtype")],
+        "Trained": [
+            say("LoRA of rank {}", "lora_rank") or ("all parameters" if "lora_rank" in run.config else ""),
+            f"{about['trained_parameters']:,} parameters" if get("lora_rank") and about else "",
+        ],
+        "Precision": [
+            say("{} parameters", "param_dtype"),
+            f"{about['compute_dtype']} compute" if about else say("{} compute", "compute_dtype"),
+        ],
         "Longest, in tokens": [say("prompt {}", "max_prompt_length"), say("completion {}", "max_completion_length")],
-        "Mesh": [say("data {}", "mesh_data"), say("fsdp {}", "mesh_fsdp"), say("tensor {}", "mesh_tensor")],
+        "Devices": [_hardware(run), f"{about['processes']} processes" if about.get("processes", 1) > 1 else ""],
+        "Mesh": [f"{axis} {number_of}" for axis, number_of in about.get("mesh", {}).items()]
+        or [say("data {}", "mesh_data"), say("fsdp {}", "mesh_fsdp"), say("tensor {}", "mesh_tensor")],
         "Speed (median)": [typical("{:.1f} pairs/s", "pairs_per_second"), typical("{:.3g} s a step", "step_seconds")],
         "Computed tokens that are real": [typical("{:.1%}", "useful_token_fraction")],
+        "Peak memory": [f"{peak:.2f} GB" if (peak := largest(run, "memory_gb")) else ""],
     }
     return [(name, ", ".join(filter(None, parts))) for name, parts in facts.items() if any(parts)]
 
 
+def warm_up(steps: float | None) -> str:
+    """The warm-up as the config has it: below 1 it is a fraction.
+
+    >>> warm_up(0.1), warm_up(20), warm_up(0)
+    ('10% warm-up', '20 warm-up steps', '')
+    """
+    if not steps:
+        return ""
+    return f"{steps:.0%} warm-up" if steps < 1 else f"{steps:g} warm-up steps"
+
+
+def duration(seconds: float) -> str:
+    """Time for a person.
+
+    >>> duration(42.4), duration(194), duration(7322)
+    ('42 s', '3 min 14 s', '2 h 2 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600:,} h {whole // 60 % 60} min"
+
+
+def _shape(shape: Mapping[str, Any]) -> str:
+    return f"{shape['rows']} × [{' | '.join(map(str, shape['widths']))}] tokens"
+
+
 def _curves(run: Run) -> str:
+    grouped = [source_plot(run)] * bool(sources(run)) + [length_plot(run)]
     charted = {name for plot in (*MAIN_PLOTS, *OTHER_PLOTS) for name in plot.names} | NOT_CHARTED
     numeric = dict.fromkeys(name for r in run.records for name, value in r.items() if isinstance(value, int | float))
-    others = [Plot(name.replace("_", " "), (name,)) for name in numeric if name not in charted]
+    others = [Plot(metric_label(name), (name,)) for name in numeric if name not in charted and "/" not in name]
     main = "".join(_figure(run, plot, small=False) for plot in main_plots([run]))
-    small = "".join(_figure(run, plot, small=True) for plot in OTHER_PLOTS)
+    small = "".join(_figure(run, plot, small=True) for plot in (*grouped, *OTHER_PLOTS))
     further = "".join(_figure(run, plot, small=True) for plot in others)
     return (
         (f'<div class="charts">{main}</div>' if main else "")
@@ -198,106 +265,15 @@ def _curves(run: Run) -> str:
 
 def _figure(run: Run, plot: Plot, *, small: bool) -> str:
     series = []
-    for name in plot.names:
-        # Of several metrics, chosen_reward is drawn in the colour "chosen", and named so once in the legend.
-        color = name.split("_")[0] if len(plot.names) > 1 else "accent"
-        label: str | None = color if len(plot.names) > 1 else ""
-        held_out = held_out_series(run, name, label or "held-out", color)
+    lines = plot.lines or (("", "accent"),)
+    for name, (line, color) in zip(plot.names, lines, strict=True):
+        held_out = held_out_series(run, name, line or "held-out", color)
+        label: str | None = line
         if plot.split == "train" and held_out.points:
             series.append(held_out)
-            label = None if label else "train"
+            label = None if line else "train"  # of several metrics each is named once in the legend
         series.append(training_series(run, plot, name, label, color))
     return chart(plot.title, series, note=plot.note, guide=plot.guide, from_zero=plot.from_zero, small=small)
-
-
-def _before_after(run: Run) -> str:
-    rows = [
-        (text(metric_label(name)), number(name, before), number(name, after), _change(name, before, after))
-        for name, before, after in metrics.before_after(run.records)
-    ]
-    return table(("", "before", "after", "change"), rows, narrow=True) if rows else ""
-
-
-def _change(name: str, before: float | None, after: float | None) -> str:
-    if before is None or after is None:
-        return ""
-    return ("+" if after > before else "") + number(name, after - before)
-
-
-def _samples(run: Run) -> str:
-    prompts: dict[str, dict[tuple[str, str], metrics.Record]] = {}
-    for sample in run.samples:
-        prompts.setdefault(sample.get("prompt", ""), {})[sample.get("when", ""), sample.get("mode", "")] = sample
-    blocks = [_sample(prompt, answers) for prompt, answers in prompts.items()]
-    rest = blocks[OPEN_SAMPLES:]
-    return "".join(blocks[:OPEN_SAMPLES]) + (fold(f"{len(rest)} more prompts", "".join(rest)) if rest else "")
-
-
-def _sample(prompt: str, answers: Mapping[tuple[str, str], metrics.Record]) -> str:
-    def said(sample: Mapping[str, Any], key: str = "answer") -> str:
-        words = str(sample.get(key, "")).strip()
-        return f'<div class="said">{text(words)}</div>' if words else '<div class="said none">empty</div>'
-
-    def side(when: str, mode: str) -> str:
-        sample = answers.get((when, mode))
-        if sample is None:
-            return f'<div><h3>{text(when)}, {text(mode)}</h3><div class="said none">not sampled</div></div>'
-        return f"<div><h3>{text(when)}, {text(mode)}</h3>{said(sample)}</div>"
-
-    modes = dict.fromkeys(mode for _, mode in answers)
-    pairs = "".join(side(when, mode) for mode in modes for when in ("before", "after"))
-    any_sample = next(iter(answers.values()))
-    truth = "".join(f'<div><h3 class="{key}">{key}</h3>{said(any_sample, key)}</div>' for key in ("chosen", "rejected"))
-    return (
-        f'<article class="sample"><div class="prompt"><h3>prompt</h3>{said({"answer": prompt})}</div>'
-        f'<div class="pair">{pairs}</div>'
-        + fold("The data set's answers", f'<div class="pair">{truth}</div>')
-        + "</article>"
-    )
-
-
-def _data(run: Run) -> str:
-    def reasons(found: Mapping[str, int]) -> str:
-        parts = [f"<i>{text(reason.replace('_', ' '))} {count(n)}</i>" for reason, n in found.items() if n]
-        return " · ".join(parts) or '<span class="none">–</span>'
-
-    sources = [
-        (
-            text(source.get("name", "")),
-            text(source.get("split", "")),
-            count(source.get("read")),
-            count(source.get("kept")),
-            reasons(source.get("dropped", {})),
-            reasons(source.get("truncated", {})),
-        )
-        for source in run.data.get("sources", [])
-    ]
-    lengths = [
-        (
-            text(split),
-            count(entry.get("pairs")),
-            text(part),
-            *(count(stats.get(key)) for key in ("mean", "p50", "p90", "max")),
-        )
-        for split, entry in run.data.get("splits", {}).items()
-        for part, stats in entry.get("tokens", {}).items()
-    ]
-    files = "".join(
-        f"<div><code>{text(file)}</code></div>" for s in run.data.get("sources", []) for file in s.get("files", [])
-    )
-    return (
-        (
-            table(("source", "split", "read", "kept", "dropped", "truncated"), sources, words=(0, 1, 4, 5))
-            if sources
-            else ""
-        )
-        + (
-            table(("split", "pairs", "tokens of", "mean", "median", "p90", "max"), lengths, words=(0, 2))
-            if lengths
-            else ""
-        )
-        + (fold("Files", f"<div>{files}</div>") if files else "")
-    )
 
 
 if __name__ == "__main__":

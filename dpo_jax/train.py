@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 bad input (one line
 on standard error, before anything is compiled), 143 stopped by SIGTERM after saving (the same command goes on).
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,6 +20,7 @@ import optax
 
 from dpo_jax import (
     answers,
+    card,
     checkpoint,
     hub,
     inputs,
@@ -26,6 +28,7 @@ from dpo_jax import (
     peft_files,
     policy,
     report,
+    trackers,
     weights,
 )
 from dpo_jax.config import check, check_workdir, claim_workdir, parse
@@ -42,6 +45,7 @@ from dpo_jax.phases import (
     introduce,
     keep_compiled,
     lay_out,
+    make_kl,
     make_models,
     make_objective,
     once_through,
@@ -53,6 +57,7 @@ from dpo_jax.phases import (
 )
 from dpo_jax.policy import Policy
 from dpo_jax.reference import given_reference, held_out_reference, kept_reference, load_reference
+from dpo_jax.runs import EXPORTS, load
 from dpo_jax.sharding import agreed, first_process_first, make_mesh, replicated, row_shards
 from dpo_jax.step import (
     TrainState,
@@ -77,6 +82,8 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     """
     c, workdir = dict(config), Path(check_workdir(os.fspath(workdir)))
     check(c)
+    projects = {"wandb": c["wandb_project"], "trackio": c["trackio_project"]}
+    trackers.check_packages(projects)
     claim_workdir(workdir, c, write=False)
     keep_compiled(c)
     mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"])
@@ -98,6 +105,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
         jax.set_mesh(mesh),
         stop_signal() as stop,
         checkpoint.open_checkpoints(workdir / "checkpoints", c["keep_checkpoints"]) as checkpoints,
+        contextlib.ExitStack() as stack,
     ):
         plan = plan_of(c, data.train, layout, data.split.mixture)
         steps = inputs.run_steps(c, plan.steps_per_epoch)
@@ -110,7 +118,10 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
         if main_process:
             _forget_after(workdir, c["sft_steps"], done)
         totals = {"sft": c["sft_steps"], "train": steps}
-        writer = metrics.MetricsWriter(workdir if main_process else None, total_steps=totals, quiet=not main_process)
+        logs = stack.enter_context(trackers.open_trackers(workdir, projects, c)) if main_process else []
+        writer = metrics.MetricsWriter(
+            workdir if main_process else None, total_steps=totals, quiet=not main_process, logs=logs
+        )
         logps, reference_logps = make_models(c, layout)
         with writer:
             base = policy.load_base(found, layout, c["seed"])
@@ -124,7 +135,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
 def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
     """SFT if any, then DPO, then everything that is written at the end."""
     c, sft_steps = run.c, run.c["sft_steps"]
-    introduce(run, plan)
+    introduce(run, plan, steps)
     tx, rate = transformation(c, c["learning_rate"], c["lr_schedule"], steps)
     objective, moves = make_objective(c), c["reference_sync_steps"] > 0
     in_step = objective.needs_reference and not c["reference_cache"]
@@ -217,7 +228,7 @@ def _evaluator(
         compiler_options=layout.compiler_options,
     )
     eval_step = functools.partial(eval_step, base=run.base)
-    moves = run.c["reference_sync_steps"] > 0
+    moves, estimate_kl = run.c["reference_sync_steps"] > 0, make_kl(run)
     known = given_reference(values, held_out)
     source = once_through(run, held_out, known)
 
@@ -225,7 +236,8 @@ def _evaluator(
         nonlocal source
         if objective.needs_reference and not moves and not source.given:
             source = dataclasses.replace(source, given=held_out_reference(run, reference))
-        return evaluate(eval_step, state.params, reference if moves else None, source, layout.mesh, groups)
+        found = evaluate(eval_step, state.params, reference if moves else None, source, layout.mesh, groups)
+        return found | estimate_kl(state, reference)
 
     return at
 
@@ -249,6 +261,9 @@ def _finish(run: Run, state: TrainState, steps: int) -> dict[str, float]:
         )
     records = read_records(workdir / "metrics.jsonl")
     if jax.process_index() == 0:
+        for name in EXPORTS:
+            if (workdir / name).is_dir():
+                card.write(load(workdir), workdir / name, base=run.policy.directory)
         report.write(workdir)
         answers.show(read_records(samples), run.writer)
         if held_out := metrics.before_after(records):

@@ -5,6 +5,11 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
+
+from dpo_jax.data.lengths import length_report
+from dpo_jax.length_bias import GROUPS
+
 CONFIG = {
     "seed": 0,
     "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -52,6 +57,10 @@ def lengths(mean, p50, p90, top):
     return {"mean": mean, "p50": p50, "p90": p90, "max": top}
 
 
+_rng = np.random.default_rng(0)
+TRAINED_LENGTHS = np.clip(_rng.lognormal([4.8, 3.4, 3.6], [0.6, 0.8, 0.8], (4000, 3)), 1, [512, 256, 256]).astype(int)
+
+
 DATA = {
     "dataset": "hhh",
     "prompt_format": "chat",
@@ -84,6 +93,7 @@ DATA = {
                 "chosen": lengths(42.0, 28, 98, 256),
                 "rejected": lengths(51.9, 35, 121, 256),
             },
+            **length_report(TRAINED_LENGTHS),
         },
         "eval": {
             "pairs": 512,
@@ -95,6 +105,33 @@ DATA = {
         },
     },
 }
+
+
+ABOUT = {
+    "versions": {"python": "3.12.3", "dpo_jax": "0.1.0", "jax": "0.10.2"},
+    "platform": "tpu",
+    "device": "TPU v5 lite",
+    "devices": 8,
+    "processes": 2,
+    "mesh": {"data": 8, "fsdp": 1, "tensor": 1},
+    "parameters": 134515008,
+    "trained_parameters": 134515008,
+    "compute_dtype": "bfloat16",
+    "steps": 200,
+    "steps_per_epoch": 660,
+    "rows": [{"rows": 16, "widths": [768, 384, 384], "pairs_per_row": 9}],
+}
+SOURCES = ("harmless-base", "helpful-base")
+
+
+def by_group(record, rng):
+    """What an evaluation says of sources and lengths."""
+    found = {}
+    for i, (name, pairs) in enumerate(zip((*SOURCES, *GROUPS), (312, 200, 190, 130, 192), strict=True)):
+        drift = rng.gauss(0, 0.01) + (0, 0, -0.09, 0.0, 0.06)[i]
+        found[f"accuracy/{name}"] = min(1.0, record["accuracy"] + drift) if record["accuracy"] else 0.0
+        found |= {f"margin/{name}": record["margin"] * (1 + drift), f"pairs/{name}": pairs}
+    return found
 
 
 def preference(step, split, rng, strength=1.0):
@@ -123,7 +160,12 @@ def preference(step, split, rng, strength=1.0):
             "useful_token_fraction": 0.966 + rng.uniform(-0.01, 0.01),
             "pairs_per_second": 41.0 + rng.gauss(0, 0.8) - (18 if step == 1 else 0),
             "step_seconds": 1.56,
+            "memory_gb": 9.75 if step < 50 else 10.25,
         }
+    else:
+        record |= by_group(record, rng)
+        grown = 2.4 * strength * (1 - math.exp(-step / 70))
+        record |= {"kl": grown, "kl_error": grown / 9, "kl_per_token": grown / 48, "length_correlation": 0.31}
     return record
 
 
@@ -184,6 +226,12 @@ def make_run(workdir: Path, *, steps=200, seed=0, strength=1.0, config=None, fur
     records += further
     (workdir / "config.json").write_text(json.dumps(CONFIG | (config or {})))
     (workdir / "data.json").write_text(json.dumps(DATA))
+    (workdir / "run.json").write_text(json.dumps(ABOUT))
+    for number in (210, 260):
+        (workdir / "checkpoints" / str(number)).mkdir(parents=True)
+        (workdir / "checkpoints" / str(number) / "state").write_bytes(b"x" * 1500)
+    (workdir / "export").mkdir()
+    (workdir / "export" / "model.safetensors").write_bytes(b"x" * 2500)
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (workdir / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in answers()))
     return records

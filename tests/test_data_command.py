@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from dpo_jax import data_command, inspection, inspection_text
+from dpo_jax.data import lengths
 from dpo_jax.data.cache import cache_root
 from dpo_jax.inspection import Piece
 from tests.data.test_render import bpe_tokenizer
@@ -320,9 +321,9 @@ def test_nothing_blank_stays_invisible(text, words):
 
 @pytest.mark.parametrize("values", [[0], [3, 3, 5], [-7, 0, 200], range(-90, 91), [1000]])
 def test_bins_hold_every_value_and_begin_one_at_0(values):
-    points, width = inspection.bins(np.array(values))
+    points, width = lengths.bin_points(lengths.histogram(np.array(values)))
     assert sum(n for _, n in points) == len(values)
-    assert len(points) <= inspection.BINS + 2
+    assert len(points) <= lengths.BINS + 2
     starts = [middle - (width - 1) / 2 for middle, _ in points]
     assert 0 in starts
     for start, (_, n) in zip(starts, points, strict=True):

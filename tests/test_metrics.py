@@ -11,7 +11,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from dpo_jax import metrics
+from dpo_jax import events, metrics
 from dpo_jax.errors import UserError
 from dpo_jax.metrics import MetricsWriter, Throughput
 
@@ -102,7 +102,7 @@ def test_tensorboard_gets_back_what_a_kill_lost(tmp_path):
     run(tmp_path, [train(1), train(2)])
     (path,) = (tmp_path / "tensorboard").iterdir()
     path.write_bytes(path.read_bytes()[:-30])
-    assert len(list(metrics.read_events(path))) == 2  # the file's header and step 1
+    assert len(list(events.read_events(path))) == 2  # the file's header and step 1
     run(tmp_path, [])
     assert [p[0] for p in scalars(tmp_path / "tensorboard")["train/dpo_loss"]] == [1, 2]
 

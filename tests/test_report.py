@@ -11,9 +11,10 @@ import pytest
 from dpo_jax import charts, report
 from dpo_jax.compare import compare_page
 from dpo_jax.errors import UserError
+from dpo_jax.length_bias import GROUPS
 from dpo_jax.metrics import HELD_OUT
-from dpo_jax.runs import load
-from tests.example_run import CONFIG, DATA, answers, make_run
+from dpo_jax.runs import LENGTH_WORDS, held_out_series, load, training_seconds
+from tests.example_run import CONFIG, DATA, SOURCES, answers, make_run
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -108,6 +109,10 @@ def test_hostile_text_stays_text(tmp_path):
     (run / "samples.jsonl").write_text(json.dumps(sample | {"rejected": EVIL}) + "\n")
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 1, "split": "train", EVIL: 1.0}) + "\n")
+        groups = {f"{name}/{EVIL}": 0.5 for name in ("accuracy", "margin", "pairs")}
+        file.write(json.dumps({"step": 200, "split": "eval", "accuracy": 0.5, "dpo_loss": 0.6} | groups) + "\n")
+    edit(run / "run.json", device=EVIL, versions={EVIL: EVIL}, mesh={EVIL: 1}, compute_dtype=EVIL)
+    (run / "export" / EVIL.replace("/", "")).write_text("")
     path = report.write(run)
     page = Page(path)
     assert [tag for tag, _ in page.tags].count("script") == 1
@@ -127,7 +132,7 @@ def test_nothing_is_fetched(tmp_path):
     assert policy.startswith("default-src 'none'")
 
 
-@pytest.mark.parametrize("missing", ["config.json", "data.json", "samples.jsonl", "metrics.jsonl"])
+@pytest.mark.parametrize("missing", ["config.json", "data.json", "samples.jsonl", "metrics.jsonl", "run.json"])
 def test_a_missing_file_leaves_out_its_part(tmp_path, missing):
     make_run(tmp_path / "run")
     (tmp_path / "run" / missing).unlink()
@@ -137,6 +142,7 @@ def test_a_missing_file_leaves_out_its_part(tmp_path, missing):
         "data.json": "median",
         "samples.jsonl": "after, greedy",
         "metrics.jsonl": "Curves",
+        "run.json": "Versions",
     }
     assert part[missing] not in [word.strip() for word in page.words]
 
@@ -177,6 +183,45 @@ def test_what_holds_for_dpo_is_not_said_of_another_loss(tmp_path):
         assert said or "That of simpo<i>." in text
 
 
+def test_wins_by_source_and_length_are_told_apart(tmp_path):
+    records = make_run(tmp_path / "run")
+    page = Page(report.write(tmp_path / "run"))
+    last = [r for r in records if r["split"] == "eval"][-1]
+    for name, words in (*((s, s) for s in SOURCES), *LENGTH_WORDS.items()):
+        accuracy, pairs = last[f"accuracy/{name}"], last[f"pairs/{name}"]
+        assert {accuracy, pairs, last[f"margin/{name}"], math.sqrt(accuracy * (1 - accuracy) / pairs)} <= set(
+            page.values
+        )
+        assert words in page.words
+    assert "with the margin: 0.310." in page.text
+    curve = next(c for c in page.curves.values() if len(c) == 3)  # by length: three lines
+    assert [points[-1] for points in curve] == [
+        [200, pytest.approx(last[f"accuracy/{name}"], rel=1e-4)] for name in GROUPS
+    ]
+
+
+def test_the_kl_has_its_standard_errors(tmp_path):
+    records = make_run(tmp_path / "run")
+    run = load(tmp_path / "run")
+    series = held_out_series(run, "kl", "held-out", "accent")
+    evals = [r for r in records if r["split"] == "eval"]
+    assert series.points == [(r["step"], r["kl"]) for r in evals]
+    assert series.errors == {r["step"]: r["kl_error"] for r in evals if r["kl_error"]}
+    assert "kl error" not in Page(report.write(tmp_path / "run")).words
+
+
+def test_files_and_time_are_those_of_the_directory(tmp_path):
+    make_run(tmp_path / "run")
+    page = Page(report.write(tmp_path / "run"))
+    assert {210, 260, 1500, 2500} <= set(page.values)
+    assert "60 updates of SFT, 200 of DPO" in page.words
+    assert "model.safetensors" in page.words
+    assert "5 min 12 s of updates · 8 × TPU v5 lite" in page.text  # 200 steps of 1.56 s
+    records = [{"step": s, "split": "train", "step_seconds": 2.0} for s in (1, 10, 15)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert training_seconds(load(tmp_path / "run")) == 30.0
+
+
 def test_runs_are_compared(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = make_run(tmp_path / "a" / "run")
@@ -186,6 +231,8 @@ def test_runs_are_compared(tmp_path, capsys, monkeypatch):
     page = Page(tmp_path / "compare.html")
     assert {"run (1)", "run (2)", "dpo_beta", "other/model"} <= set(page.words)
     assert "learning_rate" not in page.words  # equal in both
+    assert page.text.count("I think (greedy) that is what one would say here.") > 5
+    assert "Accuracy · chosen shorter" in page.text
     for records in (first, second):
         assert [r["dpo_loss"] for r in records if r["split"] == "eval"][-1] in page.values
     assert len(page.curves["0"]) == 2
@@ -248,6 +295,12 @@ def test_thinning_keeps_every_peak_in_order():
 def test_running_mean_keeps_a_straight_line():
     line = [(float(i), 3.0 * i) for i in range(200)]
     assert charts.running_mean(line) == [(x, pytest.approx(y)) for x, y in line[3:-3]]
+
+
+def test_whiskers_are_within_the_axis():
+    series = charts.Series("kl", "accent", [(0, 1.0), (10, 2.0)], held_out=True, errors={10: 3.0})
+    heights = [float(y) for y in re.findall(r"[ML][\d.-]+ ([\d.-]+)", charts.chart("t", [series]))]
+    assert 0 <= min(heights) < max(heights) <= 1000
 
 
 @pytest.mark.parametrize(

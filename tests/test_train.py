@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from configs import hhh
 from dpo_jax import metrics, train, weights
+from dpo_jax.length_bias import GROUPS
 
 SETTINGS = {
     "batch_size": 8,
@@ -26,6 +28,8 @@ SETTINGS = {
     "sample_prompts": 2,
     "sample_tokens": 8,
 }
+
+CLOCK = ("pairs_per_second", "step_seconds", "memory_gb")  # differ between runs that are otherwise equal
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +54,9 @@ def _finish(workdir, environment, **changed):
 
 
 def _values(workdir):
-    """The records without what depends on the clock."""
+    """The records without what depends on the machine's state."""
     records = metrics.read(Path(workdir) / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k not in ("pairs_per_second", "step_seconds")} for r in records]
+    return [{k: v for k, v in r.items() if k not in CLOCK} for r in records]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,9 @@ def finished(tmp_path_factory, environment):
 
 def test_the_directory_holds_what_the_contract_says(finished):
     workdir, _ = finished
-    names = "config.json metrics.jsonl checkpoints tensorboard samples.jsonl report.html export data.json".split()
+    names = (
+        "config.json metrics.jsonl checkpoints tensorboard samples.jsonl report.html export data.json run.json".split()
+    )
     assert set(names) <= {p.name for p in workdir.iterdir()}
     config = json.loads((workdir / "config.json").read_text())
     assert config["batch_size"] == 8
@@ -72,6 +78,10 @@ def test_the_directory_holds_what_the_contract_says(finished):
     data = json.loads((workdir / "data.json").read_text())
     assert data["splits"]["train"]["pairs"] == sum(s["kept"] for s in data["sources"] if s["split"] == "train")
     assert len(list((workdir / "tensorboard").iterdir())) == 1
+    about = json.loads((workdir / "run.json").read_text())
+    assert (about["steps"], about["platform"], about["devices"], about["processes"]) == (10, "cpu", 1, 1)
+    assert about["parameters"] == about["trained_parameters"] > 1e6
+    assert {"jax", "flax", "python"} <= set(about["versions"])
     assert (workdir / "report.html").read_text().lower().startswith("<!doctype html>")
 
 
@@ -83,7 +93,7 @@ def test_records_are_those_of_the_contract(finished):
     assert [r["step"] for r in by_split["eval"]] == [0, 4, 8, 10]
     keys = set(
         "dpo_loss accuracy margin chosen_reward rejected_reward chosen_logp rejected_logp grad_norm learning_rate "
-        "pairs tokens useful_token_fraction pairs_per_second step_seconds".split()
+        "pairs tokens useful_token_fraction pairs_per_second step_seconds memory_gb".split()
     )
     for record in by_split["train"]:
         assert keys <= set(record)
@@ -96,6 +106,19 @@ def test_records_are_those_of_the_contract(finished):
     assert first["grad_norm"] > 0
     assert by_split["eval"][0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert by_split["eval"][0]["pairs"] == 16
+    kl = [r["kl"] for r in by_split["eval"]]
+    assert kl[0] == 0  # the policy is its reference
+    assert 0 < kl[1] < kl[-1]
+    for record in by_split["eval"]:
+        groups = [name for name in GROUPS if f"pairs/{name}" in record]
+        share = lambda name, record=record, groups=groups: (
+            sum(record[f"{name}/{group}"] * record[f"pairs/{group}"] for group in groups)
+            / sum(record[f"pairs/{group}"] for group in groups)
+        )
+        assert sum(record[f"pairs/{group}"] for group in groups) == 16
+        assert share("accuracy") == pytest.approx(record["accuracy"])
+        assert share("margin") == pytest.approx(record["margin"], abs=1e-6)
+    assert -1 <= by_split["eval"][-1]["length_correlation"] <= 1
     rates = [r["learning_rate"] for r in by_split["train"]]
     assert rates[0] == 0  # one update of warm-up
     np.testing.assert_allclose(rates[1:], 2e-4 * (1 - np.arange(9) / 9), rtol=1e-5)
@@ -122,6 +145,9 @@ def test_answers_before_and_after_are_kept_and_shown_side_by_side(finished):
 
 def test_the_export_is_a_hugging_face_directory(finished):
     export = finished[0] / "export"
+    last = metrics.read(finished[0] / "metrics.jsonl")[-1]
+    (result,) = ModelCard.load(export / "README.md").data.eval_results
+    assert result.metric_value == pytest.approx(last["accuracy"], abs=1e-4)
     config, hf = weights.read_config(export)
     assert hf["architectures"] == ["LlamaForCausalLM"]
     tokenizer = AutoTokenizer.from_pretrained(export)

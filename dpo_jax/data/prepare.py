@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from dpo_jax.data.cache import QUARANTINE, Pair, PairCache
 from dpo_jax.data.files import BadLine, read_rows
 from dpo_jax.data.identity import identity
+from dpo_jax.data.lengths import PARTS, length_report, token_table
 from dpo_jax.data.mixture import apportion
 from dpo_jax.data.preference import DELIBERATE, LabeledComparison, Skip
 from dpo_jax.data.remote_cache import open_or_build
@@ -24,7 +23,6 @@ from dpo_jax.data.split import Pairs, Split, split
 from dpo_jax.errors import UserError
 
 _BATCH = 512  # rows parsed and tokenised together: enough for the tokenizer's threads, little memory
-_PARTS = ("prompt", "chosen", "rejected")
 _PLAINLY = 20_000  # rows without one good one
 _WRONG_COLUMNS = ("unknown_columns", "missing_column")
 
@@ -149,7 +147,7 @@ def _produce(
                     "read": rows["read"],
                     "kept": kept,
                     "dropped": dict(tally["dropped"].most_common()),
-                    "truncated": {part: tally["truncated"][part] for part in _PARTS},
+                    "truncated": {part: tally["truncated"][part] for part in PARTS},
                     "boundary_moved": rows["boundary_moved"],
                     "examples": examples,
                     "start": start,
@@ -324,23 +322,8 @@ def _report(request: DataRequest, renderer: Renderer, cache: PairCache, divided:
         "source_names": cache.manifest["source_names"],
         "sources": [{key: entry[key] for key in shown} for entry in cache.manifest["sources"]],
         "splits": {
-            name: {"pairs": len(pairs), "tokens": _token_table(pairs)}
+            name: {"pairs": len(pairs), "tokens": token_table(pairs.lengths)} | length_report(pairs.lengths)
             for name, pairs in (("train", divided.train), ("eval", divided.evaluation))
         },
         "fingerprint": Path(cache.directory).name,
-    }
-
-
-def _token_table(pairs: Pairs) -> dict[str, dict[str, float]]:
-    lengths = pairs.lengths
-    if not len(lengths):
-        return {part: {"mean": 0.0, "p50": 0.0, "p90": 0.0, "max": 0} for part in _PARTS}
-    return {
-        part: {
-            "mean": round(float(column.mean()), 2),
-            "p50": round(float(np.percentile(column, 50)), 1),
-            "p90": round(float(np.percentile(column, 90)), 1),
-            "max": int(column.max()),
-        }
-        for part, column in zip(_PARTS, lengths.T, strict=True)
     }

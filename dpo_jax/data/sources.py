@@ -120,6 +120,17 @@ def parse_mixture(dataset: str) -> list[tuple[str, float]]:
     return parts
 
 
+def hub_dataset(dataset: str) -> str:
+    """The hub's name of one dataset (not of a mixture), OWNER/NAME; empty for files and parsers of one's own.
+
+    >>> hub_dataset("hhh/harmless-base"), hub_dataset("hf:owner/name:train"), hub_dataset("pairs.jsonl")
+    ('Anthropic/hh-rlhf', 'owner/name', '')
+    """
+    name = dataset.partition("/")[0]
+    match = _HUB.fullmatch(dataset)
+    return match.group(1) if match else DATASETS[name].hub if name in DATASETS else ""
+
+
 def _refuse_twice(sources: list[Source]) -> None:
     """Of a mixture, no file may be in two parts, whatever it is called there."""
     owner: dict[str, int] = {}

@@ -305,7 +305,12 @@ def test_lengths_truncation_and_sources_are_reported(tmp_path, run):
     assert report["sources"][0]["truncated"]["chosen"] > 0
     assert report["splits"]["train"]["pairs"] == 20
     assert report["splits"]["eval"]["pairs"] == 3
-    assert report["splits"]["train"]["tokens"]["chosen"]["max"] == 8
+    train = report["splits"]["train"]
+    assert train["tokens"]["chosen"]["max"] == 8
+    assert train["longer"] == {"chosen": 1.0, "rejected": 0.0, "mean_difference": pytest.approx(4, abs=3)}
+    assert {name: sum(found["counts"]) for name, found in train["histograms"].items()} == dict.fromkeys(
+        ("prompt", "chosen", "rejected", "difference"), 20
+    )
     json.dumps(report)
 
 
