@@ -7,13 +7,13 @@ import pytest
 
 # Lowest first: a module may import those before it, nothing after it.
 ORDER = """
-errors
+errors integrity watchdog
 data.preference data.columns data.datasets data.files data.mixture data.sources data.render data.cache data.shared_store
 data.remote_cache data.split data.identity data.prepare
 data.balance data.packing data.pipeline data.synthetic
 architecture attention experts remat logprobs losses objective optim model step
 hub tensors lora sharding checkpoint weights peft_files sample tiny policy
-metrics page charts runs compare report answers loop reference_cache config inputs phases reference
+metrics page charts runs compare report answers spikes loop reference_cache config inputs phases reference claim
 inspection inspection_text inspection_page data_command data.__main__
 train
 """.split()

@@ -49,7 +49,7 @@ def test_states_come_back_on_another_mesh_although_the_next_step_took_their_memo
     other = _layout((2, 1, 1))
     with checkpoint.open_checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoint.latest_step(checkpoints) == 3
-        assert [int(c.step) for c in checkpoints.checkpoints] == [2, 3]
+        assert [int(c.step) for c in checkpoints.orbax.checkpoints] == [2, 3]
         for n in (2, 3):
             restored = checkpoint.restore(checkpoints, n, policy.abstract_state(TX, other))
             jax.tree.map(np.testing.assert_array_equal, _host(restored), kept[n])
