@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from dpo_jax import integrity
+from dpo_jax import integrity, processes
 from dpo_jax.errors import SAVE_FAILED, UserError
 from dpo_jax.sharding import any_process, from_first
 
@@ -65,6 +65,9 @@ def open_checkpoints(directory: Path, keep: int) -> Iterator[Checkpoints]:
     )
     try:
         yield checkpoints
+    except Exception as e:
+        processes.end_if_a_peer_is_gone(e)  # closing would wait for it
+        raise
     finally:
         with _saving(directory):
             checkpoints.orbax.close()

@@ -5,17 +5,20 @@ Only here, in `reference.py`, `inputs.py` and `train.py` is the config read; eve
 
 import dataclasses
 import functools
+import json
 import math
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from dpo_jax import answers, inputs, metrics, policy
+from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.packing import Order
 from dpo_jax.data.pipeline import PairSource, Schedule, StepSource, make_schedule
@@ -41,7 +44,7 @@ class Run:
     layout: Layout
     data: Prepared
     logps: LogpsFn
-    checkpoints: Any
+    checkpoints: Checkpoints
     writer: metrics.MetricsWriter
     stop: threading.Event
     done: int  # updates, of SFT and DPO together, that the newest checkpoint holds
@@ -116,6 +119,20 @@ def answer(run: Run, state: TrainState, when: str, step: int) -> None:
         seed=c["seed"],
     )
     answers.append(run.workdir / "samples.jsonl", [{"when": when, "step": step} | r for r in records])
+
+
+def keep_bad_batch(run: Run, split: str, step: int, pairs: np.ndarray) -> Path:
+    """Write out which rows a batch is made of: bad_batch.json names file and line of each, and has its text."""
+    path, train = run.workdir / "bad_batch.json", run.data.train
+    if jax.process_index() == 0:
+        found = []
+        for position in map(int, pairs):
+            texts = [run.policy.tokenizer.decode(ids) for ids in train[position]]
+            number = int(train.index[position])
+            row = {"pair": position} | train.cache.row(number)
+            found.append(row | dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
+        path.write_text(json.dumps({"split": split, "step": step, "pairs": found}, indent=1, ensure_ascii=False) + "\n")
+    return path
 
 
 def introduce(run: Run, plan: Schedule) -> None:

@@ -23,6 +23,7 @@ from dpo_jax.objective import Objective
 
 # A reference that was computed before comes with the batch, float32 `[M, B, K, 2]` each; the second for LD-DPO only.
 REFERENCE_FIELDS = ("ref_logps", "ref_whole")
+SKIPPED = "skipped"  # the metric that is 1 where the update was not made
 
 Params = Any
 Batch = dict[str, jax.Array]
@@ -31,7 +32,7 @@ LogpsFn = Callable[[Params, Batch, Slots], Logps]  # (params, one microbatch, wi
 
 @flax.struct.dataclass
 class TrainState:
-    """What an update changes: its count, the master parameters and the optimiser's state."""
+    """What an update changes: the count of updates made, the master parameters and the optimiser's state."""
 
     step: jax.Array
     params: Params
@@ -140,7 +141,8 @@ def make_train_step(
     Returns:
       The step; `slots` is static, so it compiles once per row shape. `base` are branches of the parameter tree that are
       not trained: policy and reference are what lies over it (see `_over`). `metrics` holds float32 scalars: the
-      objective's values as means, `grad_norm` before clipping, and `learning_rate`.
+      objective's values as means, `grad_norm` before clipping, `learning_rate`, and `skipped`: 1 where loss or gradient
+      are not finite, and the state is the old one.
     """
 
     def train_step(
@@ -155,7 +157,11 @@ def make_train_step(
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        # An update that is not finite would be the last one: the whole state stays, and the schedule does not move on.
+        finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(means[objective.loss])
+        updated = TrainState(state.step + 1, params, opt_state)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        return state, metrics | {SKIPPED: 1.0 - finite.astype(jnp.float32)}
 
     return jax.jit(train_step, donate_argnames="state", static_argnames="slots")
 

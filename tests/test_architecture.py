@@ -7,7 +7,7 @@ import pytest
 
 # Lowest first: a module may import those before it, nothing after it.
 ORDER = """
-errors integrity watchdog
+errors integrity watchdog processes
 data.preference data.columns data.datasets data.files data.mixture data.sources data.render data.cache data.shared_store
 data.remote_cache data.split data.identity data.prepare
 data.balance data.packing data.pipeline data.synthetic
