@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
-from tensorboardX import FileWriter
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
 from dpo_jax.errors import UserError
 
 Record = dict[str, Any]
+FLUSH_SECONDS = 10  # between flushes of TensorBoard's events
 EVENTS = "events.jsonl"  # skipped updates and loss spikes, with the pairs of their batches
 
 # How a metric is written for a person; anything not listed gets four significant digits.
@@ -189,7 +190,7 @@ class MetricsWriter:
         self._started: dict[str, tuple[int, float]] = {}
         self._tasks: dict[str, TaskID] = {}
         self._file = self._events = self._progress = None
-        self._workdir = workdir
+        self._workdir, self._flushed = workdir, -math.inf
         if workdir is not None:
             path = workdir / "metrics.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,6 +226,9 @@ class MetricsWriter:
             self._file.flush()
         if self._events:
             _add_event(self._events, finite, time.time())
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._events.flush()
+                self._flushed = time.monotonic()
         left = self._time_left(values)
         if self._progress and values["split"] in self._total:
             self._advance(self._progress, values, left)
@@ -320,7 +324,7 @@ def _plain(value: Any) -> str | int | float | None:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def open_events(directory: Path, records: Sequence[Record]) -> FileWriter:
+def open_events(directory: Path, records: Sequence[Record]) -> EventsWriter:
     """A TensorBoard writer whose directory holds exactly `records`: old event files are replaced.
 
     A stopped run leaves events past the checkpoint it resumes from, and a killed one lacks those not yet flushed.
@@ -332,7 +336,9 @@ def open_events(directory: Path, records: Sequence[Record]) -> FileWriter:
         for event in read_events(path):
             times |= {(value.tag.split("/")[0], event.step): event.wall_time for value in event.summary.value}
         path.unlink()
-    writer = FileWriter(str(directory), flush_secs=10)
+    directory.mkdir(parents=True, exist_ok=True)
+    # The writer without tensorboardX's thread: where the disk is full that dies, and whoever writes waits for ever.
+    writer = EventsWriter(str(directory / "events"))
     now = time.time()
     for record in records:
         _add_event(writer, record, times.get((record["split"], record["step"]), now))
@@ -356,10 +362,10 @@ def read_events(path: Path) -> Iterator[Event]:
         at += length + 16
 
 
-def _add_event(writer: FileWriter, record: Record, when: float) -> None:
+def _add_event(writer: EventsWriter, record: Record, when: float) -> None:
     values = [
         Summary.Value(tag=f"{record['split']}/{name}", simple_value=math.nan if value is None else value)
         for name, value in record.items()
         if name != "step" and not isinstance(value, str)
     ]
-    writer.add_summary(Summary(value=values), record["step"], when)
+    writer.write_event(Event(wall_time=when, step=record["step"], summary=Summary(value=values)))

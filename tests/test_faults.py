@@ -264,7 +264,11 @@ def _pair(workdir, environment, **changed):  # noqa: F811
     """Two processes of one run in its first updates."""
     command = [*_command(workdir, **(FAST | {"num_steps": 5000, "log_every": 1} | changed)), "--distributed"]
     started = processes.start([command] * 2, environment)
-    _wait_for(lambda: len(metrics.read(workdir / "metrics.jsonl")) > 3, started[0])
+    try:
+        _wait_for(lambda: len(metrics.read(workdir / "metrics.jsonl")) > 3, started[0])
+    except AssertionError:
+        processes.end(started, (0, 0), timeout=1)
+        raise
     return started
 
 
