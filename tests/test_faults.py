@@ -20,7 +20,7 @@ FAST = {
     "max_completion_length": 32,
     "sft_steps": 0,
     "num_steps": 8,
-    "eval_every": 0,
+    "eval_pairs": 0,
     "checkpoint_every": 2,
     "sample_prompts": 0,
     "export": False,
@@ -67,9 +67,9 @@ def _checkpoints(workdir):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, environment):  # noqa: F811
-    """A run to which nothing happened."""
+    """A run to which nothing happened, with an export."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    _finish(workdir, environment, **FAST)
+    _finish(workdir, environment, **FAST | {"export": True})
     assert _checkpoints(workdir) == [6, 8]
     return workdir
 
@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_sound_one_used(how, whole,
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content if how == "flipped" else content[:-1])
-    printed = _finish(work, environment, **FAST)
+    printed = _finish(work, environment, **FAST | {"export": True})
     name = largest.relative_to(work / "checkpoints" / "8")
     assert f"checkpoint 8 is damaged ({name} " in printed
     assert "going on from checkpoint 6" in printed
@@ -183,7 +183,7 @@ def _rows(path):
 
 def test_bad_gradients_are_skipped_and_counted_and_spikes_are_reported(environment, work):  # noqa: F811
     fault = SPOILT.format(factors=f"{{3: {NAN}, 20: 100.0}}")
-    changed = {"num_steps": 21, "checkpoint_every": 3, "reference_cache": True, "log_every": 2, "eval_pairs": 0}
+    changed = {"num_steps": 21, "checkpoint_every": 3, "reference_cache": True, "log_every": 2}
     code, out, err = _run(_broken(fault, work, **changed), environment)
     assert code == 0, err
     assert "step 3: loss nan, gradient norm nan: not finite, the update is skipped (1 in a row)" in out
@@ -201,7 +201,7 @@ def test_bad_gradients_are_skipped_and_counted_and_spikes_are_reported(environme
 def test_too_many_bad_updates_stop_the_run_with_the_rows_of_the_batch(environment, work, tmp_path):  # noqa: F811
     rows = tmp_path / "rows.jsonl"
     fault = SPOILT.format(factors=f"{{4: {NAN}, 5: {NAN}, 6: {NAN}}}")
-    changed = {"max_bad_steps": 1, "reference_cache": True, "eval_pairs": 0, "num_epochs": 4, "num_steps": 0}
+    changed = {"max_bad_steps": 1, "reference_cache": True, "num_epochs": 4, "num_steps": 0}
     code, _, err = _run(_broken(fault, work, **changed, **_rows(rows)), environment)
     assert code == 65, err
     assert "train step 5: loss nan, gradient norm nan: not finite 2 times in a row, more than max_bad_steps=1" in err
@@ -297,10 +297,9 @@ def test_a_peer_that_falls_silent_ends_the_other_with_stacks(environment, work):
 
 
 def test_changed_data_model_or_config_are_refused_with_the_difference(whole, environment, tmp_path):  # noqa: F811
-    maker, rows, work = _beginning(whole, tmp_path / "maker"), tmp_path / "rows.jsonl", tmp_path / "run"
-    _finish(maker, environment, **FAST | {"num_steps": 1, "export": True})
-    model = maker / "export"
-    changed = FAST | {"model": model, "num_steps": 2, "eval_pairs": 0} | _rows(rows)
+    model, rows, work = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run"
+    shutil.copytree(whole / "export", model)
+    changed = FAST | {"model": model, "num_steps": 2} | _rows(rows)
     _finish(work, environment, **changed)
     before, weights = rows.read_text(), model / "model.safetensors"
     rows.write_text(before.replace("yes 7", "yes seven"))
