@@ -80,6 +80,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.compiler_options = ""  # XLA's for the steps, NAME=VALUE,NAME=VALUE, on top of those of the TPU generation
     c.compilation_cache = ""  # compiled programs: a directory, off, or empty = beside the cache of tokenised pairs
 
+    # --- faults (docs/faults.md)
+    c.max_bad_steps = 5  # updates in a row that are skipped, as loss or gradient are not finite; one more ends the run
+    c.stuck_after_seconds = 600.0  # without any progress, the process ends with the stacks of its threads; 0 = never
+
     # --- what is written
     c.log_every = 10  # updates between train records (the first is always written)
     c.eval_every = 100  # updates between evaluations; one comes first and last in any case; 0 = only those

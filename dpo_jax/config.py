@@ -146,6 +146,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "reference_sync_alpha": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "lora_rank": (lambda v: v >= 0, "0 (all parameters are trained) or more"),
     "lora_alpha": (lambda v: v > 0, "above 0"),
+    "max_bad_steps": (lambda v: v >= 0, "0 (the first one ends the run) or more"),
+    "stuck_after_seconds": (lambda v: v >= 0, "0 (never) or more seconds"),
     "log_every": (lambda v: v >= 1, "at least 1"),
     "eval_every": (lambda v: v >= 0, "0 (only first and last) or more"),
     "checkpoint_every": (lambda v: v >= 0, "0 (only the end) or more"),

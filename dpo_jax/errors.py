@@ -1,8 +1,18 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and the exit codes of a run (docs/faults.md)."""
+
+BAD_INPUT = 2
+NOT_FINITE = 65  # too many updates in a row were skipped
+STUCK = 70  # nothing moved any more, or another process is gone
+SAVE_FAILED = 74
+SIGTERM = 143
 
 
 class UserError(Exception):
-    """Bad input, said in one line: the thing, what was found, how to mend it.
+    """What the user can mend, said in one line: the thing, what was found, how to mend it.
 
-    Command lines print the message without a traceback and exit with code 2.
+    Command lines print the message without a traceback and exit with `code`; 2 is bad input.
     """
+
+    def __init__(self, message: str, *, code: int = BAD_INPUT):
+        super().__init__(message)
+        self.code = code

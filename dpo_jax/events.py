@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
-from tensorboardX import FileWriter
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
 
-def open_events(directory: Path, records: Sequence[Mapping[str, Any]]) -> FileWriter:
+def open_events(directory: Path, records: Sequence[Mapping[str, Any]]) -> EventsWriter:
     """A TensorBoard writer whose directory holds exactly `records`: old event files are replaced.
 
     A stopped run leaves events past the checkpoint it resumes from, and a killed one lacks those not yet flushed.
@@ -25,7 +25,9 @@ def open_events(directory: Path, records: Sequence[Mapping[str, Any]]) -> FileWr
         for event in read_events(path):
             times |= {(value.tag.split("/")[0], event.step): event.wall_time for value in event.summary.value}
         path.unlink()
-    writer = FileWriter(str(directory), flush_secs=10)
+    directory.mkdir(parents=True, exist_ok=True)
+    # The writer without tensorboardX's thread: where the disk is full that dies, and whoever writes waits for ever.
+    writer = EventsWriter(str(directory / "events"))
     now = time.time()
     for record in records:
         add_event(writer, record, times.get((record["split"], record["step"]), now))
@@ -49,11 +51,11 @@ def read_events(path: Path) -> Iterator[Event]:
         at += length + 16
 
 
-def add_event(writer: FileWriter, record: Mapping[str, Any], when: float) -> None:
+def add_event(writer: EventsWriter, record: Mapping[str, Any], when: float) -> None:
     """A record's numbers as one event, tagged `split/name`; None is written as nan."""
     values = [
         Summary.Value(tag=f"{record['split']}/{name}", simple_value=math.nan if value is None else value)
         for name, value in record.items()
         if name != "step" and not isinstance(value, str)
     ]
-    writer.add_summary(Summary(value=values), record["step"], when)
+    writer.write_event(Event(wall_time=when, step=record["step"], summary=Summary(value=values)))

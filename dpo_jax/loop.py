@@ -15,12 +15,14 @@ from jax.sharding import Mesh
 from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowShape
 from dpo_jax.data.pipeline import StepSource, batches
-from dpo_jax.errors import UserError
+from dpo_jax.errors import NOT_FINITE, UserError
 from dpo_jax.length_bias import length_correlation, length_groups
 from dpo_jax.memory import peak_gb
 from dpo_jax.metrics import MetricsWriter, Throughput
 from dpo_jax.sharding import make_any, to_global
-from dpo_jax.step import TrainState
+from dpo_jax.spikes import Losses
+from dpo_jax.step import SKIPPED, TrainState
+from dpo_jax.watchdog import LONGER, awaited, beat, watch
 
 # What an evaluation says of every group of pairs (by source, by length) apart.
 BY_GROUP = ("accuracy", "margin")
@@ -43,6 +45,10 @@ class Phase:
       eval_every, checkpoint_every: in updates; 0 is only at the end.
       evaluate: (state, reference) → the values of an `eval` record, or None.
       save: (updates done in this phase, state, reference); saves a checkpoint.
+      check_save: raises where a save in the background has failed.
+      max_bad_steps: more skipped updates in a row than this end the run.
+      keep_bad_batch: (split, update, pairs of its batch) → where it is written what they are.
+      stuck_after: seconds in which nothing moves, after which the process ends; 0: never.
       sync: (reference, parameters) → the reference after every `sync_every` updates; None: it stays as it is.
     """
 
@@ -54,6 +60,10 @@ class Phase:
     checkpoint_every: int
     evaluate: Callable[[TrainState, Any], dict[str, Any]] | None
     save: Callable[[int, TrainState, Any], None]
+    check_save: Callable[[], None]
+    max_bad_steps: int
+    keep_bad_batch: Callable[[str, int, np.ndarray], Any]
+    stuck_after: float
     sync: Callable[[Any, Any], Any] | None = None
     sync_every: int = 0
 
@@ -109,7 +119,8 @@ def evaluate(
     """
     results: list[Any] = []
     placed: list[np.ndarray] = []
-    for item in batches(source, 0):
+    for item in awaited(batches(source, 0), "the rows of the evaluation"):
+        beat("computing the evaluation", LONGER if not results else 1.0)
         batch, slots = place(item, mesh)
         results.append(eval_step(params, ref_params, batch, slots))
         placed.append(item["info"]["placed"])
@@ -134,6 +145,52 @@ def evaluate(
     return out
 
 
+@dataclasses.dataclass
+class _Health:
+    """What the losses and gradients of a phase were like."""
+
+    losses: Losses = dataclasses.field(default_factory=Losses)
+    in_a_row: int = 0  # updates skipped, the last one among them
+    since_record: int = 0  # updates skipped
+
+
+def _judge(
+    health: _Health, phase: Phase, n: int, values: Mapping[str, float], info: Mapping[str, Any], writer: MetricsWriter
+) -> None:
+    """Count and report a skipped update and a loss spike.
+
+    Raises:
+      UserError: too many updates in a row were skipped; the batch is written out.
+    """
+    loss = values.get("dpo_loss", values.get("loss", math.nan))
+    pairs = info["placed"][info["placed"] >= 0]
+    event = {"step": n, "split": phase.split, "loss": loss, "grad_norm": values["grad_norm"]}
+    median = health.losses.spike_over(loss)
+    if median is not None:
+        writer.event(
+            {**event, "event": "spike", "median": median, "pairs": pairs.tolist()},
+            f"warning: {phase.split} step {n}: the loss is {loss:.4g}, the median before it {median:.4g} (a spike)",
+        )
+    if not values[SKIPPED]:
+        health.in_a_row = 0
+        return
+    health.in_a_row += 1
+    health.since_record += 1
+    found = f"{phase.split} step {n}: loss {loss:.4g}, gradient norm {values['grad_norm']:.4g}"
+    writer.event(
+        {**event, "event": "skipped", "pairs": pairs.tolist()},
+        f"warning: {found}: not finite, the update is skipped ({health.in_a_row} in a row)",
+    )
+    if health.in_a_row > phase.max_bad_steps:
+        where = phase.keep_bad_batch(phase.split, n, pairs)
+        raise UserError(
+            f"{found}: not finite {health.in_a_row} times in a row, more than max_bad_steps={phase.max_bad_steps}; the "
+            f"pairs of the last batch are in {where}; mend them, or lower the learning rate in a new workdir; "
+            "checkpoints from before are kept",
+            code=NOT_FINITE,
+        )
+
+
 def run_phase(
     phase: Phase,
     state: TrainState,
@@ -148,14 +205,29 @@ def run_phase(
 
     Raises:
       Stopped: `stop` was set; everything up to the last update is recorded and saved.
+      UserError: a save failed, or too many updates in a row were not finite.
     """
+    with watch(phase.stuck_after):
+        return _run(phase, state, ref_params, start, mesh=mesh, writer=writer, stop=stop)
+
+
+def _run(
+    phase: Phase,
+    state: TrainState,
+    ref_params: Any,
+    start: int,
+    *,
+    mesh: Mesh,
+    writer: MetricsWriter,
+    stop: threading.Event,
+) -> TrainState:
     total = len(phase.source)
     throughput = Throughput()
     compiled: set[RowShape] = set()
     pending: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
     # Of several processes perhaps only one got the signal: what any knew at update n, all know with its metrics.
     any_of = make_any(mesh) if jax.process_count() > 1 else None
-    asked = False
+    asked, owed, health = False, False, _Health()
 
     def record() -> None:
         nonlocal pending, asked
@@ -163,19 +235,19 @@ def run_phase(
             return
         n, metrics, info = pending
         pending = None
+        beat(f"waiting for the numbers of {phase.split} update {n}")
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}  # waits for update n
         asked = bool(values.pop(STOP, False))
         throughput.count(info["pairs"])
-        if n == 1 or n % phase.log_every == 0 or n == total:
-            facts = {"pairs": info["pairs"], "tokens": info["tokens"], "useful_token_fraction": info["fraction"]}
-            facts["memory_gb"] = peak_gb()
-            writer.write({"step": n, "split": phase.split} | values | facts | throughput.take())
-        lost = [name for name, value in values.items() if not math.isfinite(value)]
-        if lost:  # before any save: the checkpoints that are there stay good
-            raise UserError(
-                f"{phase.split} step {n}: {', '.join(lost)} not finite; earlier checkpoints are kept; lower the "
-                "learning rate in a new workdir"
-            )
+        try:
+            _judge(health, phase, n, values, info, writer)
+        finally:
+            if n == 1 or n % phase.log_every == 0 or n == total or health.in_a_row > phase.max_bad_steps:
+                facts = {"pairs": info["pairs"], "tokens": info["tokens"], "useful_token_fraction": info["fraction"]}
+                facts |= {SKIPPED: health.since_record, "memory_gb": peak_gb()}
+                writer.write({"step": n, "split": phase.split} | values | facts | throughput.take())
+                health.since_record = 0
+        phase.check_save()
 
     def evaluate_at(n: int) -> None:
         if phase.evaluate is not None:
@@ -192,13 +264,14 @@ def run_phase(
         evaluate_at(0)
     if start >= total:
         return state
-    for item in batches(phase.source, start):
+    for item in awaited(batches(phase.source, start), f"the rows of a {phase.split} step"):
         n = item["info"]["step"] + 1
         batch, slots = place(item, mesh)
         if item["info"]["shape"] not in compiled:
             # Compiling is not training: the step before is waited for, then the clock stands still.
             record()
             with throughput.paused():
+                beat(f"compiling {phase.split} step {n}", LONGER)
                 state, metrics = phase.train_step(state, ref_params, batch, slots)
             compiled.add(item["info"]["shape"])
         else:
@@ -211,12 +284,15 @@ def run_phase(
         pending = (n, metrics, item["info"])
         last, stopping = n == total, stop.is_set() if any_of is None else asked
         eval_due = last or (phase.eval_every > 0 and n % phase.eval_every == 0)
-        save_due = last or stopping or (phase.checkpoint_every > 0 and n % phase.checkpoint_every == 0)
+        save_due = last or stopping or owed or (phase.checkpoint_every > 0 and n % phase.checkpoint_every == 0)
         if eval_due or save_due:
             record()
         if eval_due:
             evaluate_at(n)
-        if save_due:
+        # Among bad updates saves wait for a good one: they would push out the checkpoints from before.
+        owed = save_due and health.in_a_row > 0 and not (last or stopping)
+        if save_due and not owed:
+            beat(f"saving after {phase.split} update {n}", LONGER)
             with throughput.paused():
                 phase.save(n, state, ref_params)
         if stopping and not last:

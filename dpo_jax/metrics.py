@@ -26,6 +26,8 @@ from dpo_jax.errors import UserError
 from dpo_jax.events import add_event, open_events
 
 Record = dict[str, Any]
+FLUSH_SECONDS = 10  # between flushes of TensorBoard's events
+EVENTS = "events.jsonl"  # skipped updates and loss spikes, with the pairs of their batches
 
 # How a metric is written for a person; anything not listed gets four significant digits.
 FORMATS = {
@@ -200,6 +202,7 @@ class MetricsWriter:
         self._started: dict[str, tuple[int, float]] = {}
         self._tasks: dict[str, TaskID] = {}
         self._file = self._events = self._progress = None
+        self._workdir, self._flushed = workdir, -math.inf
         if workdir is not None:
             path = workdir / "metrics.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +230,7 @@ class MetricsWriter:
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one record: `step`, `split`, and numbers (also NumPy scalars and arrays of one element) or strings."""
         values = {name: _plain(value) for name, value in record.items()}
-        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        finite = _without_nan(values)
         if self._file:
             # Flushed, not synced: the line then outlives the process, and a machine that dies is resumed from a
             # checkpoint, which drops the records after it.
@@ -235,6 +238,9 @@ class MetricsWriter:
             self._file.flush()
         if self._events:
             add_event(self._events, finite, time.time())
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._events.flush()
+                self._flushed = time.monotonic()
         for log in list(self._logs):
             try:
                 log(values)
@@ -246,6 +252,13 @@ class MetricsWriter:
             self._advance(self._progress, values, left)
         else:
             self.message(self._line(values, left))
+
+    def event(self, event: Mapping[str, Any], words: str) -> None:
+        """Write what a person should look at: a line of events.jsonl, and `words` on the console."""
+        if self._workdir is not None:
+            with (self._workdir / EVENTS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_without_nan(event), allow_nan=False) + "\n")
+        self.message(words)
 
     def message(self, text: str) -> None:
         """Print a line (above the progress bar, where there is one)."""
@@ -316,6 +329,10 @@ class MetricsWriter:
             self._tasks[split] = progress.add_task(split, total=self._total[split], **fields)
         else:
             progress.update(self._tasks[split], **fields)
+
+
+def _without_nan(record: Mapping[str, Any]) -> Record:
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
 
 
 def _plain(value: Any) -> str | int | float | None:

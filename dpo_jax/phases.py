@@ -5,6 +5,7 @@ Only here, in `reference.py`, `inputs.py` and `train.py` is the config read; eve
 
 import dataclasses
 import functools
+import json
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 
 from dpo_jax import about, answers, inputs, kl, lora, metrics, policy
 from dpo_jax.architecture import ModelConfig
+from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.data.cache import cache_root
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.packing import Order
@@ -46,7 +48,7 @@ class Run:
     data: Prepared
     logps: LogpsFn
     reference_logps: LogpsFn  # the same model, with the reference's parameters where they lie
-    checkpoints: Any
+    checkpoints: Checkpoints
     writer: metrics.MetricsWriter
     stop: threading.Event
     done: int  # updates, of SFT and DPO together, that the newest checkpoint holds
@@ -179,6 +181,20 @@ def answer(run: Run, state: TrainState, when: str, step: int) -> None:
         seed=c["seed"],
     )
     answers.append(run.workdir / "samples.jsonl", [{"when": when, "step": step} | r for r in records])
+
+
+def keep_bad_batch(run: Run, split: str, step: int, pairs: np.ndarray) -> Path:
+    """Write out which rows a batch is made of: bad_batch.json names file and line of each, and has its text."""
+    path, train = run.workdir / "bad_batch.json", run.data.train
+    if jax.process_index() == 0:
+        found = []
+        for position in map(int, pairs):
+            texts = [run.policy.tokenizer.decode(ids) for ids in train[position]]
+            number = int(train.index[position])
+            row = {"pair": position} | train.cache.row(number)
+            found.append(row | dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
+        path.write_text(json.dumps({"split": split, "step": step, "pairs": found}, indent=1, ensure_ascii=False) + "\n")
+    return path
 
 
 def make_kl(run: Run) -> Callable[[TrainState, Params | None], dict[str, float]]:

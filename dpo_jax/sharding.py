@@ -176,6 +176,11 @@ def agreed(flag: bool) -> bool:
     return bool(from_first(np.asarray(flag, np.int32)))
 
 
+def any_process(flag: bool) -> bool:
+    """Whether any process's flag is set. Every process calls it."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
 def from_first(array: np.ndarray) -> np.ndarray:
     """The first process's array, of the same shape in all. Every process calls it."""
     return array if jax.process_count() == 1 else np.array(multihost_utils.broadcast_one_to_all(array))

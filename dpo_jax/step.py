@@ -8,6 +8,7 @@ batch, whatever the rows, the microbatches and the mesh.
 Shapes: M microbatches, B rows, K pairs in a row, T tokens of a row, N completion tokens of a row.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from dpo_jax.remat import to_device, to_host
 
 # A reference that was computed before comes with the batch, float32 `[M, B, K, 2]` each; the second for LD-DPO only.
 REFERENCE_FIELDS = ("ref_logps", "ref_whole")
+SKIPPED = "skipped"  # the metric that is 1 where the update was not made
 
 Params = Any
 Batch = dict[str, jax.Array]
@@ -32,7 +34,7 @@ LogpsFn = Callable[[Params, Batch, Slots], Logps]  # (params, one microbatch, wi
 
 @flax.struct.dataclass
 class TrainState:
-    """What an update changes: its count, the master parameters and the optimiser's state."""
+    """What an update changes: the count of updates made, the master parameters and the optimiser's state."""
 
     step: jax.Array
     params: Params
@@ -161,7 +163,8 @@ def make_train_step(
     Returns:
       The step; `slots` is static, so it compiles once per row shape. `base` are branches of the parameter tree that are
       not trained: policy and reference are what lies over it (see `_over`). `metrics` holds float32 scalars: the
-      objective's values as means, `grad_norm` before clipping, and `learning_rate`.
+      objective's values as means, `grad_norm` before clipping, `learning_rate`, and `skipped`: 1 where loss or gradient
+      are not finite, and the state is the old one.
     """
 
     def train_step(
@@ -175,14 +178,23 @@ def make_train_step(
             "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
         }
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-        opt_state = to_device(state.opt_state) if optimizer_offload else state.opt_state
-        updates, opt_state = tx.update(grads, opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        opt_state = to_host(opt_state) if optimizer_offload else opt_state
-        return TrainState(state.step + 1, params, opt_state), metrics
+        if optimizer_offload:
+            state = TrainState(state.step, state.params, to_device(state.opt_state))
+        # An update that is not finite would be the last one: the whole state stays, and the schedule does not move on.
+        # (A conditional takes no memory; a choice between both states by jnp.where held half of the parameters more.)
+        finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(means[objective.loss])
+        state = jax.lax.cond(finite, functools.partial(_updated, tx), lambda state, _: state, state, grads)
+        if optimizer_offload:
+            state = TrainState(state.step, state.params, to_host(state.opt_state))
+        return state, metrics | {SKIPPED: 1.0 - finite.astype(jnp.float32)}
 
     options = dict(compiler_options or {})
     return jax.jit(train_step, donate_argnames="state", static_argnames="slots", compiler_options=options)
+
+
+def _updated(tx: optax.GradientTransformation, state: TrainState, grads: Params) -> TrainState:
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
 
 
 def make_eval_step(

@@ -1,11 +1,14 @@
 """Train a policy on preferences: `python -m dpo_jax.train --config=configs/hhh.py[:PRESET] --workdir=DIR`.
 
-Exit codes: 0 done, 2 bad input (one line
-on standard error, before anything is compiled), 143 stopped by SIGTERM after saving (the same command goes on).
+Exit codes (docs/faults.md): 0 done; 2 bad input, one line on standard error, before anything is compiled; 65 more than
+`max_bad_steps` updates in a row were not finite; 70 nothing moved for `stuck_after_seconds`, or another process is
+gone; 74 a checkpoint could not be saved, or the disk is full; 143 stopped by SIGTERM after saving (a second SIGTERM
+ends the process at once). After 70, 74 and 143 the same command goes on.
 """
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -22,11 +25,13 @@ from dpo_jax import (
     answers,
     card,
     checkpoint,
+    claim,
     hub,
     inputs,
     metrics,
     peft_files,
     policy,
+    processes,
     report,
     trackers,
     weights,
@@ -34,7 +39,7 @@ from dpo_jax import (
 from dpo_jax.config import check, check_workdir, claim_workdir, parse
 from dpo_jax.data.pipeline import ChosenOnly, Schedule
 from dpo_jax.data.prepare import Prepared
-from dpo_jax.errors import UserError
+from dpo_jax.errors import SAVE_FAILED, SIGTERM, UserError
 from dpo_jax.loop import Phase, Stopped, evaluate, run_phase, stop_signal
 from dpo_jax.model import Params
 from dpo_jax.objective import Objective, sft_objective
@@ -43,6 +48,7 @@ from dpo_jax.phases import (
     Run,
     answer,
     introduce,
+    keep_bad_batch,
     keep_compiled,
     lay_out,
     make_kl,
@@ -86,6 +92,11 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     trackers.check_packages(projects)
     claim_workdir(workdir, c, write=False)
     keep_compiled(c)
+    with claim.locked(workdir):
+        return _run(c, workdir, projects)
+
+
+def _run(c: Config, workdir: Path, projects: dict[str, str]) -> dict[str, float]:
     mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"])
     inputs.check_division(c["batch_size"], row_shards(mesh), c["microbatches"])
     main_process = jax.process_index() == 0
@@ -101,6 +112,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     with first_process_first("dpo_jax data"):  # with a cache that all share, the others find it whole
         data = _prepare(c, found, workdir)
     inputs.check_enough(c, len(data.train))
+    damaged = checkpoint.set_aside_damaged(workdir / "checkpoints")
     with (
         jax.set_mesh(mesh),
         stop_signal() as stop,
@@ -115,6 +127,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
             )
         claim_workdir(workdir, c, write=main_process)  # only now: a refused command leaves no config behind
         done = checkpoint.latest_step(checkpoints) or 0
+        _compare_files(c, found, data, workdir, goes_on=done > 0)
         if main_process:
             _forget_after(workdir, c["sft_steps"], done)
         totals = {"sft": c["sft_steps"], "train": steps}
@@ -124,12 +137,20 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
         )
         logps, reference_logps = make_models(c, layout)
         with writer:
+            for line in damaged:
+                writer.message(f"warning: {line}")
             base = policy.load_base(found, layout, c["seed"])
             return _train(
                 Run(c, workdir, found, layout, data, logps, reference_logps, checkpoints, writer, stop, done, base),
                 plan,
                 steps,
             )
+
+
+def _compare_files(c: Config, found: Policy, data: Prepared, workdir: Path, *, goes_on: bool) -> None:
+    reference = hub.resolve(c["reference"], what="reference") if c["reference"] else None
+    models = {"model": found.directory, "reference": reference}
+    claim.first_only(lambda: claim.compare(workdir, claim.identify(data.split, models), goes_on=goes_on))
 
 
 def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
@@ -158,12 +179,23 @@ def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:
         checkpoint_every=c["checkpoint_every"],
         evaluate=_evaluator(run, objective, values),
         save=save,
+        **_guards(run),
         sync=make_reference_sync(c["reference_sync_alpha"], shardings=run.layout.shardings) if moves else None,
         sync_every=c["reference_sync_steps"],
     )
     state = _run_phase(run, phase, state, ref_params, max(0, run.done - sft_steps))
     del ref_params, phase
     return _finish(run, state, steps)
+
+
+def _guards(run: Run) -> dict[str, Any]:
+    """What every phase does about faults."""
+    return {
+        "check_save": functools.partial(checkpoint.check_save, run.checkpoints),
+        "max_bad_steps": run.c["max_bad_steps"],
+        "keep_bad_batch": functools.partial(keep_bad_batch, run),
+        "stuck_after": run.c["stuck_after_seconds"],
+    }
 
 
 def _run_phase(run: Run, phase: Phase, state: TrainState, ref_params: Params | None, start: int) -> TrainState:
@@ -193,6 +225,7 @@ def _params_after_sft(run: Run) -> Params:
             checkpoint_every=c["checkpoint_every"],
             evaluate=None,
             save=lambda n, s, _: checkpoint.save(run.checkpoints, n, s),
+            **_guards(run),
         )
         state = _run_phase(run, phase, state, None, run.done)
     return state.params
@@ -293,25 +326,9 @@ def _forget_after(workdir: Path, sft_steps: int, done: int) -> None:
             return record["step"] <= done
         return done > sft_steps and record["step"] <= done - sft_steps
 
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", metrics.EVENTS):
         if (workdir / name).exists():
             metrics.truncate(workdir / name, keep)
-
-
-def _join() -> None:
-    """Join the other processes: a TPU pod knows them; elsewhere the environment names them."""
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    try:
-        if address:
-            count, index = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-            jax.distributed.initialize(address, count, index)
-        else:
-            jax.distributed.initialize()
-    except (KeyError, ValueError) as e:
-        raise UserError(
-            f"--distributed: the other processes are not known ({e}); on a TPU pod they are, elsewhere set "
-            "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -319,14 +336,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, workdir, distributed = parse(sys.argv if argv is None else argv)
         if distributed:
-            _join()
+            processes.join()
         run(config, workdir)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        return processes.leave(e.code)
     except Stopped:
         print("stopped by SIGTERM; everything is saved, the same command goes on", file=sys.stderr)
-        return 143
+        return SIGTERM
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(
+                f"error: {e.filename or workdir}: {e.strerror}; the checkpoints that are there are kept: make room, "
+                "then the same command goes on from the newest",
+                file=sys.stderr,
+                flush=True,
+            )
+            return processes.leave(SAVE_FAILED)
+        processes.end_if_a_peer_is_gone(e)
+        processes.leave(1)
+        raise
     return 0
 
 

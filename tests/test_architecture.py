@@ -7,15 +7,15 @@ import pytest
 
 # Lowest first: a module may import those before it, nothing after it.
 ORDER = """
-errors
+errors integrity watchdog processes
 data.preference data.columns data.datasets data.files data.mixture data.sources data.render data.cache data.shared_store
 data.remote_cache data.split data.identity data.lengths data.prepare
 data.balance data.packing data.pipeline data.synthetic
 architecture attention vocabulary splash experts remat logprobs losses objective optim model step tpu
 hlo_text hlo_loops hlo_flops hlo_bytes hlo jaxpr_costs
 hub tensors lora sharding checkpoint weights peft_files sample tiny policy about
-length_bias memory events metrics trackers page charts runs compare lengths_page sections card report answers kl loop
-reference_cache config inputs phases reference
+length_bias memory events metrics trackers page charts runs compare lengths_page sections card report answers kl
+spikes loop reference_cache config inputs phases reference claim
 inspection inspection_text inspection_page data_command data.__main__
 known bounds compile_only plan
 train

@@ -18,8 +18,8 @@ CHANGED = {"sft_steps": 0, "num_steps": 8, "eval_every": 0, "checkpoint_every": 
 READER = """
 import dataclasses, json, sys
 import jax, numpy as np
-from dpo_jax.train import _join
-_join()
+from dpo_jax.processes import join
+join()
 from dpo_jax.data import prepare as module
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.packing import Order, RowLimits

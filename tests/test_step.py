@@ -271,6 +271,45 @@ def test_the_reference_survives_donated_steps_and_the_step_is_traced_once_a_shap
     assert int(state.step) == 6
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["the loss", "a parameter's gradient"])
+def test_an_update_that_is_not_finite_is_not_made_and_the_next_is_as_if_it_had_not_been(where, bad):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    rate = schedule("linear", peak=1e-2, warmup_steps=0, total_steps=10)
+    tx = optimizer("adamw", rate, weight_decay=0.01, max_grad_norm=1.0)
+
+    @jax.custom_vjp
+    def spoilt(x, factor):  # the loss stays finite, its gradient does not
+        return x
+
+    spoilt.defvjp(lambda x, factor: (x, factor), lambda factor, g: (g * factor, None))
+    plain = _logps(axis_rules(CONFIG, mesh))
+
+    def logps(params, micro, slots):
+        return plain(params | {"embedding": spoilt(params["embedding"], micro["factor"])}, micro, slots)
+
+    with jax.set_mesh(mesh):
+        batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE), mesh, 8)
+        given = jnp.zeros((*batch["is_pair"].shape, 2), jnp.float32)
+        good = batch | {"ref_logps": given, "factor": jnp.ones(1)}
+        wrong = good | ({"ref_logps": given + bad} if where == "the loss" else {"factor": jnp.full(1, bad)})
+        step = make_train_step(logps, OBJECTIVE, tx, rate, compute_dtype=jnp.float32)
+        outcomes = []
+        for given_batches in ([good, good], [good, wrong, wrong, good]):
+            state = init_state(_params(0), tx)
+            metrics = []
+            for one in given_batches:
+                state, m = step(state, None, one, SLOTS)
+                metrics.append(jax.device_get(m))
+            outcomes.append((jax.device_get(state), metrics))
+    (state, metrics), (after_bad, seen) = outcomes
+    assert [float(m["skipped"]) for m in seen] == [0, 1, 1, 0]
+    assert np.isfinite(seen[1]["dpo_loss"]) == (where != "the loss")
+    assert not np.isfinite(seen[1]["grad_norm"])
+    chex.assert_trees_all_equal(after_bad, state)  # bit by bit, the schedule's count too
+    chex.assert_trees_all_equal(seen[-1], metrics[-1])
+
+
 def test_padding_may_hold_anything(one_device):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     rows = oracle.rows(PAIRS, PLACED, SHAPE)

@@ -28,20 +28,25 @@ from array_record.python import array_record_data_source, array_record_module
 
 from dpo_jax.errors import UserError
 
-FORMAT = 1  # raise it when the files below change; older caches are then built anew
+FORMAT = 2  # raise it when the files below change; older caches are then built anew
 QUARANTINE, MANIFEST = "quarantine.jsonl", "manifest.json"
 _RECORDS = "pairs.array_record"
 _LEFT_OVER_SECONDS = 3600
 
 
 class Pair(NamedTuple):
-    """One pair on its way into the cache: token ids, its source's number, the hash of its prompt (64 bits)."""
+    """One pair on its way into the cache: token ids, its source's number, the hash of its prompt (64 bits).
+
+    Its row is `line` (from 1) of the source's file number `file`.
+    """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     source: int
     prompt_hash: int
+    file: int = 0
+    line: int = 0
 
 
 # Given the path for quarantined rows, yields the pairs and returns what the manifest says about them.
@@ -52,14 +57,16 @@ Produce = Callable[[Path], Generator[Pair, None, dict[str, Any]]]
 class PairCache:
     """Tokenised pairs on disk; cheap to open, to pickle (as its directory) and to read from several threads.
 
-    `lengths` int32 [n, 3] (prompt, chosen, rejected, in tokens), `source` int32 [n], `prompt_hash` uint64 [n]: memory
-    maps. `manifest` is the JSON object that the writer left.
+    `lengths` int32 [n, 3] (prompt, chosen, rejected, in tokens), `source` int32 [n], `prompt_hash` uint64 [n],
+    `origin` int32 [n, 2] (number of the source's file, line): memory maps. `manifest` is the JSON object that the
+    writer left.
     """
 
     directory: str
     lengths: np.ndarray
     source: np.ndarray
     prompt_hash: np.ndarray
+    origin: np.ndarray
     manifest: dict[str, Any]
 
     def __len__(self) -> int:
@@ -72,6 +79,12 @@ class PairCache:
         ids = np.frombuffer(_reader(self.directory, self.manifest["id"])[int(index)], dtype="<i4")
         prompt, chosen, _ = (int(length) for length in self.lengths[index])
         return ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :]
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Where pair `index` is from: the source's name, its file (as it lay when the cache was built), the line."""
+        entry = next(e for e in self.manifest["sources"] if e["start"] <= index < e["stop"])
+        file, line = (int(number) for number in self.origin[index])
+        return {"source": entry["name"], "file": entry["files"][file], "line": line}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_cache, (self.directory,)
@@ -157,8 +170,8 @@ def open_cache(directory: str) -> PairCache:
     path = Path(directory)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        lengths, source, prompt_hash = (
-            np.load(path / f"{name}.npy", mmap_mode="r") for name in ("lengths", "source", "prompt_hash")
+        lengths, source, prompt_hash, origin = (
+            np.load(path / f"{name}.npy", mmap_mode="r") for name in ("lengths", "source", "prompt_hash", "origin")
         )
         sizes = {name: (path / name).stat().st_size for name in manifest["bytes"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -167,7 +180,7 @@ def open_cache(directory: str) -> PairCache:
         ) from error
     if manifest["format"] != FORMAT or sizes != manifest["bytes"]:
         raise UserError(f"{directory}: a cache of another version, or a damaged one; delete it to build it anew")
-    return PairCache(directory, lengths, source, prompt_hash, manifest)
+    return PairCache(directory, lengths, source, prompt_hash, origin, manifest)
 
 
 def _open_if_whole(target: Path, accepts: Callable[[dict[str, Any]], bool]) -> PairCache | None:
@@ -181,8 +194,8 @@ def _open_if_whole(target: Path, accepts: Callable[[dict[str, Any]], bool]) -> P
 
 
 def _write(directory: Path, fingerprint: dict[str, Any], produce: Produce) -> None:
-    """All files of a cache; the arrays cost 24 bytes of memory a pair, the records none."""
-    lengths, sources, hashes = array.array("i"), array.array("i"), array.array("Q")
+    """All files of a cache; the arrays cost 32 bytes of memory a pair, the records none."""
+    lengths, sources, hashes, origins = array.array("i"), array.array("i"), array.array("Q"), array.array("i")
     # One record per group: the pipeline reads pairs in random order.
     writer = array_record_module.ArrayRecordWriter(str(directory / _RECORDS), "group_size:1")
     found: dict[str, Any] = {}
@@ -196,11 +209,13 @@ def _write(directory: Path, fingerprint: dict[str, Any], produce: Produce) -> No
             lengths.extend((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
             sources.append(pair.source)
             hashes.append(pair.prompt_hash)
+            origins.extend((pair.file, pair.line))
     finally:
         writer.close()
     np.save(directory / "lengths.npy", np.asarray(lengths, dtype=np.int32).reshape(-1, 3))
     np.save(directory / "source.npy", np.asarray(sources, dtype=np.int32))
     np.save(directory / "prompt_hash.npy", np.asarray(hashes, dtype=np.uint64))
+    np.save(directory / "origin.npy", np.asarray(origins, dtype=np.int32).reshape(-1, 2))
     manifest = {
         "format": FORMAT,
         "id": uuid.uuid4().hex,

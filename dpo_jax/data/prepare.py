@@ -218,13 +218,16 @@ def _batch_pairs(
             notes.drop(location, parsed, row)
         else:
             good.append((location, row, parsed))
+    number = {path: n for n, path in enumerate(source.files)}
     for (location, row, pair), rendered in zip(good, render_batch(renderer, [item[2] for item in good]), strict=True):
         if isinstance(rendered, Skip):
             notes.drop(location, rendered, row)
             continue
         notes.tally["rows"].update(kept=1, boundary_moved=int(rendered.boundary_moved))
         notes.tally["truncated"].update(rendered.truncated)
-        yield Pair(rendered.prompt, rendered.chosen, rendered.rejected, 0, _prompt_hash(pair))
+        path, _, line = location.rpartition(":")
+        origin = number[path], int(line)
+        yield Pair(rendered.prompt, rendered.chosen, rendered.rejected, 0, _prompt_hash(pair), *origin)
 
 
 def _prompt_hash(pair: LabeledComparison) -> int:

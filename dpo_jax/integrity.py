@@ -1,0 +1,76 @@
+"""Checksums of a directory's files: written before it counts as whole, compared before it is trusted."""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+from pathlib import Path
+
+NAME = "checksums.json"
+THREADS = 4  # hashing leaves Python's lock, so files are read and hashed next to each other
+_CHUNK = 4 << 20  # bytes
+
+
+def write(directory: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """Write `checksums.json`: size and SHA-256 of every file in `directory`, each on disk before it is listed.
+
+    Args:
+      directory: whose files are complete.
+      leave_out: names of files that somebody still changes.
+    """
+    names = [name for name in _files(directory) if name != NAME and name not in leave_out]
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        held = dict(zip(names, pool.map(lambda name: _digest(directory / name, sync=True), names), strict=True))
+    scratch = directory / f".{NAME}.{os.getpid()}"
+    with scratch.open("w") as file:
+        json.dump({name: {"bytes": size, "sha256": digest} for name, (size, digest) in held.items()}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(directory / NAME)
+
+
+def damage(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with the first file that is not as it was written; None if nothing is.
+
+    Args:
+      directory: with a `checksums.json`.
+      share: (i, n) reads every nth file from the ith on: n processes share the work.
+    """
+    try:
+        listed = json.loads((directory / NAME).read_text())
+        wanted = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
+    except FileNotFoundError:
+        return f"there is no {NAME}"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{NAME} cannot be read"
+    mine = sorted(wanted)[share[0] :: share[1]]
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda name: _difference(directory / name, name, *wanted[name]), mine)
+        return next((words for words in found if words), None)
+
+
+def _difference(path: Path, name: str, size: int, digest: str) -> str | None:
+    try:
+        there = path.stat().st_size
+        if there != size:
+            return f"{name} has {there:,} bytes, {size:,} were written"
+        return None if _digest(path)[1] == digest else f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as e:
+        return f"{name} cannot be read ({e.strerror})"
+
+
+def _digest(path: Path, *, sync: bool = False) -> tuple[int, str]:
+    size, digest = 0, hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+        if sync:
+            os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())

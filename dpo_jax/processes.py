@@ -1,0 +1,64 @@
+"""Several processes of one run: how they find each other, and how one leaves that can no longer go on."""
+
+import os
+import sys
+import threading
+import time
+
+import jax
+
+from dpo_jax.errors import STUCK, UserError
+
+# After an error that perhaps only this process has: JAX's processes meet before they end, the others would not come,
+# and it would wait five minutes for them.
+LEAVE_SECONDS = 10.0
+# Words of what JAX raises when a process that it talks to is gone.
+_OF_A_PEER = ("gloo", "closed by peer", "connection reset", "unavailable", "heartbeat", "socket closed")
+
+
+def join() -> None:
+    """Join the other processes: a TPU pod knows them; elsewhere the environment names them.
+
+    Raises:
+      UserError: they are not known.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    try:
+        if address:
+            count, index = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+            jax.distributed.initialize(address, count, index)
+        else:
+            jax.distributed.initialize()
+    except (KeyError, ValueError) as e:
+        raise UserError(
+            f"--distributed: the other processes are not known ({e}); on a TPU pod they are, elsewhere set "
+            "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from None
+
+
+def leave(code: int) -> int:
+    """The exit code, with which this process ends soon even where others keep it waiting."""
+    if jax.distributed.is_initialized():
+        threading.Thread(target=_end, args=(code, LEAVE_SECONDS), daemon=True).start()
+    return code
+
+
+def end_if_a_peer_is_gone(error: BaseException) -> None:
+    """End this process with a line that says so, if that is what the error means; else return."""
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not jax.distributed.is_initialized():
+        return
+    if not any(word in str(error).lower() for word in _OF_A_PEER):
+        return
+    print(
+        f"error: another process of this run is gone ({str(error).strip().splitlines()[0]}), so this one ends too "
+        f"(exit code {STUCK}); checkpoints are kept, and the same command on all of them goes on",
+        file=sys.stderr,
+        flush=True,
+    )
+    # JAX aborts the others as soon as the first process is gone: it lets them say their own line before.
+    _end(STUCK, LEAVE_SECONDS / 2 if jax.process_index() == 0 else 0.0)
+
+
+def _end(code: int, seconds: float) -> None:
+    time.sleep(seconds)
+    os._exit(code)
