@@ -66,7 +66,7 @@ def refused(capsys, monkeypatch, tmp_path):
         ([TINY, "--config.reference=there", "--config.loss=simpo"], "reference='there': loss=simpo has no reference"),
         ([TINY, "--config.optimizer=sgd"], "choose from adamw, rmsprop"),
         ([TINY, "--config.lr_schedule=step"], "choose from constant, linear, cosine"),
-        ([TINY, "--config.remat=some"], "choose from none, dots, attention, full"),
+        ([TINY, "--config.remat=some"], "choose from none, dots, attention, attention_offload, full"),
         ([TINY, "--config.dpo_beta=0"], "dpo_beta=0.0: must be above 0"),
         ([TINY, "--config.label_smoothing=0.5"], r"must be in \[0, 0.5\)"),
         ([TINY, "--config.loss=hinge", "--config.label_smoothing=0.1"], "has no meaning for loss=hinge"),
