@@ -25,6 +25,12 @@
         Llama-3.1-8B-Instruct with adapters of rank 32 (docs/lora.md): the base in bfloat16 is the reference too, so
         17 GB before activations in place of 145 (computed): one v5p chip, or a slice of v5e.
 
+    python -m dpo_jax.train --config=configs/hhh.py:qwen3-32b --workdir=runs/hhh-32b            (v5p-64)
+    python -m dpo_jax.train --config=configs/hhh.py:llama3.1-70b --workdir=runs/hhh-70b         (v5p-128)
+    python -m dpo_jax.train --config=configs/hhh.py:llama3.1-70b-lora --workdir=runs/hhh-70b-lora (v6e-32)
+        Larger models, with tensor parallelism over four chips so that rows stay well filled; what they need and could do
+        is in docs/tpu.md, by compilation only.
+
 Learning rate: 1e-5 to 1e-6, the larger the model the lower (adapters: 1e-5 and more); dpo_beta from 0.1. HH's raw files
 can lie on disk: --config.dataset_path=DIR, with DIR/<subset>/{train,test}.jsonl.gz as on the hub; one subset:
 --config.dataset=hhh/harmless-base.
@@ -83,12 +89,14 @@ PRESETS = {
         "batch_size": 64,
         "learning_rate": 5e-7,
         "remat": "full",
+        "mesh_tensor": 4,
     },
     "llama3.1-70b": {
         "model": "meta-llama/Llama-3.1-70B-Instruct",
         "batch_size": 128,
         "learning_rate": 5e-7,
         "remat": "full",
+        "mesh_tensor": 4,
     },
     "llama3.1-70b-lora": {
         "model": "meta-llama/Llama-3.1-70B-Instruct",
@@ -96,6 +104,7 @@ PRESETS = {
         "learning_rate": 1e-5,
         "lora_rank": 32,
         "remat": "full",
+        "mesh_tensor": 4,
     },
 }
 

@@ -228,7 +228,7 @@ class Decoder(nn.Module):
         if self.from_host:
             block = nn.map_variables(block, "params", trans_in_fn=to_device)
         if REMAT_POLICIES[self.remat] is not None:
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},

@@ -20,7 +20,8 @@ import pytest
 from tests.fake_hub import hub  # noqa: F401 (a fixture)
 from tests.launching import cloud, launch_repo  # noqa: F401 (fixtures)
 
-collect_ignore = ["golden"]  # scripts for another environment (torch, TRL)
+# Scripts for another environment (torch, TRL), and programs that tests put in place of real ones.
+collect_ignore = ["golden", "fake_gcloud.py", "fake_trainer.py"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,0 +1,70 @@
+"""Time bounds and sums of collectives, by hand."""
+
+import dataclasses
+
+import pytest
+
+from dpo_jax.bounds import bounds, by_kind
+from dpo_jax.hlo import Collective, Costs
+from dpo_jax.tpu import parse_topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    coords: tuple
+    slice_index: int = 0
+
+
+def _collective(kind, size, groups, times=1.0):
+    return Collective(kind, kind, "", "bf16", size, groups, times, True)
+
+
+def _costs(*collectives, flops=0.0, hbm=0.0, kernels=0.0):
+    fields = {f.name: 0.0 for f in dataclasses.fields(Costs)}
+    fields |= {"kernels": {}, "unknown_kernels": (), "unknown_loops": ()}
+    return Costs(**fields | {"flops": flops, "kernel_flops": kernels, "hbm_bytes": hbm, "collectives": collectives})
+
+
+SQUARE = [Chip((x, y, 0)) for x in range(2) for y in range(4)]
+ALL = (tuple(range(8)),)
+
+
+def test_compute_and_memory():
+    found = bounds(_costs(flops=900e12, kernels=18e12, hbm=820e9), parse_topology("v6e:2x4"), SQUARE)
+    assert found.compute == pytest.approx(1.0)
+    assert found.hbm == pytest.approx(0.5)
+    assert (found.step, found.binding) == (found.compute, "compute")
+
+
+def test_collectives_take_the_links_of_a_corner():
+    """On 2x4 without rings a corner has two links of 100 GB/s, along one axis one."""
+    topology = parse_topology("v6e:2x4")
+    gather = _collective("all-gather", 8_000_000_000, ALL, times=3)
+    assert bounds(_costs(gather), topology, SQUARE).interconnect == pytest.approx(3 * 7e9 / 200e9)
+    along = _collective("reduce-scatter", 4_000_000_000, ((0, 1, 2, 3), (4, 5, 6, 7)))
+    assert bounds(_costs(along), topology, SQUARE).interconnect == pytest.approx(3e9 / 100e9)
+    both = _collective("all-reduce", 8_000_000_000, ALL)
+    assert bounds(_costs(both), topology, SQUARE).interconnect == pytest.approx(14e9 / 200e9)
+    alone = _collective("all-reduce", 8_000_000_000, tuple((i,) for i in range(8)))
+    assert bounds(_costs(alone), topology, SQUARE).interconnect == 0
+
+
+def test_a_ring_of_permutes_spans_its_chain():
+    pairs = tuple((i, (i + 1) % 8) for i in range(8))
+    permute = _collective("collective-permute", 1_000_000_000, pairs)
+    assert bounds(_costs(permute), parse_topology("v6e:2x4"), SQUARE).interconnect == pytest.approx(1e9 / 200e9)
+
+
+def test_between_slices_is_the_network():
+    devices = [Chip(chip.coords, part) for part in range(2) for chip in SQUARE]
+    crossing = _collective("all-reduce", 1_000_000_000, tuple((i, i + 8) for i in range(8)))
+    inside = _collective("all-gather", 8_000_000_000, (tuple(range(8)), tuple(range(8, 16))))
+    found = bounds(_costs(crossing, inside), parse_topology("v6e:2x4*2"), devices)
+    assert found.network == pytest.approx(1e9 / 12.5e9)
+    assert found.interconnect == pytest.approx(7e9 / 200e9)
+    assert found.binding == "network"
+
+
+def test_bytes_by_kind():
+    costs = _costs(_collective("all-gather", 800, ALL, 2), _collective("all-gather", 80, ALL))
+    assert by_kind(costs) == {"all-gather": 2 * 700 + 70}
