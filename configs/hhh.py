@@ -28,8 +28,8 @@
     python -m dpo_jax.train --config=configs/hhh.py:qwen3-32b --workdir=runs/hhh-32b            (v5p-64)
     python -m dpo_jax.train --config=configs/hhh.py:llama3.1-70b --workdir=runs/hhh-70b         (v5p-128)
     python -m dpo_jax.train --config=configs/hhh.py:llama3.1-70b-lora --workdir=runs/hhh-70b-lora (v6e-32)
-        Larger models, with tensor parallelism over four chips so that rows stay well filled; what they need and could do
-        is in docs/tpu.md, by compilation only.
+        Larger models, with tensor parallelism over four chips so that rows stay well filled; what they need and could
+        do is in docs/tpu.md, by compilation only.
 
 Learning rate: 1e-5 to 1e-6, the larger the model the lower (adapters: 1e-5 and more); dpo_beta from 0.1. HH's raw files
 can lie on disk: --config.dataset_path=DIR, with DIR/<subset>/{train,test}.jsonl.gz as on the hub; one subset:
