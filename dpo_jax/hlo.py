@@ -293,24 +293,30 @@ def _groups(module: Module, it: Instruction) -> tuple[tuple[int, ...], ...]:
     if listed is not None:
         return _listed(listed) or everyone
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", it.attributes)
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:\s*device_ids=\(?\[([^\]]*)\])?\s*\{([^}]*)\}", it.attributes)
+    order = r"(?:,?\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    mesh = re.search(rf"replica_groups=mesh\[([^\]]*)\]{order}\s*\{{([^}}]*)\}}", it.attributes)
     if iota:
-        shape, dims = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        ids = ids.transpose([int(n) for n in iota[3].split(",")]) if iota[3] else ids
-        ids = ids.reshape(shape)
-    elif mesh and not mesh[2]:
-        axes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
-        over = re.findall(r"'([^']*)'", mesh[3])
-        ids = np.arange(math.prod(int(n) for n in axes.values())).reshape([int(n) for n in axes.values()])
+        shape = [int(n) for n in iota[1].split(",")]
+        ids = _in_order(iota[2], iota[3]).reshape(shape)
+    elif mesh:
+        axes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh[1])}
+        over = re.findall(r"'([^']*)'", mesh[4])
+        devices = _in_order(mesh[2] or str(math.prod(axes.values())), mesh[3]).reshape(list(axes.values()))
         kept = [i for i, name in enumerate(axes) if name not in over]
         moved = [list(axes).index(name) for name in over]
-        ids = ids.transpose(kept + moved).reshape(-1, math.prod(int(axes[name]) for name in over))
+        ids = devices.transpose(kept + moved).reshape(-1, math.prod(axes[name] for name in over))
     elif "replica_groups=" in it.attributes:
         raise it.error("replica_groups in a form that is not known")
     else:
         return everyone
     return tuple(tuple(int(n) for n in group) for group in ids)
+
+
+def _in_order(dims: str, transposed: str | None) -> np.ndarray:
+    """Device numbers 0, 1, ... as an array of `dims`, its axes in another order if one is given."""
+    shape = [int(n) for n in dims.split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose([int(n) for n in transposed.split(",")]) if transposed else ids
 
 
 def _listed(text: str) -> tuple[tuple[int, ...], ...]:

@@ -273,6 +273,8 @@ def test_collectives(given, out, kind, attributes, payload, received):
         ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", ((0, 1, 4, 5), (2, 3, 6, 7))),
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}", ((0, 4), (1, 5), (2, 6), (3, 7))),
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", ((0, 1, 4, 5), (2, 3, 6, 7))),
+        ("replica_groups=mesh['a'=8,'b'=1], device_ids=([4,2]T(1,0)) {'a','b'}", ((0, 2, 4, 6, 1, 3, 5, 7),)),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", ((0, 2, 4, 6), (1, 3, 5, 7))),
         ("replica_groups={}", (tuple(range(8)),)),
     ],
 )
