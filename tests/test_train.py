@@ -220,8 +220,15 @@ def test_sigterm_saves_first_and_going_on_is_never_stopped(finished, environment
     assert _values(work) == _values(finished[0])
 
 
-def test_the_python_call_on_eight_devices_evaluates_as_one_device_does(finished, environment, tmp_path):
-    """Fresh parameters, the same held-out pairs: whatever the mesh, the evaluation before training is the same."""
+def test_the_python_call_on_eight_devices_evaluates_as_one_device_does(finished, environment, tmp_path, monkeypatch):
+    """Fresh parameters, the same held-out pairs: whatever the mesh, the evaluation before training is the same.
+
+    And whatever the number of evaluations, the reference is asked once: each is then the policy's forward pass alone.
+    """
+    asked, evaluated = [], []
+    ask, evaluate = train.held_out_reference, train.evaluate
+    monkeypatch.setattr(train, "held_out_reference", lambda *args: asked.append(args) or ask(*args))
+    monkeypatch.setattr(train, "evaluate", lambda *args: evaluated.append(args[2]) or evaluate(*args))
     changed = SETTINGS | {"sft_steps": 0, "num_steps": 2, "export": False, "sample_prompts": 0}
     config = hhh.get_config("tiny")
     config.update(changed | {"mesh_data": 2, "mesh_fsdp": 4})
@@ -233,6 +240,9 @@ def test_the_python_call_on_eight_devices_evaluates_as_one_device_does(finished,
         assert ours[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-5)), key
     assert final["step"] == 2
     assert final["pairs"] == 16
+    assert len(asked) == 1
+    assert evaluated == [None] * len(evaluated)  # no reference parameters
+    assert len(evaluated) >= 2
 
 
 def test_a_run_that_loses_its_numbers_stops_and_keeps_its_checkpoints(tmp_path, capsys):
