@@ -1,0 +1,252 @@
+"""dpo_jax against TRL 1.16 and google-tunix 0.1.7 on this machine, and what each part of dpo_jax's own step is worth.
+
+    python benchmarks/compare.py --model DIR --hh FILE [--ultrafeedback FILE]
+        [--peers trl,trl-bf16,tunix] [--batch-sizes 16,64] [--steps 5] [--no-ablation]
+        [--out DIR] [--json FILE] [--write-docs]
+
+DIR is a Hugging Face directory (a Llama in float32, such as SmolLM2-135M-Instruct), FILEs are raw ones, such as
+harmless-base/test.jsonl.gz. A cell is dpo_jax and one peer over one dataset and batch size: both processes stay alive
+and take turns, one step each, so that whatever else the machine does meets both. The first step of each (and any step
+for which dpo_jax compiles) is not timed. Both train on the same batches, those of dpo_jax's plan, with the same token
+ids, so their losses can be compared. dpo_jax runs as `python -m dpo_jax.train` does; the peers run in environments of
+their own, which are made beside --out. All compute in float32 but `trl-bf16` (autocast), keep parameters in float32,
+and have AdamW at 1e-5.
+
+A finished cell is kept in --json and not measured again: an interrupted run goes on, and flags choose a part of the
+whole for now. The table is printed from everything that is there. `--write-docs` puts it into docs/benchmarks.md,
+which also says what the columns are.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from benchmarks import machine, tables, turns  # noqa: E402
+from benchmarks.gate import read_steps  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A dataset, its length limits, and how many pairs each trainer computes at once (the rest accumulates)."""
+
+    dataset: str
+    limits: tuple[int, int]  # tokens of a prompt, of a completion
+    at_once: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A peer: its environment and the worker that runs it."""
+
+    environment: str
+    python: tuple[int, int]
+    requirements: tuple[str, ...]
+    worker: str
+    flags: tuple[str, ...] = ()
+
+
+# Pairs at once: what was fastest on two cores and left room in 24 GiB for two trainers (docs/benchmarks.md).
+DATA = {
+    "hh": Data("hhh", (512, 512), {"dpo_jax": 16, "trl": 4, "trl-bf16": 4, "tunix": 2}),
+    "ultrafeedback": Data("ultrafeedback", (512, 512), {"dpo_jax": 4, "trl": 2, "trl-bf16": 2, "tunix": 2}),
+}
+TRL = ("torch==2.13.0", "trl==1.16.0", "safetensors", "jinja2", "sentencepiece", "protobuf")
+PEERS = {
+    "trl": Peer("trl-environment", (3, 11), TRL, "benchmarks.trl_worker"),
+    "trl-bf16": Peer("trl-environment", (3, 11), TRL, "benchmarks.trl_worker", ("--bf16",)),
+    "tunix": Peer("tunix-environment", (3, 12), ("google-tunix==0.1.7",), "benchmarks.tunix_worker"),
+}
+OURS = ("jax", "jaxlib", "flax")
+THEIRS = {"trl-environment": ("trl", "torch", "transformers"), "tunix-environment": ("google-tunix", "jax", "flax")}
+SPARE = 8  # steps there are beyond those asked for: warm-up, and steps for which dpo_jax compiles
+
+
+def own_flags(a: argparse.Namespace, data: str, batch: int, steps: int) -> list[str]:
+    """dpo_jax's command line: a config's defaults, with what makes runs comparable and nothing written at the end."""
+    d, source = DATA[data], {"hh": a.hh, "ultrafeedback": a.ultrafeedback}[data]
+    settings = {
+        "model": a.model, "dataset": d.dataset, "dataset_path": source, "eval_pairs": 0, "cache_dir": a.out / "cache",
+        "max_prompt_length": d.limits[0], "max_completion_length": d.limits[1],
+        "batch_size": batch, "microbatches": max(1, batch // at_once(a, data, "dpo_jax")), "num_steps": steps,
+        "learning_rate": 1e-5, "lr_schedule": "constant", "warmup_steps": 0, "max_grad_norm": 0.0, "dpo_beta": 0.1,
+        "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "sample_prompts": 0, "export": False,
+    }  # fmt: skip
+    workdir = a.out / f"run-{data}-{batch}-{time.time_ns()}"
+    return [
+        "--config=configs/hhh.py",
+        f"--workdir={workdir}",
+        *(f"--config.{key}={value}" for key, value in settings.items()),
+    ]
+
+
+def at_once(a: argparse.Namespace, data: str, trainer: str) -> int:
+    """Pairs that a trainer computes at once."""
+    return a.at_once.get(trainer, DATA[data].at_once[trainer])
+
+
+def peer_command(
+    a: argparse.Namespace, name: str, data: str, file: Path, batch: int, longest: Sequence[int]
+) -> list[str]:
+    """The peer's worker over the batches in `file`, in the peer's environment, which is made if it is not there."""
+    peer = PEERS[name]
+    python = turns.make_environment(a.out / peer.environment, peer.requirements, lambda: turns.find_python(peer.python))
+    command = [python, "-m", peer.worker, "--model", a.model, "--steps-file", str(file)]
+    command += ["--micro-batch", str(min(batch, at_once(a, data, name))), *peer.flags]
+    if name == "tunix":
+        command += ["--widths", ",".join(str(-(-x // 8) * 8) for x in longest)]
+    return command
+
+
+def measure(a: argparse.Namespace, data: str, batch: int, name: str) -> dict[str, Any]:
+    """One cell: the seconds of every round of dpo_jax and of the peer, and what they logged.
+
+    Raises:
+      turns.Failed: one of them ended.
+    """
+    steps = a.steps + SPARE
+    file = a.out / f"steps-{data}-{batch}.jsonl"
+    own = [sys.executable, "-m", "benchmarks.own_worker", "--steps-file", str(file), "--steps", str(steps), "--"]
+    own += own_flags(a, data, batch, steps)
+    cell: dict[str, Any] = {"began": time.strftime("%Y-%m-%d %H:%M"), "load": [os.getloadavg()[0]], "peak_gflops": []}
+    records: dict[str, list[dict[str, Any]]] = {"dpo_jax": [], name: []}
+    with turns.Worker(own, a.out / f"dpo_jax-{data}-{batch}.log") as ours:
+        ready = ours.wait()
+        command = peer_command(a, name, data, file, batch, ready["longest"])
+        with turns.Worker(command, a.out / f"{name}-{data}-{batch}.log") as theirs:
+            theirs.wait()
+            workers = {"dpo_jax": ours, name: theirs}
+            timed = 0
+            for turn in range(steps):
+                if timed == a.steps:
+                    break
+                cell["peak_gflops"].append(machine.matmul_gflops())
+                for trainer in list(workers)[:: 1 if turn % 2 else -1]:
+                    record = workers[trainer].step()
+                    records[trainer].append(record)
+                    print(f"{data} {batch} {trainer} step {turn + 1}: {record['seconds']:.1f} s", flush=True)
+                timed += turn > 0 and not records["dpo_jax"][-1]["compiled"]
+    batches = read_steps(str(file))[: len(records[name])]
+    lengths = [[[len(pair[f"{part}_ids"]) for part in tables.PARTS] for pair in pairs] for pairs in batches]
+    cell["load"].append(os.getloadavg()[0])
+    used = {trainer: at_once(a, data, trainer) for trainer in records}
+    return cell | {"records": records, "lengths": lengths, "at_once": used, "limits": DATA[data].limits, **ready}
+
+
+def ablation(a: argparse.Namespace, data: str, batch: int) -> dict[str, Any]:
+    """What `ablation.py` says, in a process of its own."""
+    file = a.out / "ablation.json"
+    command = [sys.executable, "-m", "benchmarks.ablation", "--out", str(file), "--steps", str(a.steps), "--"]
+    print("ablation: compiling every variant", flush=True)
+    command += own_flags(a, data, batch, a.steps)
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
+    if code := subprocess.run(command, cwd=ROOT, env=env, check=False).returncode:
+        raise turns.Failed(f"the ablation ended with {code}")
+    return json.loads(file.read_text())
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """All at once or not at all."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(scratch, path)
+
+
+def described(a: argparse.Namespace) -> dict[str, Any]:
+    """The machine, the model and the versions that are there."""
+    from dpo_jax.weights import read_config
+
+    config, _ = read_config(Path(a.model))
+    table = config.vocab_size * config.hidden_size
+    tables_held = 1 if config.tie_word_embeddings else 2
+    found = {"dpo_jax": turns.versions(sys.executable, OURS)}
+    for name, packages in THEIRS.items():
+        python = a.out / name / "bin" / "python"
+        if python.exists():
+            found[name.removesuffix("-environment")] = turns.versions(os.path.abspath(python), packages)
+    return {
+        "machine": machine.name(),
+        "system": f"{platform.system()} {platform.release()}",
+        "model": {"body": config.parameter_count() - tables_held * table, "projection": table},
+        "versions": found,
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face directory")
+    parser.add_argument("--hh", default="", help="HH transcripts, .jsonl.gz")
+    parser.add_argument("--ultrafeedback", default="", help="UltraFeedback rows")
+    parser.add_argument("--peers", default=",".join(PEERS), help="which to run against; empty: none")
+    parser.add_argument("--batch-sizes", default="16,64", help="pairs a step")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps a cell, of each trainer")
+    parser.add_argument("--no-ablation", action="store_true", help="leave the ablation out")
+    parser.add_argument(
+        "--at-once", action="append", default=[], metavar="TRAINER=PAIRS", help="pairs computed at once"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="environments, logs, cached data")
+    parser.add_argument("--json", type=Path, help="results, read and written; default: results.json in --out")
+    parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/benchmarks.md")
+    a = parser.parse_args()
+    a.peers = [x for x in a.peers.split(",") if x]
+    if unknown := set(a.peers) - set(PEERS):
+        parser.error(f"--peers: {', '.join(sorted(unknown))} unknown; there are {', '.join(PEERS)}")
+    for name in ("model", "hh", "ultrafeedback"):
+        path = getattr(a, name)
+        if path and not os.path.exists(path):
+            parser.error(f"--{name}={path}: not there")
+        setattr(a, name, path and os.path.abspath(path))
+    try:
+        a.batch_sizes = [int(x) for x in a.batch_sizes.split(",")]
+        a.at_once = {name: int(pairs) for name, _, pairs in (x.partition("=") for x in a.at_once)}
+    except ValueError:
+        parser.error("--batch-sizes takes numbers (16,64), --at-once TRAINER=PAIRS (trl=2)")
+    a.out = a.out.resolve()
+    a.json = (a.json or a.out / "results.json").resolve()
+    return a
+
+
+def main() -> int:
+    a = parse()
+    a.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = json.loads(a.json.read_text()) if a.json.exists() else {"cells": {}}
+    jobs: dict[str, Any] = {}
+    for batch in a.batch_sizes:
+        for data in (name for name in DATA if getattr(a, name)):
+            for name in a.peers:
+                jobs[f"{data} {batch} {name}"] = lambda data=data, batch=batch, name=name: measure(a, data, batch, name)
+    if a.hh and not a.no_ablation:
+        jobs[f"hh {a.batch_sizes[0]} ablation"] = lambda: ablation(a, "hh", a.batch_sizes[0])
+    failed = []
+    for key, job in jobs.items():
+        if key in results["cells"]:
+            continue
+        try:
+            results["cells"][key] = job()
+        except turns.Failed as e:
+            failed.append(f"{key}: {e}")
+            continue
+        results |= described(a)
+        save(a.json, results)
+    if results["cells"]:
+        print(f"\n{tables.setting(results)}\n\n{tables.comparison(results)}\n\n{tables.ablation(results)}")
+    if a.write_docs:
+        tables.write(ROOT / "docs" / "benchmarks.md", results)
+    for line in failed:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
