@@ -1,7 +1,7 @@
 """dpo_jax against TRL 1.16 and google-tunix 0.1.7 on this machine, and what each part of dpo_jax's own step is worth.
 
     python benchmarks/compare.py --model DIR --hh FILE [--ultrafeedback FILE]
-        [--peers trl,trl-bf16,tunix] [--batch-sizes 16,64] [--steps 5] [--no-ablation]
+        [--peers trl:4,trl:1,...] [--own PAIRS] [--batch-sizes 16,64] [--steps 5] [--no-ablation]
         [--out DIR] [--json FILE] [--write-docs]
 
 DIR is a Hugging Face directory (a Llama in float32, such as SmolLM2-135M-Instruct), FILEs are raw ones, such as
@@ -10,7 +10,8 @@ and take turns, one step each, so that whatever else the machine does meets both
 for which dpo_jax compiles) is not timed. Both train on the same batches, those of dpo_jax's plan, with the same token
 ids, so their losses can be compared. dpo_jax runs as `python -m dpo_jax.train` does; the peers run in environments of
 their own, which are made beside --out. All compute in float32 but `trl-bf16` (autocast), keep parameters in float32,
-and have AdamW at 1e-5.
+and have AdamW at 1e-5. `trl:4` computes 4 pairs at once and accumulates their gradients to a step's: fewer at once is
+less padding and less memory; `--own` is the same of dpo_jax (its key `microbatches`).
 
 A finished cell is kept in --json and not measured again: an interrupted run goes on, and flags choose a part of the
 whole for now. The table is printed from everything that is there. `--write-docs` puts it into docs/benchmarks.md,
@@ -39,11 +40,11 @@ from benchmarks.gate import read_steps  # noqa: E402
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A dataset, its length limits, and how many pairs each trainer computes at once (the rest accumulates)."""
+    """A dataset, its length limits, and how many pairs dpo_jax computes at once unless told."""
 
     dataset: str
     limits: tuple[int, int]  # tokens of a prompt, of a completion
-    at_once: dict[str, int]
+    own: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +58,7 @@ class Peer:
     flags: tuple[str, ...] = ()
 
 
-# Pairs at once: what was fastest on two cores and left room in 24 GiB for two trainers (docs/benchmarks.md).
-DATA = {
-    "hh": Data("hhh", (512, 512), {"dpo_jax": 16, "trl": 4, "trl-bf16": 4, "tunix": 2}),
-    "ultrafeedback": Data("ultrafeedback", (512, 512), {"dpo_jax": 4, "trl": 2, "trl-bf16": 2, "tunix": 2}),
-}
+DATA = {"hh": Data("hhh", (512, 512), 16), "ultrafeedback": Data("ultrafeedback", (512, 512), 4)}
 TRL = ("torch==2.13.0", "trl==1.16.0", "safetensors", "jinja2", "sentencepiece", "protobuf")
 PEERS = {
     "trl": Peer("trl-environment", (3, 11), TRL, "benchmarks.trl_worker"),
@@ -70,6 +67,7 @@ PEERS = {
 }
 OURS = ("jax", "jaxlib", "flax")
 THEIRS = {"trl-environment": ("trl", "torch", "transformers"), "tunix-environment": ("google-tunix", "jax", "flax")}
+DEFAULT_PEERS = "trl:4,trl:1,trl-bf16:1,tunix:1"  # 4 is what people set, 1 is fastest on CPU (docs/benchmarks.md)
 SPARE = 8  # steps there are beyond those asked for: warm-up, and steps for which dpo_jax compiles
 
 
@@ -79,7 +77,7 @@ def own_flags(a: argparse.Namespace, data: str, batch: int, steps: int) -> list[
     settings = {
         "model": a.model, "dataset": d.dataset, "dataset_path": source, "eval_pairs": 0, "cache_dir": a.out / "cache",
         "max_prompt_length": d.limits[0], "max_completion_length": d.limits[1],
-        "batch_size": batch, "microbatches": max(1, batch // at_once(a, data, "dpo_jax")), "num_steps": steps,
+        "batch_size": batch, "microbatches": max(1, batch // own_pairs(a, data)), "num_steps": steps,
         "learning_rate": 1e-5, "lr_schedule": "constant", "warmup_steps": 0, "max_grad_norm": 0.0, "dpo_beta": 0.1,
         "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "sample_prompts": 0, "export": False,
     }  # fmt: skip
@@ -91,26 +89,25 @@ def own_flags(a: argparse.Namespace, data: str, batch: int, steps: int) -> list[
     ]
 
 
-def at_once(a: argparse.Namespace, data: str, trainer: str) -> int:
-    """Pairs that a trainer computes at once."""
-    return a.at_once.get(trainer, DATA[data].at_once[trainer])
+def own_pairs(a: argparse.Namespace, data: str) -> int:
+    """Pairs that dpo_jax computes at once."""
+    return a.own or DATA[data].own
 
 
-def peer_command(
-    a: argparse.Namespace, name: str, data: str, file: Path, batch: int, longest: Sequence[int]
-) -> list[str]:
+def peer_command(a: argparse.Namespace, spec: str, file: Path, longest: Sequence[int]) -> list[str]:
     """The peer's worker over the batches in `file`, in the peer's environment, which is made if it is not there."""
+    name, _, at_once = spec.partition(":")
     peer = PEERS[name]
     python = turns.make_environment(a.out / peer.environment, peer.requirements, lambda: turns.find_python(peer.python))
     command = [python, "-m", peer.worker, "--model", a.model, "--steps-file", str(file)]
-    command += ["--micro-batch", str(min(batch, at_once(a, data, name))), *peer.flags]
+    command += ["--micro-batch", at_once, *peer.flags]
     if name == "tunix":
         command += ["--widths", ",".join(str(-(-x // 8) * 8) for x in longest)]
     return command
 
 
-def measure(a: argparse.Namespace, data: str, batch: int, name: str) -> dict[str, Any]:
-    """One cell: the seconds of every round of dpo_jax and of the peer, and what they logged.
+def measure(a: argparse.Namespace, data: str, batch: int, spec: str) -> dict[str, Any]:
+    """One cell: the seconds of every round of dpo_jax and of the peer `spec` (`trl:4`), and what they logged.
 
     Raises:
       turns.Failed: one of them ended.
@@ -120,10 +117,11 @@ def measure(a: argparse.Namespace, data: str, batch: int, name: str) -> dict[str
     own = [sys.executable, "-m", "benchmarks.own_worker", "--steps-file", str(file), "--steps", str(steps), "--"]
     own += own_flags(a, data, batch, steps)
     cell: dict[str, Any] = {"began": time.strftime("%Y-%m-%d %H:%M"), "load": [os.getloadavg()[0]], "peak_gflops": []}
+    name = spec.partition(":")[0]
     records: dict[str, list[dict[str, Any]]] = {"dpo_jax": [], name: []}
     with turns.Worker(own, a.out / f"dpo_jax-{data}-{batch}.log") as ours:
         ready = ours.wait()
-        command = peer_command(a, name, data, file, batch, ready["longest"])
+        command = peer_command(a, spec, file, ready["longest"])
         with turns.Worker(command, a.out / f"{name}-{data}-{batch}.log") as theirs:
             theirs.wait()
             workers = {"dpo_jax": ours, name: theirs}
@@ -140,12 +138,13 @@ def measure(a: argparse.Namespace, data: str, batch: int, name: str) -> dict[str
     batches = read_steps(str(file))[: len(records[name])]
     lengths = [[[len(pair[f"{part}_ids"]) for part in tables.PARTS] for pair in pairs] for pairs in batches]
     cell["load"].append(os.getloadavg()[0])
-    used = {trainer: at_once(a, data, trainer) for trainer in records}
-    return cell | {"records": records, "lengths": lengths, "at_once": used, "limits": DATA[data].limits, **ready}
+    facts = {"limits": DATA[data].limits, "longest": ready["longest"], "pairs": ready["pairs"]}
+    return cell | {"records": records, "lengths": lengths, **facts}
 
 
 def ablation(a: argparse.Namespace, data: str, batch: int) -> dict[str, Any]:
-    """What `ablation.py` says, in a process of its own."""
+    """What `ablation.py` says, in a process of its own; all pairs of a step at once."""
+    a = argparse.Namespace(**vars(a) | {"own": batch})
     file = a.out / "ablation.json"
     command = [sys.executable, "-m", "benchmarks.ablation", "--out", str(file), "--steps", str(a.steps), "--"]
     print("ablation: compiling every variant", flush=True)
@@ -188,30 +187,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Hugging Face directory")
     parser.add_argument("--hh", default="", help="HH transcripts, .jsonl.gz")
     parser.add_argument("--ultrafeedback", default="", help="UltraFeedback rows")
-    parser.add_argument("--peers", default=",".join(PEERS), help="which to run against; empty: none")
+    parser.add_argument("--peers", default=DEFAULT_PEERS, metavar="NAME:PAIRS,...", help="against whom; empty: nobody")
+    parser.add_argument("--own", type=int, default=0, metavar="PAIRS", help="pairs that dpo_jax computes at once")
     parser.add_argument("--batch-sizes", default="16,64", help="pairs a step")
     parser.add_argument("--steps", type=int, default=5, help="timed steps a cell, of each trainer")
     parser.add_argument("--no-ablation", action="store_true", help="leave the ablation out")
-    parser.add_argument(
-        "--at-once", action="append", default=[], metavar="TRAINER=PAIRS", help="pairs computed at once"
-    )
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="environments, logs, cached data")
     parser.add_argument("--json", type=Path, help="results, read and written; default: results.json in --out")
     parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/benchmarks.md")
     a = parser.parse_args()
     a.peers = [x for x in a.peers.split(",") if x]
-    if unknown := set(a.peers) - set(PEERS):
-        parser.error(f"--peers: {', '.join(sorted(unknown))} unknown; there are {', '.join(PEERS)}")
+    for spec in a.peers:
+        name, _, pairs = spec.partition(":")
+        if name not in PEERS or not pairs.isdecimal() or not int(pairs):
+            parser.error(f"--peers: {spec!r} is no NAME:PAIRS, such as trl:4; there are {', '.join(PEERS)}")
     for name in ("model", "hh", "ultrafeedback"):
         path = getattr(a, name)
         if path and not os.path.exists(path):
             parser.error(f"--{name}={path}: not there")
         setattr(a, name, path and os.path.abspath(path))
-    try:
-        a.batch_sizes = [int(x) for x in a.batch_sizes.split(",")]
-        a.at_once = {name: int(pairs) for name, _, pairs in (x.partition("=") for x in a.at_once)}
-    except ValueError:
-        parser.error("--batch-sizes takes numbers (16,64), --at-once TRAINER=PAIRS (trl=2)")
+    if not all(x.isdecimal() and int(x) for x in a.batch_sizes.split(",")):
+        parser.error(f"--batch-sizes={a.batch_sizes} are no numbers, such as 16,64")
+    a.batch_sizes = [int(x) for x in a.batch_sizes.split(",")]
+    for spec, batch in ((spec, batch) for spec in [*a.peers, f"own:{a.own or 1}"] for batch in a.batch_sizes):
+        if batch % int(spec.partition(":")[2]):
+            parser.error(f"{spec}: {batch} pairs a step are no multiple of that; choose a divisor")
     a.out = a.out.resolve()
     a.json = (a.json or a.out / "results.json").resolve()
     return a
@@ -224,10 +224,13 @@ def main() -> int:
     jobs: dict[str, Any] = {}
     for batch in a.batch_sizes:
         for data in (name for name in DATA if getattr(a, name)):
-            for name in a.peers:
-                jobs[f"{data} {batch} {name}"] = lambda data=data, batch=batch, name=name: measure(a, data, batch, name)
+            for spec in a.peers:
+                key = f"{data} {batch} dpo_jax:{min(batch, own_pairs(a, data))} {spec}"
+                jobs[key] = lambda data=data, batch=batch, spec=spec: measure(a, data, batch, spec)
     if a.hh and not a.no_ablation:
-        jobs[f"hh {a.batch_sizes[0]} ablation"] = lambda: ablation(a, "hh", a.batch_sizes[0])
+        jobs[f"hh {a.batch_sizes[0]} dpo_jax:{own_pairs(a, 'hh')} ablation"] = lambda: ablation(
+            a, "hh", a.batch_sizes[0]
+        )
     failed = []
     for key, job in jobs.items():
         if key in results["cells"]:

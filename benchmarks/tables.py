@@ -9,8 +9,8 @@ PARTS = ("prompt", "chosen", "rejected")
 LABELS = {"dpo_jax": "dpo_jax", "trl": "TRL float32", "trl-bf16": "TRL bf16", "tunix": "Tunix float32"}
 NAMES = {"hh": "HH harmless-base", "ultrafeedback": "UltraFeedback"}
 COLUMNS = (
-    "data, pairs a step", "trainer", "s/step", "pairs/s", "real tokens/s", "share of matmul peak", "peak memory",
-    "dpo_jax: pairs/s", "memory",
+    "data, pairs a step", "trainer", "pairs at once", "s/step", "pairs/s", "real tokens/s", "share of matmul peak",
+    "peak memory", "dpo_jax: pairs/s", "memory",
 )  # fmt: skip
 ABLATION_COLUMNS = ("dpo_jax's step", "s/step", "times the full step", "XLA's temporaries", "real tokens")
 
@@ -55,27 +55,28 @@ def judge(cell: dict[str, Any], trainer: str, model: dict[str, int]) -> dict[str
     }
 
 
-def _row(where: str, trainer: str, m: dict[str, float], ratios: tuple[str, str] = ("", "")) -> list[str]:
-    numbers = [f"{m['seconds']:.1f}", f"{m['pairs']:.3f}", f"{m['tokens']:.0f}", f"{m['share']:.0%}"]
+def _row(where: str, spec: str, m: dict[str, float], ratios: tuple[str, str] = ("", "")) -> list[str]:
+    trainer, _, at_once = spec.partition(":")
+    numbers = [at_once, f"{m['seconds']:.1f}", f"{m['pairs']:.3f}", f"{m['tokens']:.0f}", f"{m['share']:.0%}"]
     return [where, LABELS[trainer], *numbers, f"{m['memory']:.1f} GB", *ratios]
 
 
 def comparison(results: dict[str, Any]) -> str:
     """A line for each peer, with dpo_jax's ratio to it in the same run, below dpo_jax's own medians of all its runs."""
-    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    groups: dict[tuple[str, str, str], dict[str, Any]] = {}
     for key, cell in results["cells"].items():
-        data, batch, name = key.split()
-        if name != "ablation":
-            groups.setdefault((data, batch), {})[name] = cell
+        data, batch, own, spec = key.split()
+        if spec != "ablation":
+            groups.setdefault((data, batch, own), {})[spec] = cell
     rows = []
-    for (data, batch), cells in groups.items():
-        ours = {name: judge(cell, "dpo_jax", results["model"]) for name, cell in cells.items()}
+    for (data, batch, own), cells in groups.items():
+        ours = {spec: judge(cell, "dpo_jax", results["model"]) for spec, cell in cells.items()}
         both = {key: statistics.median(m[key] for m in ours.values()) for key in next(iter(ours.values()))}
-        rows.append(_row(f"{NAMES[data]}, {batch}", "dpo_jax", both))
-        for name, cell in cells.items():
-            theirs, mine = judge(cell, name, results["model"]), ours[name]
+        rows.append(_row(f"{NAMES[data]}, {batch}", own, both))
+        for spec, cell in cells.items():
+            theirs, mine = judge(cell, spec.partition(":")[0], results["model"]), ours[spec]
             ratios = f"**{mine['pairs'] / theirs['pairs']:.2f}x**", f"{mine['memory'] / theirs['memory']:.2f}x"
-            rows.append(_row("", name, theirs, ratios))
+            rows.append(_row("", spec, theirs, ratios))
     return _markdown(COLUMNS, rows) if rows else "no trainer was compared"
 
 
@@ -120,11 +121,9 @@ def _agreement(cell: dict[str, Any]) -> str:
     loss = max(abs(x["dpo_loss"] - y["dpo_loss"]) for x, y in rounds)
     logp = max(abs(rounds[0][0][name] - rounds[0][1][name]) for name in ("chosen_logp", "rejected_logp"))
     fill = statistics.mean(x["fill"] for x in ours)
-    at_once = ", ".join(f"{name} {pairs}" for name, pairs in cell["at_once"].items())
     return (
         f"{len(rounds)} steps, largest difference of the loss {loss:.1e}, of the first batch's mean log-probabilities "
-        f"{logp:.2g} (of {ours[0]['chosen_logp']:.0f}); dpo_jax's rows {fill:.0%} real; pairs at once: {at_once}; "
-        f"{cell['began']}"
+        f"{logp:.2g} (of {ours[0]['chosen_logp']:.0f}); dpo_jax's rows {fill:.0%} real; {cell['began']}"
     )
 
 
