@@ -40,30 +40,31 @@ from benchmarks.gate import read_steps  # noqa: E402
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A dataset, its length limits, and how many pairs dpo_jax computes at once unless told."""
+    """A dataset, and how many of its pairs dpo_jax computes at once unless told."""
 
     dataset: str
-    limits: tuple[int, int]  # tokens of a prompt, of a completion
     own: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A peer: its environment and the worker that runs it."""
+    """A peer: its environment, the worker that runs it, and the length limits with which it and dpo_jax then run."""
 
     environment: str
     python: tuple[int, int]
     requirements: tuple[str, ...]
     worker: str
     flags: tuple[str, ...] = ()
+    limits: tuple[int, int] = (512, 512)  # tokens of a prompt, of a completion
 
 
-DATA = {"hh": Data("hhh", (512, 512), 16), "ultrafeedback": Data("ultrafeedback", (512, 512), 4)}
+DATA = {"hh": Data("hhh", 16), "ultrafeedback": Data("ultrafeedback", 4)}
 TRL = ("torch==2.13.0", "trl==1.16.0", "safetensors", "jinja2", "sentencepiece", "protobuf")
 PEERS = {
     "trl": Peer("trl-environment", (3, 11), TRL, "benchmarks.trl_worker"),
     "trl-bf16": Peer("trl-environment", (3, 11), TRL, "benchmarks.trl_worker", ("--bf16",)),
-    "tunix": Peer("tunix-environment", (3, 12), ("google-tunix==0.1.7",), "benchmarks.tunix_worker"),
+    # Every pair is padded to the limits: at 512 + 512 one pair at once took more than 17 GB.
+    "tunix": Peer("tunix-environment", (3, 12), ("google-tunix==0.1.7",), "benchmarks.tunix_worker", (), (256, 256)),
 }
 OURS = ("jax", "jaxlib", "flax")
 THEIRS = {"trl-environment": ("trl", "torch", "transformers"), "tunix-environment": ("google-tunix", "jax", "flax")}
@@ -71,12 +72,12 @@ DEFAULT_PEERS = "trl:4,trl:1,trl-bf16:1,tunix:1"  # 4 is what people set, 1 is f
 SPARE = 8  # steps there are beyond those asked for: warm-up, and steps for which dpo_jax compiles
 
 
-def own_flags(a: argparse.Namespace, data: str, batch: int, steps: int) -> list[str]:
+def own_flags(a: argparse.Namespace, data: str, batch: int, steps: int, limits: tuple[int, int]) -> list[str]:
     """dpo_jax's command line: a config's defaults, with what makes runs comparable and nothing written at the end."""
     d, source = DATA[data], {"hh": a.hh, "ultrafeedback": a.ultrafeedback}[data]
     settings = {
         "model": a.model, "dataset": d.dataset, "dataset_path": source, "eval_pairs": 0, "cache_dir": a.out / "cache",
-        "max_prompt_length": d.limits[0], "max_completion_length": d.limits[1],
+        "max_prompt_length": limits[0], "max_completion_length": limits[1],
         "batch_size": batch, "microbatches": max(1, batch // own_pairs(a, data)), "num_steps": steps,
         "learning_rate": 1e-5, "lr_schedule": "constant", "warmup_steps": 0, "max_grad_norm": 0.0, "dpo_beta": 0.1,
         "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "sample_prompts": 0, "export": False,
@@ -112,12 +113,11 @@ def measure(a: argparse.Namespace, data: str, batch: int, spec: str) -> dict[str
     Raises:
       turns.Failed: one of them ended.
     """
-    steps = a.steps + SPARE
+    name, steps = spec.partition(":")[0], a.steps + SPARE
     file = a.out / f"steps-{data}-{batch}.jsonl"
     own = [sys.executable, "-m", "benchmarks.own_worker", "--steps-file", str(file), "--steps", str(steps), "--"]
-    own += own_flags(a, data, batch, steps)
+    own += own_flags(a, data, batch, steps, PEERS[name].limits)
     cell: dict[str, Any] = {"began": time.strftime("%Y-%m-%d %H:%M"), "load": [os.getloadavg()[0]], "peak_gflops": []}
-    name = spec.partition(":")[0]
     records: dict[str, list[dict[str, Any]]] = {"dpo_jax": [], name: []}
     with turns.Worker(own, a.out / f"dpo_jax-{data}-{batch}.log") as ours:
         ready = ours.wait()
@@ -138,7 +138,7 @@ def measure(a: argparse.Namespace, data: str, batch: int, spec: str) -> dict[str
     batches = read_steps(str(file))[: len(records[name])]
     lengths = [[[len(pair[f"{part}_ids"]) for part in tables.PARTS] for pair in pairs] for pairs in batches]
     cell["load"].append(os.getloadavg()[0])
-    facts = {"limits": DATA[data].limits, "longest": ready["longest"], "pairs": ready["pairs"]}
+    facts = {"limits": PEERS[name].limits, "longest": ready["longest"], "pairs": ready["pairs"]}
     return cell | {"records": records, "lengths": lengths, **facts}
 
 
@@ -148,7 +148,7 @@ def ablation(a: argparse.Namespace, data: str, batch: int) -> dict[str, Any]:
     file = a.out / "ablation.json"
     command = [sys.executable, "-m", "benchmarks.ablation", "--out", str(file), "--steps", str(a.steps), "--"]
     print("ablation: compiling every variant", flush=True)
-    command += own_flags(a, data, batch, a.steps)
+    command += own_flags(a, data, batch, a.steps, (512, 512))
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
     if code := subprocess.run(command, cwd=ROOT, env=env, check=False).returncode:
         raise turns.Failed(f"the ablation ended with {code}")
@@ -225,12 +225,12 @@ def main() -> int:
     for batch in a.batch_sizes:
         for data in (name for name in DATA if getattr(a, name)):
             for spec in a.peers:
-                key = f"{data} {batch} dpo_jax:{min(batch, own_pairs(a, data))} {spec}"
+                limits = "+".join(map(str, PEERS[spec.partition(":")[0]].limits))
+                key = f"{data} {batch} {limits} dpo_jax:{min(batch, own_pairs(a, data))} {spec}"
                 jobs[key] = lambda data=data, batch=batch, spec=spec: measure(a, data, batch, spec)
     if a.hh and not a.no_ablation:
-        jobs[f"hh {a.batch_sizes[0]} dpo_jax:{own_pairs(a, 'hh')} ablation"] = lambda: ablation(
-            a, "hh", a.batch_sizes[0]
-        )
+        batch = a.batch_sizes[0]
+        jobs[f"hh {batch} 512+512 dpo_jax:{batch} ablation"] = lambda: ablation(a, "hh", batch)
     failed = []
     for key, job in jobs.items():
         if key in results["cells"]:

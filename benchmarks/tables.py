@@ -9,8 +9,8 @@ PARTS = ("prompt", "chosen", "rejected")
 LABELS = {"dpo_jax": "dpo_jax", "trl": "TRL float32", "trl-bf16": "TRL bf16", "tunix": "Tunix float32"}
 NAMES = {"hh": "HH harmless-base", "ultrafeedback": "UltraFeedback"}
 COLUMNS = (
-    "data, pairs a step", "trainer", "pairs at once", "s/step", "pairs/s", "real tokens/s", "share of matmul peak",
-    "peak memory", "dpo_jax: pairs/s", "memory",
+    "data, limits in tokens, pairs a step", "trainer", "pairs at once", "s/step", "pairs/s", "real tokens/s",
+    "share of matmul peak", "peak memory", "dpo_jax: pairs/s", "memory",
 )  # fmt: skip
 ABLATION_COLUMNS = ("dpo_jax's step", "s/step", "times the full step", "XLA's temporaries", "real tokens")
 
@@ -63,16 +63,16 @@ def _row(where: str, spec: str, m: dict[str, float], ratios: tuple[str, str] = (
 
 def comparison(results: dict[str, Any]) -> str:
     """A line for each peer, with dpo_jax's ratio to it in the same run, below dpo_jax's own medians of all its runs."""
-    groups: dict[tuple[str, str, str], dict[str, Any]] = {}
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for key, cell in results["cells"].items():
-        data, batch, own, spec = key.split()
+        *group, spec = key.split()
         if spec != "ablation":
-            groups.setdefault((data, batch, own), {})[spec] = cell
+            groups.setdefault(tuple(group), {})[spec] = cell
     rows = []
-    for (data, batch, own), cells in groups.items():
+    for (data, batch, limits, own), cells in groups.items():
         ours = {spec: judge(cell, "dpo_jax", results["model"]) for spec, cell in cells.items()}
         both = {key: statistics.median(m[key] for m in ours.values()) for key in next(iter(ours.values()))}
-        rows.append(_row(f"{NAMES[data]}, {batch}", own, both))
+        rows.append(_row(f"{NAMES[data]}, {limits}, {batch}", own, both))
         for spec, cell in cells.items():
             theirs, mine = judge(cell, spec.partition(":")[0], results["model"]), ours[spec]
             ratios = f"**{mine['pairs'] / theirs['pairs']:.2f}x**", f"{mine['memory'] / theirs['memory']:.2f}x"
