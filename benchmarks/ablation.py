@@ -8,10 +8,10 @@ plan's common shape are taken. First every variant takes one step from the same 
 gradient's norm must agree, so all do the same work. Then they take turns, one step each, on the pairs of step 1, 2, ...
 
     no sharing       a prompt lies before each of its completions: computed twice, in rows of the same pairs
-    no packing       one pair a row, padded to the longest prompt, chosen and rejected completion of the batch
+    no packing       one pair a row, padded to the longest prompt and completions of all these steps, as one compiled
+                     shape must be; four pairs at once, as sixteen do not fit in 16 GB
     whole logits     the hidden states of all tokens are projected, not only those that predict completions, all at once
     no chunks        the logits of all completion tokens exist at one time
-    remat            what the backward pass computes again: nothing, or everything
     cached reference the reference's log-probabilities come with the batch (`reference_cache`)
 """
 
@@ -76,11 +76,13 @@ class Variant:
       rows: step → the batch's arrays `[rows, ...]` and the widths of its rows.
       logps: the model over such rows.
       cached: whether the reference's log-probabilities come with the batch.
+      parts: microbatches.
     """
 
     rows: Callable[[int], tuple[Rows, Slots]]
     logps: LogpsFn
     cached: bool = False
+    parts: int = 1
 
 
 def projected(layout: Layout, targets: Slots, *, chunk_tokens: int) -> LogpsFn:
@@ -148,10 +150,11 @@ def variants(plan: Schedule, steps: list[int], layout: Layout) -> dict[str, Vari
     ]
     widths = -(-np.max([x.sum(1).max(0) for x in sums], axis=0) // 8) * 8
 
+    pairs = {step: placed[placed >= 0] for step, placed in ((step, plan.place(step)[1]) for step in steps)}
+    longest = -(-np.max([plan.lengths[ids].max(0) for ids in pairs.values()], axis=0) // 8) * 8
+
     def one_a_row(step: int) -> tuple[Rows, Slots]:
-        _, placed = plan.place(step)
-        ids = placed[placed >= 0]
-        longest = -(-plan.lengths[ids].max(0) // 8) * 8
+        ids = pairs[step]
         alone = RowShape(len(ids), *map(int, longest), 1)
         return build_rows(plan.pairs, ids[:, None], alone), slots_of(alone)
 
@@ -163,13 +166,11 @@ def variants(plan: Schedule, steps: list[int], layout: Layout) -> dict[str, Vari
             lambda step: unshared_rows(plan, plan.place(step)[1], shape, widths[1:]),
             projected(layout, completions, chunk_tokens=1024),
         ),
-        "no packing": Variant(one_a_row, ours),
+        "no packing": Variant(one_a_row, ours, parts=max(1, plan.batch_size // 4)),
         "whole logits": Variant(lambda step: shared(step, all_tokens), projected(layout, tokens, chunk_tokens=WHOLE)),
         "no chunks": Variant(
             lambda step: shared(step, with_targets), projected(layout, completions, chunk_tokens=WHOLE)
         ),
-        "remat none": Variant(shared, policy.logps_fn(layout, remat="none")),
-        "remat full": Variant(shared, policy.logps_fn(layout, remat="full")),
         "cached reference": Variant(shared, ours, cached=True),
     }
 
@@ -188,13 +189,19 @@ def main() -> None:
     with jax.set_mesh(mesh):
         plan = plan_of(c, inputs.prepare_pairs(c, found.tokenizer, workdir, None).train, layout, None)
         steps = [i for i in range(plan.steps_per_epoch) if plan.place(i)[0] == plan.shapes[0]][: a.steps]
-        a.out.write_text(json.dumps(measure(c, found, layout, plan, steps), indent=1))
+        measure(c, found, layout, plan, steps, a.out)
+
+
+def variant_batch(rows: Rows, parts: int, layout: Layout) -> dict[str, jax.Array]:
+    """Rows as the step takes them: `[parts, rows, ...]`."""
+    n = len(rows["tokens"]) // parts
+    return to_global({k: x.reshape(parts, n, *x.shape[1:]) for k, x in rows.items()}, layout.mesh, n)
 
 
 def measure(
-    c: dict[str, Any], found: policy.Policy, layout: Layout, plan: Schedule, steps: list[int]
-) -> dict[str, Any]:
-    """Seconds of every variant at every step, XLA's temporaries, and real tokens of computed ones."""
+    c: dict[str, Any], found: policy.Policy, layout: Layout, plan: Schedule, steps: list[int], file: Path
+) -> None:
+    """Seconds of every variant at every step, XLA's temporaries, and real tokens of computed ones; kept in `file`."""
     tx, rate = transformation(c, c["learning_rate"], c["lr_schedule"], len(steps))
     objective = make_objective(c)
     fresh = lambda: policy.start_state(policy.load_params(found, layout, c["seed"]), tx, layout)
@@ -211,7 +218,7 @@ def measure(
         runs[name], fill = [], []
         for number in steps:
             rows, slots = variant.rows(number)
-            batch = to_global({k: x[None] for k, x in rows.items()}, layout.mesh, len(rows["tokens"]))
+            batch = variant_batch(rows, variant.parts, layout)
             if variant.cached:
                 batch |= {"ref_logps": given(reference, batch, slots)[0]}
             held = None if variant.cached else reference
@@ -234,7 +241,8 @@ def measure(
             state, _ = runs[name][i](state)
             out[name]["seconds"].append(time.perf_counter() - start)
             print(f"ablation: {name} step {i + 1}: {out[name]['seconds'][-1]:.1f} s", flush=True)
-    return {"began": began, "load": [*load, os.getloadavg()[0]], "variants": out, "first": first}
+        found_so_far = {"began": began, "load": [*load, os.getloadavg()[0]], "variants": out, "first": first}
+        file.write_text(json.dumps(found_so_far, indent=1))
 
 
 if __name__ == "__main__":
