@@ -1,12 +1,9 @@
-"""Run TRL's DPOTrainer on CPU over preference pairs in file order and write what it logged and how long each step took.
+"""TRL's DPOTrainer on CPU, with dpo_jax's settings.
 
-Needs torch, trl 1.16 and nothing of dpo_jax: `vs_trl.py` runs it in TRL's own environment, and
-`tests/golden/record_trl.py` records golden numbers with it.
+Needs torch, trl 1.16 and nothing of dpo_jax. `tests/golden/record_trl.py` records golden numbers with `run_trl`;
+`compare.py` runs this file in TRL's own environment, over given batches and stopped at a gate before every step:
 
-    python benchmarks/trl_worker.py --model DIR --pairs FILE.jsonl --steps 16 --batch-size 4 --out trl.json
-
-A line of FILE.jsonl is {"prompt": [messages], "chosen": [message], "rejected": [message]}. After the last pair it goes
-on with the first.
+    python -m benchmarks.trl_worker --gate IN,OUT --model DIR --steps-file FILE --micro-batch 4 [--bf16]
 """
 
 import argparse
@@ -15,7 +12,6 @@ import json
 import logging
 import math
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,8 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+
+from benchmarks.gate import Gate, read_steps
 
 COLUMNS = ("prompt", "chosen", "rejected")
 # dpo_jax's keys and their values here; TRL's and transformers' own defaults differ (linear schedule, clipping at 1).
@@ -38,24 +36,44 @@ SETTINGS = {
     "loss": "sigmoid",
     "label_smoothing": 0.0,
 }
+# TRL's names of what the workers tell, and ours.
+LOGGED = {
+    "loss": "dpo_loss",
+    "logps/chosen": "chosen_logp",
+    "logps/rejected": "rejected_logp",
+    "grad_norm": "grad_norm",
+}
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop"}
 
 
-class _Clock(transformers.TrainerCallback):
-    """When each step ended (the first entry: when the first began), and every step's record."""
+class _Records(transformers.TrainerCallback):
+    """Every step's record."""
 
     def __init__(self) -> None:
-        self.marks: list[float] = []
         self.records: list[dict[str, float]] = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if not self.marks:
-            self.marks.append(time.perf_counter())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "rewards/margins" in logs:  # not the summary at the end
-            self.marks.append(time.perf_counter())
             self.records.append({k: v for k, v in logs.items() if isinstance(v, (int, float))})
+
+
+class _Turns(_Records):
+    """Stops at a gate before every step; tells what the step before logged."""
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        last = self.records[-1] if self.records else {}
+        self.gate.boundary(**{ours: last[name] for name, ours in LOGGED.items() if name in last})
+
+
+class _Tokenised(trl.DPOTrainer):
+    """A trainer whose dataset holds token ids already, as it would make them itself."""
+
+    def _prepare_dataset(self, dataset, *args):
+        return dataset
 
 
 def loss_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +88,46 @@ def loss_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"loss_type": [settings["loss"]], "label_smoothing": smoothing}
 
 
+def trl_config(settings: Mapping[str, Any], scratch: str, batch_size: int, steps: int, parts: int = 1) -> trl.DPOConfig:
+    """A configuration for `steps` steps of `batch_size` pairs in their order, computed in `parts`.
+
+    `settings` says what differs from `SETTINGS`; `bf16` = autocast, parameters stay float32.
+    """
+    unknown = set(settings) - set(SETTINGS) - {"bf16"}
+    if unknown:
+        raise ValueError(f"settings {sorted(unknown)} have no counterpart here; there are {sorted(SETTINGS)}")
+    s = SETTINGS | dict(settings)
+    return trl.DPOConfig(
+        output_dir=scratch,
+        per_device_train_batch_size=batch_size // parts,
+        gradient_accumulation_steps=parts,
+        max_steps=steps,
+        train_sampling_strategy="sequential",
+        max_length=None,
+        beta=s["dpo_beta"],
+        **loss_arguments(s),
+        optim=OPTIMIZERS[s["optimizer"]],
+        learning_rate=s["learning_rate"],
+        lr_scheduler_type=s["lr_schedule"],
+        warmup_steps=s["warmup_steps"],
+        weight_decay=s["weight_decay"],
+        max_grad_norm=s["max_grad_norm"] or 1e9,  # at 0 no norm is logged
+        bf16=s.get("bf16", False),
+        gradient_checkpointing=False,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def load(model: str | Path) -> tuple[Any, Any]:
+    """The model in float32 and its tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tokenizer
+
+
 def run_trl(
     model: str | Path, rows: Sequence[Mapping[str, Any]], batch_size: int, steps: int, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -80,54 +138,37 @@ def run_trl(
       rows: preference pairs, conversations or plain strings.
       batch_size: pairs a step.
       steps: updates; the rows are repeated as often as that needs.
-      settings: what differs from `SETTINGS`; `bf16` = autocast, parameters stay float32.
+      settings: as in `trl_config`.
 
     Returns:
-      `logged` TRL's record of every step, `lengths` [prompt, chosen, rejected] in tokens of every row, `step_seconds`
-      (from the end of the step before, data and logging included).
+      `logged` TRL's record of every step, `lengths` [prompt, chosen, rejected] in tokens of every row.
     """
-    unknown = set(settings) - set(SETTINGS) - {"bf16"}
-    if unknown:
-        raise ValueError(f"settings {sorted(unknown)} have no counterpart here; there are {sorted(SETTINGS)}")
-    s = SETTINGS | dict(settings)
     logging.getLogger("trl").setLevel(logging.ERROR)  # it warns of the negative label smoothing above
     rows = [{k: row[k] for k in COLUMNS} for row in rows]
     endless = rows * math.ceil(batch_size * steps / len(rows))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    policy = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    clock = _Clock()
+    policy, tokenizer = load(model)
+    seen = _Records()
     with tempfile.TemporaryDirectory() as scratch:
-        config = trl.DPOConfig(
-            output_dir=scratch,
-            per_device_train_batch_size=batch_size,
-            max_steps=steps,
-            train_sampling_strategy="sequential",
-            max_length=None,
-            beta=s["dpo_beta"],
-            **loss_arguments(s),
-            optim=OPTIMIZERS[s["optimizer"]],
-            learning_rate=s["learning_rate"],
-            lr_scheduler_type=s["lr_schedule"],
-            warmup_steps=s["warmup_steps"],
-            weight_decay=s["weight_decay"],
-            max_grad_norm=s["max_grad_norm"] or 1e9,  # at 0 no norm is logged
-            bf16=s.get("bf16", False),
-            gradient_checkpointing=False,
-            use_cpu=True,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
+        config = trl_config(settings, scratch, batch_size, steps)
         data = Dataset.from_list(endless[: batch_size * steps])
-        trainer = trl.DPOTrainer(policy, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
+        trainer = trl.DPOTrainer(policy, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[seen])
         # trainer prints every record on standard output
         with contextlib.redirect_stdout(None):
             trainer.train()
     ids = trainer.train_dataset
     lengths = [[len(row[f"{part}_ids"]) for part in COLUMNS] for row in ids.select(range(min(len(rows), len(ids))))]
-    seconds = [end - begin for begin, end in zip(clock.marks, clock.marks[1:], strict=False)]
-    return {"logged": clock.records, "lengths": lengths, "step_seconds": seconds}
+    return {"logged": seen.records, "lengths": lengths}
+
+
+def run_in_turns(gate: Gate, model: str, steps: list[list[dict[str, Any]]], micro_batch: int, *, bf16: bool) -> None:
+    """Train on given batches, in parts of `micro_batch` pairs; every step waits at the gate."""
+    size = len(steps[0])
+    policy, tokenizer = load(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        config = trl_config({"bf16": bf16}, scratch, size, len(steps), size // micro_batch)
+        data = Dataset.from_list([pair for pairs in steps for pair in pairs])
+        turns = [_Turns(gate)]
+        _Tokenised(policy, args=config, train_dataset=data, processing_class=tokenizer, callbacks=turns).train()
 
 
 def versions() -> dict[str, str]:
@@ -142,15 +183,13 @@ def read_pairs(path: str | Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gate", required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--pairs", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--steps-file", required=True)
+    parser.add_argument("--micro-batch", required=True, type=int)
     parser.add_argument("--bf16", action="store_true")
     a = parser.parse_args()
-    result = run_trl(a.model, read_pairs(a.pairs), a.batch_size, a.steps, {"bf16": a.bf16})
-    Path(a.out).write_text(json.dumps(result | {"versions": versions()}))
+    run_in_turns(Gate(a.gate), a.model, read_steps(a.steps_file), a.micro_batch, bf16=a.bf16)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,249 @@
+"""What each part of dpo_jax's step is worth: the same step and the same pairs with one part left out at a time.
+
+    python -m benchmarks.ablation --out FILE.json --steps 5 -- --config=... --workdir=... [dpo_jax.train's FLAGS]
+
+Every variant is `step.make_train_step` with the product's model, loss and optimiser; what differs is how the pairs lie
+in rows, which hidden states are projected to the vocabulary, and arguments such as the chunk's size. Steps of the
+plan's common shape are taken. First every variant takes one step from the same start: log-probabilities and the
+gradient's norm must agree, so all do the same work. Then they take turns, one step each, on the pairs of step 1, 2, ...
+
+    no sharing       a prompt lies before each of its completions: computed twice, in rows of the same pairs
+    no packing       one pair a row, padded to the longest prompt and completions of all these steps, as one compiled
+                     shape must be; four pairs at once, as sixteen do not fit in 16 GB
+    whole logits     the hidden states of all tokens are projected, not only those that predict completions, all at once
+    no chunks        the logits of all completion tokens exist at one time
+    cached reference the reference's log-probabilities come with the batch (`reference_cache`)
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from dpo_jax import inputs, policy
+from dpo_jax.attention import Slots
+from dpo_jax.config import parse
+from dpo_jax.data.packing import RowShape
+from dpo_jax.data.pipeline import PairSource, Schedule, build_rows
+from dpo_jax.logprobs import pair_logps
+from dpo_jax.loop import slots_of
+from dpo_jax.model import hidden_states, unembedding
+from dpo_jax.phases import make_objective, plan_of, transformation
+from dpo_jax.policy import Layout
+from dpo_jax.sharding import axis_rules, make_mesh, to_global
+from dpo_jax.step import LogpsFn, make_logps_step, make_train_step
+
+Rows = dict[str, np.ndarray]
+WHOLE = 10**9  # tokens: more than there are, so one chunk
+AGREE = {"chosen_logp": 1e-4, "rejected_logp": 1e-4, "grad_norm": 1e-3}  # relative
+
+
+@dataclasses.dataclass(frozen=True)
+class Unshared:
+    """The same pairs with no prompt to share: each completion has its own before it."""
+
+    pairs: PairSource
+
+    @property
+    def lengths(self) -> np.ndarray:
+        prompt, chosen, rejected = np.asarray(self.pairs.lengths).T
+        return np.stack([0 * prompt, prompt + chosen, prompt + rejected], axis=1)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        prompt, chosen, rejected = self.pairs[i]
+        return prompt[:0], np.concatenate([prompt, chosen]), np.concatenate([prompt, rejected])
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to lay out a step and to compute it.
+
+    Attributes:
+      rows: step → the batch's arrays `[rows, ...]` and the widths of its rows.
+      logps: the model over such rows.
+      cached: whether the reference's log-probabilities come with the batch.
+      parts: microbatches.
+    """
+
+    rows: Callable[[int], tuple[Rows, Slots]]
+    logps: LogpsFn
+    cached: bool = False
+    parts: int = 1
+
+
+def projected(layout: Layout, targets: Slots, *, chunk_tokens: int) -> LogpsFn:
+    """The model over rows that say themselves which hidden states are projected, and for which tokens.
+
+    `target_tokens` and `target_segments` `[B, N]` are what `pair_logps` otherwise takes from the row, `targets` the
+    widths of their two slots.
+    """
+    rules = axis_rules(layout.config, layout.mesh)
+
+    def logps(params: Any, micro: dict[str, jax.Array], slots: Slots) -> Any:
+        with nn.logical_axis_rules(rules):
+            hidden = hidden_states(params, micro, config=layout.config, slots=slots, dtype=layout.dtype, remat="dots")
+            chosen = {"tokens": micro["target_tokens"], "segments": micro["target_segments"], "source": micro["source"]}
+            options: Any = {"pairs_per_row": micro["is_pair"].shape[-1], "chunk_tokens": chunk_tokens}
+            return pair_logps(hidden, chosen, unembedding(params), slots=targets, **options)
+
+    return logps
+
+
+def with_targets(rows: Rows, shape: RowShape) -> Rows:
+    """Rows whose targets are those of the product: the completion slots' tokens."""
+    return rows | {f"target_{name}": rows[name][:, shape.prompt :] for name in ("tokens", "segments")}
+
+
+def all_tokens(rows: Rows, shape: RowShape) -> Rows:
+    """The prompts' hidden states are projected too, into log-probabilities that belong to no pair."""
+    rows = with_targets(rows, shape)
+    prompt = np.broadcast_to(np.arange(shape.prompt, dtype=np.int32), (len(rows["tokens"]), shape.prompt))
+    added = {"source": prompt, "target_tokens": 0 * prompt, "target_segments": 0 * prompt}
+    return rows | {name: np.concatenate([rows[name], x], axis=1) for name, x in added.items()}
+
+
+def unshared_rows(plan: Schedule, placed: np.ndarray, target: RowShape, widths: np.ndarray) -> tuple[Rows, Slots]:
+    """Rows `[ prompt chosen ... | prompt rejected ... ]` of the pairs in `placed`; targets in slots as `target` has."""
+    pairs = Unshared(plan.pairs)
+    shape = RowShape(len(placed), 0, int(widths[0]), int(widths[1]), placed.shape[1])
+    rows = build_rows(pairs, placed, shape)
+    names = ("source", "target_tokens", "target_segments")
+    out = {name: np.zeros((len(placed), target.chosen + target.rejected), np.int32) for name in names}
+    for b, row in enumerate(placed):
+        at, used = [0, shape.chosen], [0, target.chosen]
+        for k in np.flatnonzero(row >= 0):
+            lengths, whole = plan.lengths[row[k]], pairs.lengths[row[k]]
+            for slot in (0, 1):
+                n, end = int(lengths[slot + 1]), at[slot] + int(whole[slot + 1])
+                place = slice(used[slot], used[slot] + n)
+                out["source"][b, place] = np.arange(end - n - 1, end - 1)
+                out["target_tokens"][b, place] = rows["tokens"][b, end - n : end]
+                out["target_segments"][b, place] = k + 1
+                at[slot], used[slot] = end, place.stop
+    return rows | out, Slots(0, shape.chosen, shape.rejected)
+
+
+def variants(plan: Schedule, steps: list[int], layout: Layout) -> dict[str, Variant]:
+    """The full step, and the step without each of its parts; all over the same `steps`, which have one shape."""
+    shape = plan.place(steps[0])[0]
+
+    def shared(step: int, finish: Callable[[Rows, RowShape], Rows] = lambda rows, _: rows) -> tuple[Rows, Slots]:
+        return finish(build_rows(plan.pairs, plan.place(step)[1], shape), shape), slots_of(shape)
+
+    sums = [
+        Unshared(plan.pairs).lengths[np.maximum(placed, 0)] * (placed >= 0)[..., None]
+        for placed in (plan.place(step)[1] for step in steps)
+    ]
+    widths = -(-np.max([x.sum(1).max(0) for x in sums], axis=0) // 8) * 8
+
+    pairs = {step: placed[placed >= 0] for step, placed in ((step, plan.place(step)[1]) for step in steps)}
+    longest = -(-np.max([plan.lengths[ids].max(0) for ids in pairs.values()], axis=0) // 8) * 8
+
+    def one_a_row(step: int) -> tuple[Rows, Slots]:
+        ids = pairs[step]
+        alone = RowShape(len(ids), *map(int, longest), 1)
+        return build_rows(plan.pairs, ids[:, None], alone), slots_of(alone)
+
+    completions, tokens = Slots(0, shape.chosen, shape.rejected), Slots(0, shape.chosen, shape.rejected + shape.prompt)
+    ours = policy.logps_fn(layout, remat="dots")
+    return {
+        "full": Variant(shared, ours),
+        "no sharing": Variant(
+            lambda step: unshared_rows(plan, plan.place(step)[1], shape, widths[1:]),
+            projected(layout, completions, chunk_tokens=1024),
+        ),
+        "no packing": Variant(one_a_row, ours, parts=max(1, plan.batch_size // 4)),
+        "whole logits": Variant(lambda step: shared(step, all_tokens), projected(layout, tokens, chunk_tokens=WHOLE)),
+        "no chunks": Variant(
+            lambda step: shared(step, with_targets), projected(layout, completions, chunk_tokens=WHOLE)
+        ),
+        "cached reference": Variant(shared, ours, cached=True),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--steps", required=True, type=int)
+    parser.add_argument("flags", nargs="+")
+    a = parser.parse_args()
+    config, workdir, _ = parse(["dpo_jax.train", *a.flags])
+    c = dict(config)
+    mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"])
+    found = policy.find(c["model"], workdir, c["seed"])
+    layout = policy.lay_out(found.config, mesh, param_dtype=c["param_dtype"], compute_dtype=c["compute_dtype"])
+    with jax.set_mesh(mesh):
+        plan = plan_of(c, inputs.prepare_pairs(c, found.tokenizer, workdir, None).train, layout, None)
+        steps = [i for i in range(plan.steps_per_epoch) if plan.place(i)[0] == plan.shapes[0]][: a.steps]
+        measure(c, found, layout, plan, steps, a.out)
+
+
+def variant_batch(rows: Rows, parts: int, layout: Layout) -> dict[str, jax.Array]:
+    """Rows as the step takes them: `[parts, rows, ...]`."""
+    n = len(rows["tokens"]) // parts
+    return to_global({k: x.reshape(parts, n, *x.shape[1:]) for k, x in rows.items()}, layout.mesh, n)
+
+
+def measure(
+    c: dict[str, Any], found: policy.Policy, layout: Layout, plan: Schedule, steps: list[int], file: Path
+) -> None:
+    """Seconds of every variant at every step, XLA's temporaries, and real tokens of computed ones; kept in `file`."""
+    tx, rate = transformation(c, c["learning_rate"], c["lr_schedule"], len(steps))
+    objective = make_objective(c)
+    fresh = lambda: policy.start_state(policy.load_params(found, layout, c["seed"]), tx, layout)
+    reference = policy.load_reference(found.directory, layout, moves=False)
+    state = fresh()
+    runs: dict[str, list[Callable[[Any], Any]]] = {}
+    out: dict[str, Any] = {}
+    first: dict[str, dict[str, float]] = {}
+    began, load = time.strftime("%Y-%m-%d %H:%M"), [os.getloadavg()[0]]
+    for name, variant in variants(plan, steps, layout).items():
+        step = make_train_step(variant.logps, objective, tx, rate, compute_dtype=layout.dtype)
+        given = make_logps_step(variant.logps, compute_dtype=layout.dtype)
+        compiled: dict[Slots, Any] = {}
+        runs[name], fill = [], []
+        for number in steps:
+            rows, slots = variant.rows(number)
+            batch = variant_batch(rows, variant.parts, layout)
+            if variant.cached:
+                batch |= {"ref_logps": given(reference, batch, slots)[0]}
+            held = None if variant.cached else reference
+            if slots not in compiled:
+                compiled[slots] = step.lower(state, held, batch, slots).compile()
+            run = compiled[slots]
+            runs[name].append(lambda s, run=run, held=held, batch=batch: jax.block_until_ready(run(s, held, batch)))
+            fill.append(float((rows["segments"] != 0).mean()))
+        _, metrics = runs[name][0](fresh())
+        first[name] = {key: float(metrics[key]) for key in AGREE}
+        bytes_of = [x.memory_analysis().temp_size_in_bytes for x in compiled.values()]
+        out[name] = {"seconds": [], "temporary_gb": max(bytes_of) / 1e9, "fill": float(np.mean(fill))}
+        print(f"ablation: {name} compiled, {out[name]['temporary_gb']:.2f} GB, {first[name]}", flush=True)
+    for name, values in first.items():
+        for key, tolerance in AGREE.items():
+            assert abs(values[key] / first["full"][key] - 1) < tolerance, f"{name} does not compute the same: {first}"
+    for i in range(len(steps)):
+        for name in list(runs)[:: 1 if i % 2 else -1]:
+            start = time.perf_counter()
+            state, _ = runs[name][i](state)
+            out[name]["seconds"].append(time.perf_counter() - start)
+            print(f"ablation: {name} step {i + 1}: {out[name]['seconds'][-1]:.1f} s", flush=True)
+        found_so_far = {"began": began, "load": [*load, os.getloadavg()[0]], "variants": out, "first": first}
+        file.write_text(json.dumps(found_so_far, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

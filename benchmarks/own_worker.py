@@ -1,0 +1,84 @@
+"""`python -m dpo_jax.train`, stopped at a gate before every step: dpo_jax's part of `compare.py`.
+
+Everything is the product's: its command line, data, plan, feed, loop and step. Only the step that the loop calls is
+wrapped, to wait for its turn and to wait for its result. Before the first step the pairs of the first steps are written
+to `--steps-file`: the peers train on the same batches.
+
+    python -m benchmarks.own_worker --gate IN,OUT --steps-file FILE --steps N -- --config=... --workdir=... [FLAGS]
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.gate import Gate
+from dpo_jax import train
+from dpo_jax.data.pipeline import StepSource
+from dpo_jax.loop import Phase, run_phase
+
+LOGGED = ("dpo_loss", "chosen_logp", "rejected_logp", "grad_norm")
+
+
+def write_steps(source: StepSource, path: Path, steps: int) -> None:
+    """The pairs of the first steps as `gate.read_steps` reads them, those of a step in random order.
+
+    In the plan's order, pairs of one row come together, which says something about their lengths.
+    """
+    rng = np.random.default_rng(0)
+    with path.open("w", encoding="utf-8") as f:
+        for step in range(steps):
+            _, placed = source.schedule.place(step)
+            ids = rng.permutation(placed[placed >= 0])
+            names = ("prompt_ids", "chosen_ids", "rejected_ids")
+            pairs = [dict(zip(names, (x.tolist() for x in source.schedule.pairs[int(i)]), strict=True)) for i in ids]
+            f.write(json.dumps(pairs) + "\n")
+
+
+def gated(phase: Phase, gate: Gate) -> Phase:
+    """The phase with a step that takes its turn."""
+    lengths = phase.source.schedule.lengths
+    facts: dict[str, Any] = {"longest": [int(lengths[:, 0].max()), int(lengths[:, 1:].max())], "pairs": len(lengths)}
+    compiled: set[Any] = set()
+    count = 0
+
+    def step(state: Any, reference: Any, batch: Any, slots: Any) -> Any:
+        nonlocal count
+        gate.boundary(**facts)
+        state, metrics = jax.block_until_ready(phase.train_step(state, reference, batch, slots))
+        shape = (slots, batch["tokens"].shape)
+        info = phase.source[count]["info"]
+        facts.clear()
+        facts.update({name: float(metrics[name]) for name in LOGGED})
+        facts.update(compiled=shape not in compiled, fill=info["fraction"], shape=dataclasses.astuple(info["shape"]))
+        compiled.add(shape)
+        count += 1
+        return state, metrics
+
+    return dataclasses.replace(phase, train_step=step)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gate", required=True)
+    parser.add_argument("--steps-file", required=True, type=Path)
+    parser.add_argument("--steps", required=True, type=int)
+    parser.add_argument("flags", nargs="+")
+    a = parser.parse_args()
+    gate = Gate(a.gate)
+
+    def run_gated(phase: Phase, *args: Any, **kwargs: Any) -> Any:
+        write_steps(phase.source, a.steps_file, a.steps)
+        return run_phase(gated(phase, gate), *args, **kwargs)
+
+    train.run_phase = run_gated
+    return train.main(["dpo_jax.train", *a.flags])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
