@@ -19,6 +19,7 @@ if "COLAB_RELEASE_TAG" in os.environ and importlib.util.find_spec("dpo_jax") is 
     get_ipython().kernel.do_shutdown(restart=True)  # noqa: F821 (IPython's)
 
 # %%
+import gzip
 import json
 import math
 import os
@@ -196,8 +197,6 @@ for beta in BETAS:
 PROMPTS = 16 if SMALL else 64
 LONGEST = 48  # tokens of an answer; a longer one is compared up to there
 with (Path("runs/tutorial-sft/synthetic-0/synthetic/test.jsonl.gz")).open("rb") as file:
-    import gzip
-
     lines = gzip.decompress(file.read()).decode().splitlines()[:PROMPTS]
 prompts = [json.loads(line)["chosen"].rpartition("\n\nAssistant:")[0] + "\n\nAssistant:" for line in lines]
 prompt_ids = [np.asarray(model.tokenizer(text)["input_ids"], np.int32) for text in prompts]
@@ -271,8 +270,8 @@ plt.show()
 # | answers become long or repeat themselves | length tells chosen from rejected | look at `inspect`'s lengths; `ld_alpha` below 1 |
 # | loss jumps, large `grad_norm`, then `not finite` | learning rate too high | a lower one, in a new workdir |
 #
-# The fifth of a second of arithmetic in section 3 also says what a too high rate does: after an overshoot h is far below 0, where
-# the loss is a straight line of slope beta. Here it is, ten thousand times a sensible rate for a pre-trained model:
+# After an overshoot h can be far below 0, where the loss is a straight line of slope beta. Here a rate of 0.05, five
+# thousand times a sensible one for a pre-trained model:
 
 # %%
 wild = base.copy_and_resolve_references()
@@ -281,6 +280,8 @@ wild.update(
 )
 dpo_jax.train.run(wild, "runs/tutorial-wild")
 wild_losses = [
-    r["dpo_loss"] for r in map(json.loads, Path("runs/tutorial-wild/metrics.jsonl").open()) if r["split"] == "train"
+    r["dpo_loss"]
+    for r in map(json.loads, Path("runs/tutorial-wild/metrics.jsonl").read_text().splitlines())
+    if r["split"] == "train"
 ]
 print("loss by update:", [round(x, 2) for x in wild_losses])
