@@ -65,7 +65,7 @@ print("rejected:", pair.rejected[0]["content"])
 assert pair.swap().label == "A"
 assert pair.swap().chosen == pair.chosen
 try:
-    LabeledComparison(comparison, label="Tie").chosen  # noqa: B018
+    LabeledComparison(comparison, label="Tie").chosen
 except ValueError as error:
     print("Tie:", error)
 
