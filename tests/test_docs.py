@@ -1,0 +1,75 @@
+"""The pages of docs/: what they tell people to run parses, links and anchors lead somewhere, the lists are complete."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from configs import common
+from dpo_jax import data_command, plan
+from dpo_jax.config import TRAIN, check, read_flags
+from tests import configuration_page
+
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
+# Commands by module and, where it has several, by the first word.
+KNOWN = {"train": TRAIN, "plan": plan.COMMAND} | {f"data {name}": c for name, c in data_command.COMMANDS.items()}
+
+
+def _commands(page):
+    """Lines of a page's code blocks that run one of our modules, continued lines joined."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if re.search(r"-m dpo_jax\.\w+", line)]
+
+
+COMMANDS = [(page, line) for page in PAGES for line in _commands(page)]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda x: str(x)[:60])
+def test_commands_parse(page, line):
+    words = shlex.split(line[line.index("dpo_jax.") :], comments=True)
+    module, *rest = words
+    name = module.removeprefix("dpo_jax.")
+    assert Path(f"dpo_jax/{name}.py").exists() or Path(f"dpo_jax/{name}/__main__.py").exists(), line
+    if name == "data":
+        name = f"data {rest.pop(0)}"
+    if name in KNOWN:
+        config, _ = read_flags([module, *(word for word in rest if word != "...")], KNOWN[name])
+        check(config.to_dict())
+
+
+def test_there_are_commands_to_parse():
+    assert len(COMMANDS) > 10
+
+
+def _anchors(page):
+    """Anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_anchors_lead_somewhere(page):
+    for path, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)]+)\)", page.read_text()):
+        target = (page.parent / path).resolve() if path else page
+        if target.suffix == ".md":
+            assert anchor in _anchors(target), f"{path}#{anchor}"
+
+
+def test_the_configuration_page_is_what_the_comments_say(request):
+    path, page = Path("docs/configuration.md"), configuration_page.page()
+    if request.config.getoption("--write-docs"):
+        path.write_text(page)
+    assert path.read_text() == page, "run this test with --write-docs"
+
+
+def test_every_key_is_on_the_configuration_page():
+    found = [key for _, keys in configuration_page.sections(Path("configs/common.py").read_text()) for key, _ in keys]
+    assert found == list(dict.fromkeys(found))
+    assert set(found) == set(common.get_config())
+
+
+def test_a_key_without_comment_is_refused():
+    with pytest.raises(ValueError, match="lonely has no comment"):
+        configuration_page.sections("    # --- a\n    c.lonely = 1\n")
