@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dpo_jax import integrity, processes
 from dpo_jax.errors import SAVE_FAILED, UserError
+from dpo_jax.processes import is_of_a_lost_peer
 from dpo_jax.sharding import any_process, from_first
 
 # Orbax reports every phase of every save, and its own traceback of a failed one; `_saving` says that in a line.
@@ -144,6 +145,8 @@ def _saving(directory: Any) -> Iterator[None]:
     try:
         yield
     except Exception as e:  # of the file system, tensorstore, orbax: they have no parent in common
+        if is_of_a_lost_peer(e):  # processes talk to each other in a save: it is not the disk
+            raise
         for unfinished in Path(directory).glob(f"*{_UNFINISHED}"):  # room for what else is written at the end
             shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(

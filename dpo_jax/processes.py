@@ -43,11 +43,16 @@ def leave(code: int) -> int:
     return code
 
 
+def is_of_a_lost_peer(error: BaseException) -> bool:
+    """Whether an error means that another process of this run is gone."""
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not jax.distributed.is_initialized():
+        return False
+    return any(word in str(error).lower() for word in _OF_A_PEER)
+
+
 def end_if_a_peer_is_gone(error: BaseException) -> None:
     """End this process with a line that says so, if that is what the error means; else return."""
-    if not isinstance(error, jax.errors.JaxRuntimeError) or not jax.distributed.is_initialized():
-        return
-    if not any(word in str(error).lower() for word in _OF_A_PEER):
+    if not is_of_a_lost_peer(error):
         return
     print(
         f"error: another process of this run is gone ({str(error).strip().splitlines()[0]}), so this one ends too "

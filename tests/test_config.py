@@ -165,7 +165,9 @@ export""".split()
 def test_the_keys_of_the_contract_are_there_and_every_key_is_used():
     keys = set(common.get_config())
     assert set(CONTRACT) <= keys
-    source = "".join(Path(f"dpo_jax/{name}.py").read_text() for name in ("train", "config", "inputs"))
+    source = "".join(
+        Path(f"dpo_jax/{name}.py").read_text() for name in ("train", "phases", "reference", "config", "inputs")
+    )
     data = set(DataRequest.__dataclass_fields__)
     assert [k for k in sorted(keys) if f'"{k}"' not in source and k not in data] == []
 

@@ -286,7 +286,8 @@ def test_a_peer_that_is_killed_ends_the_other_with_a_message(lost, environment, 
 
 
 def test_a_peer_that_falls_silent_ends_the_other_with_stacks(environment, work):  # noqa: F811
-    started = _pair(work, environment, stuck_after_seconds=8.0)
+    # No checkpoints: it could be caught in a save, where it is given more time.
+    started = _pair(work, environment, stuck_after_seconds=8.0, checkpoint_every=0)
     started[1].send_signal(signal.SIGSTOP)
     printed, _ = started[0].communicate(timeout=120)
     started[1].kill()
