@@ -45,9 +45,11 @@ def leave(code: int) -> int:
 
 def is_of_a_lost_peer(error: BaseException) -> bool:
     """Whether an error means that another process of this run is gone."""
-    if not isinstance(error, jax.errors.JaxRuntimeError) or not jax.distributed.is_initialized():
+    said = str(error).lower()
+    if not jax.distributed.is_initialized():
         return False
-    return any(word in str(error).lower() for word in _OF_A_PEER)
+    # Orbax raises what it caught anew, as another kind of error with the same words.
+    return "gloo" in said or (isinstance(error, jax.errors.JaxRuntimeError) and any(w in said for w in _OF_A_PEER))
 
 
 def end_if_a_peer_is_gone(error: BaseException) -> None:
