@@ -90,55 +90,6 @@ def splash_flops(name: str, q) -> float | None:
     return products[name] * each if name in products else None
 
 
-def _steps(topology):
-    """The training step of a small Llama on two meshes: name → (mesh, jitted step, its arguments)."""
-    import jax
-    import jax.numpy as jnp
-
-    from dpo_jax import policy, sharding, step
-    from dpo_jax.architecture import ModelConfig
-    from dpo_jax.attention import Slots
-    from dpo_jax.objective import preference_objective
-    from dpo_jax.optim import optimizer, schedule
-
-    config = ModelConfig(
-        model_type="llama",
-        vocab_size=4096,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=128,
-        rope_theta=10000.0,
-    )
-    rate = schedule("constant", peak=1e-2, warmup_steps=0, total_steps=10)
-    tx = optimizer("adamw", rate, weight_decay=0.01, max_grad_norm=1.0)
-    slots, pairs = Slots(256, 128, 128), 4
-    for name, sizes, microbatches, remat in (
-        ("step_1x8x1", (1, 8, 1), 1, "dots"),
-        ("step_1x4x2", (1, 4, 2), 2, "full"),
-    ):
-        mesh = sharding.make_mesh(*sizes, devices=topology.devices)
-        layout = policy.lay_out(config, mesh, param_dtype="float32", compute_dtype="bfloat16")
-        objective = preference_objective({"sigmoid": 1.0}, beta=0.1)
-        logps = policy.logps_fn(layout, remat=remat)
-        train_step = step.make_train_step(logps, objective, tx, rate, compute_dtype=jnp.bfloat16)
-        state = policy.abstract_state(tx, layout)
-        reference = jax.tree.map(
-            lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=p.sharding), state.params
-        )
-        sizes_of = {"tokens": slots.total, "segments": slots.total, "positions": slots.total}
-        shapes = {name: ((width,), jnp.int32) for name, width in (sizes_of | {"source": slots.completions}).items()}
-        shapes |= {"is_pair": ((pairs,), jnp.bool_), "completion_tokens": ((pairs, 2), jnp.int32)}
-        spread = sharding.batch_sharding(mesh)
-        batch = {
-            name: jax.ShapeDtypeStruct((microbatches, 16 // microbatches, *dims), dtype, sharding=spread)
-            for name, (dims, dtype) in shapes.items()
-        }
-        yield name, mesh, train_step, (state, reference, batch, slots)
-
-
 def main(topology_name: str, directory: Path, names: tuple[str, ...]) -> None:
     import jax
     import numpy as np
@@ -147,11 +98,8 @@ def main(topology_name: str, directory: Path, names: tuple[str, ...]) -> None:
     from dpo_jax import jaxpr_costs
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name)
-    if any(name.startswith("step") for name in names):
-        programs = [program for program in _steps(topology) if program[0] in names]
-    else:
-        mesh = jax.sharding.Mesh(np.array(topology.devices), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-        programs = [(name, mesh, jax.jit(f), args) for name, (f, args) in _programs(mesh).items()]
+    mesh = jax.sharding.Mesh(np.array(topology.devices), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    programs = [(name, mesh, jax.jit(f), args) for name, (f, args) in _programs(mesh).items()]
     directory.mkdir(parents=True, exist_ok=True)
     formula = lambda name, operands, results: splash_flops(name, max((x.shape for x in operands), key=math.prod))
     for name, mesh, f, args in programs:
