@@ -152,13 +152,8 @@ def _read_lengths(file: str) -> Lengths:
 
 def plan(c: Config, model: ModelConfig, lengths: Lengths, topology: Topology) -> dict[str, Any]:
     """Compile for one topology and report; see `lines` for what the keys mean."""
-    devices = topology.devices()
-    mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"], devices)
-    inputs.check_division(c["batch_size"], row_shards(mesh), c["microbatches"])
-    layout = lay_out(c, model, mesh)
-    order = Order(c["seed"], c["shuffle"], c["drop_remainder"])
-    schedule = make_schedule(lengths, c["batch_size"], policy.row_limits(layout, c["microbatches"]), order)
-    shapes = shares(schedule)
+    layout, schedule = _planned(c, model, lengths, topology)
+    mesh, shapes = layout.mesh, shares(schedule)
     report: dict[str, Any] = {
         "topology": topology.name,
         "accelerator_type": topology.accelerator_type,
@@ -177,6 +172,15 @@ def plan(c: Config, model: ModelConfig, lengths: Lengths, topology: Topology) ->
         return report | _measured(c, layout, schedule, topology, shapes, lengths)
     except TooLargeError as e:
         return report | _too_large(c, layout, str(e))
+
+
+def _planned(c: Config, model: ModelConfig, lengths: Lengths, topology: Topology) -> tuple[Layout, Schedule]:
+    """The model on the topology's mesh, and every step of an epoch in rows that it takes."""
+    mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"], topology.devices())
+    inputs.check_division(c["batch_size"], row_shards(mesh), c["microbatches"])
+    layout = lay_out(c, model, mesh)
+    order = Order(c["seed"], c["shuffle"], c["drop_remainder"])
+    return layout, make_schedule(lengths, c["batch_size"], policy.row_limits(layout, c["microbatches"]), order)
 
 
 def _measured(
@@ -261,8 +265,16 @@ def largest_batch(c: Config, model: ModelConfig, lengths: Lengths, topology: Top
     room = topology.generation.hbm_bytes
 
     def need(batch: int) -> float | None:
-        report = plan({**c, "batch_size": batch}, model, lengths, topology) if batch != c["batch_size"] else first
-        return report["memory"]["largest_shape_total"] if report["fits"] else None
+        if batch == c["batch_size"]:
+            return first["memory"]["largest_shape_total"] if first["fits"] else None
+        asked = {**c, "batch_size": batch}
+        layout, schedule = _planned(asked, model, lengths, topology)
+        widest = max(shares(schedule), key=lambda s: s.tokens)
+        tx = transformation(asked, c["learning_rate"], c["lr_schedule"], 1)
+        try:
+            return train_program(asked, layout, make_objective(asked), tx, widest).total_bytes
+        except TooLargeError:
+            return None
 
     fitting, too_large = _bracket(need, c["batch_size"], unit, lengths.pairs)
     for _ in range(4):

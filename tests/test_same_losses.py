@@ -32,15 +32,18 @@ RATE = schedule("constant", peak=1e-2, warmup_steps=0, total_steps=10)
 TX = optimizer("adamw", RATE, weight_decay=0.01, max_grad_norm=1.0)
 
 
+@functools.cache
+def _fresh(seed):
+    fresh = nn.meta.unbox(jax.jit(functools.partial(init_params, config=CONFIG))(jax.random.key(seed)))
+    return jax.device_get(jax.tree.map(lambda p: p * 8 if p.ndim > 2 else p, fresh))
+
+
 def _run(sizes=(1, 1, 1), remat="dots", steps=3, **options):
     """Three updates; the metrics of each, the final parameters and the final state's shardings."""
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     layout = policy.lay_out(CONFIG, mesh, param_dtype="float32", compute_dtype="float32", **options)
     with jax.set_mesh(mesh):
-        fresh = [
-            jax.tree.map(lambda p: p * 8 if p.ndim > 2 else p, nn.meta.unbox(init_params(jax.random.key(seed), CONFIG)))
-            for seed in (0, 1)
-        ]
+        fresh = [jax.tree.map(jnp.array, _fresh(seed)) for seed in (0, 1)]
         state = policy.start_state(jax.device_put(fresh[0], layout.shardings), TX, layout)
         reference = jax.device_put(fresh[1], layout.reference_shardings)
         from_host = layout.reference_offload
