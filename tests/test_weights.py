@@ -376,7 +376,7 @@ def test_download_from_a_hub(hub, saved, tmp_path, monkeypatch):
         (saved / name).write_text("x")
     shutil.copytree(saved, hub.root / "someone" / "small")
     directory = hub_module.resolve("someone/small")
-    assert {f.name for f in directory.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {f.name for f in directory.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
     config, hf = weights.read_config(directory)
     params = load(directory, config)
     assert_same(params, random_params(UNTIED))
