@@ -203,6 +203,7 @@ def check(config: Mapping[str, Any]) -> None:
     _check_loss(config, known)
     _check_lora(config, known)
     _check_offload(config)
+    parse_options(config["compiler_options"])
     if not config["model"]:
         raise UserError("model is empty; name a Hugging Face id, a directory, or tiny")
     if not config["num_steps"] and not config["num_epochs"]:
@@ -273,6 +274,18 @@ def _check_offload(c: Mapping[str, Any]) -> None:
             raise UserError(f"reference_offload=True: {key}={c[key]} {why}; set one of them to its default")
     if c["reference_offload"] and not needs_reference({name: LOSSES[name] for name in parse_loss(c["loss"])}):
         raise UserError(f"reference_offload=True: loss={c['loss']} has no reference; set it to False")
+
+
+def parse_options(text: str) -> dict[str, str]:
+    """`NAME=VALUE,NAME=VALUE` → compiler options.
+
+    Raises:
+      UserError: it is not of this form.
+    """
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    if any(not (name and equals and value) for name, equals, value in pairs):
+        raise UserError(f"compiler_options={text!r}: must be NAME=VALUE,NAME=VALUE, such as xla_tpu_...=true")
+    return {name.strip().lstrip("-"): value.strip() for name, _, value in pairs}
 
 
 def check_workdir(workdir: str) -> str:

@@ -20,13 +20,13 @@ from jax.sharding import Mesh
 from dpo_jax import about, answers, inputs, kl, lora, metrics, policy
 from dpo_jax.architecture import ModelConfig
 from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.config import parse_options
 from dpo_jax.data.cache import cache_root
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.packing import Order
 from dpo_jax.data.pipeline import PairSource, Schedule, StepSource, make_schedule
 from dpo_jax.data.prepare import Prepared
 from dpo_jax.data.split import Pairs
-from dpo_jax.errors import UserError
 from dpo_jax.model import Params
 from dpo_jax.objective import Objective, parse_loss, preference_objective
 from dpo_jax.optim import optimizer, schedule
@@ -60,18 +60,6 @@ def keep_compiled(c: Config) -> None:
     if c["compilation_cache"] != "off" and not jax.config.values["jax_compilation_cache_dir"]:
         directory = c["compilation_cache"] or str(cache_root(c["cache_dir"]) / "compiled")
         jax.config.update("jax_compilation_cache_dir", directory)
-
-
-def parse_options(text: str) -> dict[str, str]:
-    """`NAME=VALUE,NAME=VALUE` → compiler options.
-
-    Raises:
-      UserError: it is not of this form.
-    """
-    pairs = [pair.partition("=") for pair in text.split(",") if pair]
-    if any(not (name and equals and value) for name, equals, value in pairs):
-        raise UserError(f"compiler_options={text!r}: must be NAME=VALUE,NAME=VALUE, such as xla_tpu_...=true")
-    return {name.strip().lstrip("-"): value.strip() for name, _, value in pairs}
 
 
 def lay_out(c: Config, config: ModelConfig, mesh: Mesh) -> Layout:

@@ -157,7 +157,7 @@ class Topology:
                     platform="tpu", topology_name=f"{self.generation.name}:{self._shape}", **options
                 )
         except Exception as e:  # plugin errors are of many kinds
-            if "libtpu" in str(e) or "not found" in str(e).lower() or isinstance(e, ModuleNotFoundError):
+            if any(word in str(e) for word in ("libtpu", "not found", "not installed")):
                 raise UserError(
                     f"{self.name}: the TPU compiler is not installed; pip install 'dpo_jax[tpu]' (Linux, x86-64)"
                 ) from None
