@@ -82,18 +82,6 @@ def test_it_reports_what_the_step_needs_and_could_do(tmp_path):
     assert first["evaluation_pairs_per_second"] > 2 * first["pairs_per_second"]
 
 
-@compiler
-def test_what_does_not_fit_is_said_with_the_reason_and_the_search_finds_what_does(tmp_path):
-    args = ["--config.batch_size=256", "--config.remat=none", "--topology=v5e:1x1", "--search"]
-    done = _plan(*TINY, *args, f"--json={tmp_path / 'plan.json'}")
-    assert done.returncode == 0, done.stderr
-    (r,) = json.loads((tmp_path / "plan.json").read_text())["topologies"]
-    assert not r["fits"]
-    assert "DOES NOT FIT" in done.stdout
-    assert "of 15.75G" in r["why"]
-    assert 32 <= r["largest_batch"] < 256
-
-
 def test_drawn_lengths_are_those_of_the_quantiles():
     for dataset, (_, quantiles) in LENGTHS.items():
         drawn = draw_lengths(dataset, (10_000, 10_000), 40_000)
