@@ -162,14 +162,15 @@ def test_the_same_command_again_changes_nothing(finished, environment):
     assert ((workdir / "metrics.jsonl").read_text(), (workdir / "samples.jsonl").read_text()) == before
 
 
-def _stop_at(workdir, environment, split, step, how, **changed):
-    """Start the run and send a signal when a record is there; returns the exit code."""
+def _stop_at(workdir, environment, split, step, how, saved=None, **changed):
+    """Start the run and send a signal when a record, and checkpoint `saved`, are there; returns the exit code."""
     command = _command(workdir, **changed)
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     path, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         records = metrics.read(path) if path.exists() else []
-        if any(r["split"] == split and r["step"] >= step for r in records):
+        written = saved is None or (workdir / "checkpoints" / str(saved)).is_dir()
+        if written and any(r["split"] == split and r["step"] >= step for r in records):
             process.send_signal(how)
             break
         time.sleep(0.01)
@@ -191,10 +192,10 @@ def test_a_moving_reference_goes_on_where_it_was(environment, tmp_path):
     """TR-DPO: the reference is the run's own state now, and evaluations are against the moved one."""
     changed = {"sft_steps": 0, "num_steps": 7, "export": False, "sample_prompts": 0, "eval_every": 1}
     changed |= {"loss": "sigmoid:1.0,aot:0.5", "microbatches": 2, "learning_rate": 1e-3}
-    changed |= {"reference_sync_steps": 3, "reference_sync_alpha": 1.0}
+    changed |= {"reference_sync_steps": 3, "reference_sync_alpha": 1.0, "checkpoint_every": 4}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     _finish(whole, environment, **changed)
-    code, _ = _stop_at(cut, environment, "train", 5, signal.SIGKILL, **changed)
+    code, _ = _stop_at(cut, environment, "train", 5, signal.SIGKILL, saved=4, **changed)
     assert code == -signal.SIGKILL
     assert "going on from checkpoint 4" in _finish(cut, environment, **changed)
     assert _values(cut) == _values(whole)
