@@ -149,7 +149,9 @@ def _compile(step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Lay
     def kernel(name: str, operands: Any) -> float | None:
         if name == "ragged-dot-metadata":  # of a grouped product: no products
             return 0.0
-        return splash.kernel_flops(name, splash.query_shape(operands), slots, tiling) if tiling is not None else None
+        if not isinstance(tiling, splash.Tiling):
+            return None
+        return splash.kernel_flops(name, splash.query_shape(operands), slots, tiling)
 
     def called(call: hlo.KernelCall) -> float | None:
         found = kernel(call.name, call.operands)

@@ -22,9 +22,11 @@ from dpo_jax.attention import Slots, apply_rotary, cached_attention, pair_row_at
 from dpo_jax.experts import balance_sums, experts_mlp, route
 from dpo_jax.remat import REMAT_POLICIES, to_device
 from dpo_jax.splash import Tiling, splash_attention
+from dpo_jax.tiles import Skipping, tiled_attention
 from dpo_jax.vocabulary import embed
 
 Params = Any  # a nested dict of arrays
+RowTiling = Tiling | Skipping | None  # how attention of pair rows runs; None: as dense blocks
 
 NO_WINDOW = 2**30  # positions, more than any row has
 
@@ -282,18 +284,21 @@ def _score_options(config: ModelConfig) -> dict[str, float | None]:
     return {"scale": None if scalar is None else scalar**-0.5, "softcap": config.attn_logit_softcapping}
 
 
-def _row_attention(config: ModelConfig, slots: Slots, tiling: Tiling | None = None) -> Callable:
-    """Attention of pair rows: by the kernel where there is a tiling for it, else as dense blocks.
+def _row_attention(config: ModelConfig, slots: Slots, tiling: RowTiling = None) -> Callable:
+    """Attention of pair rows: by the kernel, or in tiles that skip, where `tiling` says so, else as dense blocks.
 
-    Layers with windows that rows can reach beyond have dense blocks too: windows count positions, the kernel columns.
+    With windows that rows can reach beyond, dense blocks are in the kernel's place: it counts columns, they positions.
     """
 
     def attend(q, k, v, context, cache):
         options: dict[str, Any] = _score_options(config) | {"slots": slots}
-        if tiling is not None and "window" not in context:
-            return splash_attention(q, k, v, context["segments"], tiling=tiling, **options), cache
         window = (context["positions"], context["window"]) if "window" in context else None
-        out = pair_row_attention(q, k, v, context["segments"], window=window, **options)
+        if isinstance(tiling, Tiling) and window is None:
+            return splash_attention(q, k, v, context["segments"], tiling=tiling, **options), cache
+        if isinstance(tiling, Skipping):
+            out = tiled_attention(q, k, v, context["segments"], skipping=tiling, window=window, **options)
+        else:
+            out = pair_row_attention(q, k, v, context["segments"], window=window, **options)
         return checkpoint_name(out, "attention_out"), cache
 
     return attend
@@ -327,7 +332,7 @@ def hidden_states(
     slots: Slots,
     dtype=jnp.float32,
     remat: str = "none",
-    tiling: Tiling | None = None,
+    tiling: RowTiling = None,
     from_host: bool = False,
 ) -> jax.Array:
     """Final hidden states of pair rows.
@@ -357,7 +362,7 @@ def hidden_states_and_balance(
     slots: Slots,
     dtype=jnp.float32,
     remat: str = "none",
-    tiling: Tiling | None = None,
+    tiling: RowTiling = None,
     from_host: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`hidden_states` of a model with experts, and how evenly its experts were used.

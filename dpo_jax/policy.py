@@ -20,7 +20,7 @@ from dpo_jax.data.packing import RowLimits
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import Logps, pair_logps
 from dpo_jax.lora import Lora, init_adapters
-from dpo_jax.model import Params, hidden_states, hidden_states_and_balance, init_params, unembedding
+from dpo_jax.model import Params, RowTiling, hidden_states, hidden_states_and_balance, init_params, unembedding
 from dpo_jax.remat import to_device
 from dpo_jax.sharding import (
     adapter_shardings,
@@ -33,10 +33,11 @@ from dpo_jax.sharding import (
 )
 from dpo_jax.splash import Tiling
 from dpo_jax.step import LogpsFn, TrainState, init_state
+from dpo_jax.tiles import Skipping
 from dpo_jax.tpu import generation_of
 from dpo_jax.vocabulary import LogpOptions
 
-ATTENTION = ("auto", "splash", "dense")  # auto: the kernel on TPU, dense blocks elsewhere
+ATTENTION = ("auto", "splash", "tiles", "dense")
 # A reference that follows the policy (TR-DPO): small changes would be lost in bfloat16.
 MOVING = jnp.dtype("float32")
 
@@ -70,7 +71,7 @@ class Layout:
       dtype: of activations, products and the reference.
       base_dtype: of the frozen base under adapters.
       lora: the adapters; None where all parameters are trained.
-      tiling: of the attention kernel; None is attention as dense blocks.
+      tiling: how attention of pair rows runs; None is as dense blocks.
       optimizer_offload, reference_offload: whether the optimiser's moments, or the reference, lie in the host's memory.
       compiler_options: XLA's, for the steps on these devices.
     """
@@ -83,7 +84,7 @@ class Layout:
     dtype: Any
     base_dtype: Any
     lora: Lora | None
-    tiling: Tiling | None = None
+    tiling: RowTiling = None
     optimizer_offload: bool = False
     reference_offload: bool = False
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -172,13 +173,24 @@ def lay_out(
     )
 
 
-def _tiling(attention: str, device: jax.Device) -> Tiling | None:
-    """How the attention kernel runs on this device, None where dense blocks are used."""
-    is_tpu = device.platform == "tpu"
-    if attention == "dense" or (attention == "auto" and not is_tpu):
+def _tiling(attention: str, device: jax.Device) -> RowTiling:
+    """How attention of pair rows runs on this device.
+
+    Raises:
+      UserError: tiles were asked for elsewhere than on CPU. Their loops are as long as the data says, of which an
+        accelerator would ask the host before every tile.
+    """
+    platform = device.platform
+    if attention == "auto":
+        attention = {"tpu": "splash", "cpu": "tiles"}.get(platform, "dense")
+    if attention == "tiles":
+        if platform != "cpu":
+            raise UserError(f"attention=tiles is for CPU, and this is {platform}; use auto, splash or dense")
+        return Skipping()
+    if attention == "dense":
         return None
     generation = generation_of(device)
-    return Tiling(generation.largest_tile if generation else 512, interpret=not is_tpu)
+    return Tiling(generation.largest_tile if generation else 512, interpret=platform != "tpu")
 
 
 def row_limits(layout: Layout, microbatches: int) -> RowLimits:
@@ -189,8 +201,8 @@ def row_limits(layout: Layout, microbatches: int) -> RowLimits:
 def limits_on(config: ModelConfig, row_multiple: int, platform: str) -> RowLimits:
     """What this model asks of pair rows on cpu, gpu or tpu, where rows divide by `row_multiple`."""
     c = config
-    # One key costs 4·H·E operations (scores and values), a token 2 per weight of a layer; on CPU softmax and small
-    # products make a key about 2.5 times as dear (measured on SmolLM2-135M).
+    # One key costs 4·H·E operations (scores and values), a token 2 per weight of a layer. On CPU softmax and small
+    # products make a key about 2.5 times as dear, but tiles see about half of the keys (measured on SmolLM2-135M).
     layer = (c.parameter_count() - c.vocab_size * c.hidden_size) / c.num_hidden_layers
     key_cost = 4 * c.num_attention_heads * c.head_dim / (2 * layer)
     return RowLimits(
@@ -198,7 +210,7 @@ def limits_on(config: ModelConfig, row_multiple: int, platform: str) -> RowLimit
         # Sublanes of a bfloat16 register on TPU. Not its 128 lanes: only the attention kernel wants them, and pads for
         # itself; rows that wide would compute up to a fifth more.
         width_multiple=16 if platform == "tpu" else 8,
-        key_cost=key_cost * (2.5 if platform == "cpu" else 1),
+        key_cost=key_cost,
     )
 
 

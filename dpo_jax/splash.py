@@ -17,10 +17,9 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
-from jax.sharding import PartitionSpec as P
 
 from dpo_jax.attention import Slots
-from dpo_jax.vocabulary import mesh_axes
+from dpo_jax.heads import on_own_heads
 
 LANES = 128  # tiles are multiples of it
 # What a tile costs beside its scores, in scores: starting it, fetching its keys. A guess; only the order matters.
@@ -126,23 +125,12 @@ def _local(
     slots: Slots,
     tiling: Tiling,
     softcap: float | None,
-    heads: int,
-    axes: tuple[str, ...],
 ) -> jax.Array:
-    """The rows and heads of one device.
-
-    `heads` are all query heads. They are spread over the mesh axes `axes`, where every device has all kv-heads.
-    """
-    H, G = q_BTHE.shape[2], k_BTGE.shape[2]
-    if axes and heads != H:
-        group = heads // G
-        mine = (jax.lax.axis_index(axes) * H + jnp.arange(H)) // group
-        mine = mine[:1] if group % H == 0 else mine
-        k_BTGE, v_BTGE = (jnp.take(x, mine, axis=2) for x in (k_BTGE, v_BTGE))
+    """The rows and heads of one device."""
     pad = tile(slots, tiling.largest)[1] - slots.total
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q_BTHE, k_BTGE, v_BTGE))
     segments = jnp.pad(segments_BT, ((0, 0), (0, pad)))
-    kernel = _kernel(slots, H, tiling, softcap)
+    kernel = _kernel(slots, q_BTHE.shape[2], tiling, softcap)
     out = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(segments, segments))
     return out.transpose(0, 2, 1, 3)[:, : slots.total]
 
@@ -164,19 +152,8 @@ def splash_attention(
     and heads. What the backward pass needs of it carries the checkpoint name `attention_out`.
     """
     q_BTHE = q_BTHE * jnp.asarray(scale or q_BTHE.shape[-1] ** -0.5, q_BTHE.dtype)
-    heads = q_BTHE.shape[2]
-    local = functools.partial(_local, slots=slots, tiling=tiling, softcap=softcap, heads=heads)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return local(q_BTHE, k_BTGE, v_BTGE, segments_BT, axes=())
-    # P takes an empty tuple for no axis at all.
-    rows, by_head, by_kv_head = (mesh_axes(name) for name in ("rows", "heads", "kv_heads"))
-    return jax.shard_map(
-        functools.partial(local, axes=() if by_kv_head else by_head),
-        in_specs=(P(rows, None, by_head), P(rows, None, by_kv_head), P(rows, None, by_kv_head), P(rows)),
-        out_specs=P(rows, None, by_head),
-        check_vma=False,  # kernels do not say over which axes their results vary
-    )(q_BTHE, k_BTGE, v_BTGE, segments_BT)
+    local = functools.partial(_local, slots=slots, tiling=tiling, softcap=softcap)
+    return on_own_heads(local, q_BTHE, k_BTGE, v_BTGE, segments_BT)
 
 
 def query_shape(operands: Any) -> tuple[int, ...]:
