@@ -10,6 +10,7 @@ gradient's norm must agree, so all do the same work. Then they take turns, one s
     no sharing       a prompt lies before each of its completions: computed twice, in rows of the same pairs
     no packing       one pair a row, padded to the longest prompt and completions of all these steps, as one compiled
                      shape must be; four pairs at once, as sixteen do not fit in 16 GB
+    no skipping      attention as dense blocks: scores for the keys of all pairs of a row, those of others masked
     whole logits     the hidden states of all tokens are projected, not only those that predict completions, all at once
     no chunks        the logits of all completion tokens exist at one time
     cached reference the reference's log-probabilities come with the batch (`reference_cache`)
@@ -95,10 +96,12 @@ def projected(layout: Layout, targets: Slots, *, chunk_tokens: int) -> LogpsFn:
 
     def logps(params: Any, micro: dict[str, jax.Array], slots: Slots) -> Any:
         with nn.logical_axis_rules(rules):
-            hidden = hidden_states(params, micro, config=layout.config, slots=slots, dtype=layout.dtype, remat="dots")
+            options: Any = {"config": layout.config, "slots": slots, "dtype": layout.dtype, "tiling": layout.tiling}
+            hidden = hidden_states(params, micro, remat="dots", **options)
             chosen = {"tokens": micro["target_tokens"], "segments": micro["target_segments"], "source": micro["source"]}
-            options: Any = {"pairs_per_row": micro["is_pair"].shape[-1], "chunk_tokens": chunk_tokens}
-            return pair_logps(hidden, chosen, unembedding(params), slots=targets, **options)
+            pairs = micro["is_pair"].shape[-1]
+            head = unembedding(params)
+            return pair_logps(hidden, chosen, head, slots=targets, pairs_per_row=pairs, chunk_tokens=chunk_tokens)
 
     return logps
 
@@ -167,6 +170,7 @@ def variants(plan: Schedule, steps: list[int], layout: Layout) -> dict[str, Vari
             projected(layout, completions, chunk_tokens=1024),
         ),
         "no packing": Variant(one_a_row, ours, parts=max(1, plan.batch_size // 4)),
+        "no skipping": Variant(shared, policy.logps_fn(dataclasses.replace(layout, tiling=None), remat="dots")),
         "whole logits": Variant(lambda step: shared(step, all_tokens), projected(layout, tokens, chunk_tokens=WHOLE)),
         "no chunks": Variant(
             lambda step: shared(step, with_targets), projected(layout, completions, chunk_tokens=WHOLE)

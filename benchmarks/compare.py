@@ -58,7 +58,7 @@ class Peer:
     limits: tuple[int, int] = (512, 512)  # tokens of a prompt, of a completion
 
 
-DATA = {"hh": Data("hhh", 16), "ultrafeedback": Data("ultrafeedback", 4)}
+DATA = {"hh": Data("hhh", 8), "ultrafeedback": Data("ultrafeedback", 4)}
 TRL = ("torch==2.13.0", "trl==1.16.0", "safetensors", "jinja2", "sentencepiece", "protobuf")
 PEERS = {
     "trl": Peer("trl-environment", (3, 11), TRL, "benchmarks.trl_worker"),
