@@ -44,6 +44,7 @@ from dpo_jax.phases import make_objective, plan_of, transformation
 from dpo_jax.policy import Layout
 from dpo_jax.sharding import axis_rules, make_mesh, to_global
 from dpo_jax.step import LogpsFn, make_logps_step, make_train_step
+from dpo_jax.vocabulary import LogpOptions
 
 Rows = dict[str, np.ndarray]
 WHOLE = 10**9  # tokens: more than there are, so one chunk
@@ -100,8 +101,8 @@ def projected(layout: Layout, targets: Slots, *, chunk_tokens: int) -> LogpsFn:
             hidden = hidden_states(params, micro, remat="dots", **options)
             chosen = {"tokens": micro["target_tokens"], "segments": micro["target_segments"], "source": micro["source"]}
             pairs = micro["is_pair"].shape[-1]
-            head = unembedding(params)
-            return pair_logps(hidden, chosen, head, slots=targets, pairs_per_row=pairs, chunk_tokens=chunk_tokens)
+            shown: Any = {"slots": targets, "pairs_per_row": pairs, "options": LogpOptions(chunk_tokens)}
+            return pair_logps(hidden, chosen, unembedding(params), **shown)
 
     return logps
 

@@ -1,7 +1,6 @@
 """Two and four processes: the plan and batches of one, one writer of the cache, runs that change their number."""
 
 import json
-import shutil
 import signal
 import sys
 import time
@@ -96,7 +95,7 @@ def _same(ours, theirs):
                 assert b[key] == (value if isinstance(value, str) else pytest.approx(value, rel=2e-4, abs=2e-5)), key
 
 
-def test_a_signal_to_one_of_two_stops_both_and_one_or_four_go_on(tmp_path, environment):  # noqa: F811
+def test_a_signal_to_one_of_two_stops_both_and_one_goes_on(tmp_path, environment):  # noqa: F811
     _finish(tmp_path / "one", environment, **CHANGED)
     whole = _values(tmp_path / "one")
     started = _distributed(tmp_path / "two", 2, environment, **CHANGED)
@@ -111,12 +110,9 @@ def test_a_signal_to_one_of_two_stops_both_and_one_or_four_go_on(tmp_path, envir
     stopped = _values(tmp_path / "two")
     assert 3 <= saved < 8
     assert max(r["step"] for r in stopped if r["split"] == "train") == saved
-    shutil.copytree(tmp_path / "two", tmp_path / "four")
     _finish(tmp_path / "two", environment, **CHANGED)
-    processes.end(_distributed(tmp_path / "four", 4, environment, **CHANGED), [0] * 4)
-    for name in ("two", "four"):
-        _same(whole, _values(tmp_path / name))
-        assert (tmp_path / name / "export" / "model.safetensors").exists()
+    _same(whole, _values(tmp_path / "two"))
+    assert (tmp_path / "two" / "export" / "model.safetensors").exists()
 
 
 def test_hosts_with_disks_of_their_own_agree_on_what_the_reference_has_said(tmp_path, environment):  # noqa: F811
