@@ -97,12 +97,11 @@ def projected(layout: Layout, targets: Slots, *, chunk_tokens: int) -> LogpsFn:
 
     def logps(params: Any, micro: dict[str, jax.Array], slots: Slots) -> Any:
         with nn.logical_axis_rules(rules):
-            options: Any = {"config": layout.config, "slots": slots, "dtype": layout.dtype, "tiling": layout.tiling}
-            hidden = hidden_states(params, micro, remat="dots", **options)
+            model: Any = {"config": layout.config, "slots": slots, "dtype": layout.dtype, "tiling": layout.tiling}
+            hidden = hidden_states(params, micro, remat="dots", **model)
             chosen = {"tokens": micro["target_tokens"], "segments": micro["target_segments"], "source": micro["source"]}
-            pairs = micro["is_pair"].shape[-1]
-            shown: Any = {"slots": targets, "pairs_per_row": pairs, "options": LogpOptions(chunk_tokens)}
-            return pair_logps(hidden, chosen, unembedding(params), **shown)
+            options: Any = {"pairs_per_row": micro["is_pair"].shape[-1], "options": LogpOptions(chunk_tokens)}
+            return pair_logps(hidden, chosen, unembedding(params), slots=targets, **options)
 
     return logps
 

@@ -70,8 +70,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.compute_dtype = "auto"  # of activations, products and the reference; auto = bfloat16, on CPU float32
     # what the backward pass computes again: none, dots (element-wise work), attention (all but q, k, v and attention's
     c.remat = "dots"  # output), attention_offload (the same, kept in the host's memory meanwhile), full
-    # splash (TPU kernel), tiles (CPU: skips other pairs' keys), dense (XLA), auto = the first two where they are for;
-    c.attention = "auto"  # all give the same numbers
+    # auto = splash (kernel) on TPU, tiles (skips most of other pairs' keys) on CPU, dense (XLA blocks) on GPU; all give
+    c.attention = "auto"  # the same numbers
     c.optimizer_offload = False  # keep the optimiser's moments in the host's memory between updates
     c.reference_offload = False  # keep the reference in the host's memory, a layer at a time on the device
     c.mesh_data = 1  # devices over which rows are spread and parameters are whole; -1 = all that are left

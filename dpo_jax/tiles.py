@@ -308,7 +308,7 @@ def tiled_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Attention of pair rows; arguments and result as in `attention.pair_row_attention`, zeros at padding tokens.
+    """Attention of pair rows; arguments and result as in `attention.pair_row_attention`.
 
     On a mesh every device runs its own rows and heads.
     """

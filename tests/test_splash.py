@@ -1,5 +1,6 @@
 """The attention kernel, interpreted, against dense blocks; its tiles and its FLOPs against brute force."""
 
+import contextlib
 import functools
 
 import flax.linen as nn
@@ -39,6 +40,15 @@ def _inputs(dtype, heads=4, kv_heads=2, rows=2, width=32, slots=SLOTS):
     return q, k, v, segments, jnp.where((segments != 0)[:, :, None, None], out, 0)
 
 
+@contextlib.contextmanager
+def _on_mesh(sizes, kv_heads):
+    """Rows and heads spread as the product's rules do it; kv-heads that do not divide are everywhere."""
+    by_kv_head = "tensor" if kv_heads % sizes[2] == 0 else None
+    rules = [("rows", ("data", "fsdp")), ("heads", "tensor"), ("kv_heads", by_kv_head)]
+    with jax.set_mesh(make_mesh(*sizes)), nn.logical_axis_rules(rules):
+        yield
+
+
 def _value_and_gradients(attend, q, k, v, segments, cotangent):
     out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments), q, k, v)
     real = (segments != 0)[:, :, None, None]
@@ -75,13 +85,7 @@ def test_every_mesh_runs_its_own_rows_and_heads(sizes, kv_heads):
     inputs = _inputs(jnp.float32, 8, kv_heads, rows=4)
     attend = functools.partial(splash_attention, tiling=TILING, slots=SLOTS)
     alone = _value_and_gradients(attend, *inputs)
-    mesh = make_mesh(*sizes)
-    rules = [
-        ("rows", ("data", "fsdp")),
-        ("heads", "tensor"),
-        ("kv_heads", "tensor" if kv_heads % sizes[2] == 0 else None),
-    ]
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+    with _on_mesh(sizes, kv_heads):
         spread = _value_and_gradients(jax.jit(attend), *inputs)
     for a, b in zip(spread, alone, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

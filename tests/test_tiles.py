@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +12,8 @@ from hypothesis import strategies as st
 from dpo_jax import policy, tiles
 from dpo_jax.attention import Slots, pair_row_attention
 from dpo_jax.errors import UserError
-from dpo_jax.sharding import make_mesh
 from dpo_jax.tiles import Skipping, tiled_attention
-from tests.test_splash import _inputs
+from tests.test_splash import _inputs, _on_mesh
 
 SLOTS = Slots(120, 56, 72)
 SMALL = Skipping(16)
@@ -120,16 +118,9 @@ def test_every_mesh_runs_its_own_rows_and_heads(sizes, kv_heads):
     inputs = _inputs(jnp.float32, 8, kv_heads, rows=4)
     options = {"slots": SLOTS}
     theirs = _compiled(pair_row_attention, **options)(*inputs)
-    mesh = make_mesh(*sizes)
-    rules = [
-        ("rows", ("data", "fsdp")),
-        ("heads", "tensor"),
-        ("kv_heads", "tensor" if kv_heads % sizes[2] == 0 else None),
-    ]
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
-        ours = jax.jit(functools.partial(_pulled, functools.partial(tiled_attention, skipping=SMALL, **options)))(
-            *inputs
-        )
+    attend = functools.partial(tiled_attention, skipping=SMALL, **options)
+    with _on_mesh(sizes, kv_heads):
+        ours = jax.jit(functools.partial(_pulled, attend))(*inputs)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
