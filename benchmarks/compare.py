@@ -1,7 +1,7 @@
 """dpo_jax against TRL 1.16 and google-tunix 0.1.7 on this machine, and what each part of dpo_jax's own step is worth.
 
     python benchmarks/compare.py --model DIR --hh FILE [--ultrafeedback FILE]
-        [--peers trl:4,trl:1,...] [--own PAIRS] [--batch-sizes 16,64] [--steps 5] [--no-ablation]
+        [--peers trl:4,trl:1,...] [--own PAIRS] [--remat POLICY] [--batch-sizes 16,64] [--steps 5] [--no-ablation]
         [--out DIR] [--json FILE] [--write-docs]
 
 DIR is a Hugging Face directory (a Llama in float32, such as SmolLM2-135M-Instruct), FILEs are raw ones, such as
@@ -11,7 +11,7 @@ for which dpo_jax compiles) is not timed. Both train on the same batches, those 
 ids, so their losses can be compared. dpo_jax runs as `python -m dpo_jax.train` does; the peers run in environments of
 their own, which are made beside --out. All compute in float32 but `trl-bf16` (autocast), keep parameters in float32,
 and have AdamW at 1e-5. `trl:4` computes 4 pairs at once and accumulates their gradients to a step's: fewer at once is
-less padding and less memory; `--own` is the same of dpo_jax (its key `microbatches`).
+less padding and less memory; `--own` is the same of dpo_jax (its key `microbatches`). `--remat` is its key of that name.
 
 A finished cell is kept in --json and not measured again: an interrupted run goes on, and flags choose a part of the
 whole for now. The table is printed from everything that is there. `--write-docs` puts it into docs/benchmarks.md,
@@ -82,6 +82,8 @@ def own_flags(a: argparse.Namespace, data: str, batch: int, steps: int, limits: 
         "learning_rate": 1e-5, "lr_schedule": "constant", "warmup_steps": 0, "max_grad_norm": 0.0, "dpo_beta": 0.1,
         "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "sample_prompts": 0, "export": False,
     }  # fmt: skip
+    if a.remat:
+        settings["remat"] = a.remat
     workdir = a.out / f"run-{data}-{batch}-{time.time_ns()}"
     return [
         "--config=configs/hhh.py",
@@ -93,6 +95,11 @@ def own_flags(a: argparse.Namespace, data: str, batch: int, steps: int, limits: 
 def own_pairs(a: argparse.Namespace, data: str) -> int:
     """Pairs that dpo_jax computes at once."""
     return a.own or DATA[data].own
+
+
+def own_at_once(a: argparse.Namespace, data: str, batch: int) -> str:
+    """How dpo_jax computes a step, in a cell's name: `8`, or `8/attention` with a `--remat`."""
+    return f"{min(batch, own_pairs(a, data))}" + (f"/{a.remat}" if a.remat else "")
 
 
 def peer_command(a: argparse.Namespace, spec: str, file: Path, longest: Sequence[int]) -> list[str]:
@@ -189,6 +196,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ultrafeedback", default="", help="UltraFeedback rows")
     parser.add_argument("--peers", default=DEFAULT_PEERS, metavar="NAME:PAIRS,...", help="against whom; empty: nobody")
     parser.add_argument("--own", type=int, default=0, metavar="PAIRS", help="pairs that dpo_jax computes at once")
+    parser.add_argument("--remat", default="", help="what dpo_jax keeps of a layer (its key); default: the config's")
     parser.add_argument("--batch-sizes", default="16,64", help="pairs a step")
     parser.add_argument("--steps", type=int, default=5, help="timed steps a cell, of each trainer")
     parser.add_argument("--no-ablation", action="store_true", help="leave the ablation out")
@@ -206,6 +214,10 @@ def parse() -> argparse.Namespace:
         if path and not os.path.exists(path):
             parser.error(f"--{name}={path}: not there")
         setattr(a, name, path and os.path.abspath(path))
+    from dpo_jax.remat import REMAT_POLICIES
+
+    if a.remat and a.remat not in REMAT_POLICIES:
+        parser.error(f"--remat={a.remat}: there are {', '.join(REMAT_POLICIES)}")
     if not all(x.isdecimal() and int(x) for x in a.batch_sizes.split(",")):
         parser.error(f"--batch-sizes={a.batch_sizes} are no numbers, such as 16,64")
     a.batch_sizes = [int(x) for x in a.batch_sizes.split(",")]
@@ -226,7 +238,7 @@ def main() -> int:
         for data in (name for name in DATA if getattr(a, name)):
             for spec in a.peers:
                 limits = "+".join(map(str, PEERS[spec.partition(":")[0]].limits))
-                key = f"{data} {batch} {limits} dpo_jax:{min(batch, own_pairs(a, data))} {spec}"
+                key = f"{data} {batch} {limits} dpo_jax:{own_at_once(a, data, batch)} {spec}"
                 jobs[key] = lambda data=data, batch=batch, spec=spec: measure(a, data, batch, spec)
     if a.hh and not a.no_ablation:
         batch = a.batch_sizes[0]

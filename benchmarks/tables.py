@@ -57,6 +57,7 @@ def judge(cell: dict[str, Any], trainer: str, model: dict[str, int]) -> dict[str
 
 def _row(where: str, spec: str, m: dict[str, float], ratios: tuple[str, str] = ("", "")) -> list[str]:
     trainer, _, at_once = spec.partition(":")
+    at_once = at_once.replace("/", ", remat=")
     numbers = [at_once, f"{m['seconds']:.1f}", f"{m['pairs']:.3f}", f"{m['tokens']:.0f}", f"{m['share']:.0%}"]
     return [where, LABELS[trainer], *numbers, f"{m['memory']:.1f} GB", *ratios]
 

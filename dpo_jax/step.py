@@ -92,26 +92,23 @@ def _batch_gradient(
             sums["router_balance"] = uneven * count / batch["tokens"].shape[0]
         return loss, sums
 
-    def micro_gradient(micro: Batch):
+    def micro_loss(params: Params, micro: Batch):
         reference = reference_logps(micro)
-        loss_fn = lambda params: loss_of(logps(params, micro, slots), reference, micro)
-        (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        return grads, sums
+        return loss_of(logps(params, micro, slots), reference, micro)
 
-    def pulled_back(item):
+    def along(params: Params, item: tuple[Batch, Logps]):
+        """A microbatch's log-probabilities along the loss's gradient to them."""
         micro, cotangent = item
-        return jax.vjp(lambda params: logps(params, micro, slots), params)[1](cotangent)[0]
+        found = logps(params, micro, slots)
+        return sum(jnp.sum(x * c) for x, c in zip(jax.tree.leaves(found), jax.tree.leaves(cotangent), strict=True)), {}
 
-    if batch["tokens"].shape[0] == 1:
-        grads, sums = micro_gradient(jax.tree.map(lambda x: x[0], batch))
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    elif objective.across:
+    if objective.across and batch["tokens"].shape[0] > 1:
         # The loss compares pairs of all microbatches: first its gradient to all log-probabilities, then theirs.
         policy, reference = jax.lax.map(lambda micro: (logps(params, micro, slots), reference_logps(micro)), batch)
         cotangents, sums = jax.grad(loss_of, has_aux=True)(policy, reference, batch)
-        grads = _scan_sum(pulled_back, (batch, cotangents))
+        grads, _ = _sum_of_gradients(along, params, (batch, cotangents))
     else:
-        grads, sums = _scan_sum(micro_gradient, batch)
+        grads, sums = _sum_of_gradients(micro_loss, params, batch)
     return grads, {name: value / count for name, value in sums.items()}
 
 
@@ -120,12 +117,36 @@ def _balance_sum(balance: dict[str, jax.Array]) -> jax.Array:
     return jnp.sum(jax.vmap(balance_loss)(balance))
 
 
-def _scan_sum(fn: Callable[[Any], Any], items: Any) -> Any:
-    """The float32 sum of `fn(item)` over the first axis of `items`, one after the other."""
-    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], items))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-    add = lambda total, item: (jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, fn(item)), None)
-    return jax.lax.scan(add, zeros, items)[0]
+def _sum_of_gradients(loss: Callable[[Params, Any], tuple[jax.Array, Any]], params: Params, items: Any) -> Any:
+    """The float32 sums over `items` (first axis, one after the other) of the gradient of `loss` and of its aux.
+
+    Float32 gradients are added where they arise, a layer's at a time (`VJP.with_refs`): the gradient of one microbatch
+    alone is never held. Others are added as a whole, as a sum of many in bfloat16 would lose what is small.
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    if jax.tree.leaves(items)[0].shape[0] == 1:
+        grads, aux = gradient(params, jax.tree.map(lambda x: x[0], items))
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
+    total = functools.partial(jax.tree.map, lambda x: jnp.sum(x, axis=0))
+    if any(p.dtype != jnp.float32 for p in jax.tree.leaves(params)):
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+
+        def add(sums: Params, item: Any):
+            grads, aux = gradient(params, item)
+            return jax.tree.map(lambda a, g: a + g.astype(a.dtype), sums, grads), aux
+
+        grads, aux = jax.lax.scan(add, zeros, items)
+        return grads, total(aux)
+    sums = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
+
+    def add_in_place(_, item: Any):
+        pull_back: Any
+        value, pull_back, aux = jax.vjp(lambda params: loss(params, item), params, has_aux=True)
+        pull_back.with_refs(sums)(jnp.ones_like(value))
+        return None, aux
+
+    aux = jax.lax.scan(add_in_place, None, items)[1]
+    return jax.tree.map(jax.ref.freeze, sums), total(aux)
 
 
 def _over(base: Params | None, logps: LogpsFn) -> LogpsFn:

@@ -6,15 +6,19 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
 from dpo_jax import weights
 from dpo_jax.architecture import ModelConfig
 from dpo_jax.attention import Slots
-from dpo_jax.model import hidden_states, hidden_states_and_balance
+from dpo_jax.logprobs import pair_logps
+from dpo_jax.model import hidden_states, hidden_states_and_balance, unembedding
+from dpo_jax.objective import preference_objective
 from dpo_jax.sample import generate
 from dpo_jax.sharding import axis_rules, make_mesh, param_shardings
+from dpo_jax.step import init_state, make_train_step
 from tests import families
 from tests.families import GOLDEN, TextPairs, difference, load, row_logits, sequence_logits, unpacked
 
@@ -132,6 +136,31 @@ def test_remat_changes_no_gradient(name):
     grads = [_grad(params, rows, config, slots, remat)[0] for remat in ("none", "dots", "attention", "full")]
     for other in grads[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), other, grads[0])
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "mixtral", "phi3_longrope", "qwen2_window"])
+def test_gradients_of_microbatches_add_up(name):
+    """Added where they arise, whatever a family's layers are handed. The update is the gradient itself."""
+    config, params = golden(name)
+    rows, slots = families.batch(PAIRS)
+    reference = jax.tree.map(lambda p: p * 1.05, params)
+
+    def logps(params, micro, slots):
+        hidden = hidden_states(params, micro, config=config, slots=slots, remat="dots")
+        return pair_logps(hidden, micro, unembedding(params), slots=slots, pairs_per_row=3)
+
+    objective = preference_objective({"sigmoid": 1.0}, beta=0.1)
+    step = make_train_step(logps, objective, optax.sgd(1.0), lambda _: 1.0, compute_dtype=jnp.float32)
+    updated = []
+    for microbatches in (1, 2):
+        batch = {k: v.reshape(microbatches, -1, *v.shape[1:]) for k, v in rows.items()}
+        state = init_state(jax.tree.map(jnp.copy, params), optax.sgd(1.0))
+        updated.append(step(state, reference, batch, slots)[0].params)
+    gradients = [jax.tree.map(lambda after, before: np.asarray(after - before), tree, params) for tree in updated]
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(gradients[0]))
+    assert largest > 1e-3
+    close = functools.partial(np.testing.assert_allclose, atol=2e-6 * max(1.0, largest), rtol=1e-4)
+    jax.tree.map(close, gradients[1], gradients[0])
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def _fresh(seed):
     return jax.device_get(jax.tree.map(lambda p: p * 8 if p.ndim > 2 else p, fresh))
 
 
-def _run(sizes=(1, 1, 1), remat="dots", steps=3, **options):
+def _run(sizes=(1, 1, 1), remat="dots", steps=3, microbatches=1, **options):
     """Three updates; the metrics of each, the final parameters and the final state's shardings."""
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     layout = policy.lay_out(CONFIG, mesh, param_dtype="float32", compute_dtype="float32", **options)
@@ -56,7 +56,7 @@ def _run(sizes=(1, 1, 1), remat="dots", steps=3, **options):
             reference_logps=policy.logps_fn(layout, remat=remat, from_host=True) if from_host else None,
             optimizer_offload=layout.optimizer_offload,
         )
-        batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE, 1), mesh, 8)
+        batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE, microbatches), mesh, 8 // microbatches)
         metrics = []
         for _ in range(steps):
             state, m = step(state, reference, batch, SLOTS)
@@ -100,6 +100,13 @@ def test_on_host_moves_the_memory_and_keeps_the_spread():
     assert moved.spec == sharding.spec
 
 
+@pytest.mark.parametrize("microbatches", [1, 4])
 @pytest.mark.parametrize("remat", sorted(REMAT_POLICIES))
-def test_every_remat_policy_gives_the_same_losses(remat, plain):
-    _same(_run(remat=remat), plain)
+def test_every_remat_policy_gives_the_same_losses(remat, microbatches, plain):
+    """Also where gradients are added a layer at a time, while the backward pass computes again what it lacks."""
+    _same(_run(remat=remat, microbatches=microbatches), plain)
+
+
+@pytest.mark.parametrize(("sizes", "microbatches"), [((2, 2, 2), 2), ((1, 1, 8), 4), ((1, 4, 2), 2)])
+def test_every_mesh_sums_the_gradients_of_microbatches(sizes, microbatches, plain):
+    _same(_run(sizes, microbatches=microbatches, attention="splash"), plain)
