@@ -1,8 +1,8 @@
 """dpo_jax against TRL 1.16 and google-tunix 0.1.7 on this machine, and what each part of dpo_jax's own step is worth.
 
     python benchmarks/compare.py --model DIR --hh FILE [--ultrafeedback FILE]
-        [--peers trl:4,trl:1,...] [--own PAIRS] [--remat POLICY] [--batch-sizes 16,64] [--steps 5] [--no-ablation]
-        [--out DIR] [--json FILE] [--write-docs]
+        [--peers trl:4,trl:1,...] [--own PAIRS] [--remat POLICY] [--batch-sizes 16,64] [--steps 5]
+        [--no-ablation] [--no-tpu] [--out DIR] [--json FILE] [--write-docs]
 
 DIR is a Hugging Face directory (a Llama in float32, such as SmolLM2-135M-Instruct), FILEs are raw ones, such as
 harmless-base/test.jsonl.gz. A cell is dpo_jax and one peer over one dataset and batch size: both processes stay alive
@@ -11,7 +11,7 @@ for which dpo_jax compiles) is not timed. Both train on the same batches, those 
 ids, so their losses can be compared. dpo_jax runs as `python -m dpo_jax.train` does; the peers run in environments of
 their own, which are made beside --out. All compute in float32 but `trl-bf16` (autocast), keep parameters in float32,
 and have AdamW at 1e-5. `trl:4` computes 4 pairs at once and accumulates their gradients to a step's: fewer at once is
-less padding and less memory; `--own` is the same of dpo_jax (its key `microbatches`). `--remat` is its key of that name.
+less padding and less memory; `--own` is the same of dpo_jax (its key `microbatches`), `--remat` its key of that name.
 
 A finished cell is kept in --json and not measured again: an interrupted run goes on, and flags choose a part of the
 whole for now. The table is printed from everything that is there. `--write-docs` puts it into docs/benchmarks.md,
@@ -20,6 +20,7 @@ which also says what the columns are.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -162,6 +163,18 @@ def ablation(a: argparse.Namespace, data: str, batch: int) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+def compiled_for_tpu(a: argparse.Namespace) -> list[dict[str, Any]]:
+    """What `tpu.py` counts, in a process of its own."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise turns.Failed("libtpu is not installed: pip install -e '.[tpu]', or --no-tpu")
+    file = a.out / "tpu.json"
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
+    command = [sys.executable, "-m", "benchmarks.tpu", "--json", str(file)]
+    if code := subprocess.run(command, cwd=ROOT, env=env, check=False).returncode:
+        raise turns.Failed(f"compiling for TPU ended with {code}")
+    return json.loads(file.read_text())
+
+
 def save(path: Path, results: dict[str, Any]) -> None:
     """All at once or not at all."""
     scratch = path.with_name(path.name + ".tmp")
@@ -200,6 +213,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-sizes", default="16,64", help="pairs a step")
     parser.add_argument("--steps", type=int, default=5, help="timed steps a cell, of each trainer")
     parser.add_argument("--no-ablation", action="store_true", help="leave the ablation out")
+    parser.add_argument("--no-tpu", action="store_true", help="leave out what is compiled for TPU")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="environments, logs, cached data")
     parser.add_argument("--json", type=Path, help="results, read and written; default: results.json in --out")
     parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/benchmarks.md")
@@ -254,8 +268,15 @@ def main() -> int:
             continue
         results |= described(a)
         save(a.json, results)
-    if results["cells"]:
-        print(f"\n{tables.setting(results)}\n\n{tables.comparison(results)}\n\n{tables.ablation(results)}")
+    if not a.no_tpu and "tpu" not in results:
+        try:
+            results["tpu"] = compiled_for_tpu(a)
+            results |= described(a)
+            save(a.json, results)
+        except turns.Failed as e:
+            failed.append(f"tpu: {e}")
+    if "machine" in results:
+        print("\n" + "\n\n".join(make(results) for make in tables.TABLES.values()))
     if a.write_docs:
         tables.write(ROOT / "docs" / "benchmarks.md", results)
     for line in failed:

@@ -12,6 +12,9 @@ COLUMNS = (
     "data, limits in tokens, pairs a step", "trainer", "pairs at once", "s/step", "pairs/s", "real tokens/s",
     "share of matmul peak", "peak memory", "dpo_jax: pairs/s", "memory",
 )  # fmt: skip
+TPU_COLUMNS = (
+    "slice", "layout", "pairs a step", "remat", "TFLOP a pair", "of 8N a token", "GB through HBM a pair", "GiB a chip"
+)  # fmt: skip
 ABLATION_COLUMNS = ("dpo_jax's step", "s/step", "times the full step", "XLA's temporaries", "real tokens")
 
 
@@ -96,6 +99,25 @@ def ablation(results: dict[str, Any]) -> str:
     return _markdown(ABLATION_COLUMNS, rows)
 
 
+def _tpu_cells(row: dict[str, Any]) -> list[str]:
+    named = [row["topology"], row["layout"], str(row["pairs"]), row["remat"]]
+    if "error" in row:
+        return [*named, f"does not fit: {row['error']}", "", "", ""]
+    numbers = [f"{row['flops'] / 1e12:.1f}", f"{row['of_8n']:.2f}x", f"{row['hbm_bytes'] / 1e9:.1f}"]
+    return [*named, *numbers, f"{row['gib']:.1f}"]
+
+
+def tpu_line(row: dict[str, Any]) -> str:
+    """One compiled step in a line of plain text."""
+    return "  ".join(x for x in _tpu_cells(row) if x)
+
+
+def tpu(results: dict[str, Any]) -> str:
+    """What steps of both layouts cost on TPU, as compiled."""
+    rows = results.get("tpu", [])
+    return _markdown(TPU_COLUMNS, [_tpu_cells(row) for row in rows]) if rows else "nothing was compiled for TPU"
+
+
 def setting(results: dict[str, Any]) -> str:
     """The machine, its peak, its load and the versions."""
     cells = results["cells"].values()
@@ -128,10 +150,13 @@ def _agreement(cell: dict[str, Any]) -> str:
     )
 
 
+TABLES = {"setting": setting, "comparison": comparison, "ablation": ablation, "tpu": tpu}
+
+
 def write(page: Path, results: dict[str, Any]) -> None:
     """Replace what stands between the page's markers."""
     text = page.read_text()
-    for name, make in (("setting", setting), ("comparison", comparison), ("ablation", ablation)):
+    for name, make in TABLES.items():
         between = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
         assert between.search(text), f"{page} has no <!-- {name} --> ... <!-- end -->"
         made = make(results)

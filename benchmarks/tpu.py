@@ -1,6 +1,7 @@
 """FLOPs and HBM a pair on TPU, by compilation: pair rows, and the same model with padded rows of one sequence each.
 
-    python benchmarks/tpu.py [--config configs/hhh.py:llama3.1-8b] [--topology v6e:2x4] [--pairs 64] [--padded-pairs 16]
+    python -m benchmarks.tpu [--config configs/hhh.py:llama3.1-8b] [--topology v6e:2x4,v5p:2x2x2] [--remat dots,full]
+        [--pairs 64] [--padded-pairs 16] [--json FILE]
 
 Needs the `tpu` extra, no TPU. Both are this project's own step on the same mesh with the same optimiser; the padded one
 has rows [prompt 512 | completion 512], two a pair, each with a copy of the prompt, as trainers without packing and
@@ -8,63 +9,86 @@ sharing lay batches out. (Its rows hold half a pair, so what it computes means n
 """
 
 import argparse
+import json
 import os
-import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import tables
+from dpo_jax import plan, policy
+from dpo_jax.compile_only import TooLargeError, train_program
+from dpo_jax.config import read_flags
+from dpo_jax.data.packing import Order, RowShape
+from dpo_jax.data.pipeline import make_schedule
+from dpo_jax.errors import UserError
+from dpo_jax.phases import lay_out, make_objective, transformation
+from dpo_jax.sharding import make_mesh
+from dpo_jax.tpu import GIB, Topology, parse_topology
+
+LAYOUTS = ("pair rows", "padded 512+512, prompt twice")
 
 
-def main() -> None:
+def measure(c: dict[str, Any], topology: Topology, layout_name: str) -> dict[str, Any]:
+    """One compiled step; `error` in place of what it costs where it does not fit.
+
+    Args:
+      c: the config, its `batch_size` and `remat` those to compile with.
+      topology: the slice.
+      layout_name: one of `LAYOUTS`.
+    """
+    model, lengths = plan.find_model(c), plan.find_lengths(c, "")
+    devices, pairs = topology.devices(), c["batch_size"]
+    layout = lay_out(c, model, make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"], devices))
+    if layout_name == LAYOUTS[0]:
+        shapes = plan.shares(make_schedule(lengths, pairs, policy.row_limits(layout, c["microbatches"]), Order()))
+        shape = max(shapes, key=lambda s: shapes[s])
+    else:
+        shape = RowShape(2 * pairs, 512, 512, 0, 1)
+    row = {"topology": f"{topology.name} ({topology.accelerator_type})", "layout": layout_name, "remat": c["remat"]}
+    row |= {"pairs": pairs}
+    try:
+        optimizer = transformation(c, c["learning_rate"], c["lr_schedule"], 10)
+        program = train_program(c, layout, make_objective(c), optimizer, shape)
+    except TooLargeError as e:
+        return row | {"error": str(e)}
+    flops = (program.costs.flops + program.costs.kernel_flops) * len(devices) / pairs
+    return row | {
+        "flops": flops,
+        "of_8n": flops / (8 * model.parameter_count() * lengths.lengths.sum(1).mean()),
+        "hbm_bytes": program.costs.hbm_bytes * len(devices) / pairs,
+        "gib": program.total_bytes / GIB,
+    }
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/hhh.py:llama3.1-8b")
-    parser.add_argument("--topology", default="v6e:2x4")
+    parser.add_argument("--topology", default="v6e:2x4,v5p:2x2x2", help="slices, as plan's")
+    parser.add_argument("--remat", default="dots,full", help="policies")
     parser.add_argument("--pairs", type=int, default=64, help="pairs a step in pair rows")
     parser.add_argument("--padded-pairs", type=int, default=16, help="pairs a step in padded rows")
-    parser.add_argument("--remat", default="dots,full", help="policies, one table row each")
+    parser.add_argument("--json", type=Path, help="where the rows go too")
     a = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     jax.config.update("jax_platforms", "cpu")
-    from dpo_jax import plan, policy
-    from dpo_jax.compile_only import TooLargeError, train_program
-    from dpo_jax.config import read_flags
-    from dpo_jax.data.packing import Order, RowShape
-    from dpo_jax.data.pipeline import make_schedule
-    from dpo_jax.phases import lay_out, make_objective, transformation
-    from dpo_jax.sharding import make_mesh
-    from dpo_jax.tpu import GIB, parse_topology
-
-    config, _ = read_flags(["tpu", f"--config={a.config}"], plan.COMMAND)
-    topology = parse_topology(a.topology)
-    devices = topology.devices()
-    print(f"{a.config} on {topology.name}, by compilation\n")
-    print(f"{'layout':34} {'pairs':>5} {'TFLOP/pair':>10} {'of 8N':>6} {'GiB/chip':>9}")
-    for remat in a.remat.split(","):
-        for name, pairs in (("pair rows", a.pairs), ("padded 512+512, prompt twice", a.padded_pairs)):
-            c = dict(config) | {"remat": remat, "batch_size": pairs}
-            model, lengths = plan.find_model(c), plan.find_lengths(c, "")
-            mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"], devices)
-            layout = lay_out(c, model, mesh)
-            schedule = make_schedule(lengths, pairs, policy.row_limits(layout, c["microbatches"]), Order())
-            shapes = plan.shares(schedule)
-            shape = max(shapes, key=lambda s: shapes[s]) if name == "pair rows" else RowShape(2 * pairs, 512, 512, 0, 1)
-            needed = 8 * model.parameter_count() * lengths.lengths.sum(1).mean()
-            tx = transformation(c, c["learning_rate"], c["lr_schedule"], 10)
-            try:
-                program = train_program(c, layout, make_objective(c), tx, shape)
-            except TooLargeError as e:
-                print(f"{name + ', remat ' + remat:34} {pairs:5} does not fit: {e}", flush=True)
-                continue
-            flops = (program.costs.flops + program.costs.kernel_flops) * len(devices) / pairs
-            print(
-                f"{name + ', remat ' + remat:34} {pairs:5} {flops / 1e12:10.1f} {flops / needed:5.2f}x "
-                f"{program.total_bytes / GIB:9.2f}",
-                flush=True,
-            )
+    rows = []
+    try:
+        config, _ = read_flags(["tpu", f"--config={a.config}"], plan.COMMAND)
+        for topology in (parse_topology(name) for name in a.topology.split(",")):
+            for remat in a.remat.split(","):
+                for name, pairs in zip(LAYOUTS, (a.pairs, a.padded_pairs), strict=True):
+                    c = dict(config) | {"remat": remat, "batch_size": pairs}
+                    rows.append(measure(c, topology, name) | {"config": a.config})
+                    print(tables.tpu_line(rows[-1]), flush=True)
+    except UserError as e:
+        parser.error(str(e))
+    print(f"\n{tables.tpu({'tpu': rows})}")
+    if a.json:
+        a.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

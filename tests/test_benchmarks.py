@@ -54,11 +54,18 @@ def test_the_page_takes_the_tables(tmp_path):
     variants = {name: {"seconds": s, "temporary_gb": 1.0, "fill": 0.5} for name, s in (("full", [1, 2]), ("x", [3, 4]))}
     cells = {"hh 16 512+512 dpo_jax:16 trl:4": cell([9, 2, 9, 2], [9, 10, 10, 10])}
     cells["hh 16 512+512 dpo_jax:16 ablation"] = {"variants": variants, "load": [0.0]}
-    tables.write(page, facts | {"cells": cells})
+    cells["hh 16 512+512 dpo_jax:8/attention trl:1"] = cell([9, 4, 9, 4], [9, 10, 10, 10])
+    compiled = {"topology": "v6e:2x4 (v6e-8)", "remat": "dots"}
+    fits = compiled | {"layout": "rows", "pairs": 64, "flops": 2e12, "of_8n": 1.01, "hbm_bytes": 3e9, "gib": 28.1}
+    tpu = [fits, compiled | {"layout": "padded", "pairs": 16, "error": "needs 40G of 31G"}]
+    tables.write(page, facts | {"cells": cells, "tpu": tpu})
     text = page.read_text()
     assert "a machine, a system." in text
     assert "**5.00x**" in text
+    assert "| dpo_jax | 8, remat=attention | 4.0 |" in text
     assert "| x | 3.5 | 2.50x | 1.00 GB | 50% |" in text
+    assert "| v6e:2x4 (v6e-8) | rows | 64 | dots | 2.0 | 1.01x | 3.0 | 28.1 |" in text
+    assert "| v6e:2x4 (v6e-8) | padded | 16 | dots | does not fit: needs 40G of 31G |" in text
 
 
 def test_a_worker_waits_at_its_gate(monkeypatch):
