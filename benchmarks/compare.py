@@ -37,6 +37,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from benchmarks import machine, tables, turns  # noqa: E402
 from benchmarks.gate import read_steps  # noqa: E402
+from dpo_jax.remat import REMAT_POLICIES  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,8 +229,6 @@ def parse() -> argparse.Namespace:
         if path and not os.path.exists(path):
             parser.error(f"--{name}={path}: not there")
         setattr(a, name, path and os.path.abspath(path))
-    from dpo_jax.remat import REMAT_POLICIES
-
     if a.remat and a.remat not in REMAT_POLICIES:
         parser.error(f"--remat={a.remat}: there are {', '.join(REMAT_POLICIES)}")
     if not all(x.isdecimal() and int(x) for x in a.batch_sizes.split(",")):

@@ -117,7 +117,9 @@ def _balance_sum(balance: dict[str, jax.Array]) -> jax.Array:
     return jnp.sum(jax.vmap(balance_loss)(balance))
 
 
-def _sum_of_gradients(loss: Callable[[Params, Any], tuple[jax.Array, Any]], params: Params, items: Any) -> Any:
+def _sum_of_gradients(
+    loss: Callable[[Params, Any], tuple[jax.Array, Any]], params: Params, items: Any
+) -> tuple[Params, Any]:
     """The float32 sums over `items` (first axis, one after the other) of the gradient of `loss` and of its aux.
 
     Float32 gradients are added where they arise, a layer's at a time (`VJP.with_refs`): the gradient of one microbatch
