@@ -3,9 +3,9 @@
 Dense blocks (`attention.pair_row_attention`) compute scores for every key of the row and mask those of other pairs: in
 a row of eight pairs, most of them. Pairs lie behind each other in a slot, so the keys that a tile of queries
 needs are one stretch of the prompt slot and, for completions, one of its own slot. Where they lie is data, their
-width must be static: tiles are sorted by the narrowest of a few widths that holds their stretches, and each width has
-a loop over its tiles. Loops whose length is data have no derivative of their own, so the backward pass is written out:
-it makes a tile's scores again, as FlashAttention does (Dao et al. 2022, arXiv 2205.14135).
+width must be static: tiles are sorted by the least of a few pairs of widths that holds both stretches, and each pair
+has a loop over its tiles. Loops whose length is data have no derivative of their own, so the backward pass is written
+out: it makes a tile's scores again, as FlashAttention does (Dao et al. 2022, arXiv 2205.14135).
 
 Shapes: B rows, T tokens of a row, H query heads, G kv-heads (H = G * M), E head width; Q queries of a tile, S keys that
 it is shown; N tiles.
@@ -25,8 +25,15 @@ from dpo_jax.heads import on_own_heads
 
 # Queries of a tile: fewer see fewer keys of other pairs, but products get small (64 was fastest of 48 to 256).
 TILE = 64
-# Widths in keys that stretches are rounded up to. Every one is a loop to compile.
-WIDTHS = (192, 320, 448, 640, 1024, 1536, 2048, 3072, 4096, 8192)
+# Widths in keys that stretches are rounded up to: of the prompt slot for its own tiles; of the prompt slot and of its
+# own for a completion's. Every entry is a loop to compile. They were chosen one after the other, each time the one that
+# saves most scores over the packed rows of HH and UltraFeedback; longer ones widen by powers of two.
+PROMPT_WIDTHS = (128, 192, 256, 320, 448, 640, 1024, 1536, 2048, 3072, 4096, 8192)
+COMPLETION_WIDTHS = (
+    *((128, 320), (192, 128), (320, 192), (448, 256), (512, 128), (640, 128), (1024, 192)),  # HH
+    *((128, 576), (512, 448), (832, 576), (2048, 192), (2048, 1024), (4096, 256), (4096, 2048)),  # UltraFeedback
+    *((832, 2048), (832, 4096), (2048, 4096), (8192, 512), (8192, 4096)),  # longer
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +89,11 @@ class _Kind:
     caps: tuple[int, int]
 
     @property
-    def widths(self) -> list[int]:
-        """Ascending; the last holds every stretch."""
-        most = max(self.caps)
-        return [*(w for w in WIDTHS if w < most), most]
+    def widths(self) -> list[tuple[int, int]]:
+        """Of prompt keys and of keys of the own slot: ascending by their sum; the last holds every stretch."""
+        known = COMPLETION_WIDTHS if self.caps[1] else [(width, 0) for width in PROMPT_WIDTHS]
+        cut = {(min(prompt, self.caps[0]), min(own, self.caps[1])) for prompt, own in known}
+        return sorted(cut | {self.caps}, key=lambda pair: (sum(pair), pair))
 
 
 def _kinds(spec: _Spec) -> list[_Kind]:
@@ -107,11 +115,11 @@ def _stretch(wanted_BNS: jax.Array) -> tuple[jax.Array, jax.Array]:
     return first, jnp.where(wanted_BNS.any(-1), end - first, 0)
 
 
-def _stretches(spec: _Spec, kind: _Kind, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Per tile `[B, N]`: first column of the prompt keys, of its own slot's keys, and the width that holds either.
+def _stretches(spec: _Spec, kind: _Kind, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where the keys of every tile lie: int `[B, N, 2]` first columns and `[B, N, 2]` sizes, of the prompt's and own.
 
     A stretch holds all columns whose segment lies between the tile's smallest and largest: with pairs in order, those
-    of its pairs; in any order, no fewer. The width is 0 for a tile without tokens.
+    of its pairs; in any order, no fewer. Sizes are 0 for a tile without tokens.
     """
     P = spec.padded[0]
     in_tile_BNQ = segments_BT[:, kind.starts[:, None] + np.arange(spec.tile)[None]]
@@ -121,26 +129,28 @@ def _stretches(spec: _Spec, kind: _Kind, segments_BT: jax.Array) -> tuple[jax.Ar
     wanted_BNT = (low <= segments_BT[:, None]) & (segments_BT[:, None] <= high)
     columns = np.arange(segments_BT.shape[1])
     seen_NT = columns[None] < kind.starts[:, None] + spec.tile
-    in_prompt, prompt_width = _stretch((wanted_BNT & seen_NT[None])[..., :P])
-    in_own_NT = seen_NT & (columns[None] >= np.maximum(kind.own, P)[:, None])
-    own, own_width = _stretch(wanted_BNT & in_own_NT[None])
-    return in_prompt, own, jnp.maximum(prompt_width, own_width)
+    of_prompt = _stretch((wanted_BNT & seen_NT[None])[..., :P])
+    of_own = _stretch(wanted_BNT & (seen_NT & (columns[None] >= np.maximum(kind.own, P)[:, None]))[None])
+    firsts, sizes = (jnp.stack(pair, -1) for pair in zip(of_prompt, of_own, strict=True))
+    return firsts, sizes
 
 
 def _schedule(spec: _Spec, kind: _Kind, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The tiles of all rows sorted by width.
+    """The tiles of all rows sorted by `kind.widths`.
 
     Returns:
       int32 `[B*N, 4]`: row, first column, first of the prompt keys, first of the own slot's keys; and int32
-      `[widths + 1]`: where the tiles of each width begin, and the end.
+      `[widths + 1]`: where the tiles of each pair of widths begin, and the end. Tiles without tokens lie before them.
     """
-    prompt_BN, own_BN, width_BN = _stretches(spec, kind, segments_BT)
-    B, N = width_BN.shape
-    rank = jnp.searchsorted(jnp.asarray([0, *kind.widths[:-1]]), width_BN.reshape(-1), side="left")
+    firsts_BN2, sizes_BN2 = _stretches(spec, kind, segments_BT)
+    B, N, _ = sizes_BN2.shape
+    widths = np.asarray([(0, 0), *kind.widths])
+    holds = (sizes_BN2.reshape(-1, 1, 2) <= widths[None]).all(-1)
+    rank = jnp.argmax(holds, -1)
     order = jnp.argsort(rank)
     row = np.repeat(np.arange(B), N)
-    table = jnp.stack([row, np.tile(kind.starts, B), prompt_BN.reshape(-1), own_BN.reshape(-1)], 1)
-    bounds = jnp.searchsorted(rank[order], jnp.arange(1, len(kind.widths) + 2), side="left")
+    table = jnp.concatenate([jnp.stack([row, np.tile(kind.starts, B)], 1), firsts_BN2.reshape(-1, 2)], 1)
+    bounds = jnp.searchsorted(rank[order], jnp.arange(1, len(widths) + 1), side="left")
     return table[order].astype(jnp.int32), bounds.astype(jnp.int32)
 
 
@@ -162,14 +172,13 @@ def _attend(q_GRE: jax.Array, k_GSE: jax.Array, v_GSE: jax.Array, bias_QS: jax.A
 class _Tile:
     """One tile of the table: where its queries and keys lie, and which it sees."""
 
-    def __init__(self, spec: _Spec, kind: _Kind, width: int, entry: jax.Array, segments_BT: jax.Array, window: Window):
+    def __init__(self, spec: _Spec, widths: tuple[int, int], entry: jax.Array, segments_BT: jax.Array, window: Window):
         P, T = spec.padded[0], sum(spec.padded)
         row, self.start, in_prompt, in_own = (entry[i] for i in range(4))
         self.row, self.tile = row, spec.tile
-        sizes = [min(width, cap) for cap in kind.caps]
         # Moved to the left where the stretch would pass the end; what is not wanted is masked.
-        firsts = [jnp.minimum(in_prompt, P - sizes[0]), jnp.minimum(in_own, T - sizes[1])]
-        pieces = [(first, size, i == 1) for i, (first, size) in enumerate(zip(firsts, sizes, strict=True)) if size]
+        firsts = [jnp.minimum(in_prompt, P - widths[0]), jnp.minimum(in_own, T - widths[1])]
+        pieces = [(first, size, i == 1) for i, (first, size) in enumerate(zip(firsts, widths, strict=True)) if size]
         self.pieces = [piece[:2] for piece in pieces]
         q_Q, k_S = self.start + jnp.arange(spec.tile), self._columns()
         segment = lambda x_BT, first, size: jax.lax.dynamic_slice(x_BT, (row, first), (1, size))[0]
@@ -225,10 +234,10 @@ def _for_each_tile(
     """`carry = do(tile, carry)` for every tile with tokens. `segments_BT` and positions are padded to whole tiles."""
     for kind in _kinds(spec):
         table, bounds = _schedule(spec, kind, segments_BT)
-        for i, width in enumerate(kind.widths):
+        for i, widths in enumerate(kind.widths):
 
-            def body(n, carry, kind=kind, table=table, width=width):
-                return do(_Tile(spec, kind, width, table[n], segments_BT, window), carry)
+            def body(n, carry, table=table, widths=widths):
+                return do(_Tile(spec, widths, table[n], segments_BT, window), carry)
 
             carry = jax.lax.fori_loop(bounds[i], bounds[i + 1], body, carry)
     return carry

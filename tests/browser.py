@@ -101,6 +101,6 @@ def _owner(page: Path, directory: Path, width: int, height: int, probe: str = ""
 
 def _chromium(directory: Path, *arguments: str) -> str:
     command = [str(BINARY), *FLAGS, f"--user-data-dir={directory / 'profile'}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

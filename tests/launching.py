@@ -33,6 +33,8 @@ SLICE = ["--name=hhh", "--zone=us-east5-b"]
 RUN = [*SLICE, "--type=v6e-8", "--config=configs/hhh.py", "--workdir=gs://bucket/runs/hhh"]
 FAST = ["--backoff=0", "--poll=0", "--settle=0"]
 ACTIVE = {"request": ["ACTIVE"]}
+# Bash cannot trap a signal that it was started to ignore, as all below a shell's background job ignores Ctrl-C.
+HEARS_CTRL_C = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
 TOOLS = {
     "gcloud": 'exec {python} -S -E {tests}/fake_gcloud.py "$@"',
     "hostname": "echo t1v-n-w-$FAKE_WORKER",
@@ -74,14 +76,14 @@ class Cloud:
     def start(self, *words, **environment):
         plain = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "WANDB_API_KEY", "CLOUDSDK_COMPUTE_ZONE")}
         env = plain | {"PATH": f"{self.root}/tools:{plain['PATH']}", "FAKE_CLOUD": str(self.root)} | environment
-        command = [self.repo / "launch_tpu.sh", *words]
+        command = [sys.executable, "-SEc", HEARS_CTRL_C, self.repo / "launch_tpu.sh", *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
         return subprocess.Popen(command, env=env, start_new_session=True, **pipes)
 
     def launch(self, *words, code=0, **environment):
         """Run the launcher to its end; it must exit with `code`. Returns standard output and standard error."""
         process = self.start(*words, **environment)
-        out, err = (text.decode() for text in process.communicate(timeout=120))
+        out, err = (text.decode() for text in process.communicate(timeout=300))
         assert process.returncode == code, out + err
         return out, err
 

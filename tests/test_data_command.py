@@ -47,7 +47,7 @@ def command(*args, expect=0, **environment):
         env=inherited | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout if expect == 0 else done.stderr

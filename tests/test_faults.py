@@ -277,7 +277,7 @@ def test_a_peer_that_is_killed_ends_the_other_with_a_message(lost, environment, 
     # No checkpoints: in a save it would wait for a heartbeat's timeout, a hundred seconds.
     started = _pair(work, environment, checkpoint_every=0)
     started[lost].kill()
-    printed, _ = started[1 - lost].communicate(timeout=120)
+    printed, _ = started[1 - lost].communicate(timeout=300)
     started[lost].communicate()
     # JAX aborts as soon as its service lost the first process, or no heartbeat came while a save was waiting.
     if started[1 - lost].returncode == -signal.SIGABRT:
@@ -291,7 +291,7 @@ def test_a_peer_that_falls_silent_ends_the_other_with_stacks(environment, work):
     # No checkpoints: in a save it is given more time.
     started = _pair(work, environment, stuck_after_seconds=8.0, checkpoint_every=0)
     started[1].send_signal(signal.SIGSTOP)
-    printed, _ = started[0].communicate(timeout=120)
+    printed, _ = started[0].communicate(timeout=300)
     started[1].kill()
     started[1].communicate()
     assert started[0].returncode == 70, printed

@@ -224,7 +224,7 @@ def test_two_launchers_install_once(cloud):
     cloud.world(current={**ACTIVE, "type": "v6e-8"})
     (cloud.root / "slow").touch()
     for process in [cloud.start("setup", *SLICE) for _ in range(2)]:
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     lines = (cloud.home() / "uv.log").read_text().splitlines()
     assert len([line for line in lines if "|pip|install|" in line]) == 1

@@ -170,7 +170,7 @@ def test_an_api_that_is_silent_is_no_preemption(cloud):
     cut = {"verb": "follow", "cut_after": 0, "again": False}
     (cloud.root / "world.json").write_text(json.dumps(world | {"deaf": 1000, "faults": [cut] * 1000}))
     os.kill(int((cloud.home() / ".dpo_jax/run/pid").read_text()), signal.SIGTERM)  # so that the log ends
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 75
     assert "hhh did not answer ten times" in err.decode()
     assert (cloud.count("create"), cloud.count("delete")) == (1, 0)
@@ -231,7 +231,7 @@ def test_stop_saves_and_the_waiting_up_ends(cloud):
     assert len(re.findall(r"^t1v-n-w-[01] +running ", out, re.M)) == 2
     _, err = cloud.launch("stop", *SLICE)
     assert len(re.findall(r"^@ t1v-n-w-[01] stopped \S+ 143$", err, re.M)) == 2
-    out, err = (text.decode() for text in process.communicate(timeout=120))
+    out, err = (text.decode() for text in process.communicate(timeout=300))
     assert process.returncode == 143
     assert "stopped on request, and saved" in err
     assert out.endswith("saved\n")
@@ -272,13 +272,13 @@ def test_up_again_follows_the_live_run(cloud):
     process = cloud.start("up", *RUN, *FAST)
     assert process.stdout.readline().startswith(b"step 1\t")
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "what runs on the workers goes on" in err.decode()
     process = cloud.start("up", *RUN, *FAST)
     assert process.stdout.readline().startswith(b"step 1\t")
     cloud.launch("stop", *SLICE)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert "is live already: following it" in err.decode()
     assert out.endswith(b"saved\n")
     assert len(cloud.trained()) == 1

@@ -255,7 +255,7 @@ weights.save(params, hf, sys.argv[4], dtype=jnp.float32, max_shard_bytes=20e3)
     ]
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=300)
             assert process.returncode == 0, output
     finally:
         for process in processes:
