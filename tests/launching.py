@@ -34,7 +34,11 @@ RUN = [*SLICE, "--type=v6e-8", "--config=configs/hhh.py", "--workdir=gs://bucket
 FAST = ["--backoff=0", "--poll=0", "--settle=0"]
 ACTIVE = {"request": ["ACTIVE"]}
 # Bash cannot trap a signal that it was started to ignore, as all below a shell's background job ignores Ctrl-C.
-HEARS_CTRL_C = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+HEARS_CTRL_C = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 TOOLS = {
     "gcloud": 'exec {python} -S -E {tests}/fake_gcloud.py "$@"',
     "hostname": "echo t1v-n-w-$FAKE_WORKER",

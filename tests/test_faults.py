@@ -288,8 +288,8 @@ def test_a_peer_that_is_killed_ends_the_other_with_a_message(lost, environment, 
 
 
 def test_a_peer_that_falls_silent_ends_the_other_with_stacks(environment, work):  # noqa: F811
-    # No checkpoints: in a save it is given more time.
-    started = _pair(work, environment, stuck_after_seconds=8.0, checkpoint_every=0)
+    # No checkpoints: in a save it is given more time. And more seconds than a busy machine compiles a step in.
+    started = _pair(work, environment, stuck_after_seconds=40.0, checkpoint_every=0)
     started[1].send_signal(signal.SIGSTOP)
     printed, _ = started[0].communicate(timeout=300)
     started[1].kill()
