@@ -34,7 +34,7 @@ def _run(name, directory):
     assert SKIPPED in notebook.cells[1].metadata.tags
     notebook.cells = [cell for cell in notebook.cells if SKIPPED not in cell.metadata.get("tags", [])]
     client = nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(directory)}}
+        notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(directory)}}
     )
     client.execute()
     return notebook
