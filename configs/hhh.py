@@ -2,7 +2,7 @@
 
     python -m dpo_jax.train --config=configs/hhh.py:tiny --workdir=runs/tiny
         No download: synthetic dialogues in HH's form, a 2M-parameter Llama from scratch, light SFT, DPO.
-        Two CPU cores, under three minutes.
+        Two CPU cores: a minute and a half where they are fast, five minutes where they are slow.
 
     python -m dpo_jax.train --config=configs/hhh.py:smollm2-135m --workdir=runs/hhh-135m
         SmolLM2-135M-Instruct. A laptop, Colab or one TPU chip. Two CPU cores train about one pair a second in 7 GB, so

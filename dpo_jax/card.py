@@ -196,8 +196,7 @@ def _results(run: Run) -> str:
     rows = []
     for name, before, after in metrics.before_after(run.records):
         error = accuracy_error(run, after) if name == "accuracy" else None
-        tied = name.startswith("accuracy") and not before  # before training every pair ties
-        shown = ["–" if v is None else metrics.show(name, v) for v in (None if tied else before, after)]
+        shown = ["–" if v is None else metrics.show(name, v) for v in (before, after)]
         rows.append((metric_label(name), shown[0], shown[1] + (f" ± {error:.3f}" if error is not None else "")))
     if not rows:
         return "No pairs were held out."

@@ -126,13 +126,17 @@ def truncate(path: Path, keep: Callable[[Record], bool]) -> None:
 
 
 def before_after(records: Iterable[Record]) -> list[tuple[str, float | None, float | None]]:
-    """The held-out metrics at step 0 and at the last evaluation after it: (name, before, after); None if not there."""
+    """The held-out metrics at step 0 and at the last evaluation after it: (name, before, after); None if not there.
+
+    An accuracy of 0 before training is None too: the policy is its own reference, every pair ties and none is won.
+    """
     evals = {record.get("step", 0): record for record in records if record.get("split") == "eval"}
     before = evals.pop(0, {})
     after = evals[max(evals)] if evals else {}
     by_source = sorted(name for name in {**before, **after} if name.startswith(("accuracy/", "margin/")))
     names = [name for name in HELD_OUT if name in before or name in after]
-    return [(name, before.get(name), after.get(name)) for name in (*names, *by_source)]
+    tied = {name for name, value in before.items() if name.startswith("accuracy") and not value}
+    return [(name, None if name in tied else before.get(name), after.get(name)) for name in (*names, *by_source)]
 
 
 class Throughput:

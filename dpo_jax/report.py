@@ -140,7 +140,7 @@ def _headline(run: Run) -> str:
         if name == "dpo_loss" and not is_dpo(run):
             note = f"That of {text(str(run.config['loss']))}."
         was = f'<span class="was">{number(name, before)} →</span> '
-        if name == "accuracy" and not before:
+        if name == "accuracy" and before is None:
             was, note = "", note + " Chance is 0.5; before training all pairs tie."
         if name == "kl" and not before:
             was = ""

@@ -17,8 +17,6 @@ def before_after(run: Run) -> str:
     """Held-out pairs before and after, and the last evaluation's wins by source and by length."""
     rows = []
     for name, before, after in metrics.before_after(run.records):
-        if name == "accuracy" and not before:  # before training every pair ties: no accuracy
-            before = None
         if "/" not in name:
             cells = (number(name, before), number(name, after), _change(name, before, after))
             rows.append((text(metric_label(name)), *cells))

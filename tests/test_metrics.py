@@ -200,6 +200,15 @@ def test_final_table_has_before_and_after():
     assert metrics.before_after([]) == []
 
 
+def test_pairs_that_all_tie_before_training_have_no_accuracy_there():
+    tied, won = {"accuracy": 0.0, "accuracy/a": 0.0}, {"accuracy": 0.75, "accuracy/a": 0.0}
+    rows = metrics.before_after([held_out(0, **tied), held_out(10, **won)])
+    assert [row for row in rows if row[0].startswith("accuracy")] == [
+        ("accuracy", None, 0.75),
+        ("accuracy/a", None, 0.0),
+    ]
+
+
 def test_throughput_leaves_out_pauses():
     now = [0.0]
     throughput = Throughput(clock=lambda: now[0])
