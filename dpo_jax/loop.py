@@ -228,6 +228,7 @@ def _run(
     # Of several processes perhaps only one got the signal: what any knew at update n, all know with its metrics.
     any_of = make_any(mesh) if jax.process_count() > 1 else None
     asked, owed, health = False, False, _Health()
+    compiled_at = 0
 
     def record() -> None:
         nonlocal pending, asked
@@ -235,7 +236,8 @@ def _run(
             return
         n, metrics, info = pending
         pending = None
-        beat(f"waiting for the numbers of {phase.split} update {n}")
+        # Other processes may still compile what this one has compiled already.
+        beat(f"waiting for the numbers of {phase.split} update {n}", LONGER if n == compiled_at else 1.0)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}  # waits for update n
         asked = bool(values.pop(STOP, False))
         throughput.count(info["pairs"])
@@ -274,6 +276,7 @@ def _run(
                 beat(f"compiling {phase.split} step {n}", LONGER)
                 state, metrics = phase.train_step(state, ref_params, batch, slots)
             compiled.add(item["info"]["shape"])
+            compiled_at = n
         else:
             state, metrics = phase.train_step(state, ref_params, batch, slots)
         if phase.sync is not None and n % phase.sync_every == 0:

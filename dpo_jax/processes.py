@@ -44,7 +44,7 @@ def leave(code: int) -> int:
 
 
 def is_of_a_lost_peer(error: BaseException) -> bool:
-    """Whether an error means that another process of this run is gone."""
+    """Whether an error means that another process of this run is gone, or silent for longer than Gloo waits: 30 s."""
     said = str(error).lower()
     if not jax.distributed.is_initialized():
         return False
@@ -57,8 +57,8 @@ def end_if_a_peer_is_gone(error: BaseException) -> None:
     if not is_of_a_lost_peer(error):
         return
     print(
-        f"error: another process of this run is gone ({str(error).strip().splitlines()[0]}), so this one ends too "
-        f"(exit code {STUCK}); checkpoints are kept, and the same command on all of them goes on",
+        f"error: another process of this run is gone or silent ({str(error).strip().splitlines()[0]}), so this one ends "
+        f"too (exit code {STUCK}); checkpoints are kept, and the same command on all of them goes on",
         file=sys.stderr,
         flush=True,
     )

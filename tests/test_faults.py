@@ -284,12 +284,12 @@ def test_a_peer_that_is_killed_ends_the_other_with_a_message(lost, environment, 
         assert "another task died" in printed
     else:
         assert started[1 - lost].returncode == 70, printed
-        assert "error: another process of this run is gone" in printed
+        assert "error: another process of this run is gone or silent" in printed
 
 
 def test_a_peer_that_falls_silent_ends_the_other_with_stacks(environment, work):  # noqa: F811
-    # No checkpoints: in a save it is given more time. And more seconds than a busy machine compiles a step in.
-    started = _pair(work, environment, stuck_after_seconds=40.0, checkpoint_every=0)
+    # No checkpoints: in a save it is given more time. After 30 s Gloo, between CPUs, would have given up first.
+    started = _pair(work, environment, stuck_after_seconds=12.0, checkpoint_every=0)
     started[1].send_signal(signal.SIGSTOP)
     printed, _ = started[0].communicate(timeout=300)
     started[1].kill()
