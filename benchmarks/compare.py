@@ -13,9 +13,10 @@ their own, which are made beside --out. All compute in float32 but `trl-bf16` (a
 and have AdamW at 1e-5. `trl:4` computes 4 pairs at once and accumulates their gradients to a step's: fewer at once is
 less padding and less memory; `--own` is the same of dpo_jax (its key `microbatches`), `--remat` its key of that name.
 
-A finished cell is kept in --json and not measured again: an interrupted run goes on, and flags choose a part of the
-whole for now. The table is printed from everything that is there. `--write-docs` puts it into docs/benchmarks.md,
-which also says what the columns are.
+A finished cell is kept in --json and not measured again on the same machine: an interrupted run goes on, and flags
+choose a part of the whole for now. The tables are printed from everything that is there, machine by machine.
+`--write-docs` puts them into docs/benchmarks.md, which also says what the columns are; its results are
+docs/benchmarks.json.
 """
 
 import argparse
@@ -83,6 +84,7 @@ def own_flags(a: argparse.Namespace, data: str, batch: int, steps: int, limits: 
         "batch_size": batch, "microbatches": max(1, batch // own_pairs(a, data)), "num_steps": steps,
         "learning_rate": 1e-5, "lr_schedule": "constant", "warmup_steps": 0, "max_grad_norm": 0.0, "dpo_beta": 0.1,
         "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "sample_prompts": 0, "export": False,
+        "stuck_after_seconds": 0.0,  # between its turns it waits for the peer, however slow
     }  # fmt: skip
     if a.remat:
         settings["remat"] = a.remat
@@ -179,28 +181,28 @@ def compiled_for_tpu(a: argparse.Namespace) -> list[dict[str, Any]]:
 def save(path: Path, results: dict[str, Any]) -> None:
     """All at once or not at all."""
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(results, indent=1) + "\n")
+    scratch.write_text(json.dumps(results) + "\n")
     os.replace(scratch, path)
 
 
-def described(a: argparse.Namespace) -> dict[str, Any]:
-    """The machine, the model and the versions that are there."""
+def model_size(directory: str) -> dict[str, int]:
+    """Parameters of the layers, and of the vocabulary's projection."""
     from dpo_jax.weights import read_config
 
-    config, _ = read_config(Path(a.model))
+    config, _ = read_config(Path(directory))
     table = config.vocab_size * config.hidden_size
     tables_held = 1 if config.tie_word_embeddings else 2
+    return {"body": config.parameter_count() - tables_held * table, "projection": table}
+
+
+def installed(out: Path) -> dict[str, Any]:
+    """The versions that are there, of dpo_jax's environment and the peers'."""
     found = {"dpo_jax": turns.versions(sys.executable, OURS)}
     for name, packages in THEIRS.items():
-        python = a.out / name / "bin" / "python"
+        python = out / name / "bin" / "python"
         if python.exists():
             found[name.removesuffix("-environment")] = turns.versions(os.path.abspath(python), packages)
-    return {
-        "machine": machine.name(),
-        "system": f"{platform.system()} {platform.release()}",
-        "model": {"body": config.parameter_count() - tables_held * table, "projection": table},
-        "versions": found,
-    }
+    return found
 
 
 def parse() -> argparse.Namespace:
@@ -245,7 +247,13 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     a = parse()
     a.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = json.loads(a.json.read_text()) if a.json.exists() else {"cells": {}}
+    results: dict[str, Any] = json.loads(a.json.read_text()) if a.json.exists() else {"machines": {}}
+    model = model_size(a.model)
+    if results.setdefault("model", model) != model:
+        print(f"error: {a.json} has results of another model; choose another --json or --model", file=sys.stderr)
+        return 2
+    system = f"{platform.system()} {platform.release()}"
+    here = results["machines"].get(machine.name(), {"versions": {}, "cells": {}}) | {"system": system}
     jobs: dict[str, Any] = {}
     for batch in a.batch_sizes:
         for data in (name for name in DATA if getattr(a, name)):
@@ -258,24 +266,23 @@ def main() -> int:
         jobs[f"hh {batch} 512+512 dpo_jax:{batch} ablation"] = lambda: ablation(a, "hh", batch)
     failed = []
     for key, job in jobs.items():
-        if key in results["cells"]:
+        if key in here["cells"]:
             continue
         try:
-            results["cells"][key] = job()
+            here["cells"][key] = job()
         except turns.Failed as e:
             failed.append(f"{key}: {e}")
             continue
-        results |= described(a)
+        here["versions"] |= installed(a.out)
+        results["machines"][machine.name()] = here
         save(a.json, results)
     if not a.no_tpu and "tpu" not in results:
         try:
             results["tpu"] = compiled_for_tpu(a)
-            results |= described(a)
             save(a.json, results)
         except turns.Failed as e:
             failed.append(f"tpu: {e}")
-    if "machine" in results:
-        print("\n" + "\n\n".join(make(results) for make in tables.TABLES.values()))
+    print("\n" + "\n\n".join(make(results) for make in tables.TABLES.values()))
     if a.write_docs:
         tables.write(ROOT / "docs" / "benchmarks.md", results)
     for line in failed:

@@ -11,16 +11,26 @@ import jax.numpy as jnp
 # Of a transformer's size and square: the best of them is the peak.
 MATMULS = ((2048, 2048, 2048), (4096, 1024, 4096), (4096, 576, 1536))
 
+# Flags in /proc/cpuinfo of what floats can be multiplied at once, widest first.
+VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
 
-def name() -> str:
-    """The processor, and how many of its cores and how much memory this process may use."""
-    names = [platform.processor() or platform.machine()]
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")] or names
+
+def name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor, and how many of its cores and how much memory this process may use.
+
+    In clouds two generations of a processor have one name: what tells them apart is said too.
+    """
+    processor = platform.processor() or platform.machine()
+    if cpuinfo.exists():
+        first = cpuinfo.read_text().partition("\n\n")[0]
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+        processor = facts.get("model name", processor)
+        known = [f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+        known += [vectors for flag, vectors in VECTORS.items() if flag in facts.get("flags", "").split()][:1]
+        processor += f" ({', '.join(known)})" if known else ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{names[0]}, {cores} cores, {memory:.0f} GiB"
+    return f"{processor}, {cores} cores, {memory:.0f} GiB"
 
 
 def matmul_gflops(repeats: int = 4) -> float:

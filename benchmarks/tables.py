@@ -65,31 +65,28 @@ def _row(where: str, spec: str, m: dict[str, float], ratios: tuple[str, str] = (
     return [where, LABELS[trainer], *numbers, f"{m['memory']:.1f} GB", *ratios]
 
 
-def comparison(results: dict[str, Any]) -> str:
+def comparison(here: dict[str, Any], model: dict[str, int]) -> str:
     """A line for each peer, with dpo_jax's ratio to it in the same run, below dpo_jax's own medians of all its runs."""
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
-    for key, cell in results["cells"].items():
+    for key, cell in here["cells"].items():
         *group, spec = key.split()
         if spec != "ablation":
             groups.setdefault(tuple(group), {})[spec] = cell
     rows = []
     for (data, batch, limits, own), cells in groups.items():
-        ours = {spec: judge(cell, "dpo_jax", results["model"]) for spec, cell in cells.items()}
+        ours = {spec: judge(cell, "dpo_jax", model) for spec, cell in cells.items()}
         both = {key: statistics.median(m[key] for m in ours.values()) for key in next(iter(ours.values()))}
         rows.append(_row(f"{NAMES[data]}, {limits}, {batch}", own, both))
         for spec, cell in cells.items():
-            theirs, mine = judge(cell, spec.partition(":")[0], results["model"]), ours[spec]
+            theirs, mine = judge(cell, spec.partition(":")[0], model), ours[spec]
             ratios = f"**{mine['pairs'] / theirs['pairs']:.2f}x**", f"{mine['memory'] / theirs['memory']:.2f}x"
             rows.append(_row("", spec, theirs, ratios))
     return _markdown(COLUMNS, rows) if rows else "no trainer was compared"
 
 
-def ablation(results: dict[str, Any]) -> str:
+def ablation(cell: dict[str, Any]) -> str:
     """What each part of the step is worth."""
-    found = [(key, cell) for key, cell in results["cells"].items() if key.endswith("ablation")]
-    if not found:
-        return "no ablation was measured"
-    (_, cell), rows = found[0], []
+    rows = []
     medians = {name: statistics.median(v["seconds"]) for name, v in cell["variants"].items()}
     full = next(iter(medians))
     for name, v in cell["variants"].items():
@@ -118,20 +115,20 @@ def tpu(results: dict[str, Any]) -> str:
     return _markdown(TPU_COLUMNS, [_tpu_cells(row) for row in rows]) if rows else "nothing was compiled for TPU"
 
 
-def setting(results: dict[str, Any]) -> str:
-    """The machine, its peak, its load and the versions."""
-    cells = results["cells"].values()
+def setting(here: dict[str, Any]) -> str:
+    """A machine's system, its peak, its load and the versions."""
+    cells = here["cells"].values()
     peaks = [x for cell in cells for x in cell.get("peak_gflops", [])]
     loads = [x for cell in cells for x in cell["load"]]
-    lines = [f"{results['machine']}, {results['system']}."]
+    lines = [f"{here['system']}."]
     if peaks:
         lines.append(
             f"Float32 matmul peak in these runs: median {statistics.median(peaks):.0f} GFLOP/s, from {min(peaks):.0f} "
             f"to {max(peaks):.0f}. Load average before and after a cell: {min(loads):.1f} to {max(loads):.1f}."
         )
-    for name, versions in results["versions"].items():
+    for name, versions in here["versions"].items():
         lines.append(f"{name}: {', '.join(f'{k} {v}' for k, v in versions.items())}.")
-    for key, cell in results["cells"].items():
+    for key, cell in here["cells"].items():
         if "records" in cell:
             lines.append(f"{key}: {_agreement(cell)}")
     return "\n".join(f"- {line}" for line in lines)
@@ -150,7 +147,25 @@ def _agreement(cell: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"setting": setting, "comparison": comparison, "ablation": ablation, "tpu": tpu}
+def comparisons(results: dict[str, Any]) -> str:
+    """Every machine's setting and comparison."""
+    made = []
+    for name, here in results["machines"].items():
+        made.append(f"### {name}\n{setting(here)}\n\n{comparison(here, results['model'])}")
+    return "\n\n".join(made) or "no trainer was compared"
+
+
+def ablations(results: dict[str, Any]) -> str:
+    """Every machine's ablation."""
+    made = []
+    for name, here in results["machines"].items():
+        for key, cell in here["cells"].items():
+            if key.endswith(" ablation"):
+                made.append(f"{name}; {cell['began']}:\n\n{ablation(cell)}")
+    return "\n\n".join(made) or "no ablation was measured"
+
+
+TABLES = {"comparisons": comparisons, "ablations": ablations, "tpu": tpu}
 
 
 def write(page: Path, results: dict[str, Any]) -> None:

@@ -56,9 +56,10 @@ def end_if_a_peer_is_gone(error: BaseException) -> None:
     """End this process with a line that says so, if that is what the error means; else return."""
     if not is_of_a_lost_peer(error):
         return
+    said = str(error).strip().splitlines()[0]
     print(
-        f"error: another process of this run is gone or silent ({str(error).strip().splitlines()[0]}), so this one ends "
-        f"too (exit code {STUCK}); checkpoints are kept, and the same command on all of them goes on",
+        f"error: another process of this run is gone or silent ({said}), so this one ends too (exit code {STUCK}); "
+        "checkpoints are kept, and the same command on all of them goes on",
         file=sys.stderr,
         flush=True,
     )

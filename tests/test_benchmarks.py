@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import tables, turns
+from benchmarks import compare, machine, tables, turns
 from benchmarks.gate import Gate
 
 MODEL = {"body": 100, "projection": 10}
@@ -40,8 +41,8 @@ def test_first_step_and_compiled_steps_are_not_timed():
 
 
 def test_the_table_has_the_ratio_to_the_peer_of_the_same_run():
-    results = {"cells": {"hh 16 512+512 dpo_jax:16 trl:4": cell([99, 2, 99, 2], [99, 10, 10, 10])}, "model": MODEL}
-    ours, theirs = tables.comparison(results).splitlines()[2:]
+    here = {"cells": {"hh 16 512+512 dpo_jax:16 trl:4": cell([99, 2, 99, 2], [99, 10, 10, 10])}}
+    ours, theirs = tables.comparison(here, MODEL).splitlines()[2:]
     assert ours.startswith("| HH harmless-base, 512+512, 16 | dpo_jax | 16 | 2.0 | 0.500 |")
     assert theirs.startswith("|  | TRL float32 | 4 | 10.0 | 0.100 |")
     assert theirs.endswith("| 4.0 GB | **5.00x** | 0.50x |")
@@ -50,22 +51,70 @@ def test_the_table_has_the_ratio_to_the_peer_of_the_same_run():
 def test_the_page_takes_the_tables(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(Path("docs/benchmarks.md").read_text())
-    facts = {"model": MODEL, "machine": "a machine", "system": "a system", "versions": {"trl": {"torch": "2"}}}
+    facts = {"system": "a system", "versions": {"trl": {"torch": "2"}}}
     variants = {name: {"seconds": s, "temporary_gb": 1.0, "fill": 0.5} for name, s in (("full", [1, 2]), ("x", [3, 4]))}
     cells = {"hh 16 512+512 dpo_jax:16 trl:4": cell([9, 2, 9, 2], [9, 10, 10, 10])}
-    cells["hh 16 512+512 dpo_jax:16 ablation"] = {"variants": variants, "load": [0.0]}
+    cells["hh 16 512+512 dpo_jax:16 ablation"] = {"variants": variants, "load": [0.0], "began": "then"}
     cells["hh 16 512+512 dpo_jax:8/attention trl:1"] = cell([9, 4, 9, 4], [9, 10, 10, 10])
     compiled = {"topology": "v6e:2x4 (v6e-8)", "remat": "dots"}
     fits = compiled | {"layout": "rows", "pairs": 64, "flops": 2e12, "of_8n": 1.01, "hbm_bytes": 3e9, "gib": 28.1}
     tpu = [fits, compiled | {"layout": "padded", "pairs": 16, "error": "needs 40G of 31G"}]
-    tables.write(page, facts | {"cells": cells, "tpu": tpu})
+    other = {"hh 64 512+512 dpo_jax:8 trl:1": cell([9, 3, 9, 3], [9, 7, 7, 7])}
+    machines = {"a machine": facts | {"cells": cells}, "another": facts | {"cells": other}}
+    tables.write(page, {"model": MODEL, "machines": machines, "tpu": tpu})
     text = page.read_text()
-    assert "a machine, a system." in text
-    assert "**5.00x**" in text
+    assert "### a machine\n- a system.\n" in text
+    assert text.index("**5.00x**") < text.index("### another") < text.index("**2.33x**")
+    assert "a machine; then:\n\n| dpo_jax's step |" in text
     assert "| dpo_jax | 8, remat=attention | 4.0 |" in text
     assert "| x | 3.5 | 2.50x | 1.00 GB | 50% |" in text
     assert "| v6e:2x4 (v6e-8) | rows | 64 | dots | 2.0 | 1.01x | 3.0 | 28.1 |" in text
     assert "| v6e:2x4 (v6e-8) | padded | 16 | dots | does not fit: needs 40G of 31G |" in text
+
+
+def test_processors_of_one_name_are_told_apart(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    said = "processor\t: {}\ncpu family\t: 25\nmodel\t\t: {}\nmodel name\t: AMD EPYC\nflags\t\t: fpu {}\n\n"
+    cpuinfo.write_text(said.format(0, 1, "avx2") + said.format(1, 1, "avx2"))
+    assert machine.name(cpuinfo).startswith("AMD EPYC (family 25, model 1, AVX2), ")
+    cpuinfo.write_text(said.format(0, 17, "avx2 avx512f"))
+    assert machine.name(cpuinfo).startswith("AMD EPYC (family 25, model 17, AVX-512), ")
+    assert " cores, " in machine.name(tmp_path / "none")
+
+
+def test_results_on_record_make_the_page(tmp_path):
+    """The tables of the page are those of the results beside it."""
+    page = tmp_path / "page.md"
+    page.write_text(Path("docs/benchmarks.md").read_text())
+    tables.write(page, json.loads(Path("docs/benchmarks.json").read_text()))
+    assert page.read_text() == Path("docs/benchmarks.md").read_text()
+
+
+SMOLLM2_135M = {
+    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+    "rope_theta": 100000, "tie_word_embeddings": True, "hidden_act": "silu",
+}  # fmt: skip
+
+
+def test_results_of_another_model_are_not_mixed(tmp_path, monkeypatch, capsys):
+    kept = tmp_path / "results.json"
+    shutil.copy("docs/benchmarks.json", kept)
+
+    def called(name, **changed):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(SMOLLM2_135M | changed))
+        flags = ["--model", str(tmp_path / name), "--json", str(kept), "--out", str(tmp_path), "--no-tpu"]
+        monkeypatch.setattr(sys, "argv", ["compare.py", *flags])
+        code = compare.main()
+        return code, *capsys.readouterr()
+
+    code, printed, _ = called("the same")
+    assert code == 0
+    assert tables.comparisons(json.loads(kept.read_text())) in printed
+    code, _, said = called("deeper", num_hidden_layers=31)
+    assert code == 2
+    assert said == f"error: {kept} has results of another model; choose another --json or --model\n"
 
 
 def test_a_worker_waits_at_its_gate(monkeypatch):
