@@ -1,9 +1,14 @@
-"""Several processes on this machine that find each other over loopback: for tests of pods without one."""
+"""Processes that tests start: several that find each other over loopback, for tests of pods without one."""
 
 import multiprocessing
 import os
 import socket
 import subprocess
+
+
+def of_a_user():
+    """The environment without what the tests set for XLA in their own process: a program compiled as a user's is."""
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 
 
 def start(commands, environment=None):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from dpo_jax import data_command, inspection, inspection_text
 from dpo_jax.data import lengths
 from dpo_jax.data.cache import cache_root
 from dpo_jax.inspection import Piece
+from tests import processes
 from tests.data.test_render import bpe_tokenizer
 
 TINY = "--config=configs/hhh.py:tiny"
@@ -41,7 +41,7 @@ LINES = [
 
 def command(*args, expect=0, **environment):
     """Run it where JAX has no devices to wake; returns what it printed."""
-    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "none"}
+    inherited = processes.of_a_user() | {"JAX_PLATFORMS": "none"}
     done = subprocess.run(
         [sys.executable, "-m", "dpo_jax.data", *map(str, args)],
         env=inherited | environment,

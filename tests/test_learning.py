@@ -15,6 +15,7 @@ import pytest
 
 from dpo_jax import metrics
 from dpo_jax.losses import LOSSES
+from tests import processes
 
 # Rows of docs/losses.md and what differs from beta 0.1, 30 updates of 32 pairs at 3e-4.
 RUNS = {name: {"loss": name} for name in LOSSES}
@@ -36,10 +37,7 @@ SWEEP = {"num_steps": 30, "learning_rate": 3e-4, "eval_every": 0, "checkpoint_ev
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """A process of its own: one CPU device; programs and tokenised pairs shared between the runs."""
-    base = tmp_path_factory.mktemp("environment")
-    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    shared = {"JAX_COMPILATION_CACHE_DIR": str(base / "xla"), "DPO_JAX_CACHE": str(base / "pairs")}
-    return inherited | shared | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    return processes.of_a_user() | {"DPO_JAX_CACHE": str(tmp_path_factory.mktemp("environment") / "pairs")}
 
 
 def _train(workdir, environment, settings):

@@ -11,6 +11,7 @@ import pytest
 from dpo_jax import plan
 from dpo_jax.errors import UserError
 from dpo_jax.known import LENGTHS, MODELS, draw_lengths
+from tests import processes
 
 compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install '.[tpu]'"
@@ -25,7 +26,7 @@ TINY = [
 
 def _plan(*args):
     command = [sys.executable, "-m", "dpo_jax.plan", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=processes.of_a_user(), capture_output=True, text=True, timeout=600)
 
 
 def _refused(*args):

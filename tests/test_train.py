@@ -1,7 +1,6 @@
 """The command line from raw transcripts to an exported policy, stopped in every way and gone on with."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from transformers import AutoTokenizer
 from configs import hhh
 from dpo_jax import metrics, train, weights
 from dpo_jax.length_bias import GROUPS
+from tests import processes
 
 SETTINGS = {
     "batch_size": 8,
@@ -34,12 +34,8 @@ CLOCK = ("pairs_per_second", "step_seconds", "memory_gb")  # differ between runs
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A process of its own: one CPU device, warnings as errors, compiled programs shared between the runs here."""
-    base = tmp_path_factory.mktemp("environment")
-    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return inherited | {
-        "DPO_JAX_CACHE": str(base / "pairs"),
-    }
+    """A process of its own: one CPU device, tokenised pairs shared between the runs here."""
+    return processes.of_a_user() | {"DPO_JAX_CACHE": str(tmp_path_factory.mktemp("environment") / "pairs")}
 
 
 def _command(workdir, **changed):

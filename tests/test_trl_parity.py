@@ -18,6 +18,7 @@ import transformers
 
 from configs import common
 from dpo_jax import metrics, train
+from tests import processes
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "trl"
@@ -128,7 +129,7 @@ def test_smollm2_agrees_with_trl(tmp_path):
         f"--workdir={tmp_path / 'run'}",
         *flags,
     ]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    env = processes.of_a_user() | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     theirs = json.loads((SHARED / "trl" / "trl.json").read_text())["logged"]

@@ -6,10 +6,11 @@ jaxpr. A process of its own, as libtpu puts handlers on signals.
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.processes import of_a_user
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 LAYERS, WIDTH, TOKENS = 5, 2048, 8192
@@ -18,7 +19,7 @@ LAYERS, WIDTH, TOKENS = 5, 2048, 8192
 def compile_all(topology: str, directory: Path, names: tuple[str, ...] = ()) -> dict[str, tuple[str, dict]]:
     """Compile in a process of its own; returns (HLO, what is in the JSON) by name."""
     command = [sys.executable, "-m", "tests.tpu_programs", topology, str(directory), *names]
-    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=of_a_user() | ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return {p.stem: (p.read_text(), json.loads(p.with_suffix(".json").read_text())) for p in directory.glob("*.txt")}
 
