@@ -13,10 +13,10 @@ their own, which are made beside --out. All compute in float32 but `trl-bf16` (a
 and have AdamW at 1e-5. `trl:4` computes 4 pairs at once and accumulates their gradients to a step's: fewer at once is
 less padding and less memory; `--own` is the same of dpo_jax (its key `microbatches`), `--remat` its key of that name.
 
-A finished cell is kept in --json and not measured again on the same machine: an interrupted run goes on, and flags
-choose a part of the whole for now. The tables are printed from everything that is there, machine by machine.
-`--write-docs` puts them into docs/benchmarks.md, which also says what the columns are; its results are
-docs/benchmarks.json.
+A finished cell is kept in --json (results.json in --out; with --write-docs docs/benchmarks.json) and not measured again
+on the same machine: an interrupted run goes on, and flags choose a part of the whole for now. The tables are printed
+from everything that is there, machine by machine. `--write-docs` puts them into docs/benchmarks.md, which also says
+what the columns are.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -218,7 +219,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-ablation", action="store_true", help="leave the ablation out")
     parser.add_argument("--no-tpu", action="store_true", help="leave out what is compiled for TPU")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="environments, logs, cached data")
-    parser.add_argument("--json", type=Path, help="results, read and written; default: results.json in --out")
+    parser.add_argument("--json", type=Path, help="results, read and written")
     parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/benchmarks.md")
     a = parser.parse_args()
     a.peers = [x for x in a.peers.split(",") if x]
@@ -240,7 +241,8 @@ def parse() -> argparse.Namespace:
         if batch % int(spec.partition(":")[2]):
             parser.error(f"{spec}: {batch} pairs a step are no multiple of that; choose a divisor")
     a.out = a.out.resolve()
-    a.json = (a.json or a.out / "results.json").resolve()
+    # The page shows all that is on record, not only what this run measured.
+    a.json = (a.json or (PAGE.with_suffix(".json") if a.write_docs else a.out / "results.json")).resolve()
     return a
 
 
@@ -253,7 +255,7 @@ def main() -> int:
         print(f"error: {a.json} has results of another model; choose another --json or --model", file=sys.stderr)
         return 2
     system = f"{platform.system()} {platform.release()}"
-    here = results["machines"].get(machine.name(), {"versions": {}, "cells": {}}) | {"system": system}
+    here = results["machines"].get(machine.name(), {"cells": {}}) | {"system": system}
     jobs: dict[str, Any] = {}
     for batch in a.batch_sizes:
         for data in (name for name in DATA if getattr(a, name)):
@@ -269,11 +271,10 @@ def main() -> int:
         if key in here["cells"]:
             continue
         try:
-            here["cells"][key] = job()
+            here["cells"][key] = job() | {"versions": installed(a.out)}
         except turns.Failed as e:
             failed.append(f"{key}: {e}")
             continue
-        here["versions"] |= installed(a.out)
         results["machines"][machine.name()] = here
         save(a.json, results)
     if not a.no_tpu and "tpu" not in results:
@@ -284,7 +285,7 @@ def main() -> int:
             failed.append(f"tpu: {e}")
     print("\n" + "\n\n".join(make(results) for make in tables.TABLES.values()))
     if a.write_docs:
-        tables.write(ROOT / "docs" / "benchmarks.md", results)
+        tables.write(PAGE, results)
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     return 1 if failed else 0

@@ -126,8 +126,8 @@ def setting(here: dict[str, Any]) -> str:
             f"Float32 matmul peak in these runs: median {statistics.median(peaks):.0f} GFLOP/s, from {min(peaks):.0f} "
             f"to {max(peaks):.0f}. Load average before and after a cell: {min(loads):.1f} to {max(loads):.1f}."
         )
-    for name, versions in here["versions"].items():
-        lines.append(f"{name}: {', '.join(f'{k} {v}' for k, v in versions.items())}.")
+    versions = (named for cell in cells for named in cell["versions"].items())
+    lines += dict.fromkeys(f"{name}: {', '.join(f'{k} {v}' for k, v in found.items())}." for name, found in versions)
     for key, cell in here["cells"].items():
         if "records" in cell:
             lines.append(f"{key}: {_agreement(cell)}")

@@ -12,6 +12,7 @@ from benchmarks import compare, machine, tables, turns
 from benchmarks.gate import Gate
 
 MODEL = {"body": 100, "projection": 10}
+FACTS = {"began": "then", "versions": {"trl": {"torch": "2"}}}
 LENGTHS = [[[5, 2, 3]], [[10, 4, 6]], [[10, 4, 6]], [[20, 8, 12]]]
 
 
@@ -22,7 +23,7 @@ def cell(ours, theirs):
     }
     for record in [r for rs in records.values() for r in rs]:
         record |= {"dpo_loss": 0.5, "chosen_logp": -1.0, "rejected_logp": -2.0}
-    return {"records": records, "lengths": LENGTHS, "peak_gflops": [1e-6] * 4, "load": [0.1, 0.2], "began": "then"}
+    return {"records": records, "lengths": LENGTHS, "peak_gflops": [1e-6] * 4, "load": [0.1, 0.2], **FACTS}
 
 
 def test_work_counts_a_shared_prompt_once_and_projects_completions_only():
@@ -51,10 +52,10 @@ def test_the_table_has_the_ratio_to_the_peer_of_the_same_run():
 def test_the_page_takes_the_tables(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(Path("docs/benchmarks.md").read_text())
-    facts = {"system": "a system", "versions": {"trl": {"torch": "2"}}}
+    facts = {"system": "a system"}
     variants = {name: {"seconds": s, "temporary_gb": 1.0, "fill": 0.5} for name, s in (("full", [1, 2]), ("x", [3, 4]))}
     cells = {"hh 16 512+512 dpo_jax:16 trl:4": cell([9, 2, 9, 2], [9, 10, 10, 10])}
-    cells["hh 16 512+512 dpo_jax:16 ablation"] = {"variants": variants, "load": [0.0], "began": "then"}
+    cells["hh 16 512+512 dpo_jax:16 ablation"] = {"variants": variants, "load": [0.0], **FACTS}
     cells["hh 16 512+512 dpo_jax:8/attention trl:1"] = cell([9, 4, 9, 4], [9, 10, 10, 10])
     compiled = {"topology": "v6e:2x4 (v6e-8)", "remat": "dots"}
     fits = compiled | {"layout": "rows", "pairs": 64, "flops": 2e12, "of_8n": 1.01, "hbm_bytes": 3e9, "gib": 28.1}
@@ -64,6 +65,7 @@ def test_the_page_takes_the_tables(tmp_path):
     tables.write(page, {"model": MODEL, "machines": machines, "tpu": tpu})
     text = page.read_text()
     assert "### a machine\n- a system.\n" in text
+    assert text.count("\n- trl: torch 2.\n") == 2  # once a machine, however many cells
     assert text.index("**5.00x**") < text.index("### another") < text.index("**2.33x**")
     assert "a machine; then:\n\n| dpo_jax's step |" in text
     assert "| dpo_jax | 8, remat=attention | 4.0 |" in text
