@@ -46,16 +46,19 @@ def gated(phase: Phase, gate: Gate) -> Phase:
     facts: dict[str, Any] = {"longest": [int(lengths[:, 0].max()), int(lengths[:, 1:].max())], "pairs": len(lengths)}
     compiled: set[Any] = set()
     count = 0
+    running: dict[str, Any] = {}  # the metrics of the step before
 
     def step(state: Any, reference: Any, batch: Any, slots: Any) -> Any:
         nonlocal count
+        jax.block_until_ready((state, running))
+        facts.update({name: float(running[name]) for name in LOGGED if running})
         gate.boundary(**facts)
-        state, metrics = jax.block_until_ready(phase.train_step(state, reference, batch, slots))
+        state, metrics = phase.train_step(state, reference, batch, slots)
         shape = (slots, batch["tokens"].shape)
         info = phase.source[count]["info"]
         facts.clear()
-        facts.update({name: float(metrics[name]) for name in LOGGED})
         facts.update(compiled=shape not in compiled, fill=info["fraction"], shape=dataclasses.astuple(info["shape"]))
+        running.update(metrics)
         compiled.add(shape)
         count += 1
         return state, metrics

@@ -17,7 +17,7 @@ from dpo_jax.data.packing import RowShape
 from dpo_jax.data.pipeline import StepSource, batches
 from dpo_jax.errors import NOT_FINITE, UserError
 from dpo_jax.length_bias import length_correlation, length_groups
-from dpo_jax.memory import peak_gb
+from dpo_jax.memory import give_back, peak_gb
 from dpo_jax.metrics import MetricsWriter, Throughput
 from dpo_jax.sharding import make_any, to_global
 from dpo_jax.spikes import Losses
@@ -275,6 +275,7 @@ def _run(
             with throughput.paused():
                 beat(f"compiling {phase.split} step {n}", LONGER)
                 state, metrics = phase.train_step(state, ref_params, batch, slots)
+                give_back()  # while the step runs
             compiled.add(item["info"]["shape"])
             compiled_at = n
         else:

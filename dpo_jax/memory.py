@@ -1,5 +1,6 @@
-"""How much memory a process has used at most."""
+"""The memory of a process: how much it has used at most, and what it can give back."""
 
+import ctypes
 import resource
 import sys
 
@@ -18,3 +19,12 @@ def peak_gb() -> float:
         return max(peaks) / 1e9
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident * (1 if sys.platform == "darwin" else 1024) / 1e9  # Linux counts KiB
+
+
+def give_back() -> None:
+    """Return to the system what is free in the C library's heap, where that is glibc (`malloc_trim`, malloc_trim(3)).
+
+    Compiling leaves the heap full of holes: half a gigabyte after a step on CPU that would stay resident to the end.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)

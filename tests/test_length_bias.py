@@ -1,7 +1,5 @@
 """Held-out values by length: every pair is counted once, and the correlation is Pearson's."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_jax import memory
 from dpo_jax.data.packing import Order, RowLimits
 from dpo_jax.data.pipeline import make_schedule
 from dpo_jax.length_bias import GROUPS, length_correlation, length_groups
@@ -82,20 +79,3 @@ def test_margins_that_are_rounding_have_no_correlation():
     values = _evaluate(lambda chosen, rejected: -1e-9 * chosen)  # no pair is won
     assert values["accuracy"] == 0
     assert "length_correlation" not in values
-
-
-def test_peak_memory_on_cpu_is_what_the_kernel_says():
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("needs Linux's /proc")
-    (kib,) = (int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    assert memory.peak_gb() == pytest.approx(kib * 1024 / 1e9, rel=0.02)
-
-
-def test_a_device_that_tells_its_peak_is_believed(monkeypatch):
-    class Device:
-        def __init__(self, peak):
-            self.memory_stats = lambda: peak and {"bytes_in_use": 1, "peak_bytes_in_use": peak}
-
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device(2_000_000_000), Device(3_500_000_000), Device(None)])
-    assert memory.peak_gb() == 3.5
