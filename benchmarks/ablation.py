@@ -11,8 +11,9 @@ gradient's norm must agree, so all do the same work. Then they take turns, one s
     no packing       one pair a row, padded to the longest prompt and completions of all these steps, as one compiled
                      shape must be; four pairs at once, as sixteen do not fit in 16 GB
     no skipping      attention as dense blocks: scores for the keys of all pairs of a row, those of others masked
-    whole logits     the hidden states of all tokens are projected, not only those that predict completions, all at once
-    no chunks        the logits of all completion tokens exist at one time
+    whole logits     the hidden states of all tokens are projected, not only those that predict completions, and the
+                     logits of half of them, which is the most that the code allows, exist at one time
+    no chunks        the logits of half of the completion tokens exist at one time, for the whole vocabulary
     cached reference the reference's log-probabilities come with the batch (`reference_cache`)
 """
 
@@ -87,7 +88,7 @@ class Variant:
     parts: int = 1
 
 
-def projected(layout: Layout, targets: Slots, *, chunk_tokens: int) -> LogpsFn:
+def projected(layout: Layout, targets: Slots, options: LogpOptions) -> LogpsFn:
     """The model over rows that say themselves which hidden states are projected, and for which tokens.
 
     `target_tokens` and `target_segments` `[B, N]` are what `pair_logps` otherwise takes from the row, `targets` the
@@ -100,8 +101,8 @@ def projected(layout: Layout, targets: Slots, *, chunk_tokens: int) -> LogpsFn:
             model: Any = {"config": layout.config, "slots": slots, "dtype": layout.dtype, "tiling": layout.tiling}
             hidden = hidden_states(params, micro, remat="dots", **model)
             chosen = {"tokens": micro["target_tokens"], "segments": micro["target_segments"], "source": micro["source"]}
-            options: Any = {"pairs_per_row": micro["is_pair"].shape[-1], "options": LogpOptions(chunk_tokens)}
-            return pair_logps(hidden, chosen, unembedding(params), slots=targets, **options)
+            pairs = micro["is_pair"].shape[-1]
+            return pair_logps(hidden, chosen, unembedding(params), slots=targets, pairs_per_row=pairs, options=options)
 
     return logps
 
@@ -163,18 +164,18 @@ def variants(plan: Schedule, steps: list[int], layout: Layout) -> dict[str, Vari
 
     completions, tokens = Slots(0, shape.chosen, shape.rejected), Slots(0, shape.chosen, shape.rejected + shape.prompt)
     ours = policy.logps_fn(layout, remat="dots")
+    options = policy.logp_options(layout)
+    whole = dataclasses.replace(options, chunk_tokens=WHOLE, block=None)
     return {
         "full": Variant(shared, ours),
         "no sharing": Variant(
             lambda step: unshared_rows(plan, plan.place(step)[1], shape, widths[1:]),
-            projected(layout, completions, chunk_tokens=1024),
+            projected(layout, completions, options),
         ),
         "no packing": Variant(one_a_row, ours, parts=max(1, plan.batch_size // 4)),
         "no skipping": Variant(shared, policy.logps_fn(dataclasses.replace(layout, tiling=None), remat="dots")),
-        "whole logits": Variant(lambda step: shared(step, all_tokens), projected(layout, tokens, chunk_tokens=WHOLE)),
-        "no chunks": Variant(
-            lambda step: shared(step, with_targets), projected(layout, completions, chunk_tokens=WHOLE)
-        ),
+        "whole logits": Variant(lambda step: shared(step, all_tokens), projected(layout, tokens, whole)),
+        "no chunks": Variant(lambda step: shared(step, with_targets), projected(layout, completions, whole)),
         "cached reference": Variant(shared, ours, cached=True),
     }
 

@@ -35,7 +35,7 @@ from dpo_jax.splash import Tiling
 from dpo_jax.step import LogpsFn, TrainState, init_state
 from dpo_jax.tiles import Skipping
 from dpo_jax.tpu import generation_of
-from dpo_jax.vocabulary import LogpOptions
+from dpo_jax.vocabulary import LogpOptions, on_platform
 
 ATTENTION = ("auto", "splash", "tiles", "dense")
 # A reference that follows the policy (TR-DPO): small changes would be lost in bfloat16.
@@ -214,6 +214,12 @@ def limits_on(config: ModelConfig, row_multiple: int, platform: str) -> RowLimit
     )
 
 
+def logp_options(layout: Layout) -> LogpOptions:
+    """How log-probabilities of this model are computed on these devices."""
+    options = on_platform(layout.mesh.devices.flat[0].platform)
+    return dataclasses.replace(options, softcap=layout.config.final_logit_softcapping)
+
+
 def logps_fn(
     layout: Layout,
     *,
@@ -229,7 +235,7 @@ def logps_fn(
     `from_host`: the parameters lie in the host's memory and come to the device a layer at a time.
     """
     rules = axis_rules(layout.config, layout.mesh)
-    vocabulary = LogpOptions(softcap=layout.config.final_logit_softcapping, log_sum_sq=log_sum_sq)
+    vocabulary = dataclasses.replace(logp_options(layout), log_sum_sq=log_sum_sq)
 
     def logps_of(params: Params, micro: dict[str, jax.Array], slots: Slots) -> Logps:
         with nn.logical_axis_rules(rules):

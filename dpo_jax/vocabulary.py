@@ -7,7 +7,7 @@ sums over devices make the rest. So no device ever has the whole table, its whol
 completions.
 
 Shapes: B rows, T tokens of a row, N completion tokens of a row, n of them in a chunk, D model, V vocabulary (v: a
-part of it).
+device's part of it, s: a block of that).
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 # Tokens (rows x tokens, for each device that shares rows) that are looked up, or have logits, at one time.
@@ -198,14 +199,24 @@ class LogpOptions:
     """How log-probabilities are computed.
 
     Attributes:
-      chunk_tokens: about how many tokens' logits are held at once, for each device that shares the rows.
+      chunk_tokens: about how many tokens' logits are held at once, for each device that shares the rows; in blocks, the
+        logits of as many more tokens, for as many fewer of the vocabulary.
+      block: about how many of the vocabulary's tokens a device goes through at a time; None is all of its part. A CPU
+        has the logits of a block in its caches.
       softcap: logits become softcap·tanh(logits/softcap) (Gemma 2, arXiv 2408.00118); None leaves them.
       log_sum_sq: whether to compute log Σ_v p(v)² of every distribution in the same pass, without a gradient.
     """
 
     chunk_tokens: int = CHUNK_TOKENS
+    block: int | None = None
     softcap: float | None = None
     log_sum_sq: bool = False
+
+
+def on_platform(platform: str) -> LogpOptions:
+    """The fastest way through the vocabulary on cpu, gpu or tpu."""
+    # Forward and backward of 768 tokens over 49,152 by 576 on two cores: 444 ms in place of 605; 4096 were slower.
+    return LogpOptions(block=2048 if platform == "cpu" else None)
 
 
 def token_logps(
@@ -228,22 +239,46 @@ def token_logps(
     return _token_logps(hidden_BND, targets_BN, table_VD, options, spread_of(targets_BN.shape[0]))
 
 
-def _logits(hidden_BnD: jax.Array, table_vD: jax.Array, softcap: float | None) -> jax.Array:
-    logits_Bnv = jnp.einsum("BnD,vD->Bnv", hidden_BnD, table_vD, preferred_element_type=jnp.float32)
-    return softcap * jnp.tanh(logits_Bnv / softcap) if softcap else logits_Bnv
+def _blocks(table_vD: jax.Array, block: int | None) -> tuple[np.ndarray, jax.Array]:
+    """The table in blocks of one size `[blocks, s, D]`, and the first row of each.
+
+    Their size is the divisor of the table's rows that is nearest to `block`, within a factor of four; where there is
+    none, the table is one block.
+    """
+    part, D = table_vD.shape
+    size = part
+    if block is not None:
+        divisors = (s for s in range(max(1, block // 4), min(part, 4 * block) + 1) if part % s == 0)
+        size = min(divisors, key=lambda s: max(s / block, block / s), default=part)
+    return np.arange(0, part, size), table_vD.reshape(-1, size, D)
 
 
-def _is_target(targets_Bn: jax.Array, part: int, spread: Spread) -> jax.Array:
-    """Which logit of this device's part is the target's. Compared, not gathered: that fuses with the reductions."""
-    return (jnp.arange(part) + _offset(spread, part))[None, None, :] == targets_Bn[:, :, None]
+def _through(blocks: tuple[np.ndarray, jax.Array], carry: Any, body: Callable) -> tuple[Any, Any]:
+    """`carry, out = body(carry, (first row, block))` over the blocks; of one block no loop is made."""
+    if len(blocks[0]) > 1:
+        return jax.lax.scan(body, carry, blocks)
+    carry, out = body(carry, (int(blocks[0][0]), blocks[1][0]))
+    return carry, jax.tree.map(lambda x: x[None], out)
 
 
-def _log_sum(logits_Bnv: jax.Array, spread: Spread) -> jax.Array:
-    """log Σ exp over the whole vocabulary."""
-    largest = jax.lax.stop_gradient(jnp.max(logits_Bnv, axis=-1))
-    largest = jax.lax.pmax(largest, spread.vocab) if spread.vocab else largest
-    total = jnp.sum(jnp.exp(logits_Bnv - largest[..., None]), axis=-1)
-    return jnp.log(jax.lax.psum(total, spread.vocab) if spread.vocab else total) + largest
+def _logits(hidden_BnD: jax.Array, table_sD: jax.Array, softcap: float | None) -> jax.Array:
+    logits_Bns = jnp.einsum("BnD,vD->Bnv", hidden_BnD, table_sD, preferred_element_type=jnp.float32)
+    return softcap * jnp.tanh(logits_Bns / softcap) if softcap else logits_Bns
+
+
+def _is_target(rows_Bn: jax.Array, first: Any, size: int) -> jax.Array:
+    """Which logit of a block is the target's, whose row in this device's part of the table is given."""
+    return (jnp.arange(size) + first)[None, None, :] == rows_Bn[:, :, None]
+
+
+def _target_logit(logits_Bns: jax.Array, rows_Bn: jax.Array, first: Any, *, gather: bool) -> jax.Array:
+    """The target's logit if it is in the block, else 0."""
+    size = logits_Bns.shape[-1]
+    if not gather:  # compared: on TPU that fuses with the reductions
+        return jnp.sum(jnp.where(_is_target(rows_Bn, first, size), logits_Bns, 0.0), axis=-1)
+    local = rows_Bn - first
+    found = jnp.take_along_axis(logits_Bns, jnp.clip(local, 0, size - 1)[..., None], axis=-1)[..., 0]
+    return jnp.where((local >= 0) & (local < size), found, 0.0)
 
 
 def _own_rows(x: jax.Array, rows: int, spread: Spread) -> jax.Array:
@@ -260,24 +295,51 @@ def _token_logps(
     return _forward(hidden_BND, targets_BN, table_VD, options, spread)[0]
 
 
+def _split(rows: int, N: int, chunk_tokens: int, blocks: int) -> tuple[int, int]:
+    """Chunks of tokens as in `_division`, so that the logits of all tokens for the whole part are never held."""
+    return _division(rows, N, chunk_tokens * blocks, 2 if blocks == 1 else 1)
+
+
 def _forward(
     hidden_BND: jax.Array, targets_BN: jax.Array, table_VD: jax.Array, options: LogpOptions, spread: Spread
 ) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
+    # Σ exp(a·(logit - largest)) is summed for these a, the largest being that of what has been seen.
+    powers = (1, 2) if options.log_sum_sq else (1,)
+
+    def scaled(sums: list[jax.Array], before: jax.Array, largest: jax.Array) -> list[jax.Array]:
+        """Sums below another largest logit."""
+        return [s * jnp.exp(a * (before - largest)) for a, s in zip(powers, sums, strict=True)]
+
     def local(hidden_BND: jax.Array, targets_BN: jax.Array, table_vD: jax.Array):
         B, N, _ = hidden_BND.shape
+        blocks = _blocks(table_vD, options.block)
 
         def body(_, chunk):
             hidden_BnD, targets_Bn = (_gather(x, spread) for x in chunk)
-            logits_Bnv = _logits(hidden_BnD, table_vD, options.softcap)
-            target = jnp.sum(jnp.where(_is_target(targets_Bn, table_vD.shape[0], spread), logits_Bnv, 0.0), axis=-1)
-            target = jax.lax.psum(target, spread.vocab) if spread.vocab else target
-            log_sum = _log_sum(logits_Bnv, spread)
-            found = {"logps": target - log_sum, "log_sum": log_sum}
+            rows_Bn = targets_Bn - _offset(spread, table_vD.shape[0])
+
+            def add(carry, block):
+                before, sums, target = carry
+                first, table_sD = block
+                logits = _logits(hidden_BnD, table_sD, options.softcap)
+                largest = jnp.maximum(before, jnp.max(logits, axis=-1))
+                here = [jnp.sum(jnp.exp(a * (logits - largest[..., None])), axis=-1) for a in powers]
+                sums = [s + x for s, x in zip(scaled(sums, before, largest), here, strict=True)]
+                target += _target_logit(logits, rows_Bn, first, gather=options.block is not None)
+                return (largest, sums, target), None
+
+            zeros = jnp.zeros(rows_Bn.shape, jnp.float32)
+            (largest, sums, target), _ = _through(blocks, (zeros - jnp.inf, [zeros for _ in powers], zeros), add)
+            if spread.vocab:
+                before, largest = largest, jax.lax.pmax(largest, spread.vocab)
+                *sums, target = jax.lax.psum([*scaled(sums, before, largest), target], spread.vocab)
+            log_sums = [jnp.log(s) + a * largest for a, s in zip(powers, sums, strict=True)]
+            found = {"logps": target - log_sums[0], "log_sum": log_sums[0]}
             if options.log_sum_sq:
-                found["squares"] = _log_sum(2 * logits_Bnv, spread) - 2 * log_sum
+                found["squares"] = log_sums[1] - 2 * log_sums[0]
             return None, {name: _own_rows(x, B, spread) for name, x in found.items()}
 
-        chunks, n = _division(B, N, options.chunk_tokens, 2)
+        chunks, n = _split(B, N, options.chunk_tokens, len(blocks[0]))
         found = jax.lax.scan(body, None, (_chunks(hidden_BND, chunks, n), _chunks(targets_BN, chunks, n)))[1]
         return {name: _joined(x, N) for name, x in found.items()}
 
@@ -290,27 +352,44 @@ def _backward(options: LogpOptions, spread: Spread, kept: Any, grads: Any) -> tu
     hidden_BND, targets_BN, table_VD, log_sum_BN = kept
 
     def local(hidden_BND, targets_BN, table_vD, log_sum_BN, grad_BN):
-        B, N, _ = hidden_BND.shape
-        dtype = table_vD.dtype
+        B, N, D = hidden_BND.shape
+        part, dtype = table_vD.shape[0], table_vD.dtype
+        blocks = _blocks(table_vD, options.block)
+        flat = lambda x: x.reshape(-1, x.shape[-1])
 
-        def body(total_vD, chunk):
+        def of_chunk(chunk):
+            """The gradient to the chunk's hidden states, and its part of the table's gradient by block."""
             hidden_BnD, targets_Bn, log_sum_Bn, grad_Bn = (_gather(x, spread) for x in chunk)
-            logits_Bnv = _logits(hidden_BnD, table_vD, options.softcap)
-            probs_Bnv = jnp.exp(logits_Bnv - log_sum_Bn[..., None])
-            grad_Bnv = (_is_target(targets_Bn, table_vD.shape[0], spread) - probs_Bnv) * grad_Bn[..., None]
-            if options.softcap:
-                grad_Bnv = grad_Bnv * (1 - (logits_Bnv / options.softcap) ** 2)
-            grad_Bnv = grad_Bnv.astype(dtype)
-            # Summed over the vocabulary's parts in the dtype of activations, as the products of every layer are.
-            back_BnD = jnp.einsum("Bnv,vD->BnD", grad_Bnv, table_vD).astype(hidden_BND.dtype)
-            flat = lambda x: x.reshape(-1, x.shape[-1])
-            mine_vD = jnp.dot(flat(grad_Bnv).T, flat(hidden_BnD), preferred_element_type=jnp.float32)
-            return total_vD + mine_vD, _scatter_sum(back_BnD, spread)
+            rows_Bn = targets_Bn - _offset(spread, part)
 
-        chunks, n = _division(B, N, options.chunk_tokens, 2)
+            def add(back_BnD, block):
+                first, table_sD = block
+                logits_Bns = _logits(hidden_BnD, table_sD, options.softcap)
+                probs_Bns = jnp.exp(logits_Bns - log_sum_Bn[..., None])
+                grad_Bns = (_is_target(rows_Bn, first, len(table_sD)) - probs_Bns) * grad_Bn[..., None]
+                if options.softcap:
+                    grad_Bns = grad_Bns * (1 - (logits_Bns / options.softcap) ** 2)
+                grad_Bns = grad_Bns.astype(dtype)
+                back_BnD += jnp.einsum("Bnv,vD->BnD", grad_Bns, table_sD, preferred_element_type=jnp.float32)
+                mine_sD = jnp.dot(flat(grad_Bns).T, flat(hidden_BnD), preferred_element_type=jnp.float32)
+                return back_BnD, mine_sD
+
+            back_BnD, mine = _through(blocks, jnp.zeros(hidden_BnD.shape, jnp.float32), add)
+            # Summed over the vocabulary's parts in the dtype of activations, as the products of every layer are.
+            return _scatter_sum(back_BnD.astype(hidden_BND.dtype), spread), mine
+
+        def body(total, chunk):
+            back, mine = of_chunk(chunk)
+            return total + mine, back
+
+        chunks, n = _split(B, N, options.chunk_tokens, len(blocks[0]))
         parts = tuple(_chunks(x, chunks, n) for x in (hidden_BND, targets_BN, log_sum_BN, grad_BN))
-        total_vD, back = jax.lax.scan(body, jnp.zeros(table_vD.shape, jnp.float32), parts)
-        return _joined(back, N), _copies_sum(total_vD.astype(dtype), spread)
+        if chunks == 1:
+            back, total = of_chunk([x[0] for x in parts])
+            back = back[None]
+        else:
+            total, back = jax.lax.scan(body, jnp.zeros(blocks[1].shape, jnp.float32), parts)
+        return _joined(back, N), _copies_sum(total.reshape(part, D).astype(dtype), spread)
 
     rows, vocab = P(spread.rows or None), P(spread.vocab or None)
     # Padding of a chunk has a gradient of zero, whatever its logits are.

@@ -1,5 +1,6 @@
 """The spread vocabulary: the same values and gradients on every mesh, and no array as large as all logits."""
 
+import dataclasses
 import re
 
 import flax.linen as nn
@@ -46,9 +47,30 @@ def _inputs(vocab):
 def test_every_mesh_gives_the_same_values_and_gradients(sizes, vocab, softcap):
     inputs, options = _inputs(vocab), LogpOptions(16, softcap=softcap, log_sum_sq=softcap is None)
     alone = _all(*inputs, options)
-    with jax.set_mesh(make_mesh(*sizes)), nn.logical_axis_rules(_rules(sizes, vocab)):
-        spread = _all(*inputs, options)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), spread, alone)
+    for block in (None, 4):
+        with jax.set_mesh(make_mesh(*sizes)), nn.logical_axis_rules(_rules(sizes, vocab)):
+            spread = _all(*inputs, dataclasses.replace(options, block=block))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), spread, alone)
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 40, 31])
+@pytest.mark.parametrize(("chunk", "block"), [(3, 4), (1000, 4), (7, 1), (16, 40), (16, 1000)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_blocks_of_the_vocabulary_change_nothing(vocab, chunk, block, softcap):
+    inputs, options = _inputs(vocab), LogpOptions(16, softcap=softcap, log_sum_sq=softcap is None)
+    found = _all(*inputs, dataclasses.replace(options, chunk_tokens=chunk, block=block))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, _all(*inputs, options))
+
+
+def test_logits_that_one_block_dwarfs_are_summed_exactly():
+    """The running maximum moves by hundreds from block to block, up and down."""
+    table = jnp.asarray([[-300.0], [500.0], [-400.0], [499.0], [0.0], [500.5]])
+    options = LogpOptions(16, block=1, log_sum_sq=True)
+    logps, squares = token_logps(jnp.ones((1, 2, 1)), jnp.asarray([[3, 5]]), table, options)
+    logits = np.asarray(table, np.float64)[:, 0]
+    expected = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+    np.testing.assert_allclose(logps[0], expected[[3, 5]], atol=3e-5)  # a unit in the last place of 500
+    np.testing.assert_allclose(squares[0], [np.log(np.exp(2 * expected).sum())] * 2, atol=6e-5)
 
 
 def test_rows_that_do_not_divide_are_everywhere():
@@ -61,7 +83,8 @@ def test_rows_that_do_not_divide_are_everywhere():
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_no_array_holds_all_logits_or_a_table_of_the_whole_vocabulary(sizes):
+@pytest.mark.parametrize("block", [None, 64, 1000])
+def test_no_array_holds_all_logits_or_a_table_of_the_whole_vocabulary(sizes, block):
     """Every buffer of the compiled program, forward and backward."""
     rows, n, width, vocab = 16, 48, 16, 1048
     devices = jax.devices()[: int(np.prod(sizes))]
@@ -69,7 +92,7 @@ def test_no_array_holds_all_logits_or_a_table_of_the_whole_vocabulary(sizes):
     table, hidden, tokens = jnp.zeros((vocab, width)), jnp.zeros((rows, n, width)), jnp.zeros((rows, n), jnp.int32)
 
     def loss(table, hidden):
-        return token_logps(hidden, tokens, table, LogpOptions(16))[0].sum() + embed(table, tokens).sum()
+        return token_logps(hidden, tokens, table, LogpOptions(16, block))[0].sum() + embed(table, tokens).sum()
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(_rules(sizes, vocab)):
         shardings = [
@@ -80,7 +103,7 @@ def test_no_array_holds_all_logits_or_a_table_of_the_whole_vocabulary(sizes):
         text = step.lower(table, hidden).compile().as_text()
     shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"\b(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)}
     row_shards, shards = sizes[0] * sizes[1], sizes[1] * sizes[2]
-    largest = max(int(np.prod(shape)) for shape in shapes if shape[-1] >= vocab // shards)
+    largest = max(int(np.prod(shape)) for shape in shapes if shape[-1] > n)
     # A device's rows x tokens x vocabulary would be this much; chunks hold a small part of it.
     assert largest <= rows // row_shards * n * vocab // 4
     if shards > 1:
