@@ -38,6 +38,7 @@ from dpo_jax.attention import Slots
 from dpo_jax.config import parse
 from dpo_jax.data.packing import RowShape
 from dpo_jax.data.pipeline import PairSource, Schedule, build_rows
+from dpo_jax.errors import UserError
 from dpo_jax.logprobs import pair_logps
 from dpo_jax.loop import slots_of
 from dpo_jax.model import hidden_states, unembedding
@@ -186,15 +187,18 @@ def main() -> None:
     parser.add_argument("--steps", required=True, type=int)
     parser.add_argument("flags", nargs="+")
     a = parser.parse_args()
-    config, workdir, _ = parse(["dpo_jax.train", *a.flags])
-    c = dict(config)
-    mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"])
-    found = policy.find(c["model"], workdir, c["seed"])
-    layout = policy.lay_out(found.config, mesh, param_dtype=c["param_dtype"], compute_dtype=c["compute_dtype"])
-    with jax.set_mesh(mesh):
-        plan = plan_of(c, inputs.prepare_pairs(c, found.tokenizer, workdir, None).train, layout, None)
-        steps = [i for i in range(plan.steps_per_epoch) if plan.place(i)[0] == plan.shapes[0]][: a.steps]
-        measure(c, found, layout, plan, steps, a.out)
+    try:
+        config, workdir, _ = parse(["dpo_jax.train", *a.flags])
+        c = dict(config)
+        mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"])
+        found = policy.find(c["model"], workdir, c["seed"])
+        layout = policy.lay_out(found.config, mesh, param_dtype=c["param_dtype"], compute_dtype=c["compute_dtype"])
+        with jax.set_mesh(mesh):
+            plan = plan_of(c, inputs.prepare_pairs(c, found.tokenizer, workdir, None).train, layout, None)
+            steps = [i for i in range(plan.steps_per_epoch) if plan.place(i)[0] == plan.shapes[0]][: a.steps]
+            measure(c, found, layout, plan, steps, a.out)
+    except UserError as e:
+        parser.error(str(e))
 
 
 def variant_batch(rows: Rows, parts: int, layout: Layout) -> dict[str, jax.Array]:

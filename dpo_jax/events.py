@@ -1,35 +1,16 @@
 """TensorBoard's event files: a copy of a run's records."""
 
-import contextlib
 import math
 import struct
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
-
-
-@contextlib.contextmanager
-def _without(module: str) -> Iterator[None]:
-    """Importing `module` fails in here, unless that was done before."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[module]
-
-
-# tensorboardX imports torch where it is installed, for what is not used here: a second and 0.2 GB of every process.
-with _without("torch"):
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 
 
 def open_events(directory: Path, records: Sequence[Mapping[str, Any]]) -> EventsWriter:

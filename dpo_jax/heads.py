@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.vocabulary import mesh_axes
+from dpo_jax.spread import mesh_axes
 
 
 def on_own_heads(

@@ -12,97 +12,18 @@ device's part of it, s: a block of that).
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from dpo_jax.spread import Spread
+
 # Tokens (rows x tokens, for each device that shares rows) that are looked up, or have logits, at one time.
 CHUNK_TOKENS = 1024
-
-Axes = tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """Over which mesh axes rows and vocabulary lie; axes of one device are left out.
-
-    Attributes:
-      rows, vocab: mesh axes.
-      devices: how many devices each axis has.
-    """
-
-    rows: Axes
-    vocab: Axes
-    devices: tuple[tuple[str, int], ...]
-
-    @property
-    def gathered(self) -> Axes:
-        """Axes over which devices have other rows and other parts of the vocabulary: rows must meet all parts."""
-        return tuple(a for a in self.vocab if a in self.rows)
-
-    @property
-    def shared(self) -> Axes:
-        """Axes over which devices have the same rows and other parts of the vocabulary."""
-        return tuple(a for a in self.vocab if a not in self.rows)
-
-    @property
-    def copies(self) -> Axes:
-        """Axes over which devices have other rows and the same part of the vocabulary."""
-        return tuple(a for a in self.rows if a not in self.vocab)
-
-    def size(self, axes: Axes) -> int:
-        return math.prod(dict(self.devices)[a] for a in axes)
-
-
-def mesh_axes(name: str) -> Axes:
-    """The mesh axes of a logical axis by itself: together with others, each mesh axis would be given out only once."""
-    (axes,) = nn.logical_to_mesh_axes((name,)) or (None,)
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())
-
-
-def spread_of(rows: int) -> Spread:
-    """How the current mesh and the logical-axis rules spread `rows` rows and the vocabulary."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return Spread((), (), ())
-    row_axes, vocab_axes = (tuple(a for a in mesh_axes(name) if mesh.shape[a] > 1) for name in ("rows", "vocab"))
-    devices = tuple((a, mesh.shape[a]) for a in dict.fromkeys(row_axes + vocab_axes))
-    spread = Spread(row_axes, vocab_axes, devices)
-    # A few prompts to answer need not divide over the devices: then all devices have them all.
-    return spread if rows % spread.size(row_axes) == 0 else dataclasses.replace(spread, rows=())
-
-
-def _on_mesh(fn: Callable, spread: Spread, in_specs: Any, out_specs: Any) -> Callable:
-    if not spread.devices:
-        return fn
-    # Unchecked: sums over devices are written out below, forward and backward.
-    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def _gather(x: jax.Array, spread: Spread) -> jax.Array:
-    """The rows of all devices whose part of the vocabulary is another."""
-    return jax.lax.all_gather(x, spread.gathered, axis=0, tiled=True) if spread.gathered else x
-
-
-def _scatter_sum(x: jax.Array, spread: Spread) -> jax.Array:
-    """The sum over all parts of the vocabulary, of this device's own rows."""
-    x = jax.lax.psum(x, spread.shared) if spread.shared else x
-    return jax.lax.psum_scatter(x, spread.gathered, scatter_dimension=0, tiled=True) if spread.gathered else x
-
-
-def _copies_sum(x: jax.Array, spread: Spread) -> jax.Array:
-    return jax.lax.psum(x, spread.copies) if spread.copies else x
-
-
-def _offset(spread: Spread, part: int) -> Any:
-    """The first token of this device's part of the vocabulary."""
-    return jax.lax.axis_index(spread.vocab) * part if spread.vocab else 0
 
 
 def _chunks(x_BN: jax.Array, chunks: int, n: int) -> jax.Array:
@@ -131,12 +52,12 @@ def _division(rows: int, N: int, chunk_tokens: int, least: int) -> tuple[int, in
 def embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """The rows of `table_VD` for `tokens_BT` int32: `[B, T, D]`."""
     like_VD = jax.ShapeDtypeStruct(table_VD.shape, table_VD.dtype)
-    return _embed(table_VD, tokens_BT, spread_of(tokens_BT.shape[0]), like_VD)
+    return _embed(table_VD, tokens_BT, Spread.of(tokens_BT.shape[0]), like_VD)
 
 
 def _mine(tokens: jax.Array, part: int, spread: Spread) -> tuple[jax.Array, jax.Array]:
     """Row numbers in this device's part of the table, and whether they are in it."""
-    local = tokens - _offset(spread, part)
+    local = tokens - spread.offset(part)
     return jnp.clip(local, 0, part - 1), (local >= 0) & (local < part)
 
 
@@ -148,15 +69,15 @@ def _embed(table_VD: jax.Array, tokens_BT: jax.Array, spread: Spread, like_VD: j
         T = tokens_BT.shape[1]
 
         def body(_, tokens_Bn):
-            rows, inside = _mine(_gather(tokens_Bn, spread), table_vD.shape[0], spread)
+            rows, inside = _mine(spread.gather(tokens_Bn), table_vD.shape[0], spread)
             found = jnp.where(inside[..., None], jnp.take(table_vD, rows, axis=0), 0)
-            return None, _scatter_sum(found, spread)
+            return None, spread.scatter_sum(found)
 
         chunks, n = _division(tokens_BT.shape[0], T, 2 * CHUNK_TOKENS, 1)
         return _joined(jax.lax.scan(body, None, _chunks(tokens_BT, chunks, n))[1], T)
 
     rows = P(spread.rows or None)
-    return _on_mesh(local, spread, (P(spread.vocab or None), rows), rows)(table_VD, tokens_BT)
+    return spread.on_mesh(local, (P(spread.vocab or None), rows), rows)(table_VD, tokens_BT)
 
 
 def _embed_forward(
@@ -174,7 +95,7 @@ def _embed_backward(
         T = tokens_BT.shape[1]
 
         def body(total_vD, chunk):
-            grad_BnD, tokens_Bn = (_gather(x, spread) for x in chunk)
+            grad_BnD, tokens_Bn = (spread.gather(x) for x in chunk)
             rows, inside = _mine(tokens_Bn, part, spread)
             grad_BnD = jnp.where(inside[..., None], grad_BnD, 0).astype(jnp.float32)
             return total_vD.at[rows].add(grad_BnD), None
@@ -182,10 +103,10 @@ def _embed_backward(
         chunks, n = _division(tokens_BT.shape[0], T, 2 * CHUNK_TOKENS, 1) if spread.vocab else (1, T)
         start = jnp.zeros((part, grad_BTD.shape[-1]), jnp.float32)
         total, _ = jax.lax.scan(body, start, (_chunks(grad_BTD, chunks, n), _chunks(tokens_BT, chunks, n)))
-        return _copies_sum(total.astype(like_VD.dtype), spread)
+        return spread.copies_sum(total.astype(like_VD.dtype))
 
     rows = P(spread.rows or None)
-    return _on_mesh(local, spread, (rows, rows), P(spread.vocab or None))(grad_BTD, tokens_BT), None
+    return spread.on_mesh(local, (rows, rows), P(spread.vocab or None))(grad_BTD, tokens_BT), None
 
 
 _embed.defvjp(_embed_forward, _embed_backward)
@@ -236,7 +157,7 @@ def token_logps(
     if hidden_BND.shape[1] == 0:
         empty = jnp.zeros(targets_BN.shape, jnp.float32)
         return empty, empty if options.log_sum_sq else None
-    return _token_logps(hidden_BND, targets_BN, table_VD, options, spread_of(targets_BN.shape[0]))
+    return _token_logps(hidden_BND, targets_BN, table_VD, options, Spread.of(targets_BN.shape[0]))
 
 
 def _blocks(table_vD: jax.Array, block: int | None) -> tuple[np.ndarray, jax.Array]:
@@ -281,13 +202,6 @@ def _target_logit(logits_Bns: jax.Array, rows_Bn: jax.Array, first: Any, *, gath
     return jnp.where((local >= 0) & (local < size), found, 0.0)
 
 
-def _own_rows(x: jax.Array, rows: int, spread: Spread) -> jax.Array:
-    """Of values that all devices have for the gathered rows, those of this device's own."""
-    if not spread.gathered:
-        return x
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(spread.gathered) * rows, rows)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _token_logps(
     hidden_BND: jax.Array, targets_BN: jax.Array, table_VD: jax.Array, options: LogpOptions, spread: Spread
@@ -315,8 +229,8 @@ def _forward(
         blocks = _blocks(table_vD, options.block)
 
         def body(_, chunk):
-            hidden_BnD, targets_Bn = (_gather(x, spread) for x in chunk)
-            rows_Bn = targets_Bn - _offset(spread, table_vD.shape[0])
+            hidden_BnD, targets_Bn = (spread.gather(x) for x in chunk)
+            rows_Bn = targets_Bn - spread.offset(table_vD.shape[0])
 
             def add(carry, block):
                 before, sums, target = carry
@@ -337,14 +251,14 @@ def _forward(
             found = {"logps": target - log_sums[0], "log_sum": log_sums[0]}
             if options.log_sum_sq:
                 found["squares"] = log_sums[1] - 2 * log_sums[0]
-            return None, {name: _own_rows(x, B, spread) for name, x in found.items()}
+            return None, {name: spread.own_rows(x, B) for name, x in found.items()}
 
         chunks, n = _split(B, N, options.chunk_tokens, len(blocks[0]))
         found = jax.lax.scan(body, None, (_chunks(hidden_BND, chunks, n), _chunks(targets_BN, chunks, n)))[1]
         return {name: _joined(x, N) for name, x in found.items()}
 
     rows, vocab = P(spread.rows or None), P(spread.vocab or None)
-    found = _on_mesh(local, spread, (rows, rows, vocab), rows)(hidden_BND, targets_BN, table_VD)
+    found = spread.on_mesh(local, (rows, rows, vocab), rows)(hidden_BND, targets_BN, table_VD)
     return (found["logps"], found.get("squares")), (hidden_BND, targets_BN, table_VD, found["log_sum"])
 
 
@@ -359,8 +273,8 @@ def _backward(options: LogpOptions, spread: Spread, kept: Any, grads: Any) -> tu
 
         def of_chunk(chunk):
             """The gradient to the chunk's hidden states, and its part of the table's gradient by block."""
-            hidden_BnD, targets_Bn, log_sum_Bn, grad_Bn = (_gather(x, spread) for x in chunk)
-            rows_Bn = targets_Bn - _offset(spread, part)
+            hidden_BnD, targets_Bn, log_sum_Bn, grad_Bn = (spread.gather(x) for x in chunk)
+            rows_Bn = targets_Bn - spread.offset(part)
 
             def add(back_BnD, block):
                 first, table_sD = block
@@ -376,7 +290,7 @@ def _backward(options: LogpOptions, spread: Spread, kept: Any, grads: Any) -> tu
 
             back_BnD, mine = _through(blocks, jnp.zeros(hidden_BnD.shape, jnp.float32), add)
             # Summed over the vocabulary's parts in the dtype of activations, as the products of every layer are.
-            return _scatter_sum(back_BnD.astype(hidden_BND.dtype), spread), mine
+            return spread.scatter_sum(back_BnD.astype(hidden_BND.dtype)), mine
 
         def body(total, chunk):
             back, mine = of_chunk(chunk)
@@ -389,11 +303,11 @@ def _backward(options: LogpOptions, spread: Spread, kept: Any, grads: Any) -> tu
             back = back[None]
         else:
             total, back = jax.lax.scan(body, jnp.zeros(blocks[1].shape, jnp.float32), parts)
-        return _joined(back, N), _copies_sum(total.reshape(part, D).astype(dtype), spread)
+        return _joined(back, N), spread.copies_sum(total.reshape(part, D).astype(dtype))
 
     rows, vocab = P(spread.rows or None), P(spread.vocab or None)
     # Padding of a chunk has a gradient of zero, whatever its logits are.
-    back_BND, table_grad_VD = _on_mesh(local, spread, (rows, rows, vocab, rows, rows), (rows, vocab))(
+    back_BND, table_grad_VD = spread.on_mesh(local, (rows, rows, vocab, rows, rows), (rows, vocab))(
         hidden_BND, targets_BN, table_VD, log_sum_BN, grads[0]
     )
     return back_BND, None, table_grad_VD

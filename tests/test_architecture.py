@@ -11,7 +11,7 @@ errors integrity watchdog processes
 data.preference data.columns data.datasets data.files data.mixture data.sources data.render data.cache data.shared_store
 data.remote_cache data.split data.identity data.lengths data.prepare
 data.balance data.packing data.pipeline data.synthetic
-architecture attention vocabulary heads splash tiles experts remat logprobs losses objective optim model step tpu
+architecture attention spread heads vocabulary splash tiles experts remat logprobs losses objective optim model step tpu
 hlo_text hlo_loops hlo_flops hlo_bytes hlo jaxpr_costs
 hub tensors lora sharding checkpoint weights peft_files sample tiny policy about
 length_bias memory events metrics trackers page charts runs compare lengths_page sections card report answers kl

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.sharding import make_mesh
-from dpo_jax.vocabulary import LogpOptions, embed, spread_of, token_logps
+from dpo_jax.spread import Spread
+from dpo_jax.vocabulary import LogpOptions, embed, token_logps
 
 ROWS, N, D = 8, 12, 6
 
@@ -77,7 +78,7 @@ def test_rows_that_do_not_divide_are_everywhere():
     table, _, tokens, _ = _inputs(40)
     sizes = (1, 8, 1)
     with jax.set_mesh(make_mesh(*sizes)), nn.logical_axis_rules(_rules(sizes, 40)):
-        assert spread_of(3).rows == ()
+        assert Spread.of(3).rows == ()
         found = jax.jit(embed)(table, tokens[:3])
     np.testing.assert_array_equal(found, np.asarray(table)[np.asarray(tokens[:3])])
 

@@ -1,0 +1,100 @@
+"""How rows and the vocabulary lie over a mesh, and the sums that follow from it.
+
+A device has some rows and some part of the vocabulary's tables. Over some mesh axes devices differ in one of the two,
+over some in both; which, decides what has to travel where rows meet the vocabulary.
+
+Shapes: B rows of a device.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+Axes = tuple[str, ...]
+
+
+def mesh_axes(name: str) -> Axes:
+    """The mesh axes of a logical axis by itself: together with others, each mesh axis would be given out only once."""
+    (axes,) = nn.logical_to_mesh_axes((name,)) or (None,)
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Over which mesh axes rows and vocabulary lie; axes of one device are left out.
+
+    Its methods, but for `on_mesh`, are for functions of one device inside it.
+
+    Attributes:
+      rows, vocab: mesh axes.
+      devices: how many devices each axis has.
+    """
+
+    rows: Axes
+    vocab: Axes
+    devices: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, rows: int) -> "Spread":
+        """How the current mesh and the logical-axis rules spread `rows` rows and the vocabulary."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return cls((), (), ())
+        row_axes, vocab_axes = (tuple(a for a in mesh_axes(name) if mesh.shape[a] > 1) for name in ("rows", "vocab"))
+        devices = tuple((a, mesh.shape[a]) for a in dict.fromkeys(row_axes + vocab_axes))
+        spread = cls(row_axes, vocab_axes, devices)
+        # A few prompts to answer need not divide over the devices: then all devices have them all.
+        return spread if rows % spread.size(row_axes) == 0 else dataclasses.replace(spread, rows=())
+
+    @property
+    def gathered(self) -> Axes:
+        """Axes over which devices have other rows and other parts of the vocabulary: rows must meet all parts."""
+        return tuple(a for a in self.vocab if a in self.rows)
+
+    @property
+    def shared(self) -> Axes:
+        """Axes over which devices have the same rows and other parts of the vocabulary."""
+        return tuple(a for a in self.vocab if a not in self.rows)
+
+    @property
+    def copies(self) -> Axes:
+        """Axes over which devices have other rows and the same part of the vocabulary."""
+        return tuple(a for a in self.rows if a not in self.vocab)
+
+    def size(self, axes: Axes) -> int:
+        """How many devices these axes have together."""
+        return math.prod(dict(self.devices)[a] for a in axes)
+
+    def on_mesh(self, fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`fn` of every device's own parts; `fn` itself where there is no mesh of several devices."""
+        if not self.devices:
+            return fn
+        # Unchecked: sums over devices are written out, forward and backward.
+        return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """The rows of all devices whose part of the vocabulary is another."""
+        return jax.lax.all_gather(x, self.gathered, axis=0, tiled=True) if self.gathered else x
+
+    def scatter_sum(self, x: jax.Array) -> jax.Array:
+        """The sum over all parts of the vocabulary, of this device's own rows."""
+        x = jax.lax.psum(x, self.shared) if self.shared else x
+        return jax.lax.psum_scatter(x, self.gathered, scatter_dimension=0, tiled=True) if self.gathered else x
+
+    def copies_sum(self, x: jax.Array) -> jax.Array:
+        """The sum over the devices that have the same part of the vocabulary."""
+        return jax.lax.psum(x, self.copies) if self.copies else x
+
+    def own_rows(self, x: jax.Array, rows: int) -> jax.Array:
+        """Of values that all devices have for the gathered rows, those of this device's own `rows`."""
+        if not self.gathered:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.gathered) * rows, rows)
+
+    def offset(self, part: int) -> Any:
+        """The first token of this device's part of the vocabulary, which has `part` tokens."""
+        return jax.lax.axis_index(self.vocab) * part if self.vocab else 0
