@@ -72,7 +72,7 @@ PEERS = {
 }
 OURS = ("jax", "jaxlib", "flax")
 THEIRS = {"trl-environment": ("trl", "torch", "transformers"), "tunix-environment": ("google-tunix", "jax", "flax")}
-DEFAULT_PEERS = "trl:4,trl:1,trl-bf16:1,tunix:1"  # 4 is what people set, 1 is fastest on CPU (docs/benchmarks.md)
+DEFAULT_PEERS = "trl:1,trl-bf16:1,tunix:1"  # one pair at once is the peers' fastest on CPU (docs/benchmarks.md)
 SPARE = 8  # steps there are beyond those asked for: warm-up, and steps for which dpo_jax compiles
 
 

@@ -45,7 +45,8 @@ def small(monkeypatch):
     root = str(Path.cwd())
     monkeypatch.setenv("DPO_JAX_SMALL", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device: the tests' eight share two cores
+    # One device, as the tests' eight share two cores; unoptimised, as most of a small run is compiling.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
 
 
