@@ -74,7 +74,7 @@ def _project(
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square layer norm (Zhang & Sennrich 2019, arXiv 1910.07467), computed in float32.
+    """Root-mean-square layer norm (Zhang & Sennrich 2019, arXiv 1910.07467) of `[rows, tokens, ...]`, in float32.
 
     Attributes:
       eps: added to the mean square.

@@ -2,8 +2,6 @@
 
 A device has some rows and some part of the vocabulary's tables. Over some mesh axes devices differ in one of the two,
 over some in both; which, decides what has to travel where rows meet the vocabulary.
-
-Shapes: B rows of a device.
 """
 
 import dataclasses
