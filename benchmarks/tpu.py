@@ -17,14 +17,12 @@ from typing import Any
 import jax
 
 from benchmarks import tables
-from dpo_jax import plan, policy
+from dpo_jax import plan
 from dpo_jax.compile_only import TooLargeError, train_program
 from dpo_jax.config import read_flags
-from dpo_jax.data.packing import Order, RowShape
-from dpo_jax.data.pipeline import make_schedule
+from dpo_jax.data.packing import RowShape
 from dpo_jax.errors import UserError
-from dpo_jax.phases import lay_out, make_objective, transformation
-from dpo_jax.sharding import make_mesh
+from dpo_jax.plan_lengths import find_lengths
 from dpo_jax.tpu import GIB, Topology, parse_topology
 
 LAYOUTS = ("pair rows", "padded 512+512, prompt twice")
@@ -38,26 +36,24 @@ def measure(c: dict[str, Any], topology: Topology, layout_name: str) -> dict[str
       topology: the slice.
       layout_name: one of `LAYOUTS`.
     """
-    model, lengths = plan.find_model(c), plan.find_lengths(c, "")
-    devices, pairs = topology.devices(), c["batch_size"]
-    layout = lay_out(c, model, make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"], devices))
+    model, lengths, pairs = plan.find_model(c), find_lengths(c), c["batch_size"]
+    draft = plan.draft(c, model, lengths, topology)
     if layout_name == LAYOUTS[0]:
-        shapes = plan.shares(make_schedule(lengths, pairs, policy.row_limits(layout, c["microbatches"]), Order()))
+        shapes = plan.shares(draft.schedule)
         shape = max(shapes, key=lambda s: shapes[s])
     else:
         shape = RowShape(2 * pairs, 512, 512, 0, 1)
     row = {"topology": f"{topology.name} ({topology.accelerator_type})", "layout": layout_name, "remat": c["remat"]}
     row |= {"pairs": pairs}
     try:
-        optimizer = transformation(c, c["learning_rate"], c["lr_schedule"], 10)
-        program = train_program(c, layout, make_objective(c), optimizer, shape)
+        program = train_program(c, draft.layout, draft.objective, draft.optimizer, shape)
     except TooLargeError as e:
         return row | {"error": str(e)}
-    flops = (program.costs.flops + program.costs.kernel_flops) * len(devices) / pairs
+    flops = (program.costs.flops + program.costs.kernel_flops) * draft.layout.mesh.size / pairs
     return row | {
         "flops": flops,
-        "of_8n": flops / (8 * model.parameter_count() * lengths.lengths.sum(1).mean()),
-        "hbm_bytes": program.costs.hbm_bytes * len(devices) / pairs,
+        "of_8n": flops / (8 * model.active_parameter_count() * lengths.lengths.sum(1).mean()),
+        "hbm_bytes": program.costs.hbm_bytes * draft.layout.mesh.size / pairs,
         "gib": program.total_bytes / GIB,
     }
 

@@ -66,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.lora_base_dtype = "auto"  # of the frozen base; auto = compute_dtype
 
     # --- numbers and machine
-    c.param_dtype = "float32"  # of the trained parameters and the optimiser's moments
+    c.param_dtype = "float32"  # of the trained parameters; bfloat16 is rounded at random, moments stay float32
     c.compute_dtype = "auto"  # of activations, products and the reference; auto = bfloat16, on CPU float32
     # what the backward pass computes again: none, dots (element-wise work), attention (all but q, k, v and attention's
     c.remat = "dots"  # output), attention_offload (the same, kept in the host's memory meanwhile), full

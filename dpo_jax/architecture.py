@@ -81,10 +81,21 @@ class ModelConfig:
 
     def parameter_count(self) -> int:
         """Number of parameters, embeddings included."""
+        return self._parameters(max(1, self.num_experts))
+
+    def active_parameter_count(self) -> int:
+        """Number of parameters that one token meets: of the experts those that it is sent to."""
+        return self._parameters(self.num_experts_per_tok if self.num_experts else 1)
+
+    def slides_within(self, reach: int) -> bool:
+        """Whether sequences of `reach` tokens go beyond the window of some layer."""
+        return 0 < self.sliding_window < reach
+
+    def _parameters(self, experts: int) -> int:
         D, E, H, G = self.hidden_size, self.head_dim, self.num_attention_heads, self.num_key_value_heads
         attention = 2 * D * E * (H + G) + self.attention_bias * E * (H + 2 * G) + self.output_bias * D
         attention += {"": 0, "head": 2 * E, "projection": E * (H + G)}[self.qk_norm]
-        mlp = 3 * D * self.intermediate_size * max(1, self.num_experts) + D * self.num_experts
+        mlp = 3 * D * self.intermediate_size * experts + D * self.num_experts
         norms = D * (4 if self.norms == "both" else 2)
         tables = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * (attention + mlp + norms) + tables + D

@@ -37,6 +37,11 @@ class Slots:
     def completions(self) -> int:
         return self.chosen + self.rejected
 
+    def reach(self, longest: int | None = None) -> int:
+        """No sequence of the row has more tokens, nor more than `longest` where that is known."""
+        room = self.prompt + max(self.chosen, self.rejected)
+        return room if longest is None else min(room, longest)
+
 
 def _heads_first(x_BTHE: jax.Array, groups: int) -> jax.Array:
     """`[B, T, G*M, E]` → `[B, G, M*T, E]`: batch dimensions lead, so that each product is one plain matrix product.

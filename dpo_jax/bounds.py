@@ -18,7 +18,7 @@ class Bounds:
       hbm: bytes over the memory's bandwidth.
       interconnect: collectives inside a slice, one after the other, over the links that the worst placed chip has.
       network: collectives between slices.
-      host: bytes to and from the host's memory.
+      host: bytes from the host's memory, or those to it where they are more, as links carry both ways at once.
     """
 
     compute: float
@@ -54,7 +54,7 @@ def bounds(costs: Costs, topology: Topology, devices: Sequence[Any]) -> Bounds:
         hbm=costs.hbm_bytes / chip.hbm_bandwidth,
         interconnect=inside,
         network=network,
-        host=costs.host_bytes / chip.host_bandwidth,
+        host=max(costs.from_host_bytes, costs.to_host_bytes) / chip.host_bandwidth,
     )
 
 

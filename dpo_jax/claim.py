@@ -16,7 +16,7 @@ import numpy as np
 
 from dpo_jax.data.split import Split
 from dpo_jax.errors import UserError
-from dpo_jax.sharding import agreed
+from dpo_jax.sharding import agreed, any_process, from_first
 
 LOCK, IDENTITY = ".lock", "identity.json"
 _SAMPLES, _SAMPLE = 64, 1 << 16  # of a file of weights: so many pieces of so many bytes tell it from any other
@@ -38,6 +38,24 @@ def first_only(do: Callable[[], None]) -> None:
             refused = e
     if not agreed(refused is None):
         raise refused or UserError("the first process has refused this run and says why")
+
+
+def same_everywhere(parts: Mapping[str, Any]) -> None:
+    """Refuse a run whose processes would not do the same: their rows would belong to different batches.
+
+    Args:
+      parts: what must be the same in all processes, by name; anything that JSON can hold. Every process calls it with
+        the same names.
+
+    Raises:
+      UserError: in all processes; those that differ from the first one name the part.
+    """
+    texts = (json.dumps(part, sort_keys=True).encode() for part in parts.values())
+    digests = np.array([int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) for text in texts], np.uint32)
+    other = [name for name, same in zip(parts, digests == from_first(digests), strict=True) if not same]
+    if any_process(bool(other)):
+        mine = f"process {jax.process_index()} has other {' and '.join(other)} than the first one; give all the same"
+        raise UserError(mine if other else "another process differs from the first one, and says in what")
 
 
 @contextlib.contextmanager

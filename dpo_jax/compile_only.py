@@ -13,10 +13,11 @@ import optax
 from dpo_jax import hlo, jaxpr_costs, policy, splash
 from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowShape
+from dpo_jax.errors import UserError
 from dpo_jax.objective import Objective
 from dpo_jax.phases import Config, make_models
 from dpo_jax.policy import Layout
-from dpo_jax.sharding import batch_sharding, replicated
+from dpo_jax.sharding import axis_rules, batch_sharding, replicated
 from dpo_jax.step import REFERENCE_FIELDS, make_eval_step, make_train_step
 from dpo_jax.tpu import quiet
 
@@ -73,15 +74,17 @@ def abstract_batch(shape: RowShape, layout: Layout, microbatches: int, given: in
 
 def _frozen(c: Config, objective: Objective, layout: Layout) -> tuple[Any, Any, int]:
     """Abstract reference parameters and base, and how many of the reference's values come with the batch."""
-    base = policy.abstract_frozen(layout) if layout.lora is not None else None
+    base = policy.abstract_whole(layout, layout.base_dtype) if layout.lora is not None else None
     if not objective.needs_reference:
         return None, base, 0
     if c["reference_cache"]:
         return None, base, 2 if c["ld_alpha"] != 1 else 1
-    if base is not None:
-        return {}, base, 0
-    moving = c["reference_sync_steps"] > 0
-    return policy.abstract_reference(layout) if moving else policy.abstract_frozen(layout), None, 0
+    if c["reference_sync_steps"]:
+        return policy.abstract_reference(layout), base, 0
+    if base is None or c["reference"]:
+        return policy.abstract_whole(layout, layout.dtype), base, 0
+    # Over a frozen base, only what differs from it: nothing, or the adapters after the SFT phase.
+    return policy.abstract_trained(layout, layout.dtype) if c["sft_steps"] else {}, base, 0
 
 
 def held_by(c: Config, layout: Layout, objective: Objective, tx: optax.GradientTransformation) -> Held:
@@ -102,6 +105,7 @@ def train_program(
 
     Raises:
       TooLargeError: it needs more memory than a device has.
+      UserError: a part of it needs more of the memory on the chip than there is.
     """
     tx, rate = optimizer
     logps, reference_logps = make_models(c, layout)
@@ -144,7 +148,7 @@ def slots_of(shape: RowShape) -> Slots:
 
 
 def _compile(step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Layout) -> Program:
-    slots, tiling = slots_of(shape), layout.tiling
+    slots, tiling, share = slots_of(shape), layout.tiling, _experts_share(layout)
 
     def kernel(name: str, operands: Any) -> float | None:
         if name == "ragged-dot-metadata":  # of a grouped product: no products
@@ -155,21 +159,28 @@ def _compile(step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Lay
 
     def called(call: hlo.KernelCall) -> float | None:
         found = kernel(call.name, call.operands)
-        return call.cost_estimate if found is None else found
+        if found is not None or call.cost_estimate is None:
+            return found
+        return call.cost_estimate * (share if call.name.startswith("ragged-dot") else 1)
 
     began = time.perf_counter()
-    with jax.set_mesh(layout.mesh), quiet():
+    with jax.set_mesh(layout.mesh), policy.exact_products(layout), quiet():
         traced = step.trace(*arguments)
         try:
             compiled = traced.lower().compile()
         except Exception as e:  # XLA's errors have no class of their own for this
-            if "RESOURCE_EXHAUSTED" in str(e):
-                raise TooLargeError(_memory_words(str(e))) from None
-            raise
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            if on_chip := re.search(r"memory space (?!hbm)(\w+)", str(e)):
+                raise UserError(
+                    f"rows of {list(shape.widths)} do not compile: one operation {_memory_words(str(e))} of the chip's "
+                    f"{on_chip[1]}; attention=dense has no kernel, and compiler_options may give it more"
+                ) from None
+            raise TooLargeError(_memory_words(str(e))) from None
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     costs = hlo.count(compiled.as_text(), called)
-    asked = jaxpr_costs.flops(traced.jaxpr, lambda name, operands, _: kernel(name, operands))
+    asked = jaxpr_costs.flops(traced.jaxpr, lambda name, operands, _: kernel(name, operands), grouped_share=share)
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return Program(
         costs=costs,
@@ -179,6 +190,14 @@ def _compile(step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Lay
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         seconds=seconds,
     )
+
+
+def _experts_share(layout: Layout) -> float:
+    """The share of (token, expert) rows that a device's own experts have, on average; it sorts those of all of them."""
+    if not layout.config.num_experts:
+        return 1.0
+    axis = dict(axis_rules(layout.config, layout.mesh))["experts"]
+    return 1 / layout.mesh.shape[axis] if axis else 1.0
 
 
 def _memory_words(message: str) -> str:

@@ -87,7 +87,7 @@ class Costs:
       hbm_bytes: read and written by instructions, padding of tiles included. A kernel's operands count once, though it
         may read them more often; what stays on the chip between instructions does not count.
       chip_bytes: read and written likewise in memories on the chip (VMEM, SMEM).
-      host_bytes: to and from the host's memory.
+      from_host_bytes, to_host_bytes: read from, and written to, the host's memory.
       collectives: each instruction once, with how often it runs.
       kernels: custom calls by name and how often they run.
       unknown_kernels: names of those that the caller's formula does not know; their FLOPs are missing.
@@ -98,7 +98,8 @@ class Costs:
     kernel_flops: float
     hbm_bytes: float
     chip_bytes: float
-    host_bytes: float
+    from_host_bytes: float
+    to_host_bytes: float
     collectives: tuple[Collective, ...]
     kernels: dict[str, float]
     unknown_kernels: tuple[str, ...]
@@ -136,6 +137,7 @@ class _Sum:
     flops: float = 0.0
     kernel_flops: float = 0.0
     bytes: Counter[int] = dataclasses.field(default_factory=Counter)  # by memory space
+    to_host: float = 0.0  # of those in the host's
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
     unknown_kernels: dict[str, None] = dataclasses.field(default_factory=dict)
@@ -145,6 +147,7 @@ class _Sum:
         self.flops += other.flops
         self.kernel_flops += other.kernel_flops
         self.bytes.update(other.bytes)
+        self.to_host += other.to_host
         self.collectives += other.collectives
         self.kernels.update(other.kernels)
         self.unknown_kernels |= other.unknown_kernels
@@ -156,7 +159,8 @@ class _Sum:
             kernel_flops=self.kernel_flops,
             hbm_bytes=float(self.bytes[HBM]),
             chip_bytes=float(sum(size for space, size in self.bytes.items() if space not in (HBM, HOST))),
-            host_bytes=float(self.bytes[HOST]),
+            from_host_bytes=float(self.bytes[HOST] - self.to_host),
+            to_host_bytes=self.to_host,
             collectives=tuple(self.collectives),
             kernels=dict(self.kernels),
             unknown_kernels=tuple(self.unknown_kernels),
@@ -210,8 +214,10 @@ class _Counter:
             elif kind in COLLECTIVES:
                 total.collectives.append(_collective(self.module, inside, it, times, fused))
             if not fused:
-                for space, size in moved_bytes(self.module, inside, it).items():
+                read, written = moved_bytes(self.module, inside, it)
+                for space, size in (read + written).items():
                     total.bytes[space] += times * size  # type: ignore[assignment]
+                total.to_host += times * written[HOST]
 
     def loop(self, total: _Sum, inside: Computation, it: Instruction, times: float) -> None:
         trips = trip_count(self.module, inside, it)

@@ -34,54 +34,55 @@ CALLS_WITHOUT_PRODUCTS = FREE_CALLS | {
 }
 
 
-def moved_bytes(module: Module, inside: Computation, it: Instruction) -> Counter[int]:
-    """Bytes that one instruction reads and writes, by memory space."""
-    moved: Counter[int] = Counter()
+def moved_bytes(module: Module, inside: Computation, it: Instruction) -> tuple[Counter[int], Counter[int]]:
+    """Bytes that one instruction reads, and those that it writes, by memory space."""
+    read: Counter[int] = Counter()
+    written: Counter[int] = Counter()
     if it.opcode in FREE or it.opcode.endswith("-done"):
-        return moved
+        return read, written
     operands = inside.operand_shapes(it)
 
-    def add(trees: Iterable[Tree]) -> None:
+    def add(moved: Counter[int], trees: Iterable[Tree]) -> None:
         for leaf in itertools.chain.from_iterable(leaves(tree) for tree in trees):
             moved[leaf.space] += leaf.stored_bytes
 
     if it.opcode == "fusion":
         callee = module.of(it.called("calls"), it)
         if _calls(callee, "AsyncCollectiveDone"):
-            return moved  # a wait
+            return read, written  # a wait
         for shape, size in zip(operands, _read_by_fusion(module, callee), strict=True):
-            _add_part(moved, shape, size)
+            _add_part(read, shape, size)
         results, roots = list(leaves(it.shape)), _results(callee)
         if len(results) > len(roots) == 1:
             # A collective that is started here: its result is (operand, result, contexts), the operand aliased.
             results = results[1:2]
         for leaf, name in zip(results, roots, strict=True):
-            _add_part(moved, leaf, _written(module, callee, name))
+            _add_part(written, leaf, _written(module, callee, name))
     elif it.opcode.removesuffix("-start") in ("dynamic-slice", "slice", "gather"):
         # The result of a start is ((operands), result, context).
         result = it.shape if isinstance(it.shape, Shape) else it.shape[1]
         if not isinstance(result, Shape):
             raise it.error("a slice that is no array")
-        moved[result.space] += result.stored_bytes
-        _add_part(moved, operands[0], result.stored_bytes)
-        add(operands[1:])
+        written[result.space] += result.stored_bytes
+        _add_part(read, operands[0], result.stored_bytes)
+        add(read, operands[1:])
     elif it.opcode == "dynamic-update-slice":
-        add(operands[1:])
-        _add_part(moved, it.shape, sum(leaf.stored_bytes for leaf in leaves(operands[1])))
+        add(read, operands[1:])
+        _add_part(written, it.shape, sum(leaf.stored_bytes for leaf in leaves(operands[1])))
     elif it.opcode == "copy-start":  # the result is (destination, source, context)
         assert not isinstance(it.shape, Shape)
-        add(it.shape[:1])
-        add(operands)
+        add(written, it.shape[:1])
+        add(read, operands)
     elif it.opcode.endswith("-start") and not isinstance(it.shape, Shape):
         # The result of a start holds its operands again; those of an all-reduce are the results alone.
-        add(operands)
-        add(it.shape if it.opcode == "all-reduce-start" else it.shape[1:2])
+        add(read, operands)
+        add(written, it.shape if it.opcode == "all-reduce-start" else it.shape[1:2])
     elif it.opcode == "custom-call" and it.quoted("custom_call_target") in FREE_CALLS:
         pass
     else:
-        add(operands)
-        add([it.shape])
-    return moved
+        add(read, operands)
+        add(written, [it.shape])
+    return read, written
 
 
 def _calls(callee: Computation, target: str) -> bool:

@@ -65,6 +65,18 @@ def check_enough(c: Config, pairs: int) -> None:
         )
 
 
+def check_experts(c: Config, experts: int) -> None:
+    """Refuse a load-balancing loss for a model of which no expert is there to balance.
+
+    Raises:
+      UserError: with the key that mends it.
+    """
+    if c["router_aux_loss_coef"] and not experts:
+        raise UserError(
+            f"router_aux_loss_coef={c['router_aux_loss_coef']:g}: {c['model']} has no experts; leave it at 0"
+        )
+
+
 def plan(c: Config, pairs: PairSource, limits: RowLimits, mixture: Mixture | None = None) -> Schedule:
     """Every step of the config's run over these pairs, of which the mixture makes epochs."""
     order = Order(c["seed"], c["shuffle"], c["drop_remainder"])

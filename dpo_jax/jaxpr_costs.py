@@ -4,6 +4,7 @@ Independent of `hlo.py`, to check it: the two differ by what XLA removes (a reco
 as the first one, work on values that nobody uses) and adds (padding, work that every device repeats).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,32 +17,44 @@ class UncountableError(ValueError):
     """A program whose FLOPs its jaxpr does not tell."""
 
 
-def flops(jaxpr: Any, kernel_flops: KernelFlops | None = None) -> float:
+@dataclasses.dataclass(frozen=True)
+class _Formulas:
+    """What a jaxpr does not tell."""
+
+    kernel_flops: KernelFlops
+    grouped_share: float
+
+
+def flops(jaxpr: Any, kernel_flops: KernelFlops | None = None, *, grouped_share: float = 1.0) -> float:
     """FLOPs of matrix products, convolutions and kernels of the whole program on all devices, 2 a multiply-add.
 
     Args:
       jaxpr: `jax.make_jaxpr(f)(...)` or `jax.jit(f).trace(...).jaxpr`.
       kernel_flops: a Pallas kernel's FLOPs from (its name, its operands, its results); inside a `shard_map` the arrays
         are those of one device and so is the answer.
+      grouped_share: the share of a grouped product's rows that belong to one of its groups, on average: below 1 where
+        groups are spread over devices and each is given all rows.
 
     Raises:
       UncountableError: a `while` loop that does products, whose trip count a jaxpr does not tell, or a kernel that the
         formula does not know; its name and place are said.
     """
-    return _jaxpr(getattr(jaxpr, "jaxpr", jaxpr), kernel_flops or (lambda *_: None))
+    return _jaxpr(getattr(jaxpr, "jaxpr", jaxpr), _Formulas(kernel_flops or (lambda *_: None), grouped_share))
 
 
-def _jaxpr(jaxpr: Any, kernel_flops: KernelFlops) -> float:
-    return sum(_equation(equation, kernel_flops) for equation in jaxpr.eqns)
+def _jaxpr(jaxpr: Any, formulas: _Formulas) -> float:
+    return sum(_equation(equation, formulas) for equation in jaxpr.eqns)
 
 
-def _equation(equation: Any, kernel_flops: KernelFlops) -> float:
+def _equation(equation: Any, formulas: _Formulas) -> float:
     name, params = equation.primitive.name, equation.params
     if name in PRODUCTS:
         return PRODUCTS[name](equation)
+    if name in GROUPED:
+        return formulas.grouped_share * _ragged_dot(equation)
     if name == "pallas_call":
-        return _kernel(equation, kernel_flops)
-    inside = [_jaxpr(sub, kernel_flops) for sub in _inner(params.values())]
+        return _kernel(equation, formulas.kernel_flops)
+    inside = [_jaxpr(sub, formulas) for sub in _inner(params.values())]
     if name == "scan":
         return params["length"] * inside[0]
     if name == "cond":
@@ -101,7 +114,7 @@ def _convolution(equation: Any) -> float:
 
 
 def _ragged_dot(equation: Any) -> float:
-    """Every row belongs to one group: tokens x K x N multiply-adds, whichever of the three is contracted or ragged."""
+    """As if every row belonged to one group: tokens x K x N multiply-adds, whichever is contracted or ragged."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     ((contracted, _), _) = numbers.dot_dimension_numbers
     left, out = equation.invars[0].aval, equation.outvars[0].aval
@@ -113,6 +126,5 @@ def _ragged_dot(equation: Any) -> float:
 PRODUCTS: dict[str, Callable[[Any], float]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _convolution,
-    "ragged_dot_general": _ragged_dot,
-    "ragged_dot": _ragged_dot,
 }
+GROUPED = ("ragged_dot_general", "ragged_dot")

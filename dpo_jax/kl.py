@@ -21,7 +21,8 @@ from dpo_jax.data.pipeline import build_rows
 from dpo_jax.model import Params, hidden_states, unembedding
 from dpo_jax.policy import Layout, limits_on
 from dpo_jax.sharding import axis_rules, local_rows, replicated, row_shards, to_global
-from dpo_jax.vocabulary import CHUNK_TOKENS
+from dpo_jax.vocabulary import token_kl
+from dpo_jax.watchdog import LONGER, beat
 
 # Answers drawn to a prompt: they lie in the two completion slots of a row, and the prompt is computed once for both.
 DRAWS = 2
@@ -29,7 +30,7 @@ DRAWS = 2
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]  # token ids of a prompt and of two answers, int32
 
 
-def make_divergence(layout: Layout) -> Callable[[Params, Params, Sequence[Triple]], np.ndarray]:
+def make_divergence(layout: Layout, new_tokens: int) -> Callable[[Params, Params, Sequence[Triple]], np.ndarray]:
     """Build `divergence(params, ref_params, answers)` → float64 `[answers, 2]`, nats.
 
     Of an answer y it is Σ_t KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t)), where every term is exact, a sum over the vocabulary.
@@ -38,6 +39,8 @@ def make_divergence(layout: Layout) -> Callable[[Params, Params, Sequence[Triple
 
     Args:
       layout: of both models. Their parameters may be of any dtype; all is computed in the layout's.
+      new_tokens: the most tokens of an answer: rows have room for as many, whatever the answers, as a width more would
+        be compiled for each.
     """
     mesh, config = layout.mesh, layout.config
     rules, shards = axis_rules(config, mesh), row_shards(mesh)
@@ -46,7 +49,7 @@ def make_divergence(layout: Layout) -> Callable[[Params, Params, Sequence[Triple
         with nn.logical_axis_rules(rules):
             states = [hidden_states(p, micro, config=config, slots=slots, dtype=layout.dtype) for p in both]
             hidden = [jnp.take_along_axis(h, micro["source"][:, :, None], axis=1) for h in states]
-            kl_BN = _token_kl(hidden, [unembedding(p) for p in both], shards, config.final_logit_softcapping)
+            kl_BN = token_kl(hidden, [unembedding(p) for p in both], softcap=config.final_logit_softcapping)
         kl_BN = jnp.where(micro["segments"][:, slots.prompt :] > 0, kl_BN, 0.0)
         return jnp.stack([kl_BN[:, : slots.chosen].sum(1), kl_BN[:, slots.chosen :].sum(1)], axis=1)
 
@@ -58,11 +61,11 @@ def make_divergence(layout: Layout) -> Callable[[Params, Params, Sequence[Triple
     multiple = limits_on(config, shards, mesh.devices.flat[0].platform).width_multiple
 
     def divergence(params: Params, ref_params: Params, answers: Sequence[Triple]) -> np.ndarray:
-        widths = [-(-max(len(parts[i]) for parts in answers) // multiple) * multiple for i in range(3)]
+        longest = (max(len(parts[0]) for parts in answers), new_tokens, new_tokens)
         groups = -(-len(answers) // shards)
         placed = np.full(groups * shards, -1)
         placed[: len(answers)] = np.arange(len(answers))
-        P, C, R = widths
+        P, C, R = (-(-n // multiple) * multiple for n in longest)
         flat = build_rows(answers, placed[:, None], RowShape(len(placed), P, C, R, 1))  # type: ignore[arg-type]
         mine = local_rows(mesh, shards)
         arrays = {name: x.reshape(groups, shards, *x.shape[1:])[:, mine] for name, x in flat.items()}
@@ -70,27 +73,6 @@ def make_divergence(layout: Layout) -> Callable[[Params, Params, Sequence[Triple
         return jax.device_get(found).astype(np.float64).reshape(-1, DRAWS)[: len(answers)]
 
     return divergence
-
-
-def _token_kl(
-    hidden: Sequence[jax.Array], tables: Sequence[jax.Array], shards: int, softcap: float | None
-) -> jax.Array:
-    """KL(policy ‖ reference) of every token's distribution, `[B, N]` in float32; never `[B, N, V]` at once."""
-    B, N, D = hidden[0].shape
-    chunks = max(1, -(-B * N // (CHUNK_TOKENS * shards)))
-    n = -(-N // chunks)
-    cut = lambda h: jnp.pad(h, ((0, 0), (0, chunks * n - N), (0, 0))).reshape(B, chunks, n, D).swapaxes(0, 1)
-
-    def log_probs(h_BnD: jax.Array, table_VD: jax.Array) -> jax.Array:
-        logits = jnp.einsum("BnD,VD->BnV", h_BnD, table_VD, preferred_element_type=jnp.float32)
-        return jax.nn.log_softmax(softcap * jnp.tanh(logits / softcap) if softcap else logits)
-
-    def one(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        ours, theirs = (log_probs(h, table) for h, table in zip(chunk, tables, strict=True))
-        return jnp.maximum(jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1), 0.0)
-
-    found = jax.lax.map(one, (cut(hidden[0]), cut(hidden[1])))
-    return found.swapaxes(0, 1).reshape(B, chunks * n)[:, :N]
 
 
 def make_on_policy_kl(
@@ -110,10 +92,11 @@ def make_on_policy_kl(
       prompts (not of a single one); `kl_per_token`: the same sum over the number of tokens. Every process of several
       must call it.
     """
-    divergence = make_divergence(layout)
+    divergence = make_divergence(layout, new_tokens)
     asked = [prompt for prompt in prompts for _ in range(DRAWS)]
 
     def estimate(params: Params, ref_params: Params) -> dict[str, float]:
+        beat("drawing answers for the KL divergence", LONGER)
         with jax.transfer_guard_host_to_device("allow"):  # the prompts' few tokens
             drawn = sample.generate(
                 params, asked, config=layout.config, stop=stop, new_tokens=new_tokens, temperature=1.0, seed=seed,
@@ -125,6 +108,7 @@ def make_on_policy_kl(
         answers = [
             (np.asarray(prompt, np.int32), *arrays[DRAWS * i : DRAWS * (i + 1)]) for i, prompt in enumerate(prompts)
         ]
+        beat("computing the KL divergence", LONGER)
         nats = divergence(params, ref_params, answers)  # type: ignore[arg-type]
         means = nats.mean(axis=1)
         error = {"kl_error": float(means.std(ddof=1) / len(means) ** 0.5)} if len(means) > 1 else {}

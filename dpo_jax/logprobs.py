@@ -89,7 +89,8 @@ def sum_pairs(
 
     def sums(values_BN: jax.Array, weights_BNK: jax.Array) -> jax.Array:
         parts = ((values_BN[:, s], weights_BNK[:, s]) for s in (slice(None, chosen), slice(chosen, None)))
-        return jnp.stack([jnp.einsum("BN,BNK->BK", v, w) for v, w in parts], axis=-1)
+        # No matrix product: a TPU's would round float32 values to bfloat16.
+        return jnp.stack([jnp.sum(v[:, :, None] * w, axis=1) for v, w in parts], axis=-1)
 
     squares = None if log_sum_sq_BN is None else sums(log_sum_sq_BN, owner_BNK)
     if ld_alpha == 1:

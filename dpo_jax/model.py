@@ -263,7 +263,7 @@ def _context(
     last = last_BT() if is_long else None
     context: dict[str, Any] = {"angles": angles(theta=c.rope_theta, scaling=c.rope_scaling, last_BT=last), "layers": {}}
     slides_L = jnp.asarray(c.sliding_layers or (False,) * c.num_hidden_layers)
-    if 0 < c.sliding_window < reach:
+    if c.slides_within(reach):
         context["layers"]["window"] = jnp.where(slides_L, jnp.int32(c.sliding_window), jnp.int32(NO_WINDOW))
     if c.rope_local_theta is not None:
         context["layers"]["slides"] = slides_L
@@ -305,8 +305,9 @@ def _row_attention(config: ModelConfig, slots: Slots, tiling: RowTiling = None) 
     return attend
 
 
-def _row_context(config: ModelConfig, batch: dict[str, jax.Array], slots: Slots) -> dict[str, Any]:
-    reach = slots.prompt + max(slots.chosen, slots.rejected)
+def _row_context(
+    config: ModelConfig, batch: dict[str, jax.Array], slots: Slots, longest: int | None = None
+) -> dict[str, Any]:
     positions_BT, segments_BT = batch["positions"], batch["segments"]
 
     def last_BT() -> jax.Array:
@@ -314,7 +315,7 @@ def _row_context(config: ModelConfig, batch: dict[str, jax.Array], slots: Slots)
         same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
         return jnp.max(jnp.where(same_BTS, positions_BT[:, None, :], 0), axis=-1)
 
-    context = _context(config, positions_BT, reach, last_BT) | {"segments": segments_BT}
+    context = _context(config, positions_BT, slots.reach(longest), last_BT) | {"segments": segments_BT}
     return context | ({"positions": positions_BT} if "window" in context["layers"] else {})
 
 
@@ -335,6 +336,7 @@ def hidden_states(
     remat: str = "none",
     tiling: RowTiling = None,
     from_host: bool = False,
+    longest: int | None = None,
 ) -> jax.Array:
     """Final hidden states of pair rows.
 
@@ -346,11 +348,13 @@ def hidden_states(
       remat: a name in `REMAT_POLICIES`.
       tiling: of the attention kernel; None is attention as dense blocks.
       from_host: the layers' parameters lie in the host's memory.
+      longest: no sequence has more tokens; None: than the slots have room for. Several pairs share a slot, so that rows
+        have more room than a sequence; what is as wide as `longest` needs no window and no other rope.
 
     Returns:
       `[B, T, D]` in `dtype`.
     """
-    context = _row_context(config, batch, slots)
+    context = _row_context(config, batch, slots, longest)
     decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat, from_host)
     return decoder.apply(_variables(params), batch["tokens"], context)[0]
 
@@ -365,6 +369,7 @@ def hidden_states_and_balance(
     remat: str = "none",
     tiling: RowTiling = None,
     from_host: bool = False,
+    longest: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`hidden_states` of a model with experts, and how evenly its experts were used.
 
@@ -373,7 +378,7 @@ def hidden_states_and_balance(
     times `config.router_aux_loss_coef` to the loss. Arguments are those of `hidden_states`.
     """
     assert config.num_experts, f"{config.model_type} has no experts"
-    context = _row_context(config, batch, slots) | {"counted": batch["segments"] != 0}
+    context = _row_context(config, batch, slots, longest) | {"counted": batch["segments"] != 0}
     decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat, from_host)
     hidden, (_, sums) = decoder.apply(_variables(params), batch["tokens"], context)
     return hidden, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -48,3 +49,31 @@ def optimizer(
         optax.add_decayed_weights(weight_decay, mask=_decayed) if weight_decay > 0 else optax.identity(),
         optax.scale_by_learning_rate(rate),
     )
+
+
+def apply_updates(params: Any, updates: Any, count: jax.Array) -> Any:
+    """The parameters after an update; `updates` are float32.
+
+    In bfloat16 a rate of 1e-6 moves hardly any weight by as much as half of the distance to the next number: rounded to
+    the nearest one, parameters would stay as they are. They are rounded up or down at random, with odds that make the
+    mean exact (stochastic rounding, Gupta et al. 2015, arXiv 1502.02551).
+
+    Args:
+      params, updates: trees of arrays.
+      count: of updates made before, int32: the draws follow from it, so a run that goes on makes the same.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count), len(leaves))
+
+    def new(p: jax.Array, u: jax.Array, key: jax.Array) -> jax.Array:
+        exact = p.astype(jnp.float32) + u
+        return _rounded(exact, key) if p.dtype == jnp.bfloat16 else exact.astype(p.dtype)
+
+    return jax.tree.unflatten(tree, [new(*each) for each in zip(leaves, jax.tree.leaves(updates), keys, strict=True)])
+
+
+def _rounded(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Float32 → bfloat16, whose bits are the upper half: random ones are added to the lower half, which is cut off."""
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)

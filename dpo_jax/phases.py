@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from dpo_jax import about, answers, inputs, kl, lora, metrics, policy
 from dpo_jax.architecture import ModelConfig
+from dpo_jax.attention import Slots
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import parse_options
 from dpo_jax.data.cache import cache_root
@@ -32,6 +33,7 @@ from dpo_jax.objective import Objective, parse_loss, preference_objective
 from dpo_jax.optim import optimizer, schedule
 from dpo_jax.policy import Layout, Policy
 from dpo_jax.sharding import local_rows
+from dpo_jax.splash import Tiling
 from dpo_jax.step import LogpsFn, TrainState, make_train_step
 
 Config = Mapping[str, Any]
@@ -63,7 +65,14 @@ def keep_compiled(c: Config) -> None:
 
 
 def lay_out(c: Config, config: ModelConfig, mesh: Mesh) -> Layout:
-    """The model on the mesh as the config asks for it, adapters included."""
+    """The model on the mesh as the config asks for it, adapters included.
+
+    Raises:
+      UserError: the model does not divide over the mesh, or the compiler does not know an option.
+    """
+    options = parse_options(c["compiler_options"])
+    if options:
+        policy.check_compiler_options(options, mesh)
     adapters = None
     if c["lora_rank"]:
         targets = lora.parse_targets(c["lora_targets"])
@@ -78,7 +87,8 @@ def lay_out(c: Config, config: ModelConfig, mesh: Mesh) -> Layout:
         attention=c["attention"],
         optimizer_offload=c["optimizer_offload"],
         reference_offload=c["reference_offload"],
-        compiler_options=parse_options(c["compiler_options"]),
+        compiler_options=options,
+        longest=c["max_prompt_length"] + c["max_completion_length"],
     )
 
 
@@ -217,6 +227,11 @@ def introduce(run: Run, plan: Schedule, steps: int) -> None:
     say(f"data {c['dataset']}: {len(run.data.train):,} training pairs, {len(run.data.evaluation):,} held out")
     for part in run.data.report.get("mixture", []):
         say(f"  {part['name']}: {part['weight']:.1%}, {part['epoch']:,} of {part['pairs']:,} pairs an epoch")
+    if isinstance(layout.tiling, Tiling) and not all(policy.uses_kernel(layout, Slots(*s.widths)) for s in plan.shapes):
+        say(
+            f"attention: dense blocks in place of the kernel, as sequences of up to {layout.longest} tokens go beyond "
+            f"the model's window of {layout.config.sliding_window}"
+        )
     say(f"rows {shape.rows} x [{shape.prompt} | {shape.chosen} | {shape.rejected}] for {c['batch_size']} pairs")
     lengths = run.data.train.lengths
     longest, limit = int((lengths[:, 0] + lengths[:, 1:].max(1)).max()), layout.config.max_position_embeddings

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,23 @@ import jax
 import numpy as np
 from absl import flags
 
-from dpo_jax import inputs, policy
+from dpo_jax import hub, inputs, policy, weights
 from dpo_jax.architecture import ModelConfig, config_from_hf
 from dpo_jax.bounds import bounds, by_kind
-from dpo_jax.compile_only import Held, Program, TooLargeError, eval_program, held_by, train_program
+from dpo_jax.compile_only import Held, Program, TooLargeError, eval_program, held_by, slots_of, train_program
 from dpo_jax.config import Command, check, read_flags
-from dpo_jax.data.packing import Order, RowShape, efficiency
-from dpo_jax.data.pipeline import Schedule, make_schedule
+from dpo_jax.data.packing import RowShape, efficiency
+from dpo_jax.data.pipeline import Schedule
 from dpo_jax.errors import UserError
-from dpo_jax.known import LENGTHS, MODELS, draw_lengths
-from dpo_jax.phases import Config, lay_out, make_objective, transformation
+from dpo_jax.known import MODELS
+from dpo_jax.objective import Objective
+from dpo_jax.phases import Config, lay_out, make_objective, plan_of, transformation
+from dpo_jax.plan_lengths import Lengths, find_lengths
+from dpo_jax.plan_search import largest_batch
+from dpo_jax.plan_text import lines, search_line
 from dpo_jax.policy import Layout
 from dpo_jax.sharding import make_mesh, row_shards
-from dpo_jax.tpu import GIB, Topology, parse_topology
-
-DRAWN_PAIRS = 20_480  # of a dataset that is known by its quantiles only; enough for the plan of row shapes
+from dpo_jax.tpu import Topology, parse_topology
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -53,24 +55,29 @@ COMMAND = Command(
 
 
 @dataclasses.dataclass(frozen=True)
-class Lengths:
-    """Token lengths of the training pairs.
+class Draft:
+    """A run on a topology, before anything is compiled.
 
     Attributes:
-      lengths: int `[n, 3]`: prompt, chosen, rejected.
-      pairs: how many pairs an epoch has; more than `lengths` where those are a sample.
-      source: where they come from, in words.
+      c: the config.
+      topology: where it would run.
+      layout: the model on the topology's mesh.
+      schedule: every step of an epoch, in rows that it takes.
     """
 
-    lengths: np.ndarray
-    pairs: int
-    source: str
+    c: Config
+    topology: Topology
+    layout: Layout
+    schedule: Schedule
 
-    def __len__(self) -> int:
-        return len(self.lengths)
+    @property
+    def objective(self) -> Objective:
+        return make_objective(self.c)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        raise AssertionError("a plan reads no tokens")
+    @property
+    def optimizer(self) -> tuple[Any, Any]:
+        c, steps = self.c, max(1, self.schedule.steps_per_epoch)
+        return transformation(c, c["learning_rate"], c["lr_schedule"], steps)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,27 +90,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not values["topology"]:
             raise UserError(f"--topology is missing; usage: {COMMAND.usage}")
         topologies = [parse_topology(name) for name in values["topology"].split(",")]
-        c = dict(config)
+        c, file = dict(config), values["json"]
         check(c)
+        if file and not os.access(Path(file).absolute().parent, os.W_OK):
+            raise UserError(f"--json={file} cannot be written; choose a file in a directory that is there and writable")
         model, lengths = find_model(c), find_lengths(c, values["lengths"])
+        drafts = [draft(c, model, lengths, topology) for topology in topologies]  # all, before minutes go to compiling
         print(f"{c['model']}: {model.parameter_count():,} parameters; {lengths.source}", flush=True)
-        reports = []
-        for topology in topologies:
-            report = plan(c, model, lengths, topology)
-            if values["search"]:
-                report["largest_batch"] = largest_batch(c, model, lengths, topology, report)
-            reports.append(report)
-            print("\n" + "\n".join(lines(report)), flush=True)
-        if values["json"]:
+        reports: list[dict[str, Any]] = []
+        for it in drafts:
+            reports.append(plan(it, lengths))
+            print("\n" + "\n".join(lines(reports[-1])), flush=True)
             whole = {"config": c, "lengths": lengths.source, "topologies": reports}
-            Path(values["json"]).write_text(json.dumps(whole, indent=1) + "\n")
-    except UserError as e:
+            _keep(file, whole)
+            if values["search"]:
+                reports[-1]["largest_batch"] = search(it, model, lengths, reports[-1])
+                print(search_line(reports[-1]), flush=True)
+                _keep(file, whole)
+    except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except OSError as e:
-        print(f"error: --json={values['json']} cannot be written ({e.strerror})", file=sys.stderr)
-        return 2
     return 0
+
+
+def _keep(file: str, whole: Any) -> None:
+    if file:
+        Path(file).write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def find_model(c: Config) -> ModelConfig:
@@ -114,99 +126,79 @@ def find_model(c: Config) -> ModelConfig:
     """
     if c["model"] in MODELS and not Path(c["model"]).is_dir():
         return config_from_hf(MODELS[c["model"]], c["model"])
-    with tempfile.TemporaryDirectory() as work:
-        return policy.find(c["model"], Path(work), c["seed"], with_weights=False).config
+    if c["model"] != "tiny":
+        return weights.read_config(hub.resolve(c["model"], with_weights=False))[0]
+    with tempfile.TemporaryDirectory() as work:  # as large as the vocabulary that its tokenizer learns
+        return policy.find(c["model"], Path(work), c["seed"]).config
 
 
-def find_lengths(c: Config, file: str) -> Lengths:
-    """Lengths of the training pairs: of a file, of data on this machine, or as published data has them.
+def draft(c: Config, model: ModelConfig, lengths: Lengths, topology: Topology) -> Draft:
+    """What training would refuse is refused here too.
 
     Raises:
-      UserError: nothing tells them.
+      UserError: the config does not fit the topology, the model or the pairs, or the compiler is not installed.
     """
-    if file:
-        return _read_lengths(file)
-    dataset = c["dataset"].split("/")[0]
-    if not c["dataset_path"] and dataset in LENGTHS:
-        limits = (c["max_prompt_length"], c["max_completion_length"])
-        pairs = LENGTHS[dataset][0]
-        drawn = draw_lengths(dataset, limits, min(pairs, DRAWN_PAIRS), c["seed"])
-        means = " + ".join(f"{mean:.0f}" for mean in drawn.mean(0))
-        return Lengths(drawn, pairs, f"{pairs:,} pairs of {dataset} with lengths as published ({means} tokens)")
-    with tempfile.TemporaryDirectory() as work:
-        found = policy.find(c["model"], Path(work), c["seed"], with_weights=False)
-        data = inputs.prepare_pairs(c, found.tokenizer, Path(work), None)
-        lengths = np.asarray(data.train.lengths)
-    return Lengths(lengths, len(lengths), f"{len(lengths):,} pairs of {c['dataset']} by the model's tokenizer")
+    mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"], topology.devices())
+    inputs.check_division(c["batch_size"], row_shards(mesh), c["microbatches"])
+    inputs.check_experts(c, model.num_experts)
+    inputs.check_enough(c, len(lengths))
+    layout = lay_out(c, model, mesh)
+    return Draft(c, topology, layout, plan_of(c, lengths, layout, lengths.mixture))
 
 
-def _read_lengths(file: str) -> Lengths:
-    try:
-        lengths = np.load(file)
-    except (OSError, ValueError) as e:
-        raise UserError(f"--lengths={file} cannot be read ({e}); give the lengths.npy of a cache") from None
-    if lengths.ndim != 2 or lengths.shape[1] != 3 or lengths.dtype.kind not in "iu" or len(lengths) == 0:
-        raise UserError(f"--lengths={file} holds {lengths.dtype} {lengths.shape}; needed are integers [pairs, 3]")
-    return Lengths(lengths, len(lengths), f"{len(lengths):,} pairs of {file}")
-
-
-def plan(c: Config, model: ModelConfig, lengths: Lengths, topology: Topology) -> dict[str, Any]:
-    """Compile for one topology and report; see `lines` for what the keys mean."""
-    layout, schedule = _planned(c, model, lengths, topology)
-    mesh, shapes = layout.mesh, shares(schedule)
+def plan(it: Draft, lengths: Lengths) -> dict[str, Any]:
+    """Compile for one topology and report; see `plan_text.lines` for what the keys mean."""
+    c, topology, layout, schedule = it.c, it.topology, it.layout, it.schedule
+    shapes = shares(schedule)
     report: dict[str, Any] = {
         "topology": topology.name,
         "accelerator_type": topology.accelerator_type,
         "chips": topology.chips,
-        "mesh": dict(mesh.shape),
+        "devices_per_chip": topology.generation.devices,
+        "mesh": dict(layout.mesh.shape),
         "batch_size": c["batch_size"],
         "microbatches": c["microbatches"],
-        "rows": [{**dataclasses.asdict(s), "share": share} for s, share in shapes.items()],
+        "rows": [
+            {
+                **dataclasses.asdict(s),
+                "share": share,
+                "attention": "splash" if policy.uses_kernel(layout, slots_of(s)) else "dense",
+            }
+            for s, share in shapes.items()
+        ],
         "useful_token_fraction": efficiency(schedule.epoch(0), lengths.lengths),
         "compute_dtype": str(layout.dtype),
         "remat": c["remat"],
-        "attention": "splash" if layout.tiling is not None else "dense",
         "hbm_available": topology.generation.hbm_bytes,
     }
     try:
-        return report | _measured(c, layout, schedule, topology, shapes, lengths)
+        return report | _measured(it, shapes, lengths)
     except TooLargeError as e:
-        return report | _too_large(c, layout, str(e))
+        held = held_by(c, layout, it.objective, it.optimizer[0])
+        return report | {"fits": False, "why": str(e), "memory": dataclasses.asdict(held)}
 
 
-def _planned(c: Config, model: ModelConfig, lengths: Lengths, topology: Topology) -> tuple[Layout, Schedule]:
-    """The model on the topology's mesh, and every step of an epoch in rows that it takes."""
-    mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"], topology.devices())
-    inputs.check_division(c["batch_size"], row_shards(mesh), c["microbatches"])
-    layout = lay_out(c, model, mesh)
-    order = Order(c["seed"], c["shuffle"], c["drop_remainder"])
-    return layout, make_schedule(lengths, c["batch_size"], policy.row_limits(layout, c["microbatches"]), order)
-
-
-def _measured(
-    c: Config,
-    layout: Layout,
-    schedule: Schedule,
-    topology: Topology,
-    shapes: Mapping[RowShape, float],
-    lengths: Lengths,
-) -> dict[str, Any]:
-    objective = make_objective(c)
-    tx = transformation(c, c["learning_rate"], c["lr_schedule"], max(1, schedule.steps_per_epoch))
+def _measured(it: Draft, shapes: Mapping[RowShape, float], lengths: Lengths) -> dict[str, Any]:
+    c, layout, schedule, topology, objective = it.c, it.layout, it.schedule, it.topology, it.objective
     main = max(shapes, key=lambda s: shapes[s])
-    program, held = train_program(c, layout, objective, tx, main), held_by(c, layout, objective, tx[0])
+    program = train_program(c, layout, objective, it.optimizer, main)
+    held = held_by(c, layout, objective, it.optimizer[0])
     widest = max(shapes, key=lambda s: s.tokens)
-    largest = program if widest == main else train_program(c, layout, objective, tx, widest)
+    largest = program if widest == main else train_program(c, layout, objective, it.optimizer, widest)
     evaluation = eval_program(c, layout, objective, main)
     devices = list(layout.mesh.devices.flat)
     train, held_out = bounds(program.costs, topology, devices), bounds(evaluation.costs, topology, devices)
     # The other shapes take time as they have tokens.
     scale = sum(share * shape.tokens for shape, share in shapes.items()) / main.tokens
     seconds = train.step * scale
-    speed = c["batch_size"] / seconds
-    real = float(lengths.lengths.sum(1).mean()) * c["batch_size"]
+    speed, evaluation_speed = c["batch_size"] / seconds, c["batch_size"] / (held_out.step * scale)
     epochs = c["num_steps"] * c["batch_size"] / lengths.pairs if c["num_steps"] else c["num_epochs"]
-    useful = 8 * layout.config.parameter_count() * real
+    hours = epochs * lengths.pairs / speed / 3600
+    if objective.needs_reference and c["reference_cache"]:
+        hours += min(epochs, 1) * lengths.pairs / evaluation_speed / 3600
+    a_token = layout.config.active_parameter_count()
+    real = a_token * float(schedule.lengths[schedule.members(0)].sum(1).mean()) * c["batch_size"]
+    needed = operations(c, layout, objective)
     peak = topology.generation.peak_flops * len(devices)
     flops = (program.costs.flops + program.costs.kernel_flops) * len(devices) * scale
     return {
@@ -215,7 +207,8 @@ def _measured(
         "evaluation_memory": evaluation.total_bytes,
         "flops": flops,
         "flops_traced": program.asked_flops * scale,
-        "flops_per_8N": flops / useful,
+        "flops_per_8N": flops / (8 * real),
+        "needed_per_parameter_and_token": needed,
         "hbm_bytes": program.costs.hbm_bytes * scale,
         "interconnect_bytes": {kind: n * scale for kind, n in by_kind(program.costs).items()},
         "kernels": program.costs.kernels,
@@ -225,14 +218,24 @@ def _measured(
         "pairs_per_second": speed,
         "pairs_per_second_per_chip": speed / topology.chips,
         "share_of_peak": {
-            "at_the_bound": useful / (peak * seconds),
-            "if_compute_bound": useful / (peak * train.compute * scale),
+            "at_the_bound": needed * real / (peak * seconds),
+            "if_compute_bound": needed * real / (peak * train.compute * scale),
         },
-        "evaluation_pairs_per_second": c["batch_size"] / held_out.step,
+        "evaluation_pairs_per_second": evaluation_speed,
         "epochs": epochs,
-        "hours": epochs * lengths.pairs / speed / 3600,
+        "hours": hours,
         "compile_seconds": {"train": program.seconds, "evaluation": evaluation.seconds},
     }
+
+
+def operations(c: Config, layout: Layout, objective: Objective) -> int:
+    """What a step needs at least for each parameter that a token meets.
+
+    The policy's forward pass 2, its backward pass 2 for what flows on and, unless they are frozen, 2 for the
+    parameters; the reference's forward pass 2 if the step has one.
+    """
+    in_step = objective.needs_reference and not c["reference_cache"]
+    return (6 if layout.lora is None else 4) + (2 if in_step else 0)
 
 
 def _memory(program: Program, held: Held) -> dict[str, float]:
@@ -243,12 +246,6 @@ def _memory(program: Program, held: Held) -> dict[str, float]:
     }
 
 
-def _too_large(c: Config, layout: Layout, words: str) -> dict[str, Any]:
-    """What is known of a program that the compiler refused."""
-    tx, _ = transformation(c, c["learning_rate"], c["lr_schedule"], 1)
-    return {"fits": False, "why": words, "memory": dataclasses.asdict(held_by(c, layout, make_objective(c), tx))}
-
-
 def shares(schedule: Schedule) -> dict[RowShape, float]:
     """The row shapes that an epoch uses, and the share of steps that each has."""
     epoch = schedule.epoch(0)
@@ -256,115 +253,27 @@ def shares(schedule: Schedule) -> dict[RowShape, float]:
     return {epoch.shapes[i]: float(n) / len(epoch) for i, n in zip(used, counts, strict=True)}
 
 
-def largest_batch(c: Config, model: ModelConfig, lengths: Lengths, topology: Topology, first: Mapping[str, Any]) -> int:
-    """The largest batch that fits, in steps of what rows divide by; 0 if none does.
+def search(it: Draft, model: ModelConfig, lengths: Lengths, first: Mapping[str, Any]) -> int:
+    """The largest batch that fits, in steps of what rows divide by, and of the pairs that are known; 0 if none does.
 
-    Memory grows by the pair evenly, so a few compiles tell it: what two batches need gives the next one to try.
+    Args:
+      it, first: what was planned, and its report.
+      model, lengths: what it was planned for.
     """
-    unit = first["mesh"]["data"] * first["mesh"]["fsdp"] * c["microbatches"]
-    room = topology.generation.hbm_bytes
 
     def need(batch: int) -> float | None:
-        if batch == c["batch_size"]:
+        if batch == it.c["batch_size"]:
             return first["memory"]["largest_shape_total"] if first["fits"] else None
-        asked = {**c, "batch_size": batch}
-        layout, schedule = _planned(asked, model, lengths, topology)
-        widest = max(shares(schedule), key=lambda s: s.tokens)
-        tx = transformation(asked, c["learning_rate"], c["lr_schedule"], 1)
+        other = draft(dict(it.c) | {"batch_size": batch}, model, lengths, it.topology)
+        widest = max(shares(other.schedule), key=lambda s: s.tokens)
         try:
-            return train_program(asked, layout, make_objective(asked), tx, widest).total_bytes
+            return train_program(other.c, other.layout, other.objective, other.optimizer, widest).total_bytes
         except TooLargeError:
             return None
 
-    fitting, too_large = _bracket(need, c["batch_size"], unit, lengths.pairs)
-    for _ in range(4):
-        known = sorted(fitting)
-        if not known or too_large - known[-1] <= unit:
-            break
-        if len(known) > 1:
-            slope = (fitting[known[-1]] - fitting[known[-2]]) / (known[-1] - known[-2])
-            guess = known[-1] + (room - fitting[known[-1]]) / max(slope, 1.0)
-        else:
-            guess = (known[-1] + too_large) / 2
-        guess = int(min(max(guess, known[-1] + unit), too_large - unit) // unit * unit)
-        found = need(guess)
-        if found is None:
-            too_large = guess
-        else:
-            fitting[guess] = found
-    return max(fitting, default=0)
-
-
-def _bracket(need: Callable[[int], float | None], start: int, unit: int, most: int) -> tuple[dict[int, float], int]:
-    """Batches that fit with what they need, and the smallest known one that does not (or there are no more pairs)."""
-    fitting: dict[int, float] = {}
-    batch, limit = start, most // unit * unit + unit
-    while batch >= unit:
-        found = need(batch)
-        if found is not None:
-            fitting[batch] = found
-            break
-        limit, batch = batch, batch // 2 // unit * unit
-    while fitting and len(fitting) < 3 and 2 * max(fitting) < limit:
-        batch = 2 * max(fitting)
-        found = need(batch)
-        if found is None:
-            limit = batch
-            break
-        fitting[batch] = found
-    return fitting, limit
-
-
-def lines(r: Mapping[str, Any]) -> list[str]:
-    """A report as text."""
-    mesh = " x ".join(f"{name} {size}" for name, size in r["mesh"].items())
-    rows = "; ".join(
-        f"{s['rows']} x [{s['prompt']}|{s['chosen']}|{s['rejected']}] ({s['share']:.0%} of steps)" for s in r["rows"]
-    )
-    memory = {name: size / GIB for name, size in r["memory"].items()}
-    available = r["hbm_available"] / GIB
-    held = ", ".join(f"{name} {memory[name]:.2f}" for name in ("parameters", "optimizer", "reference"))
-    head = f"{r['topology']} ({r['accelerator_type']}, {r['chips']} chips, {mesh})"
-    said = [
-        f"{head}: {'fits' if r['fits'] else 'DOES NOT FIT'}",
-        f"  rows          {rows}; {r['batch_size']} pairs, {r['useful_token_fraction']:.1%} of tokens real",
-    ]
-    if not r["fits"]:
-        largest = max(("parameters", "optimizer", "reference"), key=lambda name: memory[name])
-        alone = "more than there is before any activation" if sum(memory.values()) > available else "with activations"
-        return [
-            *said,
-            f"  too large     {r['why']} ({alone})",
-            f"  held          {held} GiB a chip of {available:.2f}; {largest} most",
-            "  to mend       more chips, remat=full, microbatches, optimizer_offload, reference_offload, lora_rank",
-            *_largest(r),
-        ]
-    seconds, share = r["seconds"], r["share_of_peak"]
-    moved = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in sorted(r["interconnect_bytes"].items()))
-    used = max(memory["total"], memory["largest_shape_total"])
-    clocks = ", ".join(f"{name} {s:.3f} s" for name, s in seconds.items() if s)
-    compiled = r["compile_seconds"]
-    said += [
-        f"  HBM a chip    {held}, activations {memory['activations']:.2f}, total {memory['total']:.2f} (widest rows "
-        f"{memory['largest_shape_total']:.2f}) of {available:.2f} GiB, headroom {available - used:.2f}"
-        + (f"; host {memory['host']:.2f}" if memory["host"] else ""),
-        f"  FLOPs a step  {r['flops']:.3e} ({r['flops_traced']:.3e} in the traced program), {r['flops_per_8N']:.2f}x "
-        f"of 8N a real token; remat {r['remat']}, attention {r['attention']}",
-        f"  bytes a chip  HBM {r['hbm_bytes'] / 1e9:.1f} GB; interconnect, received: {moved or 'none'} GB",
-        f"  time bounds   {clocks}; {r['binds']} binds",
-        f"  at the bound  {r['pairs_per_second']:.1f} pairs/s ({r['pairs_per_second_per_chip']:.2f} a chip), "
-        f"{share['at_the_bound']:.0%} of peak at 8N a real token ({share['if_compute_bound']:.0%} if compute bound it)",
-        f"  run           {r['epochs']:g} epochs in {r['hours']:.2f} h at the bound; evaluation "
-        f"{r['evaluation_pairs_per_second']:.0f} pairs/s",
-        f"  compiled in   {compiled['train']:.0f} s (step), {compiled['evaluation']:.0f} s (evaluation)",
-    ]
-    if r["not_counted"]:
-        said.append(f"  not counted   {', '.join(r['not_counted'])}: FLOPs and times above are too low")
-    return [*said, *_largest(r)]
-
-
-def _largest(r: Mapping[str, Any]) -> list[str]:
-    return [f"  largest batch {r['largest_batch']} pairs fit"] if "largest_batch" in r else []
+    unit = row_shards(it.layout.mesh) * it.c["microbatches"]
+    most = len(lengths) if lengths.mixture is None else it.schedule.epoch_size
+    return largest_batch(need, it.c["batch_size"], unit, most, it.topology.generation.hbm_bytes)
 
 
 if __name__ == "__main__":

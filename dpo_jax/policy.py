@@ -1,5 +1,6 @@
 """The policy and its reference: where they come from, how they lie on the mesh, and their log-probabilities."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -34,7 +35,7 @@ from dpo_jax.sharding import (
 from dpo_jax.splash import Tiling
 from dpo_jax.step import LogpsFn, TrainState, init_state
 from dpo_jax.tiles import Skipping
-from dpo_jax.tpu import generation_of
+from dpo_jax.tpu import generation_of, quiet
 from dpo_jax.vocabulary import LogpOptions, on_platform
 
 ATTENTION = ("auto", "splash", "tiles", "dense")
@@ -67,13 +68,14 @@ class Layout:
       config, mesh: of the model and the devices.
       shardings: a `NamedSharding` for every parameter of the model.
       trained: the same for what is trained: all of them, or the adapters.
-      param_dtype: of what is trained and the optimiser's moments.
+      param_dtype: of what is trained; the optimiser's moments are float32.
       dtype: of activations, products and the reference.
       base_dtype: of the frozen base under adapters.
       lora: the adapters; None where all parameters are trained.
       tiling: how attention of pair rows runs; None is as dense blocks.
       optimizer_offload, reference_offload: whether the optimiser's moments, or the reference, lie in the host's memory.
       compiler_options: XLA's, for the steps on these devices.
+      longest: no sequence of a pair has more tokens; None: nobody says so.
     """
 
     config: ModelConfig
@@ -88,6 +90,7 @@ class Layout:
     optimizer_offload: bool = False
     reference_offload: bool = False
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    longest: int | None = None
 
     @property
     def reference_shardings(self) -> Any:
@@ -139,6 +142,7 @@ def lay_out(
     optimizer_offload: bool = False,
     reference_offload: bool = False,
     compiler_options: Mapping[str, str] | None = None,
+    longest: int | None = None,
 ) -> Layout:
     """Place a model on a mesh. `compute_dtype` auto is bfloat16, and float32 on CPU, where it is the faster one.
 
@@ -170,6 +174,7 @@ def lay_out(
         optimizer_offload=optimizer_offload,
         reference_offload=reference_offload,
         compiler_options={**(generation.compiler_options if generation else {}), **(compiler_options or {})},
+        longest=longest,
     )
 
 
@@ -193,6 +198,20 @@ def _tiling(attention: str, device: jax.Device) -> RowTiling:
     return Tiling(generation.largest_tile if generation else 512, interpret=platform != "tpu")
 
 
+def check_compiler_options(options: Mapping[str, str], mesh: Mesh) -> None:
+    """Refuse options that the compiler for these devices does not know, before anything is loaded for them.
+
+    Raises:
+      UserError: with the compiler's own words.
+    """
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    try:
+        with quiet():
+            jax.jit(jnp.negative, compiler_options=dict(options)).lower(number).compile()
+    except Exception as e:  # XLA's errors are of one class, whatever the cause
+        raise UserError(f"compiler_options: {str(e).strip().splitlines()[0]}; correct it or leave it out") from None
+
+
 def row_limits(layout: Layout, microbatches: int) -> RowLimits:
     """What this model on these devices asks of pair rows."""
     return limits_on(layout.config, row_shards(layout.mesh) * microbatches, layout.mesh.devices.flat[0].platform)
@@ -201,9 +220,10 @@ def row_limits(layout: Layout, microbatches: int) -> RowLimits:
 def limits_on(config: ModelConfig, row_multiple: int, platform: str) -> RowLimits:
     """What this model asks of pair rows on cpu, gpu or tpu, where rows divide by `row_multiple`."""
     c = config
-    # One key costs 4·H·E operations (scores and values), a token 2 per weight of a layer. On CPU softmax and small
-    # products make a key about 2.5 times as dear, but tiles see about half of the keys (measured on SmolLM2-135M).
-    layer = (c.parameter_count() - c.vocab_size * c.hidden_size) / c.num_hidden_layers
+    # One key costs 4·H·E operations (scores and values), a token 2 per weight that it meets in a layer. On CPU softmax
+    # and small products make a key about 2.5 times as dear, but tiles see about half of the keys (measured on
+    # SmolLM2-135M).
+    layer = (c.active_parameter_count() - c.vocab_size * c.hidden_size) / c.num_hidden_layers
     key_cost = 4 * c.num_attention_heads * c.head_dim / (2 * layer)
     return RowLimits(
         row_multiple=row_multiple,
@@ -212,6 +232,20 @@ def limits_on(config: ModelConfig, row_multiple: int, platform: str) -> RowLimit
         width_multiple=16 if platform == "tpu" else 8,
         key_cost=key_cost,
     )
+
+
+def uses_kernel(layout: Layout, slots: Slots) -> bool:
+    """Whether rows attend by the TPU kernel: windows that their sequences go beyond need dense blocks."""
+    return isinstance(layout.tiling, Tiling) and not layout.config.slides_within(slots.reach(layout.longest))
+
+
+def exact_products(layout: Layout) -> contextlib.AbstractContextManager[Any]:
+    """A context in which matrix products of float32 are those of float32.
+
+    Left to themselves TPUs round the operands to bfloat16, and GPUs to TensorFloat-32. On CPU nothing is rounded.
+    """
+    rounds = layout.dtype == jnp.float32 and layout.mesh.devices.flat[0].platform != "cpu"
+    return jax.default_matmul_precision("float32") if rounds else contextlib.nullcontext()
 
 
 def logp_options(layout: Layout) -> LogpOptions:
@@ -242,7 +276,7 @@ def logps_fn(
             if from_host:
                 params = params | to_device({name: p for name, p in params.items() if name != "layers"})
             options: Any = {"config": layout.config, "slots": slots, "dtype": layout.dtype, "remat": remat}
-            options |= {"tiling": layout.tiling, "from_host": from_host}
+            options |= {"tiling": layout.tiling, "from_host": from_host, "longest": layout.longest}
             sums = None
             if balance:
                 hidden, sums = hidden_states_and_balance(params, micro, **options)
@@ -314,9 +348,8 @@ def moving_reference(params: Params) -> Params:
     return _copied(params, MOVING)
 
 
-def abstract_frozen(layout: Layout) -> Any:
-    """Shapes, dtype and shardings of a reference that stays as it is, or of the base under adapters."""
-    dtype = layout.dtype if layout.lora is None else layout.base_dtype
+def abstract_whole(layout: Layout, dtype: Any) -> Any:
+    """Shapes, `dtype` and shardings of a whole model that stays as it is: a reference, or the base under adapters."""
     shapes = nn.meta.unbox(jax.eval_shape(lambda: init_params(jax.random.key(0), layout.config)))
     shardings = layout.reference_shardings
     return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s), shapes, shardings)
@@ -350,8 +383,8 @@ def own_reference(saved: Path, params: Params | None, layout: Layout) -> Params:
         checkpoint.save_tree(saved, _copied(params, layout.dtype))
     if not saved.exists():
         raise UserError(f"{saved}, the reference that this run made, is gone; start again in a new workdir")
-    kept = checkpoint.restore_tree(saved, abstract_trained(layout, layout.dtype))
-    return jax.device_put(kept, layout.reference_shardings) if layout.reference_offload else kept
+    whole = layout.lora is None
+    return checkpoint.restore_tree(saved, (abstract_whole if whole else abstract_trained)(layout, layout.dtype))
 
 
 def start_state(params: Params, tx: optax.GradientTransformation, layout: Layout) -> TrainState:

@@ -17,11 +17,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dpo_jax.attention import Slots
 from dpo_jax.data.cache import PairCache
 from dpo_jax.data.files import fingerprint
 from dpo_jax.data.pipeline import StepSource, batches
 from dpo_jax.loop import place
 from dpo_jax.step import REFERENCE_FIELDS
+from dpo_jax.watchdog import LONGER, awaited, beat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +117,11 @@ def compute(
         result, placed = pending.pop(0)
         return placed[placed >= 0], np.stack(jax.device_get(result), axis=-1)[placed >= 0]
 
-    for item in batches(source, 0):
+    compiled: set[Slots] = set()
+    for item in awaited(batches(source, 0), "rows for the reference"):
         batch, slots = place(item, mesh)
+        beat("computing the reference", 1.0 if slots in compiled else LONGER)
+        compiled.add(slots)
         pending.append((logps_step(params, batch, slots), item["info"]["placed"]))
         if len(pending) > 1:
             yield fetched()

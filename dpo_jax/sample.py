@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from dpo_jax.architecture import ModelConfig
 from dpo_jax.model import Params, decode, empty_cache, unembedding
@@ -70,7 +71,9 @@ def _generate(
         return (token, done, cache), token
 
     _, rest = jax.lax.scan(one, (first, done, cache), jnp.arange(new_tokens - 1, dtype=jnp.int32))
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
+    answers = jnp.concatenate([first[:, None], rest.T], axis=1)
+    on_mesh = not jax.sharding.get_abstract_mesh().empty
+    return jax.lax.with_sharding_constraint(answers, P()) if on_mesh else answers  # every process reads them
 
 
 def generate(

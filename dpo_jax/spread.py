@@ -87,6 +87,14 @@ class Spread:
         """The sum over the devices that have the same part of the vocabulary."""
         return jax.lax.psum(x, self.copies) if self.copies else x
 
+    def vocab_max(self, x: jax.Array) -> jax.Array:
+        """The largest over all parts of the vocabulary, of the gathered rows."""
+        return jax.lax.pmax(x, self.vocab) if self.vocab else x
+
+    def vocab_sum(self, x: Any) -> Any:
+        """The sum over all parts of the vocabulary, of the gathered rows; of a tree of arrays."""
+        return jax.lax.psum(x, self.vocab) if self.vocab else x
+
     def own_rows(self, x: jax.Array, rows: int) -> jax.Array:
         """Of values that all devices have for the gathered rows, those of this device's own `rows`."""
         if not self.gathered:

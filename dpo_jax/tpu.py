@@ -46,7 +46,8 @@ class Generation:
       hbm_bytes: that a program may use.
       hbm_bandwidth: bytes per second.
       link_bandwidth: bytes per second over one link to a neighbour, one way.
-      torus: from which length on an axis of a slice is closed to a ring.
+      torus: an axis of a slice is closed to a ring if its length divides by this; of a slice of three axes all or none
+        ("slices smaller than a full cube don't have wrap-around links").
       dcn_bandwidth: bytes per second to other slices, one way.
       host_bandwidth: bytes per second between HBM and the host's memory, one way.
       largest_tile: see `splash.Tiling`.
@@ -132,11 +133,10 @@ class Topology:
 
     def links(self, lengths: tuple[int, ...]) -> int:
         """Over how many links the worst placed chip receives, in a group that spans `lengths` chips along each axis."""
-        ring = self.generation.torus
-        closed = (
-            length == whole and whole >= ring and whole % ring == 0
-            for length, whole in zip(lengths, self.shape, strict=True)
-        )
+        rings = [whole % self.generation.torus == 0 for whole in self.shape]
+        if len(self.shape) == 3:  # cubes are joined to each other and to themselves, what is smaller is not
+            rings = [all(rings)] * 3
+        closed = (n == whole and ring for n, whole, ring in zip(lengths, self.shape, rings, strict=True))
         return sum(0 if length == 1 else 2 if is_ring else 1 for length, is_ring in zip(lengths, closed, strict=True))
 
     def devices(self) -> list[Any]:

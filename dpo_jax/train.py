@@ -102,10 +102,7 @@ def _run(c: Config, workdir: Path, projects: dict[str, str]) -> dict[str, float]
     main_process = jax.process_index() == 0
     with first_process_first("dpo_jax model files"):
         found = policy.find(c["model"], workdir, c["seed"])
-    if c["router_aux_loss_coef"] and not found.config.num_experts:
-        raise UserError(
-            f"router_aux_loss_coef={c['router_aux_loss_coef']:g}: {c['model']} has no experts; leave it at 0"
-        )
+    inputs.check_experts(c, found.config.num_experts)
     layout = lay_out(c, found.config, mesh)
     if c["reference"]:
         policy.check_reference(hub.resolve(c["reference"], what="reference"), layout)
@@ -115,6 +112,7 @@ def _run(c: Config, workdir: Path, projects: dict[str, str]) -> dict[str, float]
     damaged = checkpoint.set_aside_damaged(workdir / "checkpoints")
     with (
         jax.set_mesh(mesh),
+        policy.exact_products(layout),
         stop_signal() as stop,
         checkpoint.open_checkpoints(workdir / "checkpoints", c["keep_checkpoints"]) as checkpoints,
         contextlib.ExitStack() as stack,
@@ -125,9 +123,10 @@ def _run(c: Config, workdir: Path, projects: dict[str, str]) -> dict[str, float]
             raise UserError(
                 f"warmup_steps={c['warmup_steps']:g} leaves nothing of the {steps} updates; use 0.1 (a fraction)"
             )
+        identity = _identify(c, found, data, plan)
         claim_workdir(workdir, c, write=main_process)  # only now: a refused command leaves no config behind
         done = checkpoint.latest_step(checkpoints) or 0
-        _compare_files(c, found, data, workdir, goes_on=done > 0)
+        claim.first_only(lambda: claim.compare(workdir, identity, goes_on=done > 0))
         if main_process:
             _forget_after(workdir, c["sft_steps"], done)
         totals = {"sft": c["sft_steps"], "train": steps}
@@ -147,10 +146,21 @@ def _run(c: Config, workdir: Path, projects: dict[str, str]) -> dict[str, float]
             )
 
 
-def _compare_files(c: Config, found: Policy, data: Prepared, workdir: Path, *, goes_on: bool) -> None:
+def _identify(c: Config, found: Policy, data: Prepared, plan: Schedule) -> dict[str, Any]:
+    """What the run is begun with, the same in all processes."""
     reference = hub.resolve(c["reference"], what="reference") if c["reference"] else None
-    models = {"model": found.directory, "reference": reference}
-    claim.first_only(lambda: claim.compare(workdir, claim.identify(data.split, models), goes_on=goes_on))
+    identity = claim.identify(data.split, {"model": found.directory, "reference": reference})
+    # Where files lie may differ between hosts.
+    places = ("model", "reference", "dataset_path", "eval_path", "cache_dir", "compilation_cache")
+    claim.same_everywhere(
+        {
+            "config": {key: value for key, value in c.items() if key not in places},
+            "training or held-out pairs": identity["data"]["pairs"],
+            "row shapes": [dataclasses.asdict(shape) for shape in plan.shapes],
+            "model files": [identity.get(key) for key in ("model", "reference")],
+        }
+    )
+    return identity
 
 
 def _train(run: Run, plan: Schedule, steps: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ device's part of it, s: a block of that).
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -160,6 +160,40 @@ def token_logps(
     return _token_logps(hidden_BND, targets_BN, table_VD, options, Spread.of(targets_BN.shape[0]))
 
 
+def token_kl(hidden: Sequence[jax.Array], tables: Sequence[jax.Array], *, softcap: float | None = None) -> jax.Array:
+    """KL(p ‖ q) = Σ_v p(v)·(log p(v) - log q(v)) of every token's distributions, float32 `[B, N]`; without a gradient.
+
+    In chunks of tokens, and every device with its own part of the vocabulary, as log-probabilities are computed.
+
+    Args:
+      hidden: `[B, N, D]` each, the hidden states of p and of q.
+      tables: `[V, D]` each, their vocabulary projections.
+      softcap: as in `LogpOptions`.
+    """
+    B, N, _ = hidden[0].shape
+    spread = Spread.of(B)
+
+    def local(hidden: Sequence[jax.Array], tables: Sequence[jax.Array]) -> jax.Array:
+        own_rows = hidden[0].shape[0]
+
+        def log_probs(h_BnD: jax.Array, table_vD: jax.Array) -> jax.Array:
+            logits = _logits(spread.gather(h_BnD), table_vD, softcap)
+            largest = spread.vocab_max(jnp.max(logits, axis=-1))
+            total = spread.vocab_sum(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
+            return logits - (largest + jnp.log(total))[..., None]
+
+        def body(_, chunk):
+            ours, theirs = (log_probs(h, table) for h, table in zip(chunk, tables, strict=True))
+            kl_Bn = spread.vocab_sum(jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1))
+            return None, spread.own_rows(jnp.maximum(kl_Bn, 0.0), own_rows)
+
+        chunks, n = _split(own_rows, N, CHUNK_TOKENS // 2, 1)  # two models' logits
+        return _joined(jax.lax.scan(body, None, tuple(_chunks(h, chunks, n) for h in hidden))[1], N)
+
+    rows, vocab = P(spread.rows or None), P(spread.vocab or None)
+    return spread.on_mesh(local, ((rows, rows), (vocab, vocab)), rows)(tuple(hidden), tuple(tables))
+
+
 def _blocks(table_vD: jax.Array, block: int | None) -> tuple[np.ndarray, jax.Array]:
     """The table in blocks of one size `[blocks, s, D]`, and the first row of each.
 
@@ -244,9 +278,8 @@ def _forward(
 
             zeros = jnp.zeros(rows_Bn.shape, jnp.float32)
             (largest, sums, target), _ = _through(blocks, (zeros - jnp.inf, [zeros for _ in powers], zeros), add)
-            if spread.vocab:
-                before, largest = largest, jax.lax.pmax(largest, spread.vocab)
-                *sums, target = jax.lax.psum([*scaled(sums, before, largest), target], spread.vocab)
+            before, largest = largest, spread.vocab_max(largest)
+            *sums, target = spread.vocab_sum([*scaled(sums, before, largest), target])
             log_sums = [jnp.log(s) + a * largest for a, s in zip(powers, sums, strict=True)]
             found = {"logps": target - log_sums[0], "log_sum": log_sums[0]}
             if options.log_sum_sq:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from dpo_jax.architecture import ModelConfig, config_from_hf, hf_config
@@ -173,8 +174,9 @@ def _load_leaf(
         for at in np.ndindex(host.shape[: len(starts)]):  # one tensor each
             name = leaf.name.format(*(start + i for start, i in zip(starts, at, strict=True)))
             host[at] = _read(stored[name], leaf, letters, first_row, bounds)
+        places = [SingleDeviceSharding(device, memory_kind=sharding.memory_kind) for device in devices]
         # Transfers are asynchronous: without waiting, parts would queue up on the host.
-        arrays += jax.block_until_ready([jax.device_put(host, device) for device in devices])
+        arrays += jax.block_until_ready([jax.device_put(host, place) for place in places])
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 

@@ -17,7 +17,7 @@ hub tensors lora sharding checkpoint weights peft_files sample tiny policy about
 length_bias memory events metrics trackers page charts runs compare lengths_page sections card report answers kl
 spikes loop reference_cache config inputs phases reference claim
 inspection inspection_text inspection_page data_command data.__main__
-known bounds compile_only plan
+known bounds compile_only plan_lengths plan_search plan_text plan
 train
 """.split()
 FILES = {".".join(p.with_suffix("").parts[1:]): p for p in Path("dpo_jax").rglob("*.py") if p.name != "__init__.py"}

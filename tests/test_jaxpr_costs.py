@@ -6,6 +6,7 @@ import pytest
 from jax import P
 from jax.experimental import pallas as pl
 
+from dpo_jax import jaxpr_costs
 from dpo_jax.jaxpr_costs import UncountableError, flops
 
 X, W = jnp.ones((16, 32)), jnp.ones((32, 8))
@@ -83,6 +84,16 @@ def test_a_grouped_product_and_its_gradients_count_every_row_once(groups):
     product = lambda x, w: jax.lax.ragged_dot(x, w, sizes)
     assert _count(product, x, w) == PRODUCT
     assert _count(jax.grad(lambda x, w: jnp.sin(product(x, w)).sum(), (0, 1)), x, w) == 3 * PRODUCT
+
+
+def test_groups_of_other_devices_are_not_counted():
+    """Four devices with two of eight groups each: all rows come to each of them, a quarter belongs there."""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, w = jnp.ones((16, 32)), jnp.ones((8, 32, 8))
+    local = lambda x, w: jax.lax.ragged_dot(x, w, jnp.full(2, 2))
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("x")), out_specs=P(), check_vma=False)
+    assert _count(spread, x, w) == 4 * PRODUCT
+    assert jaxpr_costs.flops(jax.make_jaxpr(spread)(x, w), grouped_share=1 / 4) == PRODUCT
 
 
 def test_convolutions_with_groups():

@@ -45,7 +45,7 @@ def _token_kl(ids):
 def test_an_answers_divergence_is_the_float64_oracles(sizes):
     layout = _layout(sizes)
     with jax.set_mesh(layout.mesh):
-        found = make_divergence(layout)(POLICY, REFERENCE, ANSWERS)
+        found = make_divergence(layout, 7)(POLICY, REFERENCE, ANSWERS)
     expected = [
         [sum(_token_kl([*prompt, *answer[:t]]) for t in range(len(answer))) for answer in answers]
         for prompt, *answers in ANSWERS
@@ -56,11 +56,11 @@ def test_an_answers_divergence_is_the_float64_oracles(sizes):
 
 def test_chunks_and_softcapping_change_what_they_should(monkeypatch):
     layout = _layout()
-    whole = make_divergence(layout)(POLICY, REFERENCE, ANSWERS)
-    monkeypatch.setattr("dpo_jax.kl.CHUNK_TOKENS", 3)
-    np.testing.assert_allclose(make_divergence(layout)(POLICY, REFERENCE, ANSWERS), whole, rtol=1e-6)
+    whole = make_divergence(layout, 7)(POLICY, REFERENCE, ANSWERS)
+    monkeypatch.setattr("dpo_jax.vocabulary.CHUNK_TOKENS", 6)
+    np.testing.assert_allclose(make_divergence(layout, 7)(POLICY, REFERENCE, ANSWERS), whole, rtol=1e-6)
     capped = _layout(config=dataclasses.replace(CONFIG, final_logit_softcapping=0.01))
-    assert make_divergence(capped)(POLICY, REFERENCE, ANSWERS).max() < 1e-2  # logits that are nearly equal
+    assert make_divergence(capped, 7)(POLICY, REFERENCE, ANSWERS).max() < 1e-2  # logits that are nearly equal
 
 
 def test_the_estimate_is_the_divergence_of_all_answers():

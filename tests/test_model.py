@@ -95,6 +95,9 @@ def test_a_window_that_no_row_reaches_costs_nothing(window):
     )
     same = str(forward(params)).count(" lt ") == str(plain(params)).count(" lt ")
     assert same is (window > slots.prompt + slots.chosen)
+    # Rows of several pairs have more room than a sequence has tokens.
+    known = jax.make_jaxpr(lambda p: hidden_states(p, rows, config=config, slots=slots, longest=5))
+    assert str(known(params)).count(" lt ") == str(plain(params)).count(" lt ")
 
 
 def test_longrope_looks_at_each_pair_alone():

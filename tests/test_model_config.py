@@ -25,6 +25,23 @@ def read(model_type, **changed):
     return config_from_hf(SIZES | {"model_type": model_type} | changed, "config.json")
 
 
+def test_a_token_meets_its_own_experts_alone():
+    """Qwen3-30B-A3B: 30.5B parameters of which 3.3B are activated, its card says."""
+    config = config_from_hf(
+        {
+            "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48,
+            "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144,
+            "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+            "tie_word_embeddings": False,
+        },
+        "config.json",
+    )  # fmt: skip
+    assert config.parameter_count() == 30_532_122_624
+    assert config.active_parameter_count() == 3_353_032_704
+    dense = read("llama")
+    assert dense.active_parameter_count() == dense.parameter_count()
+
+
 def test_every_family_is_recorded():
     assert {json.loads((GOLDEN / name / "config.json").read_text())["model_type"] for name in NAMES} == set(FAMILIES)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.optim import optimizer, schedule
+from dpo_jax.optim import apply_updates, optimizer, schedule
 
 PARAMS = {"w": jnp.asarray([1.0, -2.0, 3.0]), "norm": {"scale": jnp.asarray([1.0, 1.0])}}
 
@@ -75,3 +75,35 @@ def test_clipping_is_by_global_norm():
         _run("rmsprop", clipped),
     )
     assert norm(grads[0]) > 0.5
+
+
+def test_updates_too_small_for_bfloat16_move_it_in_the_mean():
+    """0.02 lies 6e-5 from the next number in bfloat16; a hundred updates of 1e-6 move it by 1e-4 nevertheless."""
+    start = {"w": jnp.full((200, 200), 0.02, jnp.bfloat16), "exact": jnp.full(3, 0.02)}
+    down = jax.tree.map(lambda p: jnp.full(p.shape, -1e-6), start)
+    update = jax.jit(apply_updates)
+    params = start
+    for count in range(100):
+        params = update(params, down, count)
+    moved = np.asarray(params["w"], np.float64) - float(start["w"][0, 0])
+    assert moved.mean() == pytest.approx(-1e-4, rel=0.02)
+    assert params["w"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(params["exact"], 0.02 - 1e-4, rtol=1e-5)
+    # Each update goes to one of the two numbers around the exact sum, the same ones at the same count.
+    once = update(start, down, 7)["w"]
+    assert set(np.unique(np.asarray(once, np.float32))) <= {float(x) for x in _neighbours(0.02 - 1e-6)}
+    np.testing.assert_array_equal(once, update(start, down, 7)["w"])
+    assert (once != update(start, down, 8)["w"]).any()
+
+
+def _neighbours(x):
+    """The bfloat16 numbers below and above."""
+    low = (np.float32(x).view(np.uint32) & 0xFFFF0000).astype(np.uint32)
+    return low.view(np.float32), (low + np.uint32(0x10000)).view(np.float32)
+
+
+def test_what_is_a_bfloat16_number_stays_what_it_is():
+    params = {"w": jnp.asarray([0.0, -0.0, 1.0, -2.5, 3e38, -1e-30], jnp.bfloat16)}
+    zero = {"w": jnp.zeros(6)}
+    for count in range(20):
+        np.testing.assert_array_equal(apply_updates(params, zero, count)["w"], params["w"])

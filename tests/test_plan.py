@@ -1,21 +1,33 @@
 """The compile-only plan, run as users run it; compiling itself needs the TPU compiler."""
 
+import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import plan
+from configs import hhh
+from dpo_jax import compile_only, plan, policy
+from dpo_jax.attention import Slots
 from dpo_jax.errors import UserError
-from dpo_jax.known import LENGTHS, MODELS, draw_lengths
+from dpo_jax.known import LENGTHS, MODELS, PAIRS, draw_lengths
+from dpo_jax.phases import lay_out, make_objective, transformation
+from dpo_jax.plan_lengths import DRAWN_PAIRS, find_lengths
+from dpo_jax.plan_search import largest_batch
+from dpo_jax.sharding import make_mesh
 from tests import processes
 
 compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install '.[tpu]'"
 )
+COUNT = 134_515_008  # parameters of SmolLM2-135M
 TINY = [
     "--config=configs/hhh.py:smollm2-135m",
     "--config.max_prompt_length=256",
@@ -44,6 +56,7 @@ def _refused(*args):
         (["--config=configs/hhh.py", "--topology=v6e:5x5"], "of v6e there are 1x1, 2x2, 2x4"),
         (["--config=configs/hhh.py", "--topology=v6e:2x4", "--lengths=missing.npy"], "--lengths=missing.npy cannot"),
         (["--config=configs/hhh.py", "--topology=v6e:2x4", "--config.compiler_options=x"], "must be NAME=VALUE"),
+        (["--config=configs/hhh.py", "--topology=v6e:2x4", "--json=missing/a.json"], "--json=missing/a.json cannot"),
     ],
 )
 def test_bad_input_is_one_line(args, words):
@@ -70,11 +83,10 @@ def test_it_reports_what_the_step_needs_and_could_do(tmp_path):
         # The compiled program does what the traced one asks for; XLA drops or repeats a few per cent.
         assert r["flops"] == pytest.approx(r["flops_traced"], rel=0.12)
         memory, parameters = r["memory"], MODELS["HuggingFaceTB/SmolLM2-135M-Instruct"]
-        count = 134_515_008
         assert parameters["num_hidden_layers"] == 30
         # float32 parameters and two moments, a bfloat16 reference, over the chips; norms and counts lie everywhere.
         for name, size in (("parameters", 4), ("optimizer", 8), ("reference", 2)):
-            assert memory[name] == pytest.approx(size * count / r["chips"], rel=0.01), name
+            assert memory[name] == pytest.approx(size * COUNT / r["chips"], rel=0.01), name
         assert sum(memory[n] for n in ("parameters", "optimizer", "reference", "activations")) == memory["total"]
         assert r["seconds"][r["binds"]] == max(r["seconds"].values())
         assert r["pairs_per_second"] == pytest.approx(32 / max(r["seconds"].values()), rel=0.1)
@@ -83,23 +95,136 @@ def test_it_reports_what_the_step_needs_and_could_do(tmp_path):
     assert first["evaluation_pairs_per_second"] > 2 * first["pairs_per_second"]
 
 
+def _config(**changed):
+    return dict(hhh.get_config("smollm2-135m")) | changed
+
+
 def test_drawn_lengths_are_those_of_the_quantiles():
-    for dataset, (_, quantiles) in LENGTHS.items():
-        drawn = draw_lengths(dataset, (10_000, 10_000), 40_000)
+    for dataset, quantiles in LENGTHS.items():
+        drawn = draw_lengths(dataset, 40_000)
         for column, q in zip(drawn.T, quantiles, strict=True):
             np.testing.assert_allclose(
                 np.quantile(column, [0.25, 0.5, 0.75, 0.99]), np.array(q)[[8, 16, 24, 33]], rtol=0.05
             )
-        assert draw_lengths(dataset, (64, 32), 1000).max(0).tolist() == [64, 32, 32]
+
+
+def test_published_lengths_are_cut_or_dropped_as_the_data_would_be():
+    limits = {"max_prompt_length": 64, "max_completion_length": 32}
+    cut = find_lengths(_config(**limits))
+    assert cut.lengths.max(0).tolist() == [64, 32, 32]
+    assert (len(cut), cut.pairs) == (DRAWN_PAIRS, 160_800)
+    kept = find_lengths(_config(overlong="drop", **limits))
+    assert kept.lengths.max(0).tolist() == [64, 32, 32]
+    within = (draw_lengths("hhh", DRAWN_PAIRS) <= [64, 32, 32]).all(1).mean()
+    assert kept.pairs / 160_800 == pytest.approx(within, rel=1e-3)
+
+
+def test_subsets_and_mixtures_have_their_own_epochs():
+    assert find_lengths(_config(dataset="hhh/harmless-base,helpful-online")).pairs == 42_537 + 22_007
+    assert sum(PAIRS["hhh"].values()) == 160_800
+    found = find_lengths(_config(dataset="hhh:0.5,ultrafeedback:0.5", drop_remainder=False))
+    assert found.pairs == 2 * 61_135  # the scarcer part once, as much of the other
+    assert found.mixture is not None
+    assert found.mixture.sizes.sum() == len(found)
+    assert found.mixture.sizes[0] / found.mixture.sizes[1] == pytest.approx(160_800 / 61_135, rel=1e-3)
+    # Other lengths than HH's alone: an answer of UltraFeedback is several times as long.
+    mixed = found.lengths[found.mixture.members(1000, 0, 0, shuffle=True)]
+    assert mixed[:, 1].mean() > 2 * find_lengths(_config()).lengths[:, 1].mean()
 
 
 def test_lengths_of_a_file(tmp_path):
+    def refused(words):
+        with pytest.raises(UserError, match=words) as e:
+            find_lengths(_config(), str(tmp_path / "lengths.npy"))
+        assert "\n" not in str(e.value)
+
     np.save(tmp_path / "lengths.npy", np.full((7, 3), 5, np.int32))
-    found = plan._read_lengths(str(tmp_path / "lengths.npy"))
-    assert (len(found), found.pairs) == (7, 7)
-    np.save(tmp_path / "wrong.npy", np.zeros((7, 2)))
-    with pytest.raises(UserError, match=r"float64 \(7, 2\); needed are integers \[pairs, 3\]"):
-        plan._read_lengths(str(tmp_path / "wrong.npy"))
+    found = find_lengths(_config(max_completion_length=4), str(tmp_path / "lengths.npy"))
+    assert (len(found), found.pairs, found.lengths.max(0).tolist()) == (7, 7, [5, 4, 4])
+    with pytest.raises(UserError, match="leaves none of its pairs"):
+        find_lengths(_config(max_completion_length=4, overlong="drop"), str(tmp_path / "lengths.npy"))
+    np.save(tmp_path / "lengths.npy", np.zeros((7, 2)))
+    refused(r"float64 \(7, 2\); needed are integers \[pairs, 3\]")
+    np.save(tmp_path / "lengths.npy", np.full((7, 3), -1))
+    refused("holds -1; prompts and completions have one token or more")
+    for content in (b"", b"PK\x03\x04 no archive", b"no array"):
+        (tmp_path / "lengths.npy").write_bytes(content)
+        refused("lengths.npy cannot be read")
+    with (tmp_path / "lengths.npy").open("wb") as f:
+        np.savez(f, lengths=np.ones((7, 3), int))
+    refused("an archive of arrays")
+
+
+@compiler
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (["--config.router_aux_loss_coef=0.01"], "has no experts; leave it at 0"),
+        (["--config.compiler_options=xla_tpu_typo=true"], "compiler_options: .*xla_tpu_typo"),
+        (["--lengths={}"], "batch_size=32 is more than the 7 training pairs"),
+    ],
+)
+def test_what_training_refuses_is_refused_before_compiling(changed, words, tmp_path):
+    np.save(tmp_path / "lengths.npy", np.full((7, 3), 5))
+    found = _refused(*TINY, "--topology=v5e:2x4", *(x.format(tmp_path / "lengths.npy") for x in changed))
+    assert re.search(words, found), found
+
+
+def _layout(c):
+    return lay_out(c, plan.find_model(c), make_mesh(1, 1, 1, jax.devices()[:1]))
+
+
+ADAPTERS = 4_884_480  # of rank 16, as PEFT counts them
+LORA = {"lora_rank": 16, "lora_alpha": 32.0}
+
+
+@pytest.mark.parametrize(
+    ("changed", "parameters", "optimizer", "reference"),
+    [
+        ({}, 4 * COUNT, 8 * COUNT, 4 * COUNT),
+        ({"param_dtype": "bfloat16"}, 2 * COUNT, 8 * COUNT, 4 * COUNT),
+        ({"compute_dtype": "bfloat16"}, 4 * COUNT, 8 * COUNT, 2 * COUNT),
+        ({"reference_cache": True}, 4 * COUNT, 8 * COUNT, 0),
+        ({"loss": "simpo"}, 4 * COUNT, 8 * COUNT, 0),
+        (LORA, 4 * ADAPTERS, 8 * ADAPTERS, 4 * COUNT),
+        (LORA | {"sft_steps": 5}, 4 * ADAPTERS, 8 * ADAPTERS, 4 * (COUNT + ADAPTERS)),
+        (LORA | {"reference": "owner/other"}, 4 * ADAPTERS, 8 * ADAPTERS, 2 * 4 * COUNT),
+    ],
+)
+def test_what_a_run_holds_all_the_time(changed, parameters, optimizer, reference):
+    c = _config(sft_steps=0) | changed
+    tx, _ = transformation(c, 1e-6, "constant", 10)
+    held = compile_only.held_by(c, _layout(c), make_objective(c), tx)
+    assert (held.parameters, held.reference) == (parameters, reference)
+    assert held.optimizer == pytest.approx(optimizer, abs=16)  # and a count or two
+
+
+@pytest.mark.parametrize(
+    ("changed", "needed"),
+    [({}, 8), ({"reference_cache": True}, 6), ({"loss": "simpo"}, 6), (LORA, 6), (LORA | {"reference_cache": True}, 4)],
+)
+def test_what_a_step_needs_at_least(changed, needed):
+    c = _config() | changed
+    assert plan.operations(c, _layout(c), make_objective(c)) == needed
+
+
+@pytest.mark.parametrize(("limits", "kernel"), [((1024, 512), True), ((2048, 512), False)])
+def test_the_kernel_attends_unless_a_sequence_goes_beyond_a_window(limits, kernel):
+    """Not because rows of several pairs are wide."""
+    c = _config(attention="splash", max_prompt_length=limits[0], max_completion_length=limits[1])
+    model = dataclasses.replace(plan.find_model(c), sliding_window=2047, sliding_layers=(True,) * 30)
+    layout = lay_out(c, model, make_mesh(1, 1, 1, jax.devices()[:1]))
+    assert policy.uses_kernel(layout, Slots(4096, 2048, 2048)) is kernel
+    assert policy.uses_kernel(dataclasses.replace(layout, config=plan.find_model(c)), Slots(4096, 2048, 2048))
+
+
+def test_float32_products_are_not_rounded_on_accelerators():
+    product = jax.make_jaxpr(lambda x: x @ x)
+    for platform, dtype, exact in (("tpu", "float32", True), ("tpu", "bfloat16", False), ("cpu", "float32", False)):
+        devices = np.array([types.SimpleNamespace(platform=platform)])
+        layout = types.SimpleNamespace(dtype=jnp.dtype(dtype), mesh=types.SimpleNamespace(devices=devices))
+        with policy.exact_products(layout):
+            assert ("HIGHEST" in str(product(jnp.ones((2, 2))))) is exact
 
 
 def test_known_models_have_their_published_sizes():
@@ -114,17 +239,26 @@ def test_known_models_have_their_published_sizes():
     }
 
 
-def test_the_search_needs_few_compiles_and_is_exact():
-    """Against a made-up memory: what a batch needs, in pairs of one unit."""
-    tried = []
+MEMORIES = {
+    "even": lambda b: 100 + 0.9 * b,
+    "flat, then steep": lambda b: max(500, 1.9 * b),
+    "steeper and steeper": lambda b: 300 + 0.3 * b + (b / 50) ** 2,
+    "in steps": lambda b: 200 + 100 * (b // 128),
+    "never too much": lambda b: 10,
+    "always too much": lambda b: 2000,
+}
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize(("start", "unit"), [(64, 8), (8, 8), (480, 16), (768, 1)])
+def test_the_search_finds_the_largest_batch(name, start, unit):
+    memory, room, pairs, tried = MEMORIES[name], 1000.0, 5003, []
 
     def need(batch):
         tried.append(batch)
-        return batch * 1.0 if batch <= 1000 else None
+        return float(memory(batch)) if memory(batch) <= room else None
 
-    fitting, too_large = plan._bracket(need, 64, 8, 100_000)
-    assert max(fitting) <= 1000
-    assert tried[0] == 64
-    assert plan._bracket(lambda b: None, 64, 8, 100_000)[0] == {}
-    assert plan._bracket(lambda b: b if b <= 16 else None, 64, 8, 100_000) == ({16: 16}, 32)
-    assert too_large > max(fitting)
+    fitting = [b for b in range(unit, pairs + 1, unit) if memory(b) <= room]
+    assert largest_batch(need, start, unit, pairs, room) == max(fitting, default=0)
+    assert len(tried) == len(set(tried)) <= 20
+    assert all(batch % unit == 0 and unit <= batch <= pairs for batch in tried)

@@ -115,6 +115,13 @@ def test_a_signal_to_one_of_two_stops_both_and_one_goes_on(tmp_path, environment
     assert (tmp_path / "two" / "export" / "model.safetensors").exists()
 
 
+def test_processes_that_differ_are_refused(tmp_path, environment):  # noqa: F811
+    commands = [[*_command(tmp_path / "run", **CHANGED | {"seed": seed}), "--distributed"] for seed in (0, 1)]
+    first, second = processes.end(processes.start(commands, environment), [2, 2])
+    assert "error: another process differs from the first one" in first
+    assert "error: process 1 has other config and training or held-out pairs" in second
+
+
 def test_hosts_with_disks_of_their_own_agree_on_what_the_reference_has_said(tmp_path, environment):  # noqa: F811
     """Only the first one kept the values: the second run must not leave the others to compute alone."""
     small = {**CHANGED, "num_steps": 2, "checkpoint_every": 0, "sample_prompts": 0}

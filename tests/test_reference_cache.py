@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import hhh
-from dpo_jax import metrics, policy, reference_cache, train
+from dpo_jax import metrics, policy, reference_cache, train, watchdog
 from dpo_jax.data.pipeline import StepSource
 from tests.data.test_pipeline import PAIRS, _schedule
 from tests.test_train import CLOCK
@@ -71,6 +71,9 @@ def test_a_second_run_computes_nothing_and_another_model_everything(base, tmp_pa
     _same(_run(tmp_path / "second", model=str(model), reference_cache=True, **data), first)
     assert "reference: 48 pairs known, 0 to compute" in capsys.readouterr().out
     assert not loads
+    # In the host's memory the reference says the same.
+    _same(_run(tmp_path / "offload", model=str(model), reference_offload=True, **data), first)
+    assert loads
     _run(tmp_path / "longer", model=str(model), reference_cache=True, num_steps=6, **data)
     assert "reference: 48 pairs known, 16 to compute" in capsys.readouterr().out
 
@@ -86,6 +89,16 @@ def test_a_second_run_computes_nothing_and_another_model_everything(base, tmp_pa
     assert "reference: 0 pairs known, 48 to compute" in capsys.readouterr().out
     _run(tmp_path / "limits", model=str(model), reference_cache=True, max_prompt_length=40, **data)
     assert "reference: 0 pairs known" in capsys.readouterr().out
+
+
+def test_every_batch_is_a_sign_of_life(monkeypatch, tmp_path):
+    """A pass over many pairs takes longer than a step, and its first batches are compiled."""
+    beats = []
+    monkeypatch.setattr(reference_cache, "beat", lambda doing, patience=1.0: beats.append(patience))
+    _run(tmp_path, reference_cache=True, eval_pairs=0, num_steps=8)
+    assert len(beats) == 8  # of 8 pairs each
+    assert beats[0] == watchdog.LONGER
+    assert 1.0 in beats
 
 
 def test_a_damaged_file_counts_as_none(tmp_path):

@@ -51,7 +51,8 @@ def test_an_unknown_topology_lists_the_known_ones(text, words):
         ("v6e:16x16", (16, 16), 4),
         ("v6e:16x16", (1, 16), 2),
         ("v6e:8x16", (8, 16), 3),
-        ("v5p:2x2x4", (2, 2, 4), 4),
+        ("v5p:2x2x4", (2, 2, 4), 3),  # smaller than a cube of 4x4x4: no rings
+        ("v5p:4x4x8", (4, 4, 8), 6),
         ("v5p:4x4x4", (4, 4, 4), 6),
         ("v5p:4x4x4", (1, 2, 1), 1),
     ],

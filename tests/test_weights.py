@@ -29,6 +29,7 @@ from dpo_jax.architecture import ModelConfig, hf_config
 from dpo_jax.attention import Slots
 from dpo_jax.errors import UserError
 from dpo_jax.model import hidden_states, init_params, unembedding
+from dpo_jax.sharding import on_host
 from tests.fake_hub import closed_port, use_hub
 
 GOLDEN = Path(__file__).parent / "golden" / "transformers"
@@ -194,6 +195,15 @@ def test_eight_devices_read_their_own_parts_once(tmp_path, monkeypatch):
     with jax.set_mesh(shardings["embedding"].mesh), jax.transfer_guard("disallow"):  # as in the trainer
         weights.save(sharded, UNTIED, tmp_path / "again", dtype=jnp.float32)
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "m/model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+def test_a_reference_is_read_into_the_hosts_memory(tmp_path):
+    params, shardings = random_params(UNTIED), on_host(mesh_shardings(UNTIED))
+    weights.save(params, UNTIED, tmp_path / "m", dtype=jnp.float32)
+    held = weights.load(tmp_path / "m", UNTIED, shardings, jnp.float32)
+    assert_same(held, params)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(held)} == {"pinned_host"}
 
 
 def test_host_memory_is_bounded_by_one_leaf(tmp_path, monkeypatch):
