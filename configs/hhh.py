@@ -86,7 +86,7 @@ PRESETS = {
     },
     "qwen3-32b": {
         "model": "Qwen/Qwen3-32B",
-        "batch_size": 64,
+        "batch_size": 128,
         "learning_rate": 5e-7,
         "remat": "full",
         "mesh_tensor": 4,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax import hlo, jaxpr_costs, policy, splash
+from dpo_jax import experts, hlo, jaxpr_costs, policy, splash
 from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowShape
 from dpo_jax.errors import UserError
@@ -153,6 +153,8 @@ def _compile(step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Lay
     def kernel(name: str, operands: Any) -> float | None:
         if name == "ragged-dot-metadata":  # of a grouped product: no products
             return 0.0
+        if (found := experts.kernel_flops(name, operands)) is not None:
+            return found * share
         if not isinstance(tiling, splash.Tiling):
             return None
         return splash.kernel_flops(name, splash.query_shape(operands), slots, tiling)
@@ -161,7 +163,7 @@ def _compile(step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Lay
         found = kernel(call.name, call.operands)
         if found is not None or call.cost_estimate is None:
             return found
-        return call.cost_estimate * (share if call.name.startswith("ragged-dot") else 1)
+        return call.cost_estimate * (share if call.name.startswith("ragged-dot") or "tgmm" in call.name else 1)
 
     began = time.perf_counter()
     with jax.set_mesh(layout.mesh), policy.exact_products(layout), quiet():

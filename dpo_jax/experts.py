@@ -3,16 +3,19 @@
 Dropless: every token gets all its experts, whatever their load. Tokens are sorted by expert, so that each expert is one
 product over a stretch of rows (`jax.lax.ragged_dot`, a grouped matrix product on TPU).
 
-Shapes: B rows, T tokens of a row, D model, X experts, F ffn of an expert, C experts per token ("choices").
+Shapes: B rows, T tokens of a row, D model, X experts, F ffn of an expert, C experts per token ("choices"), R rows of a
+grouped product (one token and choice each), I and O its inputs and outputs.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jax.sharding import PartitionSpec as P
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate [X, D, F], up [X, D, F], down [X, F, D]
@@ -66,8 +69,73 @@ def balance_loss(sums: dict[str, jax.Array]) -> jax.Array:
     return used_X.shape[0] * jnp.sum(used_X * probability_X)
 
 
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+    """The gradient of experts' weights by a kernel of JAX (Pallas, TPU): a row is multiplied for its own expert only.
+
+    Without it XLA multiplies every row for every expert on TPU: the transpose of a grouped product has no kernel there.
+
+    Attributes:
+      interpret: run it as plain operations, on any machine.
+    """
+
+    interpret: bool = False
+
+
+TILE_ROWS, TILE_SIDE = 128, 512  # of the kernel's products: rows of a step, and sides of what they are added to
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product(x_RI: jax.Array, w_XIO: jax.Array, sizes_X: jax.Array, grouped: Grouped) -> jax.Array:
+    """Rows times the weights of their expert, `[R, O]`; of each expert `sizes_X` rows follow each other."""
+    return jax.lax.ragged_dot(x_RI, w_XIO, sizes_X)
+
+
+def _product_forward(x_RI: jax.Array, w_XIO: jax.Array, sizes_X: jax.Array, grouped: Grouped) -> tuple[jax.Array, Any]:
+    return _product(x_RI, w_XIO, sizes_X, grouped), (x_RI, w_XIO, sizes_X)
+
+
+def _product_backward(grouped: Grouped, kept: Any, grad_RO: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x_RI, w_XIO, sizes_X = kept
+    back_RI = jax.lax.ragged_dot(grad_RO, w_XIO.swapaxes(1, 2), sizes_X)
+    padded = lambda x: jnp.pad(x, ((0, -len(x) % TILE_ROWS), (0, 0)))  # with rows of no expert
+    sides = (min(TILE_SIDE, -(-size // 128) * 128) for size in w_XIO.shape[1:])
+    grad_XIO = tgmm(
+        padded(x_RI).swapaxes(0, 1),
+        padded(grad_RO),
+        sizes_X,
+        w_XIO.dtype,
+        (TILE_ROWS, *sides),
+        interpret=grouped.interpret,
+    )
+    return back_RI, grad_XIO, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def kernel_flops(name: str, operands: Sequence[Any]) -> float | None:
+    """FLOPs of `Grouped`'s kernel on one device, by its name in a jaxpr; None for other kernels.
+
+    Args:
+      name: it has none of its own.
+      operands: the last two are `[R, I]` and `[R, O]`.
+    """
+    if name != "pallas_call" or len(operands) < 2:
+        return None
+    x, grad = (operand.shape for operand in operands[-2:])
+    return 2.0 * x[0] * x[1] * grad[1] if len(x) == len(grad) == 2 else None
+
+
 def _mlp(
-    x_BTD: jax.Array, chosen_BTC: jax.Array, weights_BTC: jax.Array, weights: Weights, *, act: Callable, spread: Any
+    x_BTD: jax.Array,
+    chosen_BTC: jax.Array,
+    weights_BTC: jax.Array,
+    weights: Weights,
+    *,
+    act: Callable,
+    grouped: Grouped | None,
+    spread: Any,
 ) -> jax.Array:
     """The weighted sum of the chosen experts, of those that are here.
 
@@ -82,7 +150,10 @@ def _mlp(
     expert_R = jnp.where((expert_R >= 0) & (expert_R < X), expert_R, X)  # those of other devices come last
     order_R = jnp.argsort(expert_R, stable=True)
     sizes_X = jnp.sum(expert_R[:, None] == jnp.arange(X)[None, :], axis=0, dtype=jnp.int32)
-    product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes_X)
+    if grouped is None:
+        product = lambda x_RI, w_XIO: jax.lax.ragged_dot(x_RI, w_XIO, sizes_X)
+    else:
+        product = lambda x_RI, w_XIO: _product(x_RI, w_XIO, sizes_X, grouped)
     # Rows of no group hold anything on some backends, and so would their gradient.
     here_R = (expert_R < X)[order_R][:, None] if expert_axis is not None else None
     masked = lambda x: x if here_R is None else jnp.where(here_R, x, 0)
@@ -95,14 +166,20 @@ def _mlp(
 
 
 def experts_mlp(
-    x_BTD: jax.Array, chosen_BTC: jax.Array, weights_BTC: jax.Array, weights: Weights, *, act: Callable
+    x_BTD: jax.Array,
+    chosen_BTC: jax.Array,
+    weights_BTC: jax.Array,
+    weights: Weights,
+    *,
+    act: Callable,
+    grouped: Grouped | None = None,
 ) -> jax.Array:
     """Σ over a token's experts of weight · down(act(gate(x)) · up(x)), `[B, T, D]`.
 
     On a mesh every device sorts its own rows' tokens and computes those of its own experts (or its own part of every
     expert's ffn); the parts are added up. Left to itself the compiler would sort the tokens of the whole batch.
     """
-    local = functools.partial(_mlp, act=act)
+    local = functools.partial(_mlp, act=act, grouped=grouped)
     rows, experts, ffn = nn.logical_to_mesh_axes(("rows", "experts", "expert_mlp")) or (None,) * 3
     mesh = jax.sharding.get_abstract_mesh()
     row_axes = (rows,) if isinstance(rows, str) else rows or ()
@@ -110,6 +187,8 @@ def experts_mlp(
     for axis in row_axes if not mesh.empty else ():
         shards *= mesh.shape[axis]
     if mesh.empty or not any((rows, experts, ffn)) or x_BTD.shape[0] % shards:
+        if not mesh.empty and mesh.size > 1:  # a kernel is one device's
+            local = functools.partial(_mlp, act=act, grouped=None)
         return local(x_BTD, chosen_BTC, weights_BTC, weights, spread=(None, None))
     by_rows, by_expert = P(rows, None, None), P(experts, None, ffn)
     return jax.shard_map(

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.architecture import ACTIVATIONS, ModelConfig
 from dpo_jax.attention import Slots, apply_rotary, cached_attention, pair_row_attention, rotary_angles
-from dpo_jax.experts import balance_sums, experts_mlp, route
+from dpo_jax.experts import Grouped, balance_sums, experts_mlp, route
 from dpo_jax.remat import REMAT_POLICIES, to_device
 from dpo_jax.splash import Tiling, splash_attention
 from dpo_jax.tiles import Skipping, tiled_attention
@@ -161,6 +161,7 @@ class Experts(nn.Module):
     """Gated feed-forward layers of which each token uses a few (Jiang et al. 2024, arXiv 2401.04088)."""
 
     config: ModelConfig
+    grouped: Grouped | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: dict[str, Any]) -> tuple[jax.Array, Any]:
@@ -174,8 +175,9 @@ class Experts(nn.Module):
         logits_BTX = _project(x_BTD.astype(jnp.float32), router_DX)
         probs_BTX, chosen_BTC, weights_BTC = route(logits_BTX, c.num_experts_per_tok, normalised=c.norm_topk_prob)
         sums = balance_sums(probs_BTX, chosen_BTC, context["counted"]) if "counted" in context else None
-        act = ACTIVATIONS[c.hidden_act]
-        return experts_mlp(x_BTD, chosen_BTC, weights_BTC, (gate_XDF, up_XDF, down_XFD), act=act), sums
+        weights = (gate_XDF, up_XDF, down_XFD)
+        options: Any = {"act": ACTIVATIONS[c.hidden_act], "grouped": self.grouped}
+        return experts_mlp(x_BTD, chosen_BTC, weights_BTC, weights, **options), sums
 
 
 class Block(nn.Module):
@@ -183,6 +185,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     attend: Callable
+    grouped: Grouped | None = None
 
     @nn.compact
     def __call__(
@@ -199,7 +202,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + norm("attention_out_norm", update, "post")
         normed, sums = norm("mlp_norm", x_BTD, "pre"), None
         if c.num_experts:
-            update, sums = Experts(c, name="mlp")(normed, context)
+            update, sums = Experts(c, self.grouped, name="mlp")(normed, context)
         else:
             update = Mlp(c, name="mlp")(normed)
         x_BTD = x_BTD + norm("mlp_out_norm", update, "post")
@@ -214,6 +217,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     from_host: bool = False
+    grouped: Grouped | None = None
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, context: dict[str, Any], cache: Any = None) -> tuple[jax.Array, Any]:
@@ -241,7 +245,7 @@ class Decoder(nn.Module):
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x_BTD, outs = layers(c, self.attend, name="layers")(x_BTD, cache, layer, context)
+        x_BTD, outs = layers(c, self.attend, self.grouped, name="layers")(x_BTD, cache, layer, context)
         return RMSNorm(c.rms_norm_eps, ("norm",), c.unit_offset, name="final_norm")(x_BTD), outs
 
 
@@ -305,6 +309,11 @@ def _row_attention(config: ModelConfig, slots: Slots, tiling: RowTiling = None) 
     return attend
 
 
+def _grouped(tiling: RowTiling) -> Grouped | None:
+    """Where attention is a kernel, so are experts' gradients."""
+    return Grouped(tiling.interpret) if isinstance(tiling, Tiling) else None
+
+
 def _row_context(
     config: ModelConfig, batch: dict[str, jax.Array], slots: Slots, longest: int | None = None
 ) -> dict[str, Any]:
@@ -355,7 +364,7 @@ def hidden_states(
       `[B, T, D]` in `dtype`.
     """
     context = _row_context(config, batch, slots, longest)
-    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat, from_host)
+    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat, from_host, _grouped(tiling))
     return decoder.apply(_variables(params), batch["tokens"], context)[0]
 
 
@@ -379,7 +388,7 @@ def hidden_states_and_balance(
     """
     assert config.num_experts, f"{config.model_type} has no experts"
     context = _row_context(config, batch, slots, longest) | {"counted": batch["segments"] != 0}
-    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat, from_host)
+    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat, from_host, _grouped(tiling))
     hidden, (_, sums) = decoder.apply(_variables(params), batch["tokens"], context)
     return hidden, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 

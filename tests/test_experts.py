@@ -1,11 +1,13 @@
 """Routing and the experts' layers against NumPy, expert by expert; the load-balancing loss against its definition."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.experts import balance_loss, balance_sums, experts_mlp, route
+from dpo_jax.experts import Grouped, balance_loss, balance_sums, experts_mlp, route
+from dpo_jax.sharding import make_mesh
 
 B, T, D, X, F = 2, 7, 4, 5, 6
 
@@ -34,12 +36,13 @@ def test_every_token_gets_all_its_experts(choices, normalised):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-def test_gradients_are_those_of_all_experts_computed_for_all_tokens():
+@pytest.mark.parametrize("grouped", [None, Grouped(interpret=True)], ids=["xla", "kernel"])
+def test_gradients_are_those_of_all_experts_computed_for_all_tokens(grouped):
     x, logits, w = draw(B, T, D), draw(B, T, X, seed=1), (draw(X, D, F), draw(X, D, F, seed=3), draw(X, F, D, seed=4))
 
     def sorted_tokens(x, logits, w):
         _, chosen, share = route(logits, 2, normalised=True)
-        return jnp.sum(jnp.sin(experts_mlp(x, chosen, share, w, act=jax.nn.silu)))
+        return jnp.sum(jnp.sin(experts_mlp(x, chosen, share, w, act=jax.nn.silu, grouped=grouped)))
 
     def dense(x, logits, w):
         gate, up, down = w
@@ -50,6 +53,25 @@ def test_gradients_are_those_of_all_experts_computed_for_all_tokens():
 
     ours, theirs = (jax.grad(f, (0, 1, 2))(x, logits, w) for f in (sorted_tokens, dense))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5), ours, theirs)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("grouped", [None, Grouped(interpret=True)], ids=["xla", "kernel"])
+@pytest.mark.parametrize("spread", ["experts", "expert_mlp"])
+def test_experts_over_devices_have_the_same_gradients(spread, grouped):
+    """Where whole experts are spread, most rows of a device are of experts that are elsewhere."""
+    x, logits = draw(4, T, D), draw(4, T, 8, seed=1)
+    w = tuple(0.3 * draw(*shape, seed=s) for s, shape in enumerate([(8, D, 16), (8, D, 16), (8, 16, D)]))
+
+    def loss(x, w, grouped):
+        _, chosen, share = route(jnp.asarray(logits), 2, normalised=True)
+        return jnp.sum(jnp.sin(experts_mlp(x, chosen, share, w, act=jax.nn.silu, grouped=grouped)))
+
+    expected = jax.grad(loss, (0, 1))(x, w, None)
+    rules = [("rows", ("data", "fsdp")), (spread, "tensor")]
+    with jax.set_mesh(make_mesh(2, 1, 4)), nn.logical_axis_rules(rules):
+        found = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)(x, w, grouped)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, expected)
 
 
 def test_balance_is_lowest_where_all_experts_are_used_alike_and_sees_no_padding():

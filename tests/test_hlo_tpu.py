@@ -71,6 +71,15 @@ def test_a_grouped_product_is_a_kernel_that_states_its_flops(programs):
     assert costs.unknown_kernels == ("ragged-dot-metadata",)  # sorts rows into tiles
 
 
+def test_the_gradient_of_experts_is_two_more_products_and_no_more(programs):
+    """XLA's own would multiply every row for each of the eight experts; rows are padded to the kernel's tiles."""
+    text, numbers = programs["experts"]
+    costs = hlo.count(text)
+    product = 2 * 1000 * 512 * 256
+    assert costs.flops + costs.kernel_flops == pytest.approx(3 * product, rel=0.02)
+    assert numbers["jaxpr"] == pytest.approx(DEVICES * 3 * product, rel=0.02)
+
+
 def test_splash_kernels_have_their_names(programs):
     text, numbers = programs["splash"]
     costs = hlo.count(text, _formula)

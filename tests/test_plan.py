@@ -22,7 +22,7 @@ from dpo_jax.phases import lay_out, make_objective, transformation
 from dpo_jax.plan_lengths import DRAWN_PAIRS, find_lengths
 from dpo_jax.plan_search import largest_batch
 from dpo_jax.sharding import make_mesh
-from tests import processes
+from tests import oracle, processes
 
 compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install '.[tpu]'"
@@ -206,6 +206,15 @@ def test_what_a_run_holds_all_the_time(changed, parameters, optimizer, reference
 def test_what_a_step_needs_at_least(changed, needed):
     c = _config() | changed
     assert plan.operations(c, _layout(c), make_objective(c)) == needed
+
+
+@pytest.mark.parametrize(("experts", "tensor", "share"), [(8, 4, 1 / 4), (6, 4, 1.0), (8, 1, 1.0), (0, 4, 1.0)])
+def test_a_device_has_its_share_of_the_experts_rows(experts, tensor, share):
+    """Whole experts are spread where their number divides, else a part of each: then every device has all rows."""
+    config = dataclasses.replace(oracle.CONFIG, num_attention_heads=4, intermediate_size=32, num_experts=experts)
+    mesh = make_mesh(1, 8 // tensor, tensor)
+    layout = policy.lay_out(config, mesh, param_dtype="float32", compute_dtype="float32")
+    assert compile_only._experts_share(layout) == share
 
 
 @pytest.mark.parametrize(("limits", "kernel"), [((1024, 512), True), ((2048, 512), False)])

@@ -30,6 +30,8 @@ def _programs(mesh):
     import jax.numpy as jnp
     from jax import P
 
+    from dpo_jax.experts import Grouped, _product
+
     def array(*dims, spec=(), dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=jax.NamedSharding(mesh, P(*spec)))
 
@@ -39,6 +41,9 @@ def _programs(mesh):
     def attention(q, k, v):
         probs = jax.nn.softmax(jnp.einsum("bqhe,bkhe->bhqk", q, k), axis=-1)
         return jnp.einsum("bhqk,bkhe->bqhe", probs, v)
+
+    def experts(x, w, sizes):
+        return jnp.sin(_product(x, w, sizes, Grouped()).astype(jnp.float32)).sum()
 
     def gradient(**options):
         spread = jax.NamedSharding(mesh, P(None, "x"))
@@ -61,6 +66,10 @@ def _programs(mesh):
         "ragged": (
             jax.lax.ragged_dot,
             (array(1024, 512), array(8, 512, 256), array(8, dtype=jnp.int32)),
+        ),
+        "experts": (
+            jax.shard_map(jax.grad(experts, (0, 1)), mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False),
+            (array(1000, 512), array(8, 512, 256), array(8, dtype=jnp.int32)),
         ),
         "splash": (_splash_gradient(mesh), (array(8, 2, 1024, 128, spec=("x",)),) * 3),
     }
@@ -97,12 +106,17 @@ def main(topology_name: str, directory: Path, names: tuple[str, ...]) -> None:
     from jax.experimental import topologies
 
     from dpo_jax import jaxpr_costs
+    from dpo_jax.experts import kernel_flops
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name)
     mesh = jax.sharding.Mesh(np.array(topology.devices), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     programs = [(name, mesh, jax.jit(f), args) for name, (f, args) in _programs(mesh).items()]
     directory.mkdir(parents=True, exist_ok=True)
-    formula = lambda name, operands, results: splash_flops(name, max((x.shape for x in operands), key=math.prod))
+
+    def formula(name, operands, results):
+        found = kernel_flops(name, operands)
+        return splash_flops(name, max((x.shape for x in operands), key=math.prod)) if found is None else found
+
     for name, mesh, f, args in programs:
         if names and name not in names:
             continue
