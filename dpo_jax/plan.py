@@ -32,7 +32,7 @@ from dpo_jax.objective import Objective
 from dpo_jax.phases import Config, lay_out, make_objective, plan_of, transformation
 from dpo_jax.plan_lengths import Lengths, find_lengths
 from dpo_jax.plan_search import largest_batch
-from dpo_jax.plan_text import lines, search_line
+from dpo_jax.plan_text import lines, search_line, tried_line
 from dpo_jax.policy import Layout
 from dpo_jax.sharding import make_mesh, row_shards
 from dpo_jax.tpu import Topology, parse_topology
@@ -267,13 +267,17 @@ def search(it: Draft, model: ModelConfig, lengths: Lengths, first: Mapping[str, 
         other = draft(dict(it.c) | {"batch_size": batch}, model, lengths, it.topology)
         widest = max(shares(other.schedule), key=lambda s: s.tokens)
         try:
-            return train_program(other.c, other.layout, other.objective, other.optimizer, widest).total_bytes
+            found = train_program(other.c, other.layout, other.objective, other.optimizer, widest).total_bytes
         except TooLargeError:
-            return None
+            found = None
+        # The compiler takes programs of some per cent more than that, in ways that do not grow with the batch.
+        found = None if found is None or found > room else found
+        print(tried_line(batch, found), flush=True)
+        return found
 
-    unit = row_shards(it.layout.mesh) * it.c["microbatches"]
+    room, unit = it.topology.generation.hbm_bytes, row_shards(it.layout.mesh) * it.c["microbatches"]
     most = len(lengths) if lengths.mixture is None else it.schedule.epoch_size
-    return largest_batch(need, it.c["batch_size"], unit, most, it.topology.generation.hbm_bytes)
+    return largest_batch(need, it.c["batch_size"], unit, most, room)
 
 
 if __name__ == "__main__":

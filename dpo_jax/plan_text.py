@@ -56,6 +56,11 @@ def lines(r: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def tried_line(batch: int, need: float | None) -> str:
+    """What a batch that the search tries needs, in bytes; None: it does not fit."""
+    return f"  tried         {batch} pairs: " + ("do not fit" if need is None else f"{need / GIB:.2f} GiB")
+
+
 def search_line(r: Mapping[str, Any]) -> str:
     """What the search for the largest batch found."""
     return f"  largest batch {r['largest_batch']} pairs fit"
