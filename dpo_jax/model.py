@@ -175,9 +175,8 @@ class Experts(nn.Module):
         logits_BTX = _project(x_BTD.astype(jnp.float32), router_DX)
         probs_BTX, chosen_BTC, weights_BTC = route(logits_BTX, c.num_experts_per_tok, normalised=c.norm_topk_prob)
         sums = balance_sums(probs_BTX, chosen_BTC, context["counted"]) if "counted" in context else None
-        weights = (gate_XDF, up_XDF, down_XFD)
-        options: Any = {"act": ACTIVATIONS[c.hidden_act], "grouped": self.grouped}
-        return experts_mlp(x_BTD, chosen_BTC, weights_BTC, weights, **options), sums
+        mlp = functools.partial(experts_mlp, act=ACTIVATIONS[c.hidden_act], grouped=self.grouped)
+        return mlp(x_BTD, chosen_BTC, weights_BTC, (gate_XDF, up_XDF, down_XFD)), sums
 
 
 class Block(nn.Module):
@@ -309,11 +308,6 @@ def _row_attention(config: ModelConfig, slots: Slots, tiling: RowTiling = None) 
     return attend
 
 
-def _grouped(tiling: RowTiling) -> Grouped | None:
-    """Where attention is a kernel, so are experts' gradients."""
-    return Grouped(tiling.interpret) if isinstance(tiling, Tiling) else None
-
-
 def _row_context(
     config: ModelConfig, batch: dict[str, jax.Array], slots: Slots, longest: int | None = None
 ) -> dict[str, Any]:
@@ -346,6 +340,7 @@ def hidden_states(
     tiling: RowTiling = None,
     from_host: bool = False,
     longest: int | None = None,
+    grouped: Grouped | None = None,
 ) -> jax.Array:
     """Final hidden states of pair rows.
 
@@ -359,12 +354,13 @@ def hidden_states(
       from_host: the layers' parameters lie in the host's memory.
       longest: no sequence has more tokens; None: than the slots have room for. Several pairs share a slot, so that rows
         have more room than a sequence; what is as wide as `longest` needs no window and no other rope.
+      grouped: how the gradient of experts' weights runs; None is as XLA does it.
 
     Returns:
       `[B, T, D]` in `dtype`.
     """
     context = _row_context(config, batch, slots, longest)
-    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat, from_host, _grouped(tiling))
+    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat, from_host, grouped)
     return decoder.apply(_variables(params), batch["tokens"], context)[0]
 
 
@@ -379,6 +375,7 @@ def hidden_states_and_balance(
     tiling: RowTiling = None,
     from_host: bool = False,
     longest: int | None = None,
+    grouped: Grouped | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`hidden_states` of a model with experts, and how evenly its experts were used.
 
@@ -388,7 +385,7 @@ def hidden_states_and_balance(
     """
     assert config.num_experts, f"{config.model_type} has no experts"
     context = _row_context(config, batch, slots, longest) | {"counted": batch["segments"] != 0}
-    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat, from_host, _grouped(tiling))
+    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat, from_host, grouped)
     hidden, (_, sums) = decoder.apply(_variables(params), batch["tokens"], context)
     return hidden, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 

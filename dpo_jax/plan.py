@@ -270,7 +270,7 @@ def search(it: Draft, model: ModelConfig, lengths: Lengths, first: Mapping[str, 
             found = train_program(other.c, other.layout, other.objective, other.optimizer, widest).total_bytes
         except TooLargeError:
             found = None
-        # The compiler takes programs of some per cent more than that, in ways that do not grow with the batch.
+        # As a plan's headroom: parts that are never alive together make the sum more than what the compiler needs.
         found = None if found is None or found > room else found
         print(tried_line(batch, found), flush=True)
         return found

@@ -3,9 +3,7 @@
 import dataclasses
 import tempfile
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,11 +11,10 @@ from dpo_jax import inputs, policy
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.sources import parse_mixture
 from dpo_jax.errors import UserError
+from dpo_jax.inputs import Config
 from dpo_jax.known import draw_lengths, published_pairs
 
 DRAWN_PAIRS = 20_480  # of datasets that are known by their quantiles only; enough for the plan of row shapes
-
-Config = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +77,7 @@ def _of_file(c: Config, file: str) -> Lengths:
         raise UserError(f"--lengths={file} holds {lengths.dtype} {lengths.shape}; needed are integers [pairs, 3]")
     if (least := lengths.min()) < 1:
         raise UserError(f"--lengths={file} holds {least}; prompts and completions have one token or more")
-    kept = _within(c, lengths.astype(np.int64))
-    if not len(kept):
-        raise UserError(f"--lengths={file}: overlong=drop leaves none of its pairs; raise max_prompt_length")
+    kept = _within(c, lengths.astype(np.int64), f"--lengths={file}")
     return Lengths(kept, len(kept), f"{len(kept):,} pairs of {file}")
 
 
@@ -91,10 +86,10 @@ def _published(c: Config, parts: list[tuple[str, float]], sizes: list[int]) -> L
     drawn, kept = [], []
     for number, ((name, _), size) in enumerate(zip(parts, sizes, strict=True)):
         asked = max(1, round(size * share))
-        drawn.append(_within(c, draw_lengths(name.partition("/")[0], asked, c["seed"] + number)))
+        drawn.append(_within(c, draw_lengths(name.partition("/")[0], asked, c["seed"] + number), f"dataset={name}"))
         kept.append(size * len(drawn[-1]) // asked)
     lengths = np.concatenate(drawn)
-    means = " + ".join(f"{mean:.0f}" for mean in lengths.mean(0)) if len(lengths) else "no"
+    means = " + ".join(f"{mean:.0f}" for mean in lengths.mean(0))
     mixture, pairs = None, kept[0]
     if len(parts) > 1:
         of = lambda counts: Mixture(np.repeat(np.arange(len(parts)), counts), tuple(weight for _, weight in parts))
@@ -104,9 +99,12 @@ def _published(c: Config, parts: list[tuple[str, float]], sizes: list[int]) -> L
     return Lengths(lengths, pairs, source, mixture)
 
 
-def _within(c: Config, lengths: np.ndarray) -> np.ndarray:
+def _within(c: Config, lengths: np.ndarray, what: str) -> np.ndarray:
     """As preparing does it: longer texts are cut, or their pairs dropped."""
     limits = [c["max_prompt_length"], c["max_completion_length"], c["max_completion_length"]]
-    if c["overlong"] == "drop":
-        return lengths[(lengths <= limits).all(1)]
-    return np.minimum(lengths, limits)
+    if c["overlong"] != "drop":
+        return np.minimum(lengths, limits)
+    kept = lengths[(lengths <= limits).all(1)]
+    if not len(kept):
+        raise UserError(f"{what}: overlong=drop leaves none of its pairs; raise max_prompt_length")
+    return kept

@@ -32,13 +32,14 @@ def lines(r: Mapping[str, Any]) -> list[str]:
         ]
     seconds, share = r["seconds"], r["share_of_peak"]
     moved = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in sorted(r["interconnect_bytes"].items()))
-    used = max(memory["total"], memory["largest_shape_total"])
+    headroom = available - max(memory["total"], memory["largest_shape_total"])
     clocks = ", ".join(f"{name} {s:.3f} s" for name, s in seconds.items() if s)
     compiled, needed = r["compile_seconds"], r["needed_per_parameter_and_token"]
     attention = ", ".join(dict.fromkeys(s["attention"] for s in r["rows"]))
     said += [
         f"  HBM           {held}, activations {memory['activations']:.2f}, total {memory['total']:.2f} (widest rows "
-        f"{memory['largest_shape_total']:.2f}) of {available:.2f} GiB (a {one}), headroom {available - used:.2f}"
+        f"{memory['largest_shape_total']:.2f}) of {available:.2f} GiB (a {one}), "
+        + (f"headroom {headroom:.2f}" if headroom >= 0 else "which the compiler accepts: not all are alive together")
         + (f"; host {memory['host']:.2f}" if memory["host"] else ""),
         f"  FLOPs a step  {r['flops']:.3e} ({r['flops_traced']:.3e} in the traced program), {r['flops_per_8N']:.2f}x "
         f"of 8N a real token; remat {r['remat']}, attention {attention}",

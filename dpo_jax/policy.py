@@ -19,6 +19,7 @@ from dpo_jax.architecture import ModelConfig, hf_config
 from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowLimits
 from dpo_jax.errors import UserError
+from dpo_jax.experts import Grouped
 from dpo_jax.logprobs import Logps, pair_logps
 from dpo_jax.lora import Lora, init_adapters
 from dpo_jax.model import Params, RowTiling, hidden_states, hidden_states_and_balance, init_params, unembedding
@@ -277,6 +278,7 @@ def logps_fn(
                 params = params | to_device({name: p for name, p in params.items() if name != "layers"})
             options: Any = {"config": layout.config, "slots": slots, "dtype": layout.dtype, "remat": remat}
             options |= {"tiling": layout.tiling, "from_host": from_host, "longest": layout.longest}
+            options["grouped"] = Grouped() if layout.mesh.devices.flat[0].platform == "tpu" else None
             sums = None
             if balance:
                 hidden, sums = hidden_states_and_balance(params, micro, **options)
