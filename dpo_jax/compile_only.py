@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax import experts, hlo, jaxpr_costs, policy, splash
-from dpo_jax.attention import Slots
 from dpo_jax.data.packing import RowShape
 from dpo_jax.errors import UserError
+from dpo_jax.loop import slots_of
 from dpo_jax.objective import Objective
 from dpo_jax.phases import Config, make_models
 from dpo_jax.policy import Layout
@@ -141,10 +141,6 @@ def eval_program(c: Config, layout: Layout, objective: Objective, shape: RowShap
         reference, given = None, max(given, 2 if c["ld_alpha"] != 1 else 1)
     batch = abstract_batch(shape, layout, c["microbatches"], given)
     return _compile(step, (params, reference, batch, slots_of(shape), base), shape, layout)
-
-
-def slots_of(shape: RowShape) -> Slots:
-    return Slots(*shape.widths)
 
 
 def _compile(step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Layout) -> Program:

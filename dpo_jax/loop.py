@@ -89,7 +89,7 @@ def stop_signal() -> Iterator[threading.Event]:
 
 def slots_of(shape: RowShape) -> Slots:
     """The static widths that a step is compiled for."""
-    return Slots(shape.prompt, shape.chosen, shape.rejected)
+    return Slots(*shape.widths)
 
 
 def place(item: dict[str, Any], mesh: Mesh) -> tuple[dict[str, jax.Array], Slots]:

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 
 from dpo_jax import about, answers, inputs, kl, lora, metrics, policy
 from dpo_jax.architecture import ModelConfig
-from dpo_jax.attention import Slots
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import parse_options
 from dpo_jax.data.cache import cache_root
@@ -28,6 +27,7 @@ from dpo_jax.data.packing import Order
 from dpo_jax.data.pipeline import PairSource, Schedule, StepSource, make_schedule
 from dpo_jax.data.prepare import Prepared
 from dpo_jax.data.split import Pairs
+from dpo_jax.loop import slots_of
 from dpo_jax.model import Params
 from dpo_jax.objective import Objective, parse_loss, preference_objective
 from dpo_jax.optim import optimizer, schedule
@@ -227,7 +227,7 @@ def introduce(run: Run, plan: Schedule, steps: int) -> None:
     say(f"data {c['dataset']}: {len(run.data.train):,} training pairs, {len(run.data.evaluation):,} held out")
     for part in run.data.report.get("mixture", []):
         say(f"  {part['name']}: {part['weight']:.1%}, {part['epoch']:,} of {part['pairs']:,} pairs an epoch")
-    if isinstance(layout.tiling, Tiling) and not all(policy.uses_kernel(layout, Slots(*s.widths)) for s in plan.shapes):
+    if isinstance(layout.tiling, Tiling) and not all(policy.uses_kernel(layout, slots_of(s)) for s in plan.shapes):
         say(
             f"attention: dense blocks in place of the kernel, as sequences of up to {layout.longest} tokens go beyond "
             f"the model's window of {layout.config.sliding_window}"

@@ -22,12 +22,13 @@ from absl import flags
 from dpo_jax import hub, inputs, policy, weights
 from dpo_jax.architecture import ModelConfig, config_from_hf
 from dpo_jax.bounds import bounds, by_kind
-from dpo_jax.compile_only import Held, Program, TooLargeError, eval_program, held_by, slots_of, train_program
+from dpo_jax.compile_only import Held, Program, TooLargeError, eval_program, held_by, train_program
 from dpo_jax.config import Command, check, read_flags
 from dpo_jax.data.packing import RowShape, efficiency
 from dpo_jax.data.pipeline import Schedule
 from dpo_jax.errors import UserError
 from dpo_jax.known import MODELS
+from dpo_jax.loop import slots_of
 from dpo_jax.objective import Objective
 from dpo_jax.phases import Config, lay_out, make_objective, plan_of, transformation
 from dpo_jax.plan_lengths import Lengths, find_lengths

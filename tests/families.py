@@ -35,7 +35,7 @@ def token_ids(text: str, vocab: int) -> np.ndarray:
         import sentencepiece
 
         return np.array(sentencepiece.SentencePieceProcessor(str(STORIES[0] / "tokenizer.model")).encode(text))
-    return np.frombuffer(text.encode(), np.uint8) % vocab
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32) % vocab
 
 
 class TextPairs:
