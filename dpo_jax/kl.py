@@ -58,7 +58,7 @@ def make_divergence(layout: Layout, new_tokens: int) -> Callable[[Params, Params
         return jax.lax.map(lambda micro: rows_of(both, micro, slots), batch)  # few rows at a time
 
     compiled = jax.jit(step, static_argnames="slots", out_shardings=replicated(mesh))
-    multiple = limits_on(config, shards, mesh.devices.flat[0].platform).width_multiple
+    multiple = limits_on(config, shards, layout.platform).width_multiple
 
     def divergence(params: Params, ref_params: Params, answers: Sequence[Triple]) -> np.ndarray:
         longest = (max(len(parts[0]) for parts in answers), new_tokens, new_tokens)

@@ -218,9 +218,9 @@ def introduce(run: Run, plan: Schedule, steps: int) -> None:
     if jax.process_index() == 0:
         about.write(run.workdir / "run.json", about.about(layout, plan, steps))
     mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
-    platform = layout.mesh.devices.flat[0].platform
     say = run.writer.message
-    say(f"model {c['model']}: {layout.config.parameter_count():,} parameters, {layout.dtype} on {mesh} ({platform})")
+    where = f"{mesh} ({layout.platform})"
+    say(f"model {c['model']}: {layout.config.parameter_count():,} parameters, {layout.dtype} on {where}")
     if layout.lora is not None:
         adapters, targets = policy.trained_count(layout), ",".join(layout.lora.targets)
         say(f"LoRA of rank {layout.lora.rank} on {targets}: {adapters:,} parameters are trained")

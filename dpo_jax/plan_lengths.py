@@ -106,5 +106,7 @@ def _within(c: Config, lengths: np.ndarray, what: str) -> np.ndarray:
         return np.minimum(lengths, limits)
     kept = lengths[(lengths <= limits).all(1)]
     if not len(kept):
-        raise UserError(f"{what}: overlong=drop leaves none of its pairs; raise max_prompt_length")
+        raise UserError(
+            f"{what}: overlong=drop leaves none of its pairs; raise max_prompt_length or max_completion_length"
+        )
     return kept

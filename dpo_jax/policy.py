@@ -94,6 +94,11 @@ class Layout:
     longest: int | None = None
 
     @property
+    def platform(self) -> str:
+        """tpu, gpu or cpu."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def reference_shardings(self) -> Any:
         """As `shardings`, where the reference lies."""
         return on_host(self.shardings) if self.reference_offload else self.shardings
@@ -215,7 +220,7 @@ def check_compiler_options(options: Mapping[str, str], mesh: Mesh) -> None:
 
 def row_limits(layout: Layout, microbatches: int) -> RowLimits:
     """What this model on these devices asks of pair rows."""
-    return limits_on(layout.config, row_shards(layout.mesh) * microbatches, layout.mesh.devices.flat[0].platform)
+    return limits_on(layout.config, row_shards(layout.mesh) * microbatches, layout.platform)
 
 
 def limits_on(config: ModelConfig, row_multiple: int, platform: str) -> RowLimits:
@@ -245,13 +250,13 @@ def exact_products(layout: Layout) -> contextlib.AbstractContextManager[Any]:
 
     Left to themselves TPUs round the operands to bfloat16, and GPUs to TensorFloat-32. On CPU nothing is rounded.
     """
-    rounds = layout.dtype == jnp.float32 and layout.mesh.devices.flat[0].platform != "cpu"
+    rounds = layout.dtype == jnp.float32 and layout.platform != "cpu"
     return jax.default_matmul_precision("float32") if rounds else contextlib.nullcontext()
 
 
 def logp_options(layout: Layout) -> LogpOptions:
     """How log-probabilities of this model are computed on these devices."""
-    options = on_platform(layout.mesh.devices.flat[0].platform)
+    options = on_platform(layout.platform)
     return dataclasses.replace(options, softcap=layout.config.final_logit_softcapping)
 
 
@@ -278,7 +283,7 @@ def logps_fn(
                 params = params | to_device({name: p for name, p in params.items() if name != "layers"})
             options: Any = {"config": layout.config, "slots": slots, "dtype": layout.dtype, "remat": remat}
             options |= {"tiling": layout.tiling, "from_host": from_host, "longest": layout.longest}
-            options["grouped"] = Grouped() if layout.mesh.devices.flat[0].platform == "tpu" else None
+            options["grouped"] = Grouped() if layout.platform == "tpu" else None
             sums = None
             if balance:
                 hidden, sums = hidden_states_and_balance(params, micro, **options)

@@ -95,6 +95,26 @@ def test_it_reports_what_the_step_needs_and_could_do(tmp_path):
     assert first["evaluation_pairs_per_second"] > 2 * first["pairs_per_second"]
 
 
+EXPERTS = {
+    "model_type": "qwen3_moe", "vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts": 16,
+    "num_experts_per_tok": 2, "norm_topk_prob": True, "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6, "max_position_embeddings": 2048, "hidden_act": "silu",
+}  # fmt: skip
+
+
+@compiler
+def test_experts_multiply_their_own_rows_whatever_attention_runs(tmp_path):
+    """XLA's gradient of their weights would do more than the traced program asks for: every row for every expert."""
+    (tmp_path / "config.json").write_text(json.dumps(EXPERTS))
+    np.save(tmp_path / "lengths.npy", np.full((32, 3), 60))  # rows of one shape: two programs
+    model = [*TINY, f"--config.model={tmp_path}", "--config.attention=dense", f"--lengths={tmp_path / 'lengths.npy'}"]
+    done = _plan(*model, "--topology=v5e:2x2", f"--json={tmp_path / 'plan.json'}")
+    assert done.returncode == 0, done.stderr
+    (r,) = json.loads((tmp_path / "plan.json").read_text())["topologies"]
+    assert r["flops"] == pytest.approx(r["flops_traced"], rel=0.12)
+
+
 def _config(**changed):
     return dict(hhh.get_config("smollm2-135m")) | changed
 
