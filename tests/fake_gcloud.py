@@ -8,7 +8,6 @@ broke.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -17,22 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-CLOUD = Path(os.environ["FAKE_CLOUD"])
+from fake_world import CLOUD, world
+
 DEAD = ("SUSPENDING", "SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED", "STOPPED")
-
-
-@contextlib.contextmanager
-def world():
-    """What happens, for reading and changing by one process at a time."""
-    with open(CLOUD / "world.json", "r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        state = json.load(file)
-        try:
-            yield state
-        finally:
-            file.seek(0)
-            file.truncate()
-            json.dump(state, file)
 
 
 def refuse(message, code=1):

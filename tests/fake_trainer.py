@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from fake_gcloud import CLOUD, world
+from fake_world import CLOUD, world
 
 
 def main(argv):

@@ -71,6 +71,7 @@ class Cloud:
 
     root: Path
     repo: Path
+    started: list[subprocess.Popen] = dataclasses.field(default_factory=list)
 
     def world(self, **changes):
         """Write what happens: the slices that `create` makes one after the other, the trainers that start on them."""
@@ -82,7 +83,20 @@ class Cloud:
         env = plain | {"PATH": f"{self.root}/tools:{plain['PATH']}", "FAKE_CLOUD": str(self.root)} | environment
         command = [sys.executable, "-SEc", HEARS_CTRL_C, self.repo / "launch_tpu.sh", *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        return subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+        self.started.append(subprocess.Popen(command, env=env, start_new_session=True, **pipes))
+        return self.started[-1]
+
+    def end(self):
+        """End what a test left running, as one that failed does: the launchers, then the runs on the workers."""
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        for file in self.root.glob("worker-*/.dpo_jax/runs/*/pid"):
+            for name in ("main", "pid"):
+                with contextlib.suppress(OSError, ValueError):
+                    os.kill(int((file.parent / name).read_text()), signal.SIGKILL)
+        for process in self.started:
+            process.communicate(timeout=60)
 
     def launch(self, *words, code=0, **environment):
         """Run the launcher to its end; it must exit with `code`. Returns standard output and standard error."""
@@ -93,14 +107,23 @@ class Cloud:
 
     def calls(self, *words):
         """The recorded calls of gcloud, those whose words after `compute tpus` begin so."""
-        file = self.root / "calls.jsonl"
-        every = [json.loads(line)[2:] for line in file.read_text().splitlines()] if file.exists() else []
+        every = [call[2:] for call in self._records("calls.jsonl")]
         return [call for call in every if call[: len(words)] == list(words)]
 
     def trained(self):
         """What the trainers that started were given, in order."""
-        file = self.root / "trained.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return self._records("trained.jsonl")
+
+    def _records(self, name):
+        """The lines of a file that may be written to: the last one counts when it is whole."""
+        file = self.root / name
+        return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+    def pid(self, name="pid", worker=0):
+        """The process of the run on a worker (`main` is its parent), once it is written there."""
+        file = self.home(worker) / ".dpo_jax/run" / name
+        wait_for(lambda: file.exists() and file.read_text().endswith("\n"))
+        return int(file.read_text())
 
     def home(self, worker=0):
         return self.root / f"worker-{worker}"
@@ -151,11 +174,9 @@ def cloud(launch_repo):
             text = script.format(python=sys.executable, tests=ROOT / "tests", root=root)
             (root / place / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
             (root / place / name).chmod(0o755)
-    yield Cloud(root, launch_repo)
-    for file in root.glob("worker-*/.dpo_jax/runs/*/pid"):
-        for name in ("main", "pid"):
-            with contextlib.suppress(OSError, ValueError):
-                os.kill(int((file.parent / name).read_text()), signal.SIGKILL)
+    cloud = Cloud(root, launch_repo)
+    yield cloud
+    cloud.end()
     shutil.rmtree(root, ignore_errors=True)
 
 

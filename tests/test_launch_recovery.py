@@ -1,12 +1,12 @@
 """launch_tpu.sh: what it does about every way in which a slice, a connection or a run can end."""
 
-import json
 import os
 import re
 import signal
 
 import pytest
 
+from tests.fake_world import world
 from tests.launching import ACTIVE, FAST, RUN, SLICE, steps, wait_for
 
 # ---- a slice that is lost
@@ -166,10 +166,9 @@ def test_an_api_that_is_silent_is_no_preemption(cloud):
     cloud.world(slices=[ACTIVE], trainers=[{"lines": 1, "end": "hang"}])
     process = cloud.start("up", *RUN, *FAST)
     wait_for(cloud.trained)
-    world = json.loads((cloud.root / "world.json").read_text())
-    cut = {"verb": "follow", "cut_after": 0, "again": False}
-    (cloud.root / "world.json").write_text(json.dumps(world | {"deaf": 1000, "faults": [cut] * 1000}))
-    os.kill(int((cloud.home() / ".dpo_jax/run/pid").read_text()), signal.SIGTERM)  # so that the log ends
+    with world(cloud.root) as happens:
+        happens |= {"deaf": 1000, "faults": [{"verb": "follow", "cut_after": 0, "again": False}] * 1000}
+    os.kill(cloud.pid(), signal.SIGTERM)  # so that the log ends
     _, err = process.communicate(timeout=300)
     assert process.returncode == 75
     assert "hhh did not answer ten times" in err.decode()
@@ -221,9 +220,9 @@ def test_stop_saves_and_the_waiting_up_ends(cloud):
     cloud.world(slices=[ACTIVE], workers=2, trainers=[{"lines": 1, "end": "hang"}] * 2)
     process = cloud.start("up", *RUN, *FAST)
     wait_for(lambda: len(cloud.trained()) == 2)
-    wait_for(lambda: (cloud.home(1) / ".dpo_jax/run/pid").exists())
+    cloud.pid(worker=1)
     for name in ("main", "pid"):  # the terminal is gone, as when tmux is: no reason to end unsaved
-        os.kill(int((cloud.home() / ".dpo_jax/run" / name).read_text()), signal.SIGHUP)
+        os.kill(cloud.pid(name), signal.SIGHUP)
     _, err = cloud.launch("run", *RUN, code=2)  # a second run beside it
     assert re.search(r"error: run \S+ is live on hhh .*`stop` ends it", err)
     out, _ = cloud.launch("status", *SLICE)
