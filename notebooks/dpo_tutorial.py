@@ -78,7 +78,7 @@ except ValueError as error:
 base = hhh.get_config("tiny")
 base.log_every = 1
 if SMALL:
-    base.update(eval_pairs=64, sft_steps=60, sample_prompts=2, sample_tokens=24)
+    base.update(batch_size=8, eval_pairs=64, sft_steps=60, sample_prompts=2, sample_tokens=24)
 sft = base.copy_and_resolve_references()
 sft.update(num_steps=1, learning_rate=0.0, warmup_steps=0.0)
 dpo_jax.train.run(sft, "runs/tutorial-sft")
@@ -183,7 +183,7 @@ for beta in BETAS:
     config = base.copy_and_resolve_references()
     config.update(model=str(START), dataset="synthetic", sft_steps=0, dpo_beta=beta, export=True, num_steps=40)
     if SMALL:
-        config.update(num_steps=16, eval_every=8)
+        config.update(num_steps=30, eval_every=15)
     workdir = Path(f"runs/tutorial-beta-{beta}")
     dpo_jax.train.run(config, workdir)
     runs[beta] = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
@@ -194,7 +194,7 @@ for beta in BETAS:
 # log-ratios too, but on the data set's completions, which the policy need not say: they estimate no KL.)
 
 # %%
-PROMPTS = 16 if SMALL else 64
+PROMPTS = 32 if SMALL else 64
 LONGEST = 48  # tokens of an answer; a longer one is compared up to there
 with (Path("runs/tutorial-sft/synthetic-0/synthetic/test.jsonl.gz")).open("rb") as file:
     lines = gzip.decompress(file.read()).decode().splitlines()[:PROMPTS]

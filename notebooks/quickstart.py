@@ -40,7 +40,8 @@ SMALL = bool(os.environ.get("DPO_JAX_SMALL"))  # a short run, for tests
 config = hhh.get_config("tiny")
 config.log_every = 2
 if SMALL:
-    config.update(sft_steps=60, num_steps=16, eval_every=8, eval_pairs=64, sample_prompts=2, sample_tokens=24)
+    config.update(batch_size=8, sft_steps=60, num_steps=16, eval_every=8, eval_pairs=64)
+    config.update(sample_prompts=2, sample_tokens=24)
 workdir = Path("runs/quickstart")
 final = dpo_jax.train.run(config, workdir)
 final
