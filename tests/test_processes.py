@@ -12,7 +12,14 @@ from dpo_jax import metrics
 from tests import processes
 from tests.test_train import _command, _finish, _values, environment  # noqa: F401 (a fixture)
 
-CHANGED = {"sft_steps": 0, "num_steps": 8, "eval_every": 0, "checkpoint_every": 3, "sample_tokens": 2}
+CHANGED = {
+    "sft_steps": 0,
+    "num_steps": 8,
+    "eval_every": 0,
+    "checkpoint_every": 3,
+    "sample_tokens": 2,
+    "attention": "dense",  # what is quickest to compile
+}
 
 READER = """
 import dataclasses, json, sys

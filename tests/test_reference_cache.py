@@ -22,6 +22,7 @@ CHANGED = {
     "learning_rate": 1e-3,
     "warmup_steps": 0.0,
     "sample_prompts": 0,
+    "attention": "dense",  # what is quickest to compile
 }
 
 
