@@ -14,7 +14,7 @@ class Bounds:
     """Seconds of one run of a program if only one thing took time, all else hidden behind it.
 
     Attributes:
-      compute: FLOPs over the peak.
+      compute: FLOPs over the peak, as often as a product passes through the matrix unit.
       hbm: bytes over the memory's bandwidth.
       interconnect: collectives inside a slice, one after the other, over the links that the worst placed chip has.
       network: collectives between slices.
@@ -38,8 +38,15 @@ class Bounds:
         return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
 
 
-def bounds(costs: Costs, topology: Topology, devices: Sequence[Any]) -> Bounds:
-    """The bounds of a program on a topology; `devices` in the order of the mesh that it was compiled for."""
+def bounds(costs: Costs, topology: Topology, devices: Sequence[Any], *, passes: int = 1) -> Bounds:
+    """The bounds of a program on a topology.
+
+    Args:
+      costs: what one device does.
+      topology: where.
+      devices: in the order of the mesh that the program was compiled for.
+      passes: products of bfloat16 numbers that make one product, see `policy.passes`.
+    """
     chip = topology.generation
     inside = network = 0.0
     for it in costs.collectives:
@@ -47,10 +54,10 @@ def bounds(costs: Costs, topology: Topology, devices: Sequence[Any]) -> Bounds:
             continue
         if _slices(it, devices) > 1:
             network += it.times * it.received_bytes / chip.dcn_bandwidth
-        else:
-            inside += it.times * it.received_bytes / (_links(it, topology, devices) * chip.link_bandwidth)
+        elif received := _over_links(it, topology, devices):
+            inside += it.times * received / (_links(it, topology, devices) * chip.link_bandwidth)
     return Bounds(
-        compute=(costs.flops + costs.kernel_flops) / chip.peak_flops,
+        compute=passes * (costs.flops + costs.kernel_flops) / chip.peak_flops,
         hbm=costs.hbm_bytes / chip.hbm_bandwidth,
         interconnect=inside,
         network=network,
@@ -58,11 +65,12 @@ def bounds(costs: Costs, topology: Topology, devices: Sequence[Any]) -> Bounds:
     )
 
 
-def by_kind(costs: Costs) -> dict[str, float]:
-    """Bytes that one device receives in a run of the program, by kind of collective."""
-    totals: dict[str, float] = {}
+def by_kind(costs: Costs, devices: Sequence[Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes that one device receives in a run of the program, by kind of collective: in its slice; between slices."""
+    totals: tuple[dict[str, float], dict[str, float]] = ({}, {})
     for it in costs.collectives:
-        totals[it.kind] = totals.get(it.kind, 0.0) + it.times * it.received_bytes
+        of = totals[_slices(it, devices) > 1]
+        of[it.kind] = of.get(it.kind, 0.0) + it.times * it.received_bytes
     return totals
 
 
@@ -79,6 +87,29 @@ def _members(it: Collective) -> list[set[int]]:
 
 def _slices(it: Collective, devices: Sequence[Any]) -> int:
     return max(len({getattr(devices[i], "slice_index", None) or 0 for i in group}) for group in _members(it))
+
+
+def _over_links(it: Collective, topology: Topology, devices: Sequence[Any]) -> float:
+    """Bytes that a device must receive over its share of its chip's links.
+
+    The devices of a chip hand each other what one of them has: what both want comes to the chip once (and an all-reduce
+    is summed on the chip before it leaves), over the links of both.
+    """
+    shared = topology.generation.devices
+    if shared == 1:
+        return it.received_bytes
+    most = 0.0
+    for group in _members(it):
+        chips = len({tuple(devices[i].coords) for i in group})
+        if chips == 1:
+            continue
+        if it.kind.startswith("collective-"):
+            most = max(most, it.payload_bytes)
+            continue
+        received = it.payload_bytes * (chips - 1) / chips * (2 if it.kind == "all-reduce" else 1)
+        each = len(group) / chips if it.kind != "all-to-all" else 1.0
+        most = max(most, received / each)
+    return most
 
 
 def _links(it: Collective, topology: Topology, devices: Sequence[Any]) -> float:

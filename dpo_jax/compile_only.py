@@ -122,7 +122,7 @@ def train_program(
     state = policy.abstract_state(tx, layout)
     reference, base, given = _frozen(c, objective, layout)
     batch = abstract_batch(shape, layout, c["microbatches"], given)
-    return _compile(step, (state, reference, batch, slots_of(shape), base), shape, layout)
+    return _compile("step", step, (state, reference, batch, slots_of(shape), base), shape, layout)
 
 
 def eval_program(c: Config, layout: Layout, objective: Objective, shape: RowShape) -> Program:
@@ -140,10 +140,10 @@ def eval_program(c: Config, layout: Layout, objective: Objective, shape: RowShap
     if objective.needs_reference and not c["reference_sync_steps"]:
         reference, given = None, max(given, 2 if c["ld_alpha"] != 1 else 1)
     batch = abstract_batch(shape, layout, c["microbatches"], given)
-    return _compile(step, (params, reference, batch, slots_of(shape), base), shape, layout)
+    return _compile("evaluation", step, (params, reference, batch, slots_of(shape), base), shape, layout)
 
 
-def _compile(step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Layout) -> Program:
+def _compile(what: str, step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Layout) -> Program:
     slots, tiling, share = slots_of(shape), layout.tiling, _experts_share(layout)
 
     def kernel(name: str, operands: Any) -> float | None:
@@ -174,7 +174,8 @@ def _compile(step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Lay
                     f"rows of {list(shape.widths)} do not compile: one operation {_memory_words(str(e))} of the chip's "
                     f"{on_chip[1]}; attention=dense has no kernel, and compiler_options may give it more"
                 ) from None
-            raise TooLargeError(_memory_words(str(e))) from None
+            rows = "|".join(map(str, shape.widths))
+            raise TooLargeError(f"{what} with rows of [{rows}]: {_memory_words(str(e))}") from None
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     costs = hlo.count(compiled.as_text(), called)

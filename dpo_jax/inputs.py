@@ -84,5 +84,14 @@ def plan(c: Config, pairs: PairSource, limits: RowLimits, mixture: Mixture | Non
 
 
 def run_steps(c: Config, steps_per_epoch: int) -> int:
-    """Updates of the config's DPO phase."""
-    return c["num_steps"] or max(1, round(c["num_epochs"] * steps_per_epoch))
+    """Updates of the config's DPO phase.
+
+    Raises:
+      UserError: all of them would be warm-up.
+    """
+    steps: int = c["num_steps"] or max(1, round(c["num_epochs"] * steps_per_epoch))
+    if steps > 1 and c["warmup_steps"] >= steps:
+        raise UserError(
+            f"warmup_steps={c['warmup_steps']:g} leaves nothing of the {steps} updates; use 0.1 (a fraction)"
+        )
+    return steps

@@ -64,12 +64,14 @@ class Draft:
       topology: where it would run.
       layout: the model on the topology's mesh.
       schedule: every step of an epoch, in rows that it takes.
+      steps: updates of the run.
     """
 
     c: Config
     topology: Topology
     layout: Layout
     schedule: Schedule
+    steps: int
 
     @property
     def objective(self) -> Objective:
@@ -77,8 +79,8 @@ class Draft:
 
     @property
     def optimizer(self) -> tuple[Any, Any]:
-        c, steps = self.c, max(1, self.schedule.steps_per_epoch)
-        return transformation(c, c["learning_rate"], c["lr_schedule"], steps)
+        c = self.c
+        return transformation(c, c["learning_rate"], c["lr_schedule"], self.steps)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         topologies = [parse_topology(name) for name in values["topology"].split(",")]
         c, file = dict(config), values["json"]
         check(c)
-        if file and not os.access(Path(file).absolute().parent, os.W_OK):
-            raise UserError(f"--json={file} cannot be written; choose a file in a directory that is there and writable")
+        _check_file(file)
         model, lengths = find_model(c), find_lengths(c, values["lengths"])
         drafts = [draft(c, model, lengths, topology) for topology in topologies]  # all, before minutes go to compiling
         print(f"{c['model']}: {model.parameter_count():,} parameters; {lengths.source}", flush=True)
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _keep(file, whole)
             if values["search"]:
                 reports[-1]["largest_batch"] = search(it, model, lengths, reports[-1])
-                print(search_line(reports[-1]), flush=True)
+                print(search_line(reports[-1], lengths.pairs), flush=True)
                 _keep(file, whole)
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
@@ -114,23 +115,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_file(file: str) -> None:
+    path = Path(file).absolute()
+    if file and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+        raise UserError(f"--json={file} cannot be written; choose a file in a directory that is there and writable")
+
+
 def _keep(file: str, whole: Any) -> None:
     if file:
         Path(file).write_text(json.dumps(whole, indent=1) + "\n")
 
 
-def find_model(c: Config) -> ModelConfig:
-    """The model's numbers: of a directory, of a published model by name, or of the hub; no weights.
+def find_model(c: Config, key: str = "model") -> ModelConfig:
+    """A model's numbers: of a directory, of a published model by name, or of the hub; no weights.
+
+    Args:
+      c: the config.
+      key: where it names the model: `model` or `reference`.
 
     Raises:
       UserError: there is no such model.
     """
-    if c["model"] in MODELS and not Path(c["model"]).is_dir():
-        return config_from_hf(MODELS[c["model"]], c["model"])
-    if c["model"] != "tiny":
-        return weights.read_config(hub.resolve(c["model"], with_weights=False))[0]
+    name = c[key]
+    if name in MODELS and not Path(name).is_dir():
+        return config_from_hf(MODELS[name], name)
+    if name != "tiny" or key != "model":
+        return weights.read_config(hub.resolve(name, what=key, with_weights=False))[0]
     with tempfile.TemporaryDirectory() as work:  # as large as the vocabulary that its tokenizer learns
-        return policy.find(c["model"], Path(work), c["seed"]).config
+        return policy.find(name, Path(work), c["seed"]).config
 
 
 def draft(c: Config, model: ModelConfig, lengths: Lengths, topology: Topology) -> Draft:
@@ -144,7 +156,11 @@ def draft(c: Config, model: ModelConfig, lengths: Lengths, topology: Topology) -
     inputs.check_experts(c, model.num_experts)
     inputs.check_enough(c, len(lengths))
     layout = lay_out(c, model, mesh)
-    return Draft(c, topology, layout, plan_of(c, lengths, layout, lengths.mixture))
+    if c["reference"]:
+        policy.check_reference(find_model(c, "reference"), layout, c["reference"])
+    whole, rest = divmod(lengths.pairs, c["batch_size"])
+    steps = inputs.run_steps(c, whole if c["drop_remainder"] else whole + bool(rest))
+    return Draft(c, topology, layout, plan_of(c, lengths, layout, lengths.mixture), steps)
 
 
 def plan(it: Draft, lengths: Lengths) -> dict[str, Any]:
@@ -188,7 +204,8 @@ def _measured(it: Draft, shapes: Mapping[RowShape, float], lengths: Lengths) -> 
     largest = program if widest == main else train_program(c, layout, objective, it.optimizer, widest)
     evaluation = eval_program(c, layout, objective, main)
     devices = list(layout.mesh.devices.flat)
-    train, held_out = bounds(program.costs, topology, devices), bounds(evaluation.costs, topology, devices)
+    train, held_out = (bounds(p.costs, topology, devices, passes=policy.passes(layout)) for p in (program, evaluation))
+    inside, between = by_kind(program.costs, devices)
     # The other shapes take time as they have tokens.
     scale = sum(share * shape.tokens for shape, share in shapes.items()) / main.tokens
     seconds = train.step * scale
@@ -201,17 +218,20 @@ def _measured(it: Draft, shapes: Mapping[RowShape, float], lengths: Lengths) -> 
     real = a_token * float(schedule.lengths[schedule.members(0)].sum(1).mean()) * c["batch_size"]
     needed = operations(c, layout, objective)
     peak = topology.generation.peak_flops * len(devices)
+    total, largest_total = program.total_bytes, largest.total_bytes
     flops = (program.costs.flops + program.costs.kernel_flops) * len(devices) * scale
     return {
         "fits": True,
-        "memory": _memory(program, held) | {"largest_shape_total": largest.total_bytes},
+        "memory": _memory(program, held) | {"largest_shape_total": largest_total},
+        "headroom": topology.generation.hbm_bytes - max(total, largest_total),
         "evaluation_memory": evaluation.total_bytes,
         "flops": flops,
         "flops_traced": program.asked_flops * scale,
         "flops_per_8N": flops / (8 * real),
         "needed_per_parameter_and_token": needed,
         "hbm_bytes": program.costs.hbm_bytes * scale,
-        "interconnect_bytes": {kind: n * scale for kind, n in by_kind(program.costs).items()},
+        "interconnect_bytes": {kind: n * scale for kind, n in inside.items()},
+        "network_bytes": {kind: n * scale for kind, n in between.items()},
         "kernels": program.costs.kernels,
         "not_counted": [*program.costs.unknown_kernels, *program.costs.unknown_loops],
         "seconds": {name: s * scale for name, s in dataclasses.asdict(train).items()},
@@ -255,7 +275,7 @@ def shares(schedule: Schedule) -> dict[RowShape, float]:
 
 
 def search(it: Draft, model: ModelConfig, lengths: Lengths, first: Mapping[str, Any]) -> int:
-    """The largest batch that fits, in steps of what rows divide by, and of the pairs that are known; 0 if none does.
+    """The largest batch that fits, in steps of what rows divide by, up to all pairs of an epoch; 0 if none does.
 
     Args:
       it, first: what was planned, and its report.
@@ -265,7 +285,8 @@ def search(it: Draft, model: ModelConfig, lengths: Lengths, first: Mapping[str, 
     def need(batch: int) -> float | None:
         if batch == it.c["batch_size"]:
             return first["memory"]["largest_shape_total"] if first["fits"] else None
-        other = draft(dict(it.c) | {"batch_size": batch}, model, lengths, it.topology)
+        c = dict(it.c) | {"batch_size": batch}
+        other = draft(c, model, find_lengths(c) if lengths.drawn else lengths, it.topology)
         widest = max(shares(other.schedule), key=lambda s: s.tokens)
         try:
             found = train_program(other.c, other.layout, other.objective, other.optimizer, widest).total_bytes
@@ -277,8 +298,7 @@ def search(it: Draft, model: ModelConfig, lengths: Lengths, first: Mapping[str, 
         return found
 
     room, unit = it.topology.generation.hbm_bytes, row_shards(it.layout.mesh) * it.c["microbatches"]
-    most = len(lengths) if lengths.mixture is None else it.schedule.epoch_size
-    return largest_batch(need, it.c["batch_size"], unit, most, room)
+    return largest_batch(need, it.c["batch_size"], unit, lengths.pairs, room)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.inputs import Config
 from dpo_jax.known import draw_lengths, published_pairs
 
-DRAWN_PAIRS = 20_480  # of datasets that are known by their quantiles only; enough for the plan of row shapes
+DRAWN_PAIRS = 20_480  # at least, of datasets that are known by their quantiles only; enough for the plan of row shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Lengths:
       pairs: how many pairs an epoch has; more than `lengths` where those are a sample.
       source: where they come from, in words.
       mixture: which of them make an epoch; None: all.
+      drawn: whether they are drawn from quantiles, as many as the config's batch needs.
     """
 
     lengths: np.ndarray
     pairs: int
     source: str
     mixture: Mixture | None = None
+    drawn: bool = False
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -77,36 +79,47 @@ def _of_file(c: Config, file: str) -> Lengths:
         raise UserError(f"--lengths={file} holds {lengths.dtype} {lengths.shape}; needed are integers [pairs, 3]")
     if (least := lengths.min()) < 1:
         raise UserError(f"--lengths={file} holds {least}; prompts and completions have one token or more")
-    kept = _within(c, lengths.astype(np.int64), f"--lengths={file}")
+    kept = _some(_kept(c, lengths.astype(np.int64)), f"--lengths={file}")
     return Lengths(kept, len(kept), f"{len(kept):,} pairs of {file}")
 
 
 def _published(c: Config, parts: list[tuple[str, float]], sizes: list[int]) -> Lengths:
-    share = min(1.0, max(DRAWN_PAIRS, 8 * c["batch_size"]) / sum(sizes))
-    drawn, kept = [], []
-    for number, ((name, _), size) in enumerate(zip(parts, sizes, strict=True)):
-        asked = max(1, round(size * share))
-        drawn.append(_within(c, draw_lengths(name.partition("/")[0], asked, c["seed"] + number), f"dataset={name}"))
-        kept.append(size * len(drawn[-1]) // asked)
+    """A sample that is large enough for several batches of the config, or all there are."""
+    weights = tuple(weight for _, weight in parts)
+    mixed = lambda counts: Mixture(np.repeat(np.arange(len(parts)), counts), weights) if len(parts) > 1 else None
+    epoch = lambda counts: counts[0] if (mixture := mixed(counts)) is None else mixture.epoch_size(1, False)
+    share, wanted = DRAWN_PAIRS / sum(sizes), 8 * c["batch_size"]
+    while True:
+        share = min(1.0, share)
+        asked = [max(1, round(size * share)) for size in sizes]
+        drawn = [
+            _kept(c, draw_lengths(name.partition("/")[0], count, c["seed"] + number))
+            for number, ((name, _), count) in enumerate(zip(parts, asked, strict=True))
+        ]
+        found = epoch([len(x) for x in drawn])
+        if share == 1 or found >= wanted:
+            break
+        share *= max(2.0, 1.1 * wanted / max(1, found))
+    for (name, _), lengths in zip(parts, drawn, strict=True):
+        _some(lengths, f"dataset={name}")
+    kept = [size * len(x) // count for size, x, count in zip(sizes, drawn, asked, strict=True)]
+    whole = mixed(kept)
+    pairs = kept[0] if whole is None else whole.epoch_size(c["batch_size"], c["drop_remainder"])
     lengths = np.concatenate(drawn)
     means = " + ".join(f"{mean:.0f}" for mean in lengths.mean(0))
-    mixture, pairs = None, kept[0]
-    if len(parts) > 1:
-        of = lambda counts: Mixture(np.repeat(np.arange(len(parts)), counts), tuple(weight for _, weight in parts))
-        mixture = of([len(x) for x in drawn])
-        pairs = of(kept).epoch_size(c["batch_size"], c["drop_remainder"])
     source = f"{pairs:,} pairs of {c['dataset']} with lengths as published ({means} tokens)"
-    return Lengths(lengths, pairs, source, mixture)
+    return Lengths(lengths, pairs, source, mixed([len(x) for x in drawn]), drawn=True)
 
 
-def _within(c: Config, lengths: np.ndarray, what: str) -> np.ndarray:
+def _kept(c: Config, lengths: np.ndarray) -> np.ndarray:
     """As preparing does it: longer texts are cut, or their pairs dropped."""
     limits = [c["max_prompt_length"], c["max_completion_length"], c["max_completion_length"]]
-    if c["overlong"] != "drop":
-        return np.minimum(lengths, limits)
-    kept = lengths[(lengths <= limits).all(1)]
-    if not len(kept):
+    return np.minimum(lengths, limits) if c["overlong"] != "drop" else lengths[(lengths <= limits).all(1)]
+
+
+def _some(lengths: np.ndarray, what: str) -> np.ndarray:
+    if not len(lengths):
         raise UserError(
             f"{what}: overlong=drop leaves none of its pairs; raise max_prompt_length or max_completion_length"
         )
-    return kept
+    return lengths

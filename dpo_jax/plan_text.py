@@ -31,8 +31,11 @@ def lines(r: Mapping[str, Any]) -> list[str]:
             "  to mend       more chips, remat=full, microbatches, optimizer_offload, reference_offload, lora_rank",
         ]
     seconds, share = r["seconds"], r["share_of_peak"]
-    moved = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in sorted(r["interconnect_bytes"].items()))
-    headroom = available - max(memory["total"], memory["largest_shape_total"])
+    moved, sent = (
+        ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in sorted(r[by].items()))
+        for by in ("interconnect_bytes", "network_bytes")
+    )
+    headroom = r["headroom"] / GIB
     clocks = ", ".join(f"{name} {s:.3f} s" for name, s in seconds.items() if s)
     compiled, needed = r["compile_seconds"], r["needed_per_parameter_and_token"]
     attention = ", ".join(dict.fromkeys(s["attention"] for s in r["rows"]))
@@ -43,7 +46,8 @@ def lines(r: Mapping[str, Any]) -> list[str]:
         + (f"; host {memory['host']:.2f}" if memory["host"] else ""),
         f"  FLOPs a step  {r['flops']:.3e} ({r['flops_traced']:.3e} in the traced program), {r['flops_per_8N']:.2f}x "
         f"of 8N a real token; remat {r['remat']}, attention {attention}",
-        f"  bytes         a {one}: HBM {r['hbm_bytes'] / 1e9:.1f} GB; interconnect, received: {moved or 'none'} GB",
+        f"  bytes         a {one}: HBM {r['hbm_bytes'] / 1e9:.1f} GB; interconnect, received: {moved or 'none'} GB"
+        + (f"; network between slices: {sent} GB" if sent else ""),
         f"  time bounds   {clocks}; {r['binds']} binds",
         f"  at the bound  {r['pairs_per_second']:.1f} pairs/s ({r['pairs_per_second_per_chip']:.2f} a chip), "
         f"{share['at_the_bound']:.0%} of peak at {needed}N a real token "
@@ -62,6 +66,9 @@ def tried_line(batch: int, need: float | None) -> str:
     return f"  tried         {batch} pairs: " + ("do not fit" if need is None else f"{need / GIB:.2f} GiB")
 
 
-def search_line(r: Mapping[str, Any]) -> str:
-    """What the search for the largest batch found."""
-    return f"  largest batch {r['largest_batch']} pairs fit"
+def search_line(r: Mapping[str, Any], pairs: int) -> str:
+    """What the search for the largest batch found, among the `pairs` of an epoch."""
+    found, unit = r["largest_batch"], r["mesh"]["data"] * r["mesh"]["fsdp"] * r["microbatches"]
+    return f"  largest batch {found} pairs fit" + (
+        f"; an epoch has no more ({pairs:,})" if found + unit > pairs else ""
+    )

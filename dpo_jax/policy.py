@@ -254,6 +254,12 @@ def exact_products(layout: Layout) -> contextlib.AbstractContextManager[Any]:
     return jax.default_matmul_precision("float32") if rounds else contextlib.nullcontext()
 
 
+def passes(layout: Layout) -> int:
+    """How many bfloat16 products a TPU makes of one of the model's: six of a float32 one, whose operands are divided
+    into three bfloat16 numbers each (XLA's `BF16_BF16_F32_X6`, which the precision "highest" names)."""
+    return 6 if layout.dtype == jnp.float32 and layout.platform == "tpu" else 1
+
+
 def logp_options(layout: Layout) -> LogpOptions:
     """How log-probabilities of this model are computed on these devices."""
     options = on_platform(layout.platform)
@@ -331,18 +337,17 @@ def _fresh(init: Callable[[], Any], dtype: Any, shardings: Any) -> Params:
     return jax.jit(cast, out_shardings=shardings)()
 
 
-def check_reference(directory: Path, layout: Layout) -> None:
+def check_reference(reference: ModelConfig, layout: Layout, name: str) -> None:
     """Refuse a reference of another architecture than the policy's.
 
     Raises:
-      UserError: with the numbers that differ.
+      UserError: with the numbers that differ; `name` says which reference it is.
     """
-    theirs = dataclasses.asdict(weights.read_config(directory)[0])
-    ours = dataclasses.asdict(layout.config)
+    theirs, ours = dataclasses.asdict(reference), dataclasses.asdict(layout.config)
     irrelevant = ("model_type", "lora_scale", "max_position_embeddings", "router_aux_loss_coef")
     changed = [f"{k}: {theirs[k]!r}, policy {ours[k]!r}" for k in ours if k not in irrelevant and theirs[k] != ours[k]]
     if changed:
-        raise UserError(f"reference {directory} is another architecture than the policy ({'; '.join(changed)})")
+        raise UserError(f"reference {name} is another architecture than the policy ({'; '.join(changed)})")
 
 
 def load_reference(directory: Path, layout: Layout, *, moves: bool) -> Params:

@@ -49,15 +49,19 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
             f"product {len(devices)}, or leave one of the three at -1"
         )
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
     if sizes[0] % slices:
         raise UserError(
             f"{asked}: the devices are {slices} slices with a slow network between them, over which only rows are "
             f"spread; make mesh_data a multiple of {slices}"
         )
+    # An axis of the mesh takes whole axes of the torus where it can, else a part of one: 2 of the 4 chips in a line.
     inside = (sizes[0] // slices, *sizes[1:])
-    arranged = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
+    if slices == 1:
+        arranged = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    else:
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices=devices, allow_split_physical_axes=True
+        )
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 

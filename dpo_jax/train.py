@@ -105,7 +105,8 @@ def _run(c: Config, workdir: Path, projects: dict[str, str]) -> dict[str, float]
     inputs.check_experts(c, found.config.num_experts)
     layout = lay_out(c, found.config, mesh)
     if c["reference"]:
-        policy.check_reference(hub.resolve(c["reference"], what="reference"), layout)
+        reference = hub.resolve(c["reference"], what="reference")
+        policy.check_reference(weights.read_config(reference)[0], layout, str(reference))
     with first_process_first("dpo_jax data"):  # with a cache that all share, the others find it whole
         data = _prepare(c, found, workdir)
     inputs.check_enough(c, len(data.train))
@@ -119,10 +120,6 @@ def _run(c: Config, workdir: Path, projects: dict[str, str]) -> dict[str, float]
     ):
         plan = plan_of(c, data.train, layout, data.split.mixture)
         steps = inputs.run_steps(c, plan.steps_per_epoch)
-        if steps > 1 and c["warmup_steps"] >= steps:
-            raise UserError(
-                f"warmup_steps={c['warmup_steps']:g} leaves nothing of the {steps} updates; use 0.1 (a fraction)"
-            )
         identity = _identify(c, found, data, plan)
         claim_workdir(workdir, c, write=main_process)  # only now: a refused command leaves no config behind
         done = checkpoint.latest_step(checkpoints) or 0

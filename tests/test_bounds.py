@@ -67,4 +67,29 @@ def test_between_slices_is_the_network():
 
 def test_bytes_by_kind():
     costs = _costs(_collective("all-gather", 800, ALL, 2), _collective("all-gather", 80, ALL))
-    assert by_kind(costs) == {"all-gather": 2 * 700 + 70}
+    assert by_kind(costs, SQUARE) == ({"all-gather": 2 * 700 + 70}, {})
+    devices = [Chip(chip.coords, part) for part in range(2) for chip in SQUARE]
+    crossing = _collective("all-reduce", 800, tuple((i, i + 8) for i in range(8)), 3)
+    assert by_kind(_costs(crossing), devices) == ({}, {"all-reduce": 3 * 800})
+
+
+def test_a_product_of_several_passes():
+    costs = _costs(flops=900e12, kernels=18e12, hbm=820e9)
+    assert bounds(costs, parse_topology("v6e:2x4"), SQUARE, passes=6).compute == pytest.approx(6.0)
+
+
+def test_the_two_devices_of_a_chip_share_its_links():
+    """TPU7x: what both want comes once, over a link's 100 GB/s; what they give each other takes no link."""
+    topology = parse_topology("tpu7x:2x2x1")
+    devices = [Chip((x, y, 0)) for x in range(2) for y in range(2) for _ in range(2)]
+    seconds = lambda kind, groups: bounds(_costs(_collective(kind, 8_000_000_000, groups)), topology, devices)
+    on_chip = tuple((2 * i, 2 * i + 1) for i in range(4))
+    assert seconds("all-reduce", on_chip).interconnect == 0
+    assert seconds("collective-permute", on_chip).interconnect == 0
+    assert seconds("all-gather", ALL).interconnect == pytest.approx(6e9 / 200e9)  # from three chips, over two links
+    assert seconds("all-reduce", ALL).interconnect == pytest.approx(12e9 / 200e9)
+    # Each device has its own share of what goes to all.
+    assert seconds("all-to-all", ALL).interconnect == pytest.approx(2 * 6e9 / 200e9)
+    # One device of every chip: half of its links.
+    halves = ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert seconds("all-gather", halves).interconnect == pytest.approx(6e9 / 100e9)

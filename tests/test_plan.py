@@ -22,6 +22,7 @@ from dpo_jax.phases import lay_out, make_objective, transformation
 from dpo_jax.plan_lengths import DRAWN_PAIRS, find_lengths
 from dpo_jax.plan_search import largest_batch
 from dpo_jax.sharding import make_mesh
+from dpo_jax.tpu import GENERATIONS, parse_topology
 from tests import oracle, processes
 
 compiler = pytest.mark.skipif(
@@ -57,6 +58,7 @@ def _refused(*args):
         (["--config=configs/hhh.py", "--topology=v6e:2x4", "--lengths=missing.npy"], "--lengths=missing.npy cannot"),
         (["--config=configs/hhh.py", "--topology=v6e:2x4", "--config.compiler_options=x"], "must be NAME=VALUE"),
         (["--config=configs/hhh.py", "--topology=v6e:2x4", "--json=missing/a.json"], "--json=missing/a.json cannot"),
+        (["--config=configs/hhh.py", "--topology=v6e:2x4", "--json=tests"], "--json=tests cannot be written"),
     ],
 )
 def test_bad_input_is_one_line(args, words):
@@ -91,6 +93,9 @@ def test_it_reports_what_the_step_needs_and_could_do(tmp_path):
         assert r["seconds"][r["binds"]] == max(r["seconds"].values())
         assert r["pairs_per_second"] == pytest.approx(32 / max(r["seconds"].values()), rel=0.1)
         assert r["hours"] == pytest.approx(160_800 / r["pairs_per_second"] / 3600)
+        assert r["headroom"] == r["hbm_available"] - max(memory["total"], memory["largest_shape_total"])
+        assert f"headroom {r['headroom'] / 2**30:.2f}" in done.stdout
+        assert r["network_bytes"] == {}
     # A forward pass of the policy alone: a third of its gradient, less the reference's.
     assert first["evaluation_pairs_per_second"] > 2 * first["pairs_per_second"]
 
@@ -139,6 +144,16 @@ def test_published_lengths_are_cut_or_dropped_as_the_data_would_be():
     assert kept.pairs / 160_800 == pytest.approx(within, rel=1e-3)
 
 
+def test_enough_lengths_are_drawn_for_a_batch():
+    """However few pairs the limits keep, and whatever a mixture leaves out."""
+    few = {"overlong": "drop", "max_prompt_length": 40, "max_completion_length": 12}
+    found = find_lengths(_config(batch_size=128, **few))
+    assert len(found) == found.pairs > 128  # a sample would hold a few dozen of them: all were drawn
+    assert len(find_lengths(_config(batch_size=16_384))) >= 8 * 16_384
+    uneven = find_lengths(_config(dataset="hhh:0.02,ultrafeedback:0.98", batch_size=8192, drop_remainder=False))
+    assert uneven.mixture.epoch_size(1, False) >= min(8 * 8192, uneven.pairs)
+
+
 def test_subsets_and_mixtures_have_their_own_epochs():
     assert find_lengths(_config(dataset="hhh/harmless-base,helpful-online")).pairs == 42_537 + 22_007
     assert sum(PAIRS["hhh"].values()) == 160_800
@@ -182,12 +197,31 @@ def test_lengths_of_a_file(tmp_path):
         (["--config.router_aux_loss_coef=0.01"], "has no experts; leave it at 0"),
         (["--config.compiler_options=xla_tpu_typo=true"], "compiler_options: .*xla_tpu_typo"),
         (["--lengths={}"], "batch_size=32 is more than the 7 training pairs"),
+        (["--config.num_steps=50", "--config.warmup_steps=60"], "warmup_steps=60 leaves nothing of the 50 updates"),
+        (["--config.reference=/nowhere/model"], "reference='/nowhere/model': no such directory"),
+        (["--config.reference=Qwen/Qwen2.5-7B"], "Qwen/Qwen2.5-7B is another architecture than the policy .*hidden_si"),
     ],
 )
 def test_what_training_refuses_is_refused_before_compiling(changed, words, tmp_path):
     np.save(tmp_path / "lengths.npy", np.full((7, 3), 5))
     found = _refused(*TINY, "--topology=v5e:2x4", *(x.format(tmp_path / "lengths.npy") for x in changed))
     assert re.search(words, found), found
+
+
+@compiler
+def test_every_slice_takes_every_mesh():
+    """Also those for which an axis of the torus must be cut, as four chips in a line into two and two."""
+    for generation in GENERATIONS.values():
+        for shape in generation.shapes:
+            topology = parse_topology(f"{generation.name}:{shape}")
+            if topology.chips * generation.devices > 256:
+                continue
+            for several in (topology, dataclasses.replace(topology, slices=2)):
+                devices = several.devices()
+                for tensor in (2, 4, 8):
+                    if len(devices) // several.slices % tensor == 0:
+                        mesh = make_mesh(several.slices, -1, tensor, devices)
+                        assert {d.id for d in mesh.devices.flat} == {d.id for d in devices}, (several.name, tensor)
 
 
 def _layout(c):
@@ -253,6 +287,7 @@ def test_float32_products_are_not_rounded_on_accelerators():
         layout = types.SimpleNamespace(dtype=jnp.dtype(dtype), platform=platform)
         with policy.exact_products(layout):
             assert ("HIGHEST" in str(product(jnp.ones((2, 2))))) is exact
+        assert policy.passes(layout) == (6 if exact else 1)
 
 
 def test_known_models_have_their_published_sizes():
