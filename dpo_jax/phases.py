@@ -144,9 +144,12 @@ def train_step(run: Run, objective: Objective, tx: optax.GradientTransformation,
 def transformation(
     c: Config, peak: float, kind: str, steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimiser of a phase of `steps` updates, and its learning rate by update."""
+    """The optimiser of a phase of `steps` updates, and its learning rate by update.
+
+    A fraction of warm-up is rounded up, as transformers does it, but leaves an update: one alone is not made at rate 0.
+    """
     warmup = c["warmup_steps"]
-    warmup = math.ceil(warmup * steps) if warmup < 1 else min(int(warmup), steps)
+    warmup = min(math.ceil(warmup * steps), steps - 1) if warmup < 1 else min(int(warmup), steps)
     rate = schedule(kind, peak=peak, warmup_steps=warmup, total_steps=steps)
     return optimizer(c["optimizer"], rate, weight_decay=c["weight_decay"], max_grad_norm=c["max_grad_norm"]), rate
 

@@ -11,12 +11,14 @@ import numpy as np
 from dpo_jax import hub, policy, reference_cache
 from dpo_jax.data.pipeline import Schedule
 from dpo_jax.data.split import Pairs
+from dpo_jax.loop import Stopped
 from dpo_jax.model import Params
 from dpo_jax.phases import Run, once_through
-from dpo_jax.sharding import from_first, replicated
+from dpo_jax.sharding import any_process, from_first, replicated
 from dpo_jax.step import REFERENCE_FIELDS, make_logps_step
 
-SAVE_SECONDS = 120  # between saves on the way: a run that is stopped computes no more than this again
+SAVE_SECONDS = 120  # between saves on the way: a run that is killed computes no more than this again
+AGREE_BATCHES = 16  # between the times when processes ask each other whether to stop
 
 
 def load_reference(run: Run, start: Params | None) -> Params:
@@ -40,6 +42,9 @@ def kept_reference(run: Run, plan: Schedule, steps: int, start: Params | None) -
     """The reference's values for every pair that the run meets, by pair of the cache; None unless `reference_cache`.
 
     What is not known from an earlier run is computed; the reference's parameters are freed again.
+
+    Raises:
+      Stopped: SIGTERM came; what is computed is kept.
     """
     c = run.c
     if not c["reference_cache"]:
@@ -62,11 +67,16 @@ def kept_reference(run: Run, plan: Schedule, steps: int, start: Params | None) -
     params = load_reference(run, start)
     pairs = dataclasses.replace(run.data.train, index=missing)
     began = saved = time.perf_counter()
-    for ids, computed in _computed(run, params, pairs):
+    for n, (ids, computed) in enumerate(_computed(run, params, pairs)):
         values[missing[ids]] = computed
-        if time.perf_counter() - saved > SAVE_SECONDS and jax.process_index() == 0:
+        # Processes agree now and then, as each time they wait for each other.
+        agreeing = jax.process_count() == 1 or n % AGREE_BATCHES == 0
+        stopping = agreeing and any_process(run.stop.is_set())
+        if (stopping or time.perf_counter() - saved > SAVE_SECONDS) and jax.process_index() == 0:
             reference_cache.save(where, values)
             saved = time.perf_counter()
+        if stopping:
+            raise Stopped
     kept = jax.process_index() > 0 or reference_cache.save(where, values)
     seconds = time.perf_counter() - began
     run.writer.message(

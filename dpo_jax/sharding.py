@@ -22,6 +22,7 @@ from dpo_jax.model import init_params
 
 AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")
+VOCAB_AXES = ("tensor", "fsdp")
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -86,14 +87,15 @@ def axis_rules(config: ModelConfig, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
     ):
         if size % mesh.shape[axis]:
             raise UserError(f"mesh_{axis}={mesh.shape[axis]} does not divide the model's {name}={size}; use a divisor")
-    vocab = _vocab_axes(config.vocab_size, mesh)
+    vocab, table = _table_axes(config, mesh)
     return (
         ("rows", ROW_AXES),
         ("tokens", None),
         ("activation", None),
         ("embed", "fsdp"),
         ("vocab", vocab),
-        ("table", None if "fsdp" in vocab else "fsdp"),
+        ("table", table),
+        ("vocab_parts", VOCAB_AXES),
         ("heads", "tensor"),
         # Fewer kv-heads than tensor shards: each shard keeps them all, as it needs some of each.
         ("kv_heads", "tensor" if config.num_key_value_heads % tensor == 0 else None),
@@ -108,10 +110,15 @@ def axis_rules(config: ModelConfig, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
     )
 
 
-def _vocab_axes(vocab_size: int, mesh: Mesh) -> tuple[str, ...]:
-    """Over which axes the vocabulary's tables are spread by tokens: all that it divides over (see `vocabulary.py`)."""
-    axes = (("tensor", "fsdp"), ("fsdp",), ("tensor",))
-    return next((a for a in axes if vocab_size % math.prod(mesh.shape[x] for x in a) == 0), ())
+def _table_axes(config: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """How the vocabulary's tables lie: by tokens, as they are computed with, or, if those do not divide, by width.
+
+    `vocabulary.py` makes parts of whole rows of the latter when it needs them.
+    """
+    parts = math.prod(mesh.shape[a] for a in VOCAB_AXES)
+    if config.vocab_size % parts == 0:
+        return VOCAB_AXES, None
+    return None, VOCAB_AXES if config.hidden_size % parts == 0 else "fsdp"
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:

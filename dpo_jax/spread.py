@@ -42,7 +42,9 @@ class Spread:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return cls((), (), ())
-        row_axes, vocab_axes = (tuple(a for a in mesh_axes(name) if mesh.shape[a] > 1) for name in ("rows", "vocab"))
+        row_axes, vocab_axes = (
+            tuple(a for a in mesh_axes(name) if mesh.shape[a] > 1) for name in ("rows", "vocab_parts")
+        )
         devices = tuple((a, mesh.shape[a]) for a in dict.fromkeys(row_axes + vocab_axes))
         spread = cls(row_axes, vocab_axes, devices)
         # A few prompts to answer need not divide over the devices: then all devices have them all.

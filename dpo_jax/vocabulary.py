@@ -1,10 +1,11 @@
 """The two ends of a model that are as wide as its vocabulary: the embedding, and log-probabilities of given tokens.
 
-Both tables lie in parts of whole rows (tokens of the vocabulary) over every mesh axis that can hold them, and stay
-there: not the table travels but the hidden states, which are far fewer than the vocabulary has tokens. Each device
-looks up, or computes the logits of, its own part of the vocabulary for the rows of all devices that hold another part;
-sums over devices make the rest. So no device ever has the whole table, its whole gradient, or the logits of all
-completions.
+Both tables lie in parts of whole rows (tokens of the vocabulary) over the mesh's fsdp and tensor axes, and stay there:
+not the table travels but the hidden states, which are far fewer than the vocabulary has tokens. Each device looks up,
+or computes the logits of, its own part of the vocabulary for the rows of all devices that hold another part; sums over
+devices make the rest. So no device ever has the whole table, its whole gradient, or the logits of all completions. A
+vocabulary that does not divide is kept by width (`sharding.py`); its parts, the last ones padded, are exchanged when
+they are needed.
 
 Shapes: B rows, T tokens of a row, N completion tokens of a row, n of them in a chunk, D model, V vocabulary (v: a
 device's part of it, s: a block of that).
@@ -24,6 +25,15 @@ from dpo_jax.spread import Spread
 
 # Tokens (rows x tokens, for each device that shares rows) that are looked up, or have logits, at one time.
 CHUNK_TOKENS = 1024
+# The logit of a row of padding: no number's exponential, but one that subtracts from itself.
+PADDING = -1e30
+
+
+def _parts(table_VD: jax.Array, spread: Spread) -> jax.Array:
+    """The table in equal parts over the vocabulary's axes: with rows of padding where its own do not divide."""
+    if not (rest := -len(table_VD) % spread.size(spread.vocab)):
+        return table_VD
+    return jax.lax.with_sharding_constraint(jnp.pad(table_VD, ((0, rest), (0, 0))), P(spread.vocab))
 
 
 def _chunks(x_BN: jax.Array, chunks: int, n: int) -> jax.Array:
@@ -51,8 +61,9 @@ def _division(rows: int, N: int, chunk_tokens: int, least: int) -> tuple[int, in
 
 def embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """The rows of `table_VD` for `tokens_BT` int32: `[B, T, D]`."""
-    like_VD = jax.ShapeDtypeStruct(table_VD.shape, table_VD.dtype)
-    return _embed(table_VD, tokens_BT, Spread.of(tokens_BT.shape[0]), like_VD)
+    spread = Spread.of(tokens_BT.shape[0])
+    table_VD = _parts(table_VD, spread)
+    return _embed(table_VD, tokens_BT, spread, jax.ShapeDtypeStruct(table_VD.shape, table_VD.dtype))
 
 
 def _mine(tokens: jax.Array, part: int, spread: Spread) -> tuple[jax.Array, jax.Array]:
@@ -157,7 +168,8 @@ def token_logps(
     if hidden_BND.shape[1] == 0:
         empty = jnp.zeros(targets_BN.shape, jnp.float32)
         return empty, empty if options.log_sum_sq else None
-    return _token_logps(hidden_BND, targets_BN, table_VD, options, Spread.of(targets_BN.shape[0]))
+    spread = Spread.of(targets_BN.shape[0])
+    return _token_logps(hidden_BND, targets_BN, _parts(table_VD, spread), options, spread, len(table_VD))
 
 
 def token_kl(hidden: Sequence[jax.Array], tables: Sequence[jax.Array], *, softcap: float | None = None) -> jax.Array:
@@ -171,13 +183,15 @@ def token_kl(hidden: Sequence[jax.Array], tables: Sequence[jax.Array], *, softca
       softcap: as in `LogpOptions`.
     """
     B, N, _ = hidden[0].shape
-    spread = Spread.of(B)
+    spread, size = Spread.of(B), len(tables[0])
+    tables = [_parts(table_VD, spread) for table_VD in tables]
 
     def local(hidden: Sequence[jax.Array], tables: Sequence[jax.Array]) -> jax.Array:
         own_rows = hidden[0].shape[0]
+        real_v = _real(spread, len(tables[0]), size, 0, len(tables[0]))
 
         def log_probs(h_BnD: jax.Array, table_vD: jax.Array) -> jax.Array:
-            logits = _logits(spread.gather(h_BnD), table_vD, softcap)
+            logits = _logits(spread.gather(h_BnD), table_vD, softcap, real_v)
             largest = spread.vocab_max(jnp.max(logits, axis=-1))
             total = spread.vocab_sum(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
             return logits - (largest + jnp.log(total))[..., None]
@@ -216,9 +230,24 @@ def _through(blocks: tuple[np.ndarray, jax.Array], carry: Any, body: Callable) -
     return carry, jax.tree.map(lambda x: x[None], out)
 
 
-def _logits(hidden_BnD: jax.Array, table_sD: jax.Array, softcap: float | None) -> jax.Array:
+def _real(spread: Spread, part: int, vocab: int, first: Any, size: int) -> jax.Array | None:
+    """Which rows of this device's part are tokens: bool `[size]`; None: no row of any part is padding.
+
+    Args:
+      spread: see there.
+      part: rows of a device's part.
+      vocab: tokens that there are.
+      first, size: where in the part they begin, and how many they are.
+    """
+    if part * spread.size(spread.vocab) == vocab:
+        return None
+    return spread.offset(part) + first + jnp.arange(size) < vocab
+
+
+def _logits(hidden_BnD: jax.Array, table_sD: jax.Array, softcap: float | None, real_s: jax.Array | None) -> jax.Array:
     logits_Bns = jnp.einsum("BnD,vD->Bnv", hidden_BnD, table_sD, preferred_element_type=jnp.float32)
-    return softcap * jnp.tanh(logits_Bns / softcap) if softcap else logits_Bns
+    logits_Bns = softcap * jnp.tanh(logits_Bns / softcap) if softcap else logits_Bns
+    return logits_Bns if real_s is None else jnp.where(real_s, logits_Bns, PADDING)
 
 
 def _is_target(rows_Bn: jax.Array, first: Any, size: int) -> jax.Array:
@@ -236,11 +265,11 @@ def _target_logit(logits_Bns: jax.Array, rows_Bn: jax.Array, first: Any, *, gath
     return jnp.where((local >= 0) & (local < size), found, 0.0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _token_logps(
-    hidden_BND: jax.Array, targets_BN: jax.Array, table_VD: jax.Array, options: LogpOptions, spread: Spread
+    hidden_BND: jax.Array, targets_BN: jax.Array, table_VD: jax.Array, options: LogpOptions, spread: Spread, vocab: int
 ) -> tuple[jax.Array, jax.Array | None]:
-    return _forward(hidden_BND, targets_BN, table_VD, options, spread)[0]
+    return _forward(hidden_BND, targets_BN, table_VD, options, spread, vocab)[0]
 
 
 def _split(rows: int, N: int, chunk_tokens: int, blocks: int) -> tuple[int, int]:
@@ -249,7 +278,7 @@ def _split(rows: int, N: int, chunk_tokens: int, blocks: int) -> tuple[int, int]
 
 
 def _forward(
-    hidden_BND: jax.Array, targets_BN: jax.Array, table_VD: jax.Array, options: LogpOptions, spread: Spread
+    hidden_BND: jax.Array, targets_BN: jax.Array, table_VD: jax.Array, options: LogpOptions, spread: Spread, vocab: int
 ) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
     # Σ exp(a·(logit - largest)) is summed for these a, the largest being that of what has been seen.
     powers = (1, 2) if options.log_sum_sq else (1,)
@@ -269,7 +298,8 @@ def _forward(
             def add(carry, block):
                 before, sums, target = carry
                 first, table_sD = block
-                logits = _logits(hidden_BnD, table_sD, options.softcap)
+                real_s = _real(spread, len(table_vD), vocab, first, len(table_sD))
+                logits = _logits(hidden_BnD, table_sD, options.softcap, real_s)
                 largest = jnp.maximum(before, jnp.max(logits, axis=-1))
                 here = [jnp.sum(jnp.exp(a * (logits - largest[..., None])), axis=-1) for a in powers]
                 sums = [s + x for s, x in zip(scaled(sums, before, largest), here, strict=True)]
@@ -290,12 +320,14 @@ def _forward(
         found = jax.lax.scan(body, None, (_chunks(hidden_BND, chunks, n), _chunks(targets_BN, chunks, n)))[1]
         return {name: _joined(x, N) for name, x in found.items()}
 
-    rows, vocab = P(spread.rows or None), P(spread.vocab or None)
-    found = spread.on_mesh(local, (rows, rows, vocab), rows)(hidden_BND, targets_BN, table_VD)
+    rows = P(spread.rows or None)
+    found = spread.on_mesh(local, (rows, rows, P(spread.vocab or None)), rows)(hidden_BND, targets_BN, table_VD)
     return (found["logps"], found.get("squares")), (hidden_BND, targets_BN, table_VD, found["log_sum"])
 
 
-def _backward(options: LogpOptions, spread: Spread, kept: Any, grads: Any) -> tuple[jax.Array, None, jax.Array]:
+def _backward(
+    options: LogpOptions, spread: Spread, vocab: int, kept: Any, grads: Any
+) -> tuple[jax.Array, None, jax.Array]:
     hidden_BND, targets_BN, table_VD, log_sum_BN = kept
 
     def local(hidden_BND, targets_BN, table_vD, log_sum_BN, grad_BN):
@@ -311,11 +343,13 @@ def _backward(options: LogpOptions, spread: Spread, kept: Any, grads: Any) -> tu
 
             def add(back_BnD, block):
                 first, table_sD = block
-                logits_Bns = _logits(hidden_BnD, table_sD, options.softcap)
+                real_s = _real(spread, part, vocab, first, len(table_sD))
+                logits_Bns = _logits(hidden_BnD, table_sD, options.softcap, real_s)
                 probs_Bns = jnp.exp(logits_Bns - log_sum_Bn[..., None])
                 grad_Bns = (_is_target(rows_Bn, first, len(table_sD)) - probs_Bns) * grad_Bn[..., None]
                 if options.softcap:
                     grad_Bns = grad_Bns * (1 - (logits_Bns / options.softcap) ** 2)
+                    grad_Bns = grad_Bns if real_s is None else jnp.where(real_s, grad_Bns, 0.0)
                 grad_Bns = grad_Bns.astype(dtype)
                 back_BnD += jnp.einsum("Bnv,vD->BnD", grad_Bns, table_sD, preferred_element_type=jnp.float32)
                 mine_sD = jnp.dot(flat(grad_Bns).T, flat(hidden_BnD), preferred_element_type=jnp.float32)
@@ -338,9 +372,9 @@ def _backward(options: LogpOptions, spread: Spread, kept: Any, grads: Any) -> tu
             total, back = jax.lax.scan(body, jnp.zeros(blocks[1].shape, jnp.float32), parts)
         return _joined(back, N), spread.copies_sum(total.reshape(part, D).astype(dtype))
 
-    rows, vocab = P(spread.rows or None), P(spread.vocab or None)
+    rows, parts = P(spread.rows or None), P(spread.vocab or None)
     # Padding of a chunk has a gradient of zero, whatever its logits are.
-    back_BND, table_grad_VD = spread.on_mesh(local, (rows, rows, vocab, rows, rows), (rows, vocab))(
+    back_BND, table_grad_VD = spread.on_mesh(local, (rows, rows, parts, rows, rows), (rows, parts))(
         hidden_BND, targets_BN, table_VD, log_sum_BN, grads[0]
     )
     return back_BND, None, table_grad_VD

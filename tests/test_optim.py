@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import hhh
 from dpo_jax.optim import apply_updates, optimizer, schedule
+from dpo_jax.phases import transformation
 
 PARAMS = {"w": jnp.asarray([1.0, -2.0, 3.0]), "norm": {"scale": jnp.asarray([1.0, 1.0])}}
 
@@ -107,3 +109,18 @@ def test_what_is_a_bfloat16_number_stays_what_it_is():
     zero = {"w": jnp.zeros(6)}
     for count in range(20):
         np.testing.assert_array_equal(apply_updates(params, zero, count)["w"], params["w"])
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "rates"),
+    [
+        (0.1, 1, [1.0]),  # a run of one update makes it
+        (0.1, 10, [0.0, 1.0]),
+        (0.25, 10, [0.0, 1 / 3, 2 / 3, 1.0]),  # rounded up, as transformers does
+        (2, 10, [0.0, 0.5, 1.0]),
+        (0.0, 10, [1.0]),
+    ],
+)
+def test_warm_up_by_updates_or_by_their_share(warmup, steps, rates):
+    _, rate = transformation(dict(hhh.get_config("tiny")) | {"warmup_steps": warmup}, 1.0, "linear", steps)
+    np.testing.assert_allclose([rate(n) for n in range(len(rates))], rates, rtol=1e-6)

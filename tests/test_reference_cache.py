@@ -1,5 +1,7 @@
 """The reference computed once: the same run, kept by pair, and never another model's or other data's."""
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from configs import hhh
 from dpo_jax import metrics, policy, reference_cache, train, watchdog
 from dpo_jax.data.pipeline import StepSource
+from dpo_jax.loop import Stopped
 from tests.data.test_pipeline import PAIRS, _schedule
 from tests.test_train import CLOCK
 
@@ -90,6 +93,26 @@ def test_a_second_run_computes_nothing_and_another_model_everything(base, tmp_pa
     assert "reference: 0 pairs known, 48 to compute" in capsys.readouterr().out
     _run(tmp_path / "limits", model=str(model), reference_cache=True, max_prompt_length=40, **data)
     assert "reference: 0 pairs known" in capsys.readouterr().out
+
+
+def test_a_signal_during_the_pass_ends_it_and_the_next_run_goes_on(base, tmp_path, monkeypatch, capsys):
+    workdir, _, data = base
+    kept = data | {"model": str(workdir / "export"), "reference_cache": True, "ld_alpha": 0.9}
+    compute = reference_cache.compute
+
+    def interrupted(*arguments):
+        for n, found in enumerate(compute(*arguments)):
+            if n == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield found
+
+    monkeypatch.setattr(reference_cache, "compute", interrupted)
+    with pytest.raises(Stopped):
+        _run(tmp_path / "run", **kept)
+    monkeypatch.undo()
+    assert "reference: 0 pairs known, 48 to compute" in capsys.readouterr().out
+    _run(tmp_path / "run", **kept)
+    assert "reference: 24 pairs known, 24 to compute" in capsys.readouterr().out
 
 
 def test_every_batch_is_a_sign_of_life(monkeypatch, tmp_path):

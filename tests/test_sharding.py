@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.errors import UserError
-from dpo_jax.sharding import axis_rules, local_rows, make_mesh, row_shards, to_global
+from dpo_jax.sharding import axis_rules, local_rows, make_mesh, param_shardings, row_shards, to_global
 from tests.oracle import CONFIG
 
 
@@ -46,6 +46,19 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes, words):
 def test_a_model_that_does_not_divide_is_refused(sizes, changed, words):
     with pytest.raises(UserError, match=words):
         axis_rules(dataclasses.replace(CONFIG, **changed), make_mesh(*sizes))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize("vocab", [48, 49])
+def test_tables_are_spread_whether_or_not_their_tokens_divide(vocab, sizes):
+    config = dataclasses.replace(CONFIG, vocab_size=vocab, num_attention_heads=8, intermediate_size=32)
+    mesh = make_mesh(*sizes)
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    tables = {k: s for k, s in param_shardings(config, mesh).items() if k in ("embedding", "lm_head")}
+    assert tables
+    shape = (vocab, config.hidden_size)
+    for sharding in tables.values():
+        assert np.prod(sharding.shard_shape(shape)) * parts == np.prod(shape)
 
 
 def test_rows_are_spread_over_data_and_fsdp():
