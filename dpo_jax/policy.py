@@ -100,8 +100,14 @@ class Layout:
 
     @property
     def reference_shardings(self) -> Any:
-        """As `shardings`, where the reference lies."""
-        return on_host(self.shardings) if self.reference_offload else self.shardings
+        """As `shardings`, where the reference lies: of one in the host's memory, norms and biases are on the devices.
+
+        They are small, and a TPU cannot fetch a layer's row of them alone: two bfloat16 rows share a word.
+        """
+        if not self.reference_offload:
+            return self.shardings
+        small = lambda path: path[-1].key.endswith(("scale", "bias"))
+        return jax.tree_util.tree_map_with_path(lambda path, s: s if small(path) else on_host(s), self.shardings)
 
 
 def find(model: str, workdir: Path, seed: int, *, with_weights: bool = True) -> Policy:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import Offloadable
 
 
 def _keeps_product(primitive: Any, *operands: Any, **params: Any) -> bool:
@@ -22,19 +23,29 @@ def _keeps_product(primitive: Any, *operands: Any, **params: Any) -> bool:
 
 ATTENTION_NAMES = ("q", "k", "v", "attention_out")
 
+_keeps_attention = jax.checkpoint_policies.save_only_these_names(*ATTENTION_NAMES)
+
+
+def _moves_attention(primitive: Any, *operands: Any, **params: Any) -> Any:
+    """q, k, v and attention's output go to the host's memory; the kernel's log-sum-exps stay, as small as they are.
+
+    Those have the output's name, and one number where it has a head's width. The TPU compiler (jaxlib 0.10) may lay out
+    a layer of them in another way than the stack in the host's memory that it is cut from: an internal error.
+    """
+    if not _keeps_attention(primitive, *operands, **params):
+        return False
+    has_head_width = operands[0].ndim == 4  # beside rows, tokens and heads
+    return Offloadable(src="device", dst="pinned_host") if has_head_width else True
+
+
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     # matrix products and attention are kept, the cheap element-wise work between them is not
     "dots": jax.checkpoint_policies.save_from_both_policies(
         _keeps_product, jax.checkpoint_policies.save_only_these_names("attention_out")
     ),
-    "attention": jax.checkpoint_policies.save_only_these_names(*ATTENTION_NAMES),
-    "attention_offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=list(ATTENTION_NAMES),
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
+    "attention": _keeps_attention,
+    "attention_offload": _moves_attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

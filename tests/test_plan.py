@@ -15,14 +15,17 @@ import pytest
 
 from configs import hhh
 from dpo_jax import compile_only, plan, policy
+from dpo_jax.architecture import config_from_hf
 from dpo_jax.attention import Slots
+from dpo_jax.data.packing import RowShape
 from dpo_jax.errors import UserError
 from dpo_jax.known import LENGTHS, MODELS, PAIRS, draw_lengths
-from dpo_jax.phases import lay_out, make_objective, transformation
+from dpo_jax.phases import lay_out, make_models, make_objective, transformation
 from dpo_jax.plan_lengths import DRAWN_PAIRS, find_lengths
 from dpo_jax.plan_search import largest_batch
-from dpo_jax.sharding import make_mesh
-from dpo_jax.tpu import GENERATIONS, parse_topology
+from dpo_jax.sharding import make_mesh, replicated
+from dpo_jax.step import make_logps_step
+from dpo_jax.tpu import GENERATIONS, parse_topology, quiet
 from tests import oracle, processes
 
 compiler = pytest.mark.skipif(
@@ -118,6 +121,49 @@ def test_experts_multiply_their_own_rows_whatever_attention_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     (r,) = json.loads((tmp_path / "plan.json").read_text())["topologies"]
     assert r["flops"] == pytest.approx(r["flops_traced"], rel=0.12)
+
+
+SMALL = {
+    "model_type": "llama", "vocab_size": 2048, "hidden_size": 576, "num_hidden_layers": 4, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "head_dim": 64, "intermediate_size": 768, "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 2048, "hidden_act": "silu",
+}  # fmt: skip
+
+
+@compiler
+def test_all_offloads_together_compile(tmp_path):
+    """A layer at a time comes from the host's memory, in a loop over layers inside one over microbatches."""
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    np.save(tmp_path / "lengths.npy", np.full((32, 3), 60))
+    offloads = ["reference_offload=True", "optimizer_offload=True", "remat=attention_offload", "microbatches=2"]
+    model = [*TINY, f"--config.model={tmp_path}", f"--lengths={tmp_path / 'lengths.npy'}"]
+    done = _plan(*model, *(f"--config.{x}" for x in offloads), "--topology=v5e:2x2", f"--json={tmp_path / 'plan.json'}")
+    assert done.returncode == 0, done.stderr
+    (r,) = json.loads((tmp_path / "plan.json").read_text())["topologies"]
+    count = plan.find_model({"model": str(tmp_path)}).parameter_count()
+    # Norms are small, and alone stay on the devices: of the moments only the count of updates.
+    assert r["memory"]["optimizer"] < 100
+    assert r["memory"]["reference"] < 0.02 * 2 * count / r["chips"]
+    assert r["memory"]["host"] > (8 + 2) * count / r["chips"]
+    assert r["seconds"]["host"] > 0
+
+
+@compiler
+def test_a_pass_of_a_reference_in_host_memory_compiles():
+    """The one that is made once over the held-out pairs."""
+    c = _config(reference_offload=True, batch_size=8, compute_dtype="bfloat16")
+    mesh = make_mesh(1, -1, 1, parse_topology("v5e:2x2").devices())
+    layout = lay_out(c, config_from_hf(SMALL, "small"), mesh)
+    step = make_logps_step(
+        make_models(c, layout)[1],
+        compute_dtype=layout.dtype,
+        out_shardings=replicated(mesh),
+        compiler_options=layout.compiler_options,
+    )
+    batch = compile_only.abstract_batch(RowShape(4, 128, 64, 64, 2), layout, 1)
+    with jax.set_mesh(mesh), quiet():
+        compiled = step.trace(policy.abstract_whole(layout, layout.dtype), batch, Slots(128, 64, 64)).lower().compile()
+    assert compiled.memory_analysis().host_argument_size_in_bytes > 0
 
 
 def _config(**changed):
