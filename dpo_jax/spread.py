@@ -29,11 +29,13 @@ class Spread:
 
     Attributes:
       rows, vocab: mesh axes.
+      width: those over which the tables of a vocabulary that does not divide lie by width: the last ones of `vocab`.
       devices: how many devices each axis has.
     """
 
     rows: Axes
     vocab: Axes
+    width: Axes
     devices: tuple[tuple[str, int], ...]
 
     @classmethod
@@ -41,12 +43,12 @@ class Spread:
         """How the current mesh and the logical-axis rules spread `rows` rows and the vocabulary."""
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return cls((), (), ())
-        row_axes, vocab_axes = (
-            tuple(a for a in mesh_axes(name) if mesh.shape[a] > 1) for name in ("rows", "vocab_parts")
+            return cls((), (), (), ())
+        row_axes, vocab_axes, width_axes = (
+            tuple(a for a in mesh_axes(name) if mesh.shape[a] > 1) for name in ("rows", "vocab_parts", "table")
         )
         devices = tuple((a, mesh.shape[a]) for a in dict.fromkeys(row_axes + vocab_axes))
-        spread = cls(row_axes, vocab_axes, devices)
+        spread = cls(row_axes, vocab_axes, width_axes, devices)
         # A few prompts to answer need not divide over the devices: then all devices have them all.
         return spread if rows % spread.size(row_axes) == 0 else dataclasses.replace(spread, rows=())
 
@@ -75,6 +77,19 @@ class Spread:
             return fn
         # Unchecked: sums over devices are written out, forward and backward.
         return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def parts(self, x_VD: jax.Array) -> jax.Array:
+        """This device's part of whole rows of a table of which it has all rows, cut over `width`."""
+        if major := tuple(a for a in self.vocab if a not in self.width):
+            part = len(x_VD) // self.size(major)
+            x_VD = jax.lax.dynamic_slice_in_dim(x_VD, jax.lax.axis_index(major) * part, part)
+        return jax.lax.all_to_all(x_VD, self.width, 0, 1, tiled=True) if self.width else x_VD
+
+    def widths(self, x_vD: jax.Array) -> jax.Array:
+        """The way back from `parts`."""
+        x = jax.lax.all_to_all(x_vD, self.width, 1, 0, tiled=True) if self.width else x_vD
+        major = tuple(a for a in self.vocab if a not in self.width)
+        return jax.lax.all_gather(x, major, axis=0, tiled=True) if major else x
 
     def gather(self, x: jax.Array) -> jax.Array:
         """The rows of all devices whose part of the vocabulary is another."""

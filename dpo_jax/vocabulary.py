@@ -31,9 +31,22 @@ PADDING = -1e30
 
 def _parts(table_VD: jax.Array, spread: Spread) -> jax.Array:
     """The table in equal parts over the vocabulary's axes: with rows of padding where its own do not divide."""
-    if not (rest := -len(table_VD) % spread.size(spread.vocab)):
-        return table_VD
-    return jax.lax.with_sharding_constraint(jnp.pad(table_VD, ((0, rest), (0, 0))), P(spread.vocab))
+    return _exchanged(table_VD, spread, len(table_VD)) if len(table_VD) % spread.size(spread.vocab) else table_VD
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _exchanged(table_VD: jax.Array, spread: Spread, vocab: int) -> jax.Array:
+    padding = -vocab % spread.size(spread.vocab)
+    local = lambda x_VD: spread.parts(jnp.pad(x_VD, ((0, padding), (0, 0))))
+    return spread.on_mesh(local, P(None, spread.width or None), P(spread.vocab))(table_VD)
+
+
+def _exchanged_backward(spread: Spread, vocab: int, _: None, grad_VD: jax.Array) -> tuple[jax.Array]:
+    local = lambda grad_vD: spread.widths(grad_vD)[:vocab]
+    return (spread.on_mesh(local, P(spread.vocab), P(None, spread.width or None))(grad_VD),)
+
+
+_exchanged.defvjp(lambda table_VD, spread, vocab: (_exchanged(table_VD, spread, vocab), None), _exchanged_backward)
 
 
 def _chunks(x_BN: jax.Array, chunks: int, n: int) -> jax.Array:

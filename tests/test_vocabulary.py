@@ -13,10 +13,12 @@ from dpo_jax.sharding import make_mesh
 from dpo_jax.spread import Spread
 from dpo_jax.vocabulary import LogpOptions, embed, token_logps
 
-ROWS, N, D = 8, 12, 6
+ROWS, N, D = 8, 12, 8
 
 
-RULES = [("rows", ("data", "fsdp")), ("vocab_parts", ("tensor", "fsdp"))]
+def _rules(width):
+    """Where tables lie by width if their tokens do not divide: over all that holds the vocabulary, or some of it."""
+    return [("rows", ("data", "fsdp")), ("vocab_parts", ("tensor", "fsdp")), ("table", width)]
 
 
 def _all(table, hidden, tokens, weights, options):
@@ -40,14 +42,15 @@ def _inputs(vocab):
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)])
 @pytest.mark.parametrize("vocab", [40, 36, 31, 5])  # divides, does not; some parts are padding and nothing else
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_every_mesh_gives_the_same_values_and_gradients(sizes, vocab, softcap):
+@pytest.mark.parametrize(("softcap", "width"), [(None, "fsdp"), (2.0, None), (2.0, ("tensor", "fsdp"))])
+def test_every_mesh_gives_the_same_values_and_gradients(sizes, vocab, softcap, width):
     inputs, options = _inputs(vocab), LogpOptions(16, softcap=softcap, log_sum_sq=softcap is None)
     alone = _all(*inputs, options)
     for block in (None, 4):
-        with jax.set_mesh(make_mesh(*sizes)), nn.logical_axis_rules(RULES):
+        with jax.set_mesh(make_mesh(*sizes)), nn.logical_axis_rules(_rules(width)):
             spread = _all(*inputs, dataclasses.replace(options, block=block))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), spread, alone)
+        # Values are sums of a hundred log-probabilities of -10 and less, which cancel.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), spread, alone)
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 40, 31])
@@ -73,7 +76,7 @@ def test_logits_that_one_block_dwarfs_are_summed_exactly():
 def test_rows_that_do_not_divide_are_everywhere():
     table, _, tokens, _ = _inputs(40)
     sizes = (1, 8, 1)
-    with jax.set_mesh(make_mesh(*sizes)), nn.logical_axis_rules(RULES):
+    with jax.set_mesh(make_mesh(*sizes)), nn.logical_axis_rules(_rules(None)):
         assert Spread.of(3).rows == ()
         found = jax.jit(embed)(table, tokens[:3])
     np.testing.assert_array_equal(found, np.asarray(table)[np.asarray(tokens[:3])])
@@ -92,8 +95,8 @@ def test_no_array_holds_all_logits_or_a_table_of_the_whole_vocabulary(sizes, blo
     def loss(table, hidden):
         return token_logps(hidden, tokens, table, LogpOptions(16, block))[0].sum() + embed(table, tokens).sum()
 
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        divides = vocab % (sizes[1] * sizes[2]) == 0
+    divides = vocab % (sizes[1] * sizes[2]) == 0
+    with jax.set_mesh(mesh), nn.logical_axis_rules(_rules(None if divides else ("tensor", "fsdp"))):
         table_spec = jax.P(("tensor", "fsdp")) if divides else jax.P(None, ("tensor", "fsdp"))
         shardings = [jax.NamedSharding(mesh, spec) for spec in (table_spec, jax.P(("data", "fsdp")))]
         step = jax.jit(jax.grad(loss, argnums=(0, 1)), in_shardings=shardings, out_shardings=tuple(shardings))
