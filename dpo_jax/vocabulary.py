@@ -25,7 +25,8 @@ from dpo_jax.spread import Spread
 
 # Tokens (rows x tokens, for each device that shares rows) that are looked up, or have logits, at one time.
 CHUNK_TOKENS = 1024
-# The logit of a row of padding: no number's exponential, but one that subtracts from itself.
+# The logit of a row of padding: its exponential is 0 beside a token's, and where a device has nothing but padding its
+# difference from the largest is 0, where that of -inf would be no number.
 PADDING = -1e30
 
 
