@@ -103,6 +103,22 @@ def test_it_reports_what_the_step_needs_and_could_do(tmp_path):
     assert first["evaluation_pairs_per_second"] > 2 * first["pairs_per_second"]
 
 
+@compiler
+def test_what_does_not_fit_is_named(tmp_path):
+    large = ["--config=configs/hhh.py:llama3.1-8b", "--config.batch_size=8", "--topology=v5e:2x2"]
+    done = _plan(*large, f"--json={tmp_path / 'plan.json'}")
+    assert done.returncode == 0, done.stderr
+    (r,) = json.loads((tmp_path / "plan.json").read_text())["topologies"]
+    assert r["fits"] is False
+    (rows, *_) = sorted(r["rows"], key=lambda row: -row["share"])
+    assert re.fullmatch(
+        rf"step with rows of \[{rows['prompt']}\|{rows['chosen']}\|{rows['rejected']}\]: needs .*G of 15.75G", r["why"]
+    )
+    assert r["memory"]["optimizer"] == pytest.approx(8 * 8_030_261_248 / 4, rel=0.01)
+    assert f"too large     {r['why']} (more than there is before any activation)" in done.stdout
+    assert "optimizer most" in done.stdout
+
+
 EXPERTS = {
     "model_type": "qwen3_moe", "vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts": 16,
