@@ -86,6 +86,8 @@ def _members(it: Collective) -> list[set[int]]:
 
 
 def _slices(it: Collective, devices: Sequence[Any]) -> int:
+    if it.slices > 1:
+        return it.slices
     return max(len({getattr(devices[i], "slice_index", None) or 0 for i in group}) for group in _members(it))
 
 

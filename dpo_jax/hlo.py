@@ -50,6 +50,7 @@ class Collective:
       groups: the devices that exchange with each other; of a permute its (source, target) pairs.
       times: how often it runs.
       asynchronous: whether other work may go on meanwhile.
+      slices: how many slices exchange; if several, `groups` has one, of as many: each device meets its like there.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Collective:
     groups: tuple[tuple[int, ...], ...]
     times: float
     asynchronous: bool
+    slices: int = 1
 
     @property
     def group_size(self) -> int:
@@ -213,6 +215,8 @@ class _Counter:
                 self.custom_call(total, inside, it, times)
             elif kind in COLLECTIVES:
                 total.collectives.append(_collective(self.module, inside, it, times, fused))
+            elif it.opcode == "send" and it.quoted(BETWEEN_SLICES):
+                total.collectives.append(_between_slices(inside, it, times))
             if not fused:
                 read, written = moved_bytes(self.module, inside, it)
                 for space, size in (read + written).items():
@@ -278,6 +282,33 @@ def _collective(module: Module, inside: Computation, it: Instruction, times: flo
         groups=groups,
         times=times,
         asynchronous=it.opcode.endswith("-start"),
+    )
+
+
+# Collectives between slices are left to the runtime: a `send` to the host says which, its `recv` brings the result.
+BETWEEN_SLICES = "_xla_megascale_transfer_type"
+
+
+def _between_slices(inside: Computation, it: Instruction, times: float) -> Collective:
+    kind = (it.quoted(BETWEEN_SLICES) or "").lower().replace("_", "-")
+    target = re.fullmatch(r"\{([\d,:]+)\}x\{[\d,:]+\}", it.quoted("_xla_megascale_target") or "")
+    if kind not in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all") or target is None:
+        raise it.error("a transfer between slices that is not known")
+    slices = 0
+    for part in target[1].split(","):  # 1,2,3 or 1:3
+        first, _, last = part.partition(":")
+        slices += int(last or first) - int(first) + 1
+    (data, *_) = (leaf for shape in inside.operand_shapes(it) for leaf in leaves(shape))
+    return Collective(
+        kind=kind,
+        name=it.name,
+        op_name=it.quoted("op_name") or "",
+        dtype=data.dtype,
+        payload_bytes=data.bytes * slices if kind == "all-gather" else data.bytes,
+        groups=(tuple(range(slices)),),
+        times=times,
+        asynchronous=True,
+        slices=slices,
     )
 
 

@@ -23,12 +23,13 @@ FREE = frozenset(
 )
 # Custom calls that do nothing; and those that compute, but no products.
 FREE_CALLS = frozenset(
-    "AllocateBuffer AssumeGatherIndicesInBound ConcatBitcast MoveToDevice MoveToHost PadToStatic Sharding "
+    "AllocateBuffer AssumeGatherIndicesInBound ConcatBitcast MoveToDevice MoveToHost PadToStatic Sharding SliceId "
     "SliceToDynamic SPMDFullToShardShape SPMDShardToFullShape annotate_device_placement".split()
 )
 CALLS_WITHOUT_PRODUCTS = FREE_CALLS | {
     "GatherScatterIndicesBitpacked",
     "TopK",
+    "ZeroCrop",
     "AsyncCollectiveStart",
     "AsyncCollectiveDone",
 }

@@ -9,6 +9,7 @@ out-of-memory error names; the names of compiler options are MaxText's (`xla_fla
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -157,7 +158,8 @@ class Topology:
                     platform="tpu", topology_name=f"{self.generation.name}:{self._shape}", **options
                 )
         except Exception as e:  # plugin errors are of many kinds
-            if any(word in str(e) for word in ("libtpu", "not found", "not installed")):
+            missing = importlib.util.find_spec("libtpu") is None
+            if missing and any(word in str(e) for word in ("libtpu", "not found", "not installed")):
                 raise UserError(
                     f"{self.name}: the TPU compiler is not installed; pip install 'dpo_jax[tpu]' (Linux, x86-64)"
                 ) from None

@@ -63,6 +63,10 @@ def test_between_slices_is_the_network():
     assert found.network == pytest.approx(1e9 / 12.5e9)
     assert found.interconnect == pytest.approx(7e9 / 200e9)
     assert found.binding == "network"
+    # As TPU compilers write it: two slices, each device with its like.
+    sent = dataclasses.replace(_collective("all-reduce", 1_000_000_000, ((0, 1),)), slices=2)
+    assert bounds(_costs(sent), parse_topology("v6e:2x4*2"), devices).network == pytest.approx(1e9 / 12.5e9)
+    assert by_kind(_costs(sent), devices) == ({}, {"all-reduce": 1e9})
 
 
 def test_bytes_by_kind():

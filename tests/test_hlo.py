@@ -332,6 +332,41 @@ def test_a_fused_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
     assert costs.hbm_bytes == 512 + 128
 
 
+@pytest.mark.parametrize(
+    ("kind", "target", "slices", "payload", "received"),
+    [
+        ("ALL_REDUCE", "{1,2}x{0:3}", 2, 64, 2 * 32),
+        ("ALL_REDUCE", "{1:4}x{0:3}", 4, 64, 2 * 48),
+        ("REDUCE_SCATTER", "{1,2,3,4}x{0:3}", 4, 64, 48),
+        ("ALL_GATHER", "{1,2}x{0:3}", 2, 128, 64),
+    ],
+)
+def test_what_is_sent_to_other_slices_is_a_collective(kind, target, slices, payload, received):
+    """As TPU compilers write it: sent to the runtime of the host, which gives the result back."""
+    attributes = (
+        "channel_id=2, is_host_transfer=true, frontend_attributes={"
+        '_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        f'_xla_megascale_target="{target}",_xla_megascale_transfer_type="{kind}"}}'
+    )
+    costs = _count(f"""
+  %p = f32[2,8]{{1,0}} parameter(0)
+  %t = token[] after-all()
+  %send.1 = (f32[2,8]{{1,0}}, u32[], token[]) send(%p, %t), {attributes}
+  %recv.1 = (f32[2,8]{{1,0}}, u32[], token[]) recv(%t), {attributes}
+  %send-done.1 = token[] send-done(%send.1), channel_id=2, is_host_transfer=true
+  ROOT %recv-done.1 = (f32[2,8]{{1,0}}, token[]) recv-done(%recv.1), channel_id=2, is_host_transfer=true
+""")
+    (found,) = costs.collectives
+    assert (found.kind, found.slices, found.group_size) == (kind.lower().replace("_", "-"), slices, slices)
+    assert (found.payload_bytes, found.received_bytes) == (payload, received)
+    with pytest.raises(HloError, match="a transfer between slices that is not known"):
+        _count(f"""
+  %p = f32[2,8]{{1,0}} parameter(0)
+  %t = token[] after-all()
+  ROOT %send.1 = (f32[2,8]{{1,0}}, u32[], token[]) send(%p, %t), {attributes.replace(kind, "NEW")}
+""")
+
+
 def test_an_asynchronous_computation_is_followed():
     inside = """
 %wrapped (p: f32[16,8]) -> f32[4,8] {

@@ -165,6 +165,23 @@ def test_all_offloads_together_compile(tmp_path):
 
 
 @compiler
+def test_gradients_cross_the_network_between_slices(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    np.save(tmp_path / "lengths.npy", np.full((32, 3), 60))
+    model = [*TINY, f"--config.model={tmp_path}", f"--lengths={tmp_path / 'lengths.npy'}", "--config.mesh_data=2"]
+    done = _plan(*model, "--topology=v5e:2x2*2", f"--json={tmp_path / 'plan.json'}")
+    assert done.returncode == 0, done.stderr
+    (r,) = json.loads((tmp_path / "plan.json").read_text())["topologies"]
+    assert r["not_counted"] == []
+    # Each device sums its share of them with one other: it receives as much as it has, in bfloat16 or float32.
+    (crossing,) = r["network_bytes"].values()
+    share = plan.find_model({"model": str(tmp_path)}).parameter_count() / 4
+    assert 2 * share < crossing < 4.1 * share
+    assert r["seconds"]["network"] == pytest.approx(crossing / 3.125e9)
+    assert "network between slices: all-reduce" in done.stdout
+
+
+@compiler
 def test_a_pass_of_a_reference_in_host_memory_compiles():
     """The one that is made once over the held-out pairs."""
     c = _config(reference_offload=True, batch_size=8, compute_dtype="bfloat16")
