@@ -10,7 +10,6 @@ sharing lay batches out. (Its rows hold half a pair, so what it computes means n
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,6 @@ def main() -> int:
     parser.add_argument("--padded-pairs", type=int, default=16, help="pairs a step in padded rows")
     parser.add_argument("--json", type=Path, help="where the rows go too")
     a = parser.parse_args()
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     jax.config.update("jax_platforms", "cpu")
     rows = []
     try:

@@ -79,14 +79,11 @@ class Draft:
 
     @property
     def optimizer(self) -> tuple[Any, Any]:
-        c = self.c
-        return transformation(c, c["learning_rate"], c["lr_schedule"], self.steps)
+        return transformation(self.c, self.c["learning_rate"], self.c["lr_schedule"], self.steps)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    # Compiling only: no TPU is looked for, and other programs on this machine may do the same.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     jax.config.update("jax_platforms", "cpu")
     try:
         config, values = read_flags(sys.argv if argv is None else argv, COMMAND)

@@ -78,18 +78,22 @@ class Spread:
         # Unchecked: sums over devices are written out, forward and backward.
         return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
+    @property
+    def whole(self) -> Axes:
+        """Axes over which the vocabulary lies but not the tables' width: there all devices have the same numbers."""
+        return tuple(a for a in self.vocab if a not in self.width)
+
     def parts(self, x_VD: jax.Array) -> jax.Array:
         """This device's part of whole rows of a table of which it has all rows, cut over `width`."""
-        if major := tuple(a for a in self.vocab if a not in self.width):
-            part = len(x_VD) // self.size(major)
-            x_VD = jax.lax.dynamic_slice_in_dim(x_VD, jax.lax.axis_index(major) * part, part)
+        if self.whole:
+            part = len(x_VD) // self.size(self.whole)
+            x_VD = jax.lax.dynamic_slice_in_dim(x_VD, jax.lax.axis_index(self.whole) * part, part)
         return jax.lax.all_to_all(x_VD, self.width, 0, 1, tiled=True) if self.width else x_VD
 
     def widths(self, x_vD: jax.Array) -> jax.Array:
         """The way back from `parts`."""
         x = jax.lax.all_to_all(x_vD, self.width, 1, 0, tiled=True) if self.width else x_vD
-        major = tuple(a for a in self.vocab if a not in self.width)
-        return jax.lax.all_gather(x, major, axis=0, tiled=True) if major else x
+        return jax.lax.all_gather(x, self.whole, axis=0, tiled=True) if self.whole else x
 
     def gather(self, x: jax.Array) -> jax.Array:
         """The rows of all devices whose part of the vocabulary is another."""

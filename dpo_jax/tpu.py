@@ -74,6 +74,8 @@ class Generation:
 
 
 GIB = 2.0**30
+# Read when the compiler is loaded: no TPU is looked for, and other programs on this machine may do the same.
+COMPILING_ONLY = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 _FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
 _CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
 
@@ -148,6 +150,7 @@ class Topology:
         """
         from jax.experimental import topologies
 
+        os.environ |= COMPILING_ONLY
         options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
         chips = math.prod(self.shape)
         if chips < 4:

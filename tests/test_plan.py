@@ -119,6 +119,17 @@ def test_what_does_not_fit_is_named(tmp_path):
     assert "optimizer most" in done.stdout
 
 
+def _planned(directory, model, topology, *options):
+    """What is reported of a model given by its config, over 32 pairs of one length: rows of one shape."""
+    (directory / "config.json").write_text(json.dumps(model))
+    np.save(directory / "lengths.npy", np.full((32, 3), 60))
+    files = [f"--config.model={directory}", f"--lengths={directory / 'lengths.npy'}", f"--json={directory / 'a.json'}"]
+    done = _plan(*TINY, *files, f"--topology={topology}", *(f"--config.{x}" for x in options))
+    assert done.returncode == 0, done.stderr
+    (report,) = json.loads((directory / "a.json").read_text())["topologies"]
+    return report, done.stdout
+
+
 EXPERTS = {
     "model_type": "qwen3_moe", "vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts": 16,
@@ -130,12 +141,7 @@ EXPERTS = {
 @compiler
 def test_experts_multiply_their_own_rows_whatever_attention_runs(tmp_path):
     """XLA's gradient of their weights would do more than the traced program asks for: every row for every expert."""
-    (tmp_path / "config.json").write_text(json.dumps(EXPERTS))
-    np.save(tmp_path / "lengths.npy", np.full((32, 3), 60))  # rows of one shape: two programs
-    model = [*TINY, f"--config.model={tmp_path}", "--config.attention=dense", f"--lengths={tmp_path / 'lengths.npy'}"]
-    done = _plan(*model, "--topology=v5e:2x2", f"--json={tmp_path / 'plan.json'}")
-    assert done.returncode == 0, done.stderr
-    (r,) = json.loads((tmp_path / "plan.json").read_text())["topologies"]
+    r, _ = _planned(tmp_path, EXPERTS, "v5e:2x2", "attention=dense")
     assert r["flops"] == pytest.approx(r["flops_traced"], rel=0.12)
 
 
@@ -149,14 +155,9 @@ SMALL = {
 @compiler
 def test_all_offloads_together_compile(tmp_path):
     """A layer at a time comes from the host's memory, in a loop over layers inside one over microbatches."""
-    (tmp_path / "config.json").write_text(json.dumps(SMALL))
-    np.save(tmp_path / "lengths.npy", np.full((32, 3), 60))
     offloads = ["reference_offload=True", "optimizer_offload=True", "remat=attention_offload", "microbatches=2"]
-    model = [*TINY, f"--config.model={tmp_path}", f"--lengths={tmp_path / 'lengths.npy'}"]
-    done = _plan(*model, *(f"--config.{x}" for x in offloads), "--topology=v5e:2x2", f"--json={tmp_path / 'plan.json'}")
-    assert done.returncode == 0, done.stderr
-    (r,) = json.loads((tmp_path / "plan.json").read_text())["topologies"]
-    count = plan.find_model({"model": str(tmp_path)}).parameter_count()
+    r, _ = _planned(tmp_path, SMALL, "v5e:2x2", *offloads)
+    count = config_from_hf(SMALL, "small").parameter_count()
     # Norms are small, and alone stay on the devices: of the moments only the count of updates.
     assert r["memory"]["optimizer"] < 100
     assert r["memory"]["reference"] < 0.02 * 2 * count / r["chips"]
@@ -166,19 +167,14 @@ def test_all_offloads_together_compile(tmp_path):
 
 @compiler
 def test_gradients_cross_the_network_between_slices(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(SMALL))
-    np.save(tmp_path / "lengths.npy", np.full((32, 3), 60))
-    model = [*TINY, f"--config.model={tmp_path}", f"--lengths={tmp_path / 'lengths.npy'}", "--config.mesh_data=2"]
-    done = _plan(*model, "--topology=v5e:2x2*2", f"--json={tmp_path / 'plan.json'}")
-    assert done.returncode == 0, done.stderr
-    (r,) = json.loads((tmp_path / "plan.json").read_text())["topologies"]
+    r, printed = _planned(tmp_path, SMALL, "v5e:2x2*2", "mesh_data=2")
     assert r["not_counted"] == []
     # Each device sums its share of them with one other: it receives as much as it has, in bfloat16 or float32.
     (crossing,) = r["network_bytes"].values()
-    share = plan.find_model({"model": str(tmp_path)}).parameter_count() / 4
+    share = config_from_hf(SMALL, "small").parameter_count() / 4
     assert 2 * share < crossing < 4.1 * share
     assert r["seconds"]["network"] == pytest.approx(crossing / 3.125e9)
-    assert "network between slices: all-reduce" in done.stdout
+    assert "network between slices: all-reduce" in printed
 
 
 @compiler
