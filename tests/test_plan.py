@@ -180,6 +180,10 @@ def test_gradients_cross_the_network_between_slices(tmp_path):
 @compiler
 def test_a_pass_of_a_reference_in_host_memory_compiles():
     """The one that is made once over the held-out pairs."""
+    processes.run_all(_compile_a_pass, [()])  # of its own: libtpu puts handlers on signals
+
+
+def _compile_a_pass():
     c = _config(reference_offload=True, batch_size=8, compute_dtype="bfloat16")
     mesh = make_mesh(1, -1, 1, parse_topology("v5e:2x2").devices())
     layout = lay_out(c, config_from_hf(SMALL, "small"), mesh)
@@ -286,6 +290,10 @@ def test_what_training_refuses_is_refused_before_compiling(changed, words, tmp_p
 @compiler
 def test_every_slice_takes_every_mesh():
     """Also those for which an axis of the torus must be cut, as four chips in a line into two and two."""
+    processes.run_all(_lay_out_every_mesh, [()])  # of its own: libtpu puts handlers on signals
+
+
+def _lay_out_every_mesh():
     for generation in GENERATIONS.values():
         for shape in generation.shapes:
             topology = parse_topology(f"{generation.name}:{shape}")
