@@ -33,20 +33,21 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from dpo_jax import inputs, policy
-from dpo_jax.attention import Slots
-from dpo_jax.config import parse
-from dpo_jax.data.packing import RowShape
-from dpo_jax.data.pipeline import PairSource, Schedule, build_rows
+from dpo_jax.config.command_line import parse
 from dpo_jax.errors import UserError
-from dpo_jax.logprobs import pair_logps
-from dpo_jax.loop import slots_of
-from dpo_jax.model import hidden_states, unembedding
-from dpo_jax.phases import make_objective, plan_of, transformation
-from dpo_jax.policy import Layout
-from dpo_jax.sharding import axis_rules, make_mesh, to_global
-from dpo_jax.step import LogpsFn, make_logps_step, make_train_step
-from dpo_jax.vocabulary import LogpOptions
+from dpo_jax.model import placement as policy
+from dpo_jax.model.attention.dense import Slots
+from dpo_jax.model.decoder import hidden_states, unembedding
+from dpo_jax.model.placement import Layout
+from dpo_jax.objective.logps import pair_logps
+from dpo_jax.objective.token_logps import LogpOptions
+from dpo_jax.parallel.mesh import axis_rules, make_mesh, to_global
+from dpo_jax.rows.pipeline import PairSource, Schedule, build_rows
+from dpo_jax.rows.schedule import RowShape
+from dpo_jax.training import inputs
+from dpo_jax.training.loop import slots_of
+from dpo_jax.training.setup import make_objective, plan_of, transformation
+from dpo_jax.training.step import LogpsFn, make_logps_step, make_train_step
 
 Rows = dict[str, np.ndarray]
 WHOLE = 10**9  # tokens: more than there are, so one chunk

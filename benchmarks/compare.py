@@ -39,7 +39,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from benchmarks import machine, tables, turns  # noqa: E402
 from benchmarks.gate import read_steps  # noqa: E402
-from dpo_jax.remat import REMAT_POLICIES  # noqa: E402
+from dpo_jax.model.remat import REMAT_POLICIES  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +188,7 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 def model_size(directory: str) -> dict[str, int]:
     """Parameters of the layers, and of the vocabulary's projection."""
-    from dpo_jax.weights import read_config
+    from dpo_jax.weights.huggingface import read_config
 
     config, _ = read_config(Path(directory))
     table = config.vocab_size * config.hidden_size

@@ -52,7 +52,7 @@ def prepared(model: str, dataset: str, path: str, cache: str, preset=None):
 
 def packing(args: argparse.Namespace, cache: str) -> None:
     from configs import hhh, ultrafeedback
-    from dpo_jax.data.packing import Order, RowLimits, choose_ladder, efficiency, plan_epoch
+    from dpo_jax.rows.schedule import Order, RowLimits, choose_ladder, efficiency, plan_epoch
 
     def fill(lengths: np.ndarray, batch: int) -> float:
         ladder = choose_ladder(lengths, batch, RowLimits(), Order())
@@ -114,7 +114,7 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def planning(args: argparse.Namespace, cache: str) -> None:
-    from dpo_jax.data.packing import Order, RowLimits, choose_ladder, plan_epoch
+    from dpo_jax.rows.schedule import Order, RowLimits, choose_ladder, plan_epoch
 
     lengths = np.asarray(prepared(args.model, "hhh", args.hh, cache).train.lengths)
     million = lengths[np.random.default_rng(0).integers(0, len(lengths), 1_000_000)]
@@ -126,8 +126,8 @@ def planning(args: argparse.Namespace, cache: str) -> None:
 
 def feeding(args: argparse.Namespace, base: Path, cache: str) -> None:
     from configs import hhh
-    from dpo_jax.data.packing import Order, RowLimits
-    from dpo_jax.data.pipeline import StepSource, batches, make_schedule
+    from dpo_jax.rows.pipeline import StepSource, batches, make_schedule
+    from dpo_jax.rows.schedule import Order, RowLimits
 
     data = prepared(args.model, "hhh", args.hh, cache, hhh)
     schedule = make_schedule(data.train, 16, RowLimits(), Order())

@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks.gate import Gate
 from dpo_jax import train
-from dpo_jax.data.pipeline import StepSource
-from dpo_jax.loop import Phase, run_phase
+from dpo_jax.rows.pipeline import StepSource
+from dpo_jax.training.loop import Phase, run_phase
 
 LOGGED = ("dpo_loss", "chosen_logp", "rejected_logp", "grad_norm")
 

@@ -16,13 +16,13 @@ from typing import Any
 import jax
 
 from benchmarks import tables
-from dpo_jax import plan
-from dpo_jax.compile_only import TooLargeError, train_program
-from dpo_jax.config import read_flags
-from dpo_jax.data.packing import RowShape
+from dpo_jax.config.command_line import read_flags
 from dpo_jax.errors import UserError
-from dpo_jax.plan_lengths import find_lengths
-from dpo_jax.tpu import GIB, Topology, parse_topology
+from dpo_jax.parallel.tpu import GIB, Topology, parse_topology
+from dpo_jax.plan import command as plan
+from dpo_jax.plan.compile import TooLargeError, train_program
+from dpo_jax.plan.lengths import find_lengths
+from dpo_jax.rows.schedule import RowShape
 
 LAYOUTS = ("pair rows", "padded 512+512, prompt twice")
 

@@ -5,6 +5,6 @@ import os
 # transformers is asked for tokenizers and configs only; without torch it would say so at every start.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from dpo_jax.data.preference import Comparison, LabeledComparison, Skip
+from dpo_jax.data.comparison import Comparison, LabeledComparison, Skip
 
 __all__ = ["Comparison", "LabeledComparison", "Skip"]

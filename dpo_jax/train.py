@@ -21,29 +21,27 @@ import jax
 import numpy as np
 import optax
 
-from dpo_jax import (
-    answers,
-    card,
-    checkpoint,
-    claim,
-    hub,
-    inputs,
-    metrics,
-    peft_files,
-    policy,
-    processes,
-    report,
-    trackers,
-    weights,
-)
-from dpo_jax.config import check, check_workdir, claim_workdir, parse
-from dpo_jax.data.pipeline import ChosenOnly, Schedule
+from dpo_jax.config.command_line import check, check_workdir, claim_workdir, parse
 from dpo_jax.data.prepare import Prepared
 from dpo_jax.errors import SAVE_FAILED, SIGTERM, UserError
-from dpo_jax.loop import Phase, Stopped, evaluate, run_phase, stop_signal
-from dpo_jax.model import Params
-from dpo_jax.objective import Objective, sft_objective
-from dpo_jax.phases import (
+from dpo_jax.model import placement as policy
+from dpo_jax.model.decoder import Params
+from dpo_jax.model.placement import Policy
+from dpo_jax.objective.objective import Objective, sft_objective
+from dpo_jax.parallel import processes
+from dpo_jax.parallel.mesh import agreed, first_process_first, make_mesh, replicated, row_shards
+from dpo_jax.records import trackers
+from dpo_jax.records import writer as metrics
+from dpo_jax.report import card
+from dpo_jax.report import command as report
+from dpo_jax.report.runs import EXPORTS, load
+from dpo_jax.rows.pipeline import ChosenOnly, Schedule
+from dpo_jax.sampling import answers
+from dpo_jax.training import checkpoint, inputs
+from dpo_jax.training import workdir as claim
+from dpo_jax.training.loop import Phase, Stopped, evaluate, run_phase, stop_signal
+from dpo_jax.training.reference import given_reference, held_out_reference, kept_reference, load_reference
+from dpo_jax.training.setup import (
     Config,
     Run,
     answer,
@@ -61,15 +59,10 @@ from dpo_jax.phases import (
     train_step,
     transformation,
 )
-from dpo_jax.policy import Policy
-from dpo_jax.reference import given_reference, held_out_reference, kept_reference, load_reference
-from dpo_jax.runs import EXPORTS, load
-from dpo_jax.sharding import agreed, first_process_first, make_mesh, replicated, row_shards
-from dpo_jax.step import (
-    TrainState,
-    make_eval_step,
-    make_reference_sync,
-)
+from dpo_jax.training.step import TrainState, make_eval_step, make_reference_sync
+from dpo_jax.weights import hub
+from dpo_jax.weights import huggingface as weights
+from dpo_jax.weights import peft as peft_files
 
 
 def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:

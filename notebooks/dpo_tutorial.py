@@ -31,14 +31,15 @@ import numpy as np
 
 import dpo_jax.train
 from configs import hhh
-from dpo_jax import policy, sample
-from dpo_jax.attention import Slots
-from dpo_jax.data.packing import RowShape
-from dpo_jax.data.pipeline import build_rows
-from dpo_jax.data.preference import Comparison, LabeledComparison
+from dpo_jax.data.comparison import Comparison, LabeledComparison
 from dpo_jax.data.render import make_renderer, render_batch
-from dpo_jax.losses import Scored, sigmoid
-from dpo_jax.sharding import make_mesh
+from dpo_jax.model import placement as policy
+from dpo_jax.model.attention.dense import Slots
+from dpo_jax.objective.losses import Scored, sigmoid
+from dpo_jax.parallel.mesh import make_mesh
+from dpo_jax.rows.pipeline import build_rows
+from dpo_jax.rows.schedule import RowShape
+from dpo_jax.sampling import engine as sample
 
 SMALL = bool(os.environ.get("DPO_JAX_SMALL"))  # short runs, for tests
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import dpo_jax.train
 from configs import hhh
-from dpo_jax import data_command
+from dpo_jax.inspection import command as data_command
 
 SMALL = bool(os.environ.get("DPO_JAX_SMALL"))  # a short run, for tests
 

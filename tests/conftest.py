@@ -20,11 +20,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import pytest
 
-from tests.fake_hub import hub  # noqa: F401 (a fixture)
-from tests.launching import cloud, launch_repo  # noqa: F401 (fixtures)
+from tests.fakes.hub import hub  # noqa: F401 (a fixture)
+from tests.fakes.launching import cloud, launch_repo  # noqa: F401 (fixtures)
 
 # Scripts for another environment (torch, TRL), and programs that tests put in place of real ones.
-collect_ignore = ["golden", "fake_gcloud.py", "fake_trainer.py"]
+collect_ignore = ["golden", "fakes/gcloud.py", "fakes/trainer.py"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

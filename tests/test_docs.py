@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from configs import common
-from dpo_jax import data_command, plan
-from dpo_jax.config import TRAIN, check, read_flags
-from tests import configuration_page
+from dpo_jax.config.command_line import TRAIN, check, read_flags
+from dpo_jax.inspection import command as data_command
+from dpo_jax.plan import command as plan
+from tests.config import configuration_page
 
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
 # Commands by module and, where it has several, by the first word.

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax.config import check, parse
+from dpo_jax.config.command_line import check, parse
 from dpo_jax.data.columns import FORMS, parse_own
+from dpo_jax.data.comparison import DELIBERATE
 from dpo_jax.data.datasets import DATASETS
-from dpo_jax.data.preference import DELIBERATE
 
 PAGE = Path("docs/data.md").read_text()
 ROWS = [json.loads(block) for block in re.findall(r"^```json\n(.*?)^```", PAGE, re.M | re.S)]
-CODE = "".join(path.read_text() for path in Path("dpo_jax/data").glob("*.py"))
+CODE = "".join(path.read_text() for path in Path("dpo_jax/data").rglob("*.py"))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "+".join(row))

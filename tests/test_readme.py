@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax.config import check, parse
+from dpo_jax.config.command_line import check, parse
 
 README = Path("README.md").read_text()
 COMMANDS = [

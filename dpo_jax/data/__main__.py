@@ -2,7 +2,7 @@
 
 import sys
 
-from dpo_jax.data_command import main
+from dpo_jax.inspection.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dpo_jax.data.preference import Comparison, Label, LabeledComparison, Message, Skip, checked
+from dpo_jax.data.comparison import Comparison, Label, LabeledComparison, Message, Skip, checked
 
 Row = Mapping[str, Any]
 Parser = Callable[[Row], LabeledComparison | Skip]

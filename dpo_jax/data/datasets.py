@@ -20,7 +20,7 @@ from dpo_jax.data.columns import (
     parse_own,
     score_tie,
 )
-from dpo_jax.data.preference import LabeledComparison, Skip, checked
+from dpo_jax.data.comparison import LabeledComparison, Skip, checked
 from dpo_jax.errors import UserError
 
 

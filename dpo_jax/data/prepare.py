@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dpo_jax.data.cache import QUARANTINE, Pair, PairCache
+from dpo_jax.data.cache.fingerprint import identity
+from dpo_jax.data.cache.shared import open_or_build
+from dpo_jax.data.cache.store import QUARANTINE, Pair, PairCache
+from dpo_jax.data.comparison import DELIBERATE, LabeledComparison, Skip
 from dpo_jax.data.files import BadLine, read_rows
-from dpo_jax.data.identity import identity
 from dpo_jax.data.lengths import PARTS, length_report, token_table
 from dpo_jax.data.mixture import apportion
-from dpo_jax.data.preference import DELIBERATE, LabeledComparison, Skip
-from dpo_jax.data.remote_cache import open_or_build
 from dpo_jax.data.render import Renderer, make_renderer, render_batch
 from dpo_jax.data.sources import Found, Source, resolve
 from dpo_jax.data.split import Pairs, Split, split

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import jinja2
 
-from dpo_jax.data.preference import LabeledComparison, Message, Skip
+from dpo_jax.data.comparison import LabeledComparison, Message, Skip
 from dpo_jax.errors import UserError
 
 Ids = list[int]

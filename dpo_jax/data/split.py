@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_jax.data.cache import PairCache
+from dpo_jax.data.cache.store import PairCache
 from dpo_jax.data.mixture import Mixture, apportion
 from dpo_jax.data.sources import EXTRA, Found, Part
 from dpo_jax.errors import UserError

@@ -2,20 +2,20 @@
 
 import collections
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax.data.columns import FORMS, parse_helpsteer3, parse_hh, parse_own, score_tie
+from dpo_jax.data.comparison import LabeledComparison, Skip
 from dpo_jax.data.datasets import DATASETS, load_parser, parse_ultrafeedback
 from dpo_jax.data.files import read_rows
-from dpo_jax.data.preference import LabeledComparison, Skip
 from dpo_jax.errors import UserError
+from tests import places
 
-SAMPLES = Path(__file__).parents[3] / "shared" / "data"
-MARK = "@@answer@@"
+SAMPLES = places.SHARED
+MARK = "answer"
 
 
 def sample(name):
@@ -287,7 +287,7 @@ def test_ultrafeedback_in_its_four_published_variants():
 
 def test_ones_own_parser_is_guarded(tmp_path, monkeypatch):
     (tmp_path / "my_rows.py").write_text(
-        "from dpo_jax.data.preference import Comparison, LabeledComparison\n"
+        "from dpo_jax.data.comparison import Comparison, LabeledComparison\n"
         "def parse(row):\n"
         "    turns = [[{'role': 'assistant', 'content': row[key]}] for key in 'ab']\n"
         "    return LabeledComparison(Comparison([{'role': 'user', 'content': 'Hi'}], *turns), 'A')\n"

@@ -13,7 +13,7 @@ from dpo_jax.data import files
 from dpo_jax.data.files import BadLine, find_files, fingerprint, read_rows
 from dpo_jax.data.sources import resolve
 from dpo_jax.errors import UserError
-from tests.fake_hub import closed_port, use_hub
+from tests.fakes.hub import closed_port, use_hub
 
 ROWS = [{"prompt": f"Frage {number}?", "chosen": "jä 🙂", "rejected": "no"} for number in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax.data.mixture import Mixture, apportion
-from dpo_jax.data.packing import Order, RowLimits
-from dpo_jax.data.pipeline import make_schedule
-from tests.oracle import RandomPairs
+from dpo_jax.rows.pipeline import make_schedule
+from dpo_jax.rows.schedule import Order, RowLimits
+from tests.oracles.oracle import RandomPairs
 
 
 @settings(max_examples=200, deadline=None)

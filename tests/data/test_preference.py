@@ -4,8 +4,9 @@ import doctest
 
 import pytest
 
-from dpo_jax.data import columns, datasets, preference
-from dpo_jax.data.preference import Comparison, LabeledComparison, Skip, checked
+from dpo_jax.data import columns, datasets
+from dpo_jax.data import comparison as preference
+from dpo_jax.data.comparison import Comparison, LabeledComparison, Skip, checked
 
 ASK = [{"role": "user", "content": "Hi"}]
 GOOD = [{"role": "assistant", "content": "Hello!"}]

@@ -13,9 +13,10 @@ import pytest
 from dpo_jax.data import prepare as prepare_module
 from dpo_jax.data.prepare import DataRequest, prepare
 from dpo_jax.errors import UserError
+from tests import places
 from tests.data.test_render import bpe_tokenizer
 
-SAMPLES = Path(__file__).parents[3] / "shared" / "data"
+SAMPLES = places.SHARED
 TOKENIZER = bpe_tokenizer()
 
 
@@ -260,7 +261,7 @@ def test_the_same_files_elsewhere_are_the_same_cache(tmp_path, run):
 
 def test_ones_own_function_and_a_change_in_it(tmp_path, run, monkeypatch):
     source = (
-        "from dpo_jax.data.preference import Comparison, LabeledComparison\n"
+        "from dpo_jax.data.comparison import Comparison, LabeledComparison\n"
         "def parse(row):\n"
         "    ask, one, two = row['text'].split('|')\n"
         "    say = lambda role, text: [{'role': role, 'content': text}]\n"

@@ -13,11 +13,12 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dpo_jax.data.columns import parse_own
-from dpo_jax.data.preference import Comparison, LabeledComparison, Skip
+from dpo_jax.data.comparison import Comparison, LabeledComparison, Skip
 from dpo_jax.data.render import make_renderer, render_batch
 from dpo_jax.errors import UserError
+from tests import places
 
-SAMPLES = Path(__file__).parents[3] / "shared" / "data"
+SAMPLES = places.SHARED
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

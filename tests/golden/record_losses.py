@@ -9,7 +9,7 @@ From the repository's root, in an environment of its own:
 model that says given per-token log-probabilities, which are leaves: the gradient is taken back to every one of them. In
 float64, so that what a comparison shows is our rounding (`alpha` in float32: TRL's own clamp knows no other).
 
-`tests/test_losses.py` compares with the file, and with `record` itself where TRL is installed.
+`tests/objective/test_losses.py` compares with the file, and with `record` itself where TRL is installed.
 """
 
 import collections

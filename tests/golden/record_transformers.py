@@ -3,7 +3,7 @@
 Run with torch and transformers (the `parity` extra): python tests/golden/record_transformers.py [MODEL ...]
 Each directory is a Hugging Face model of 10,000 to 50,000 parameters beside expected.safetensors: `ids` [2, 48] and
 float32 `logits` [2, 48, 96]. Weights are drawn ten times wider than usual, so that positions and heads matter to the
-logits, and windows are much narrower than the sequences. `tests/test_families.py` makes the same models live.
+logits, and windows are much narrower than the sequences. `tests/model/test_families.py` makes the same models live.
 """
 
 import shutil

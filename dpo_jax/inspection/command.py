@@ -1,0 +1,186 @@
+"""`python -m dpo_jax.data inspect` and `prepare`: look at a config's data, or tokenise it ahead; no weights needed."""
+
+import contextlib
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from dpo_jax.config.command_line import Command, check, check_workdir, read_flags
+from dpo_jax.data.cache.shared import shared_address
+from dpo_jax.data.cache.store import cache_root
+from dpo_jax.data.prepare import Prepared, Progress, Reading
+from dpo_jax.errors import UserError
+from dpo_jax.inspection import console as inspection_text
+from dpo_jax.inspection import gather as inspection
+from dpo_jax.inspection import page as inspection_page
+from dpo_jax.model import placement as policy
+from dpo_jax.report import html as page
+from dpo_jax.training import inputs
+
+LINE_SECONDS = 10.0  # between two lines about progress, where there is no terminal
+_USAGE = "python -m dpo_jax.data {} --config=configs/hhh.py[:PRESET] [--config.KEY=VALUE ...]"
+
+
+def _common_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "", "Where quarantine.jsonl goes (default: the cache).", flag_values=values)
+
+
+def _inspect_flags(values: flags.FlagValues) -> None:
+    _common_flags(values)
+    flags.DEFINE_string("html", "", "Write a page.", flag_values=values)
+    flags.DEFINE_integer("examples", 3, "Pairs shown.", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("shards", 1, "Data shards to plan for.", lower_bound=1, flag_values=values)
+    flags.DEFINE_enum("platform", _platform(), ["cpu", "gpu", "tpu"], "To plan for.", flag_values=values)
+
+
+COMMANDS = {
+    "inspect": Command(
+        _USAGE.format("inspect") + " [--html=FILE] [--examples=N] [--shards=N] [--platform=NAME] [--workdir=DIR]",
+        "Shows what was read, kept and dropped, lengths, the plan of row shapes, and pairs as the model sees them.\n"
+        "  --html=FILE      write it as a page, with histograms\n"
+        "  --examples=N     pairs shown, spread over the files (3)\n"
+        "  --shards=N       devices to plan for that share the rows: mesh_data x mesh_fsdp (1)\n"
+        "  --platform=NAME  cpu, gpu or tpu, to plan for (this machine's)\n"
+        "  --workdir=DIR    a run's directory, for its quarantine.jsonl (default: it stays in the cache)",
+        _inspect_flags,
+    ),
+    "prepare": Command(
+        _USAGE.format("prepare") + " [--workdir=DIR]",
+        "Reads and tokenises the data into the cache ahead of training: --config.cache_dir=DIR or gs://bucket/dir.\n"
+        "  --workdir=DIR    a run's directory, for its quarantine.jsonl (default: it stays in the cache)",
+        _common_flags,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 2 for what the user can mend."""
+    program, *rest = sys.argv if argv is None else argv
+    try:
+        if not rest or rest[0] in ("--help", "-h", "--helpfull"):
+            usages = "\n".join(command.usage for command in COMMANDS.values())
+            if not rest:
+                raise UserError(f"a command is missing; use {' or '.join(COMMANDS)} (--help says more)")
+            print(f"usage:\n{usages}\n\nEvery key, its unit and its default: configs/common.py.")
+            return 0
+        name, *rest = rest
+        if name not in COMMANDS:
+            raise UserError(f"unknown command {name!r}; use {' or '.join(COMMANDS)}")
+        config, options = read_flags([program, *rest], COMMANDS[name])
+        c = config.to_dict()
+        check(c)
+        (_inspect if name == "inspect" else _prepare)(c, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _inspect(c: inputs.Config, options: Mapping[str, Any]) -> None:
+    shards, micro, platform = options["shards"], c["microbatches"], options["platform"]
+    inputs.check_division(c["batch_size"], shards, micro)
+    found, prepared, _ = _pairs(c, options["workdir"])
+    where = f"{c['batch_size']} pairs a step over {shards} data shards x {micro} microbatches ({platform})"
+    plan, note = None, ""
+    try:
+        inputs.check_enough(c, len(prepared.train))
+        limits = policy.limits_on(found.config, shards * micro, platform)
+        schedule = inputs.plan(c, prepared.train, limits, prepared.split.mixture)
+    except UserError as error:  # what there is can still be looked at
+        note = f"no plan: {error}"
+    else:
+        plan = inspection.plan_use(schedule, where, inputs.run_steps(c, schedule.steps_per_epoch))
+    shown = inspection.Inspection(
+        dataset=c["dataset"],
+        model=c["model"],
+        report=prepared.report,
+        lengths=prepared.train.lengths,
+        plan=plan,
+        note=note,
+        examples=inspection.examples(prepared, found.tokenizer, options["examples"]),
+    )
+    inspection_text.show(shown, _console())
+    if options["html"]:
+        path = page.save(Path(options["html"]), *inspection_page.page(shown), option="--html")
+        print(f"page {path}")
+
+
+def _prepare(c: inputs.Config, options: Mapping[str, Any]) -> None:
+    start, console = time.monotonic(), _console()
+    _, prepared, shared = _pairs(c, options["workdir"])
+    inspection_text.rows(prepared.report, console)
+    cache = prepared.train.cache
+    size = sum(file.stat().st_size for file in Path(cache.directory).iterdir())
+    place = f"{shared}/{Path(cache.directory).name} (copy in {cache.directory})" if shared else cache.directory
+    made = f"built in {time.monotonic() - start:.1f} s" if prepared.built else "already there"
+    inspection_text.say(console, f"cache {place}: {len(cache):,} pairs, {size / 1e6:,.1f} MB, {made}")
+
+
+def _pairs(c: inputs.Config, given: str) -> tuple[policy.Policy, Prepared, str]:
+    """The model's numbers and tokenizer, the pairs, and the address of the shared cache, if it is one."""
+    workdir = Path(check_workdir(given)) if given else cache_root(c["cache_dir"]) / f"tiny-{c['seed']}"
+    quarantine = workdir / "quarantine.jsonl" if given else None
+    if c["model"] == "tiny" or c["dataset"] == "synthetic":
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{workdir} cannot be written ({error.strerror}); give a writable --workdir") from error
+    found = policy.find(c["model"], workdir, c["seed"], with_weights=False)
+    with _progress(Console(stderr=True)) as progress:
+        prepared = inputs.prepare_pairs(c, found.tokenizer, workdir, quarantine, progress)
+    return found, prepared, shared_address(c["cache_dir"])
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    """A bar on a terminal, elsewhere a line now and then; nothing if nothing is built."""
+    if not console.is_terminal:
+        told = time.monotonic()
+
+        def line(reading: Reading) -> None:
+            nonlocal told
+            if time.monotonic() - told >= LINE_SECONDS:
+                told = time.monotonic()
+                inspection_text.say(console, _words(reading))
+
+        yield line
+        return
+    columns: list[Any] = [BarColumn(), DownloadColumn(), TextColumn("{task.fields[rows]}"), TimeRemainingColumn()]
+    with Bar(*columns, console=console) as bar:
+
+        def advance(reading: Reading) -> None:
+            if not bar.tasks:
+                bar.add_task("", total=reading.total_bytes, rows="")
+            bar.update(bar.tasks[0].id, completed=reading.bytes, rows=f"{reading.rows:,} rows, {reading.kept:,} kept")
+
+        yield advance
+
+
+def _words(reading: Reading) -> str:
+    return (
+        f"read {reading.bytes / 1e6:,.1f} of {reading.total_bytes / 1e6:,.1f} MB: {reading.rows:,} rows, "
+        f"{reading.kept:,} kept"
+    )
+
+
+def _console() -> Console:
+    """Standard output; wide where it is no terminal, so that a table's cells are not broken in a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def _platform() -> str:
+    """Where JAX would run here, without waking it: on a TPU another process may be training."""
+    named = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    if named:
+        return "gpu" if named in ("cuda", "rocm") else named if named in ("cpu", "gpu") else "tpu"
+    return "tpu" if importlib.util.find_spec("libtpu") else "cpu"

@@ -1,0 +1,135 @@
+"""An inspection on the console."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dpo_jax.data.lengths import PARTS
+from dpo_jax.inspection.gather import (
+    Example,
+    Inspection,
+    Piece,
+    PlanUse,
+    bad_reasons,
+    length_bias,
+    mixture_words,
+    plan_words,
+    shape_words,
+    visible,
+)
+from dpo_jax.records.writer import printable
+
+DIGITS = {"mean": 1, "p50": 1, "p90": 1, "max": 0}
+STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
+LOSS_MARKS = ("«", "»")  # around the loss tokens, where there are no colours
+
+
+def show(inspection: Inspection, console: Console) -> None:
+    """Print everything; without colours the loss tokens stand in `LOSS_MARKS`."""
+    rows(inspection.report, console)
+    _lengths(inspection, console)
+    if inspection.plan:
+        _plan(inspection.plan, console)
+    else:
+        say(console, inspection.note + "\n")
+    coloured = console.is_terminal and not console.no_color and console.color_system is not None
+    for example in inspection.examples:
+        _example(example, console, coloured)
+    if inspection.examples:
+        which = "green and red tokens" if coloured else "tokens in " + "…".join(LOSS_MARKS)
+        say(console, f"The loss is on the {which}; both answers see the prompt.")
+
+
+def rows(report: Mapping[str, Any], console: Console) -> None:
+    """What was read, kept and dropped, by source and split; what is wrong with the files; where evaluation is from."""
+    entries = [
+        (
+            source["name"],
+            source["split"],
+            f"{source['read']:,}",
+            f"{source['kept']:,}",
+            _counts(source["dropped"]),
+            _counts(source["truncated"]),
+        )
+        for source in report["sources"]
+    ]
+    _table(console, "Rows", ("source", "split", "read", "kept", "dropped", "truncated"), entries, words=(0, 1, 4, 5))
+    for source in report["sources"]:
+        for reason, number, first in bad_reasons(source):
+            say(console, f"bad: {number:,} {reason} in {source['name']} ({source['split']}), first {first}")
+    if report.get("quarantine"):
+        say(console, f"bad rows are kept in {report['quarantine']}")
+    if report.get("mixture"):
+        say(console, f"mixture: {mixture_words(report)}")
+    say(console, f"evaluation: {report['held_out']}\n")
+
+
+def say(console: Console, line: str) -> None:
+    """A line as it is: no markup, no wrapping."""
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _lengths(inspection: Inspection, console: Console) -> None:
+    entries = [
+        (split, f"{entry['pairs']:,}", part, *(f"{stats[key]:,.{i}f}" for key, i in DIGITS.items()))
+        for split, entry in inspection.report["splits"].items()
+        for part, stats in entry["tokens"].items()
+    ]
+    head = ("split", "pairs", "tokens of", "mean", "p50", "p90", "max")
+    _table(console, "Lengths in tokens", head, entries, words=(0, 2))
+    say(console, length_bias(inspection) + "\n")
+
+
+def _plan(plan: PlanUse, console: Console) -> None:
+    entries = [
+        (
+            *shape_words(use),
+            f"{use.shape.pairs}",
+            f"{use.steps:,}",
+            f"{use.fraction:.1%}" if use.steps else "–",
+        )
+        for use in plan.uses
+    ]
+    head = ("rows x [P | C | R]", "pairs a row", "at most", "steps", "real tokens")
+    _table(console, f"Plan of the first epoch: {plan.where}", head, entries)
+    say(console, plan_words(plan) + "\n")
+
+
+def _example(example: Example, console: Console, coloured: bool) -> None:
+    tokens = ", ".join(f"{part} {sum(len(p.ids) for p in getattr(example, part))}" for part in PARTS)
+    rule = Text(f"pair {example.number} of {printable(example.source)}: {tokens} tokens", style="bold")
+    console.print(rule, soft_wrap=True)
+    for part in PARTS:
+        text = Text()
+        if part != "prompt":
+            text.append(f"{part}: ", style="bold")
+        text.append_text(_coloured(getattr(example, part), part, marks=not coloured and part != "prompt"))
+        console.print(text, soft_wrap=True)
+    console.print()
+
+
+def _coloured(found: Sequence[Piece], part: str, *, marks: bool) -> Text:
+    text = Text(LOSS_MARKS[0] if marks else "")
+    for piece in found:
+        text.append(visible(piece), style=STYLES[part] + (" bold" if piece.special else ""))
+    return text.append(LOSS_MARKS[1] if marks else "")
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{number:,} {name}" for name, number in found.items() if number) or "–"
+
+
+def _table(
+    console: Console, title: str, head: Sequence[str], entries: Sequence[Sequence[str]], words: Sequence[int] = (0,)
+) -> None:
+    console.print(Text(printable(title), style="bold"), soft_wrap=True)  # a table's own title wraps at its width
+    table = Table(box=box.SIMPLE_HEAD)
+    for i, name in enumerate(head):
+        table.add_column(name, justify="left" if i in words else "right", overflow="fold")
+    for entry in entries:
+        table.add_row(*(Text(printable(cell)) for cell in entry))
+    console.print(table)

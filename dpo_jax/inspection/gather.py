@@ -1,0 +1,195 @@
+"""A run's data in numbers and in tokens: gathered here, shown by `inspection_text` and `inspection_page`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.comparison import DELIBERATE
+from dpo_jax.data.lengths import length_report
+from dpo_jax.data.prepare import Pairs, Prepared
+from dpo_jax.records import writer as metrics
+from dpo_jax.report.lengths import length_words
+from dpo_jax.rows.pipeline import Schedule
+from dpo_jax.rows.schedule import RowShape
+
+_CONTEXT = 4  # pieces before a piece, decoded with it: some decoders drop the space in front of a text
+_CHARACTER = 4  # tokens that may have to come together before their bytes are a character
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token adds to the text, or the few whose bytes make a character together."""
+
+    text: str
+    ids: tuple[int, ...]
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """A training pair as the model sees it: its number, where it is from, and the pieces of its three parts."""
+
+    number: int
+    source: str
+    prompt: tuple[Piece, ...]
+    chosen: tuple[Piece, ...]
+    rejected: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class ShapeUse:
+    """How often an epoch's plan uses a compiled row shape, for how many pairs and real tokens."""
+
+    shape: RowShape
+    steps: int
+    pairs: int
+    tokens: int
+
+    @property
+    def fraction(self) -> float:
+        """Of the computed tokens that are real; nan if the shape is not used."""
+        return self.tokens / (self.steps * self.shape.tokens) if self.steps else math.nan
+
+
+@dataclass(frozen=True)
+class PlanUse:
+    """The plan of the first epoch: `where` says for which batch and devices, `fallback` is the shape that always fits.
+
+    `steps` are those of the run's DPO phase.
+    """
+
+    where: str
+    uses: tuple[ShapeUse, ...]
+    fallback: ShapeUse | None
+    steps_per_epoch: int
+    steps: int
+
+    @property
+    def fraction(self) -> float:
+        """Of all computed tokens that are real."""
+        return sum(use.tokens for use in self.uses) / max(1, sum(use.steps * use.shape.tokens for use in self.uses))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that is shown.
+
+    dataset, model: as the config names them.
+    report: a run's data.json.
+    lengths: int [n, 3] of the training pairs, tokens of prompt, chosen, rejected.
+    plan: None where there are too few pairs for a batch; `note` then says so.
+    """
+
+    dataset: str
+    model: str
+    report: Mapping[str, Any]
+    lengths: np.ndarray
+    plan: PlanUse | None
+    note: str
+    examples: tuple[Example, ...]
+
+
+def length_bias(inspection: Inspection) -> str:
+    """A sentence: how often the chosen answer is the longer one. What prefers length is learned as length."""
+    return length_words(length_report(inspection.lengths)["longer"], "training pairs")
+
+
+def bad_reasons(source: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    """Reasons that speak against a source's file: (reason, rows, where the first one is)."""
+    first = source.get("examples", {})
+    return [(reason, n, first.get(reason, "")) for reason, n in source["dropped"].items() if reason not in DELIBERATE]
+
+
+def mixture_words(report: Mapping[str, Any]) -> str:
+    """What each part of a mixture gives to an epoch; nothing where nothing is mixed."""
+    return "; ".join(
+        f"{part['name']} {part['weight']:.1%} ({part['epoch']:,} of {part['pairs']:,} pairs an epoch)"
+        for part in report.get("mixture", [])
+    )
+
+
+def shape_words(use: ShapeUse) -> tuple[str, str]:
+    """A shape, and how many of a batch's pairs share a row of it."""
+    return f"{use.shape.rows} x [{' | '.join(map(str, use.shape.widths))}]", (
+        f"{use.pairs / (use.steps * use.shape.rows):.1f}" if use.steps else "–"
+    )
+
+
+def plan_words(plan: PlanUse) -> str:
+    """The plan as a whole."""
+    words = [
+        f"{plan.steps_per_epoch:,} steps an epoch, {plan.steps:,} in the run",
+        f"{plan.fraction:.1%} of tokens real",
+    ]
+    if plan.fallback:
+        words.append(f"the shape that always fits is used {plan.fallback.steps:,} times")
+    return "; ".join(words)
+
+
+def plan_use(schedule: Schedule, where: str, steps: int) -> PlanUse:
+    """What the first epoch of a plan does with its shapes."""
+    counts = {shape: [0, 0, 0] for shape in schedule.shapes}
+    for step in range(schedule.steps_per_epoch):
+        shape, placed = schedule.place(step)
+        ids = placed[placed >= 0]
+        for i, value in enumerate((1, len(ids), int(schedule.lengths[ids].sum()))):
+            counts[shape][i] += value
+    uses = tuple(ShapeUse(shape, *counted) for shape, counted in counts.items())
+    return PlanUse(where, uses, uses[-1] if len(uses) > 1 else None, schedule.steps_per_epoch, steps)
+
+
+def examples(prepared: Prepared, tokenizer: Any, number: int) -> tuple[Example, ...]:
+    """Training pairs spread evenly over the files, so over the sources too."""
+    pairs: Pairs = prepared.train
+    found = []
+    for position in np.linspace(0, len(pairs) - 1, min(number, len(pairs)), dtype=np.int64).tolist():
+        prompt, chosen, rejected = (ids.tolist() for ids in pairs[position])
+        parts = [pieces(tokenizer, prompt)] + [pieces(tokenizer, ids, before=prompt) for ids in (chosen, rejected)]
+        found.append(Example(position, prepared.report["source_names"][pairs.source[position]], *parts))
+    return tuple(found)
+
+
+def pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> tuple[Piece, ...]:
+    """The text that each token adds behind the tokens `before`; all ids in order, each in one piece."""
+    known = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(i for i, token in known.items() if token.special)}
+    found: list[Piece] = []
+    groups = [_whole_characters(tokenizer, before)]  # of a piece's tokens each, so that no character is cut
+    waiting: list[int] = []
+    for at, token in enumerate(ids):
+        waiting.append(token)
+        context = [i for group in groups for i in group]
+        text = _added(tokenizer, context, waiting)
+        follows = at + 1 < len(ids) and ids[at + 1] not in special
+        if text.endswith("\ufffd") and len(waiting) < _CHARACTER and token not in special and follows:
+            continue  # part of a character
+        shown = text or "".join(map(str, tokenizer.convert_ids_to_tokens(waiting)))
+        found.append(Piece(shown, tuple(waiting), token in special))
+        groups, waiting = [*groups, waiting][-_CONTEXT:], []
+    return tuple(found)
+
+
+def _whole_characters(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """The last few of `ids`, beginning with a whole character."""
+    few = range(_CONTEXT, _CONTEXT + _CHARACTER)
+    return next((list(ids[-n:]) for n in few if not _decode(tokenizer, list(ids[-n:])).startswith("\ufffd")), [])
+
+
+def visible(piece: Piece) -> str:
+    """A piece's text without anything that a reader could overlook: line ends, control characters, blank tokens."""
+    text = metrics.printable(piece.text)
+    if text.isspace():
+        text = "".join(c if c == "\n" else "⇥" if c == "\t" else "·" for c in text)
+    return text.replace("\n", "⏎\n")
+
+
+def _added(tokenizer: Any, context: list[int], ids: list[int]) -> str:
+    before, whole = (_decode(tokenizer, x) for x in (context, context + ids))
+    return whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, ids)
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""

@@ -1,0 +1,129 @@
+"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685): which projections have one, and how they begin.
+
+A projection W of the frozen base becomes W + scale · A·B, of which only A and B are trained. They are one more branch
+of the parameter tree, `{"lora": {"layers": {"attention": {"q": {"a": ..., "b": ...}}}}}`: the policy is the union
+`base | adapters` of two dicts, and the base alone, which has no such branch, is the model before training.
+
+Shapes: A `[L, inputs..., r]`, B `[L, r, outputs...]`, with the kernel's own axes; L layers, r rank.
+"""
+
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.errors import UserError
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.decoder import Params, init_params
+from dpo_jax.model.tensors import Leaf, Parts, leaves, sizes, tensors
+
+BRANCH = "lora"  # of the parameter tree, and the variable collection that `model.py` reads
+ALL = "all"
+ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+# Hugging Face's names; where it has several of our projections in one, it names them all.
+ALIASES: dict[str, tuple[str, ...]] = {
+    **{f"{name}_proj": (name,) for name in (*ATTENTION, *MLP)},
+    "qkv_proj": ("q", "k", "v"),
+    "gate_up_proj": ("gate", "up"),
+    "all-linear": (ALL,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The adapters of a model.
+
+    Attributes:
+      rank: r, at least 1.
+      alpha: the numerator of the scale.
+      targets: projections that have an adapter, such as ("q", "v").
+      rslora: divide alpha by √r, not by r (Kalajdzievski 2023, arXiv 2312.03732).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What A·B is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """`all`, or projections by our names or Hugging Face's, with commas between → our names, each once.
+
+    >>> parse_targets("q_proj,v")
+    ('q', 'v')
+
+    Raises:
+      UserError: an unknown name.
+    """
+    known = (ALL, *ATTENTION, *MLP)
+    found: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        if name not in known and name not in ALIASES:
+            near = difflib.get_close_matches(name, [*known, *ALIASES], 1)
+            raise UserError(
+                f"lora_targets={text!r}: {name!r} is no projection; " + (f"did you mean {near[0]}? " if near else "")
+                + f"there are {', '.join(known)}, with or without _proj"
+            )  # fmt: skip
+        found += ALIASES.get(name, (name,))
+    return tuple(dict.fromkeys(found))
+
+
+def on_model(config: ModelConfig, rank: int, alpha: float, targets: tuple[str, ...], *, rslora: bool) -> Lora:
+    """The adapters of this model. `all` is every projection; of a model with experts those of attention, as in PEFT.
+
+    Raises:
+      UserError: adapters on experts were asked for by name.
+    """
+    experts = [name for name in targets if name in MLP] if config.num_experts else []
+    if experts:
+        raise UserError(
+            f"lora_targets: adapters on experts ({', '.join(experts)}) are not supported; a {config.model_type} model "
+            f"can have them on {', '.join(ATTENTION)}"
+        )
+    if rank > config.hidden_size:
+        raise UserError(f"lora_rank={rank} is more than the model's width {config.hidden_size}; 8 to 64 is usual")
+    if ALL in targets:
+        targets = ATTENTION if config.num_experts else (*ATTENTION, *MLP)
+    return Lora(rank, alpha, targets, rslora)
+
+
+def adapted(config: ModelConfig, lora: Lora) -> list[Leaf]:
+    """The kernels that have an adapter."""
+    return [leaf for leaf in leaves(config) if leaf.path[0] == "layers" and leaf.path[-1] in lora.targets]
+
+
+def init_adapters(key: jax.Array, config: ModelConfig, lora: Lora) -> Params:
+    """Fresh float32 adapters with logical axis names: A drawn as PEFT draws it, B zeros, so the policy is the base.
+
+    A is torch's `kaiming_uniform_(a=√5)`: uniform within ±1/√inputs.
+    """
+    letters = sizes(config)
+    kernels = flax.traverse_util.flatten_dict(jax.eval_shape(lambda: init_params(jax.random.key(0), config)))
+    flat: dict[tuple[str, ...], Any] = {}
+    for i, leaf in enumerate(adapted(config, lora)):
+        layers, *axes = kernels[leaf.path].names
+        inputs = len(leaf.theirs[1])  # how many of our axes a Linear's input is
+        L, *shape = leaf.shape(letters)
+        bound = 1 / math.sqrt(math.prod(shape[:inputs]))
+        a_shape, b_shape = (L, *shape[:inputs], lora.rank), (L, lora.rank, *shape[inputs:])
+        a = jax.random.uniform(jax.random.fold_in(key, i), a_shape, jnp.float32, -bound, bound)
+        box = nn.LogicallyPartitioned
+        flat[(BRANCH, *leaf.path, "a")] = box(a, (layers, *axes[:inputs], "rank"))
+        flat[(BRANCH, *leaf.path, "b")] = box(jnp.zeros(b_shape, jnp.float32), (layers, "rank", *axes[inputs:]))
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def adapted_tensors(config: ModelConfig, lora: Lora) -> dict[str, Parts]:
+    """Every tensor of the checkpoint with an adapter on some of what it holds, and all that it holds."""
+    mine = adapted(config, lora)
+    return {name: parts for name, parts in tensors(config).items() if any(leaf in mine for leaf, _ in parts)}

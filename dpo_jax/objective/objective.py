@@ -1,0 +1,199 @@
+"""What a step minimises: weighted losses of `losses.py` and what a run logs of every pair.
+
+Shapes: M microbatches (absent where one is looked at alone), B rows, K pairs in a row.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.errors import UserError
+from dpo_jax.objective.logps import Logps
+from dpo_jax.objective.losses import LOSSES, Scored, difference, sft
+
+Batch = dict[str, jax.Array]
+# (policy's log-probabilities, the reference's or None, the pairs' part of the batch, the batch's mean chosen tokens)
+Values = Callable[[Logps, Logps | None, Batch, jax.Array], dict[str, jax.Array]]
+
+# Relative error of a summed float32 log-probability: in float32, equal models then have an accuracy of exactly 0.
+ROUNDING = 1e-6
+# Exponents of f-divergences end here, as TRL's alpha-divergence has it: float32 ends at 88.
+LARGEST_EXPONENT = 80.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    Attributes:
+      values: log-probabilities `[B, K, 2]` (or `[M, B, K, 2]`) → per-pair metrics `[B, K]` by name.
+      loss: the name in `values` whose mean over the batch's pairs is minimised.
+      needs_reference: whether the reference's forward pass runs.
+      across: whether a pair's value depends on the other pairs, so that `values` must see the whole batch at once.
+      balance: weight of the experts' load-balancing loss, which comes on top; 0 where there is none.
+    """
+
+    values: Values
+    loss: str
+    needs_reference: bool
+    across: bool = False
+    balance: float = 0.0
+
+
+def parse_loss(text: str) -> dict[str, float]:
+    """Read a loss or a weighted sum of losses, such as `sigmoid:1.0,sft:0.2`; a weight left out is 1.
+
+    Raises:
+      UserError: a name or a weight is wrong.
+
+    >>> parse_loss("sigmoid:0.8,sft:0.2")
+    {'sigmoid': 0.8, 'sft': 0.2}
+    """
+    parts: dict[str, float] = {}
+    for part in text.split(","):
+        name, colon, number = (x.strip() for x in part.partition(":"))
+        if name not in LOSSES:
+            raise UserError(f"loss={text!r}: {name!r} does not exist; choose from {', '.join(LOSSES)}")
+        if name in parts:
+            raise UserError(f"loss={text!r} names {name} twice; give it one weight")
+        try:
+            parts[name] = float(number) if colon else 1.0
+        except ValueError:
+            parts[name] = math.nan
+        if not 0 < parts[name] < math.inf:
+            raise UserError(f"loss={text!r}: weight {number!r} of {name} is not a number above 0; write {name}:0.5")
+    return parts
+
+
+def needs_reference(parts: Iterable[str]) -> bool:
+    """Whether a reference is loaded. `sft` alone has one, as in TRL: its rewards say what training on chosen does."""
+    needs = {LOSSES[name].reference for name in parts}
+    return True in needs or False not in needs
+
+
+def _forward_kl(log_ratio: jax.Array, alpha: float) -> jax.Array:
+    return 1 - jnp.exp(jnp.minimum(-log_ratio, LARGEST_EXPONENT))
+
+
+def _alpha(log_ratio: jax.Array, alpha: float) -> jax.Array:
+    if abs(alpha - 1) < 1e-6:
+        return log_ratio
+    return (jnp.exp(jnp.minimum((alpha - 1) * log_ratio, LARGEST_EXPONENT)) - 1) / (alpha - 1)
+
+
+# f'(t) of f-DPO (Wang et al. 2023, arXiv 2309.16240) by log t = log(π/π_ref): log t, 1 − 1/t, log(2t/(1+t)), and
+# (t^(α−1) − 1)/(α−1), which is the first for α → 1 and the second for α = 0. Constants cancel in a difference.
+DIVERGENCES: dict[str, Callable[[jax.Array, float], jax.Array]] = {
+    "reverse_kl": lambda log_ratio, alpha: log_ratio,
+    "forward_kl": _forward_kl,
+    "js": lambda log_ratio, alpha: math.log(2) + jax.nn.log_sigmoid(log_ratio),
+    "alpha": _alpha,
+}
+
+
+def _wpo_weight(policy: Logps, tokens: jax.Array) -> jax.Array:
+    """WPO's weight of a pair: how likely the policy itself would have said both completions; constant to the gradient.
+
+    exp(mean over tokens of log π(token) − log Σ_v π(v)²), the product of both completions. Zhou et al. 2024, arXiv
+    2406.11827, equation 2 with its sampled alignment. Every loss of a pair is weighted, `sft` too (in TRL the
+    mean of `sft` by the mean weight).
+    """
+    assert policy.log_sum_sq is not None
+    whole = policy.logps if policy.whole is None else policy.whole
+    return jax.lax.stop_gradient(jnp.exp(jnp.sum((whole - policy.log_sum_sq) / tokens, axis=-1)))
+
+
+def preference_objective(
+    parts: Mapping[str, float],
+    *,
+    beta: float,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 0.5,
+    wpo: bool = False,
+    balance: float = 0.0,
+    **hyperparameters: float,
+) -> Objective:
+    """A weighted sum of losses with DPO's metrics.
+
+    Rewards are β·(log π − log π_ref) summed over the completion, whatever the loss; without a reference β·log π, per
+    token where the loss is (as TRL's CPO and ORPO trainers have it; SimPO's γ is in no reward and no margin).
+
+    Args:
+      parts: weights by loss, from `parse_loss`.
+      beta: of every part.
+      f_divergence: a name in `DIVERGENCES`; `f_alpha` is the coefficient of `alpha`.
+      wpo: whether every pair's losses are weighted by `_wpo_weight`; `Logps.log_sum_sq` must be there.
+      balance: as in `Objective`; `Logps.balance` must be there.
+      hyperparameters: by the names that the losses take.
+
+    Returns:
+      The objective. `dpo_loss` is the whole sum; of several parts each is there too, unweighted, as `loss_NAME`.
+    """
+    reference_needed = needs_reference(parts)
+    per_token = any(LOSSES[name].per_token for name in parts) and not reference_needed
+    functions = {}
+    for name in parts:
+        known = {"beta": beta} | hyperparameters
+        chosen = {k: known[k] for k in LOSSES[name].hyperparameters if k in known}
+        functions[name] = lambda pairs, fn=LOSSES[name].fn, chosen=chosen: fn(pairs, **chosen)
+
+    def values(policy: Logps, reference: Logps | None, batch: Batch, chosen_tokens: jax.Array) -> dict[str, jax.Array]:
+        assert (reference is not None) == reference_needed
+        pairs = _scored(policy, reference, batch, chosen_tokens, lambda x: DIVERGENCES[f_divergence](x, f_alpha))
+        losses = {name: fn(pairs) for name, fn in functions.items()}
+        if wpo:
+            weight = _wpo_weight(policy, pairs.tokens)
+            losses = {name: weight * loss for name, loss in losses.items()}
+        weighted = [loss if parts[name] == 1 else parts[name] * loss for name, loss in losses.items()]
+        single = {f"loss_{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
+        return {"dpo_loss": functools.reduce(operator.add, weighted)} | single | _rewards(pairs, beta, per_token)
+
+    across = any(LOSSES[name].across for name in parts)
+    return Objective(values, "dpo_loss", reference_needed, across, balance)
+
+
+def _scored(policy: Logps, reference: Logps | None, batch: Batch, chosen_tokens: jax.Array, divergence) -> Scored:
+    whole = policy.logps if policy.whole is None else policy.whole
+    return Scored(
+        policy=policy.logps,
+        reference=None if reference is None else reference.logps,
+        scores=None if reference is None else divergence(policy.logps - reference.logps),
+        tokens=jnp.maximum(batch["completion_tokens"], 1).astype(jnp.float32),
+        chosen_logp=whole[..., 0],
+        chosen_tokens=chosen_tokens,
+        is_pair=batch["is_pair"],
+    )
+
+
+def _rewards(pairs: Scored, beta: float, per_token: bool) -> dict[str, jax.Array]:
+    if pairs.reference is None:
+        rewards = beta * (pairs.policy / pairs.tokens if per_token else pairs.policy)
+        margin, noise = difference(rewards), jnp.zeros(())
+    else:
+        ratios = pairs.policy - pairs.reference
+        rewards = beta * ratios
+        margin = beta * difference(ratios)
+        # The two forward passes are compiled apart and may differ in the last bits: below that, nothing is preferred.
+        noise = beta * ROUNDING * jnp.sum(jnp.abs(pairs.policy), axis=-1)
+    return {
+        "accuracy": (rewards[..., 0] > rewards[..., 1] + noise).astype(jnp.float32),
+        "margin": margin,
+        "chosen_reward": rewards[..., 0],
+        "rejected_reward": rewards[..., 1],
+        "chosen_logp": pairs.policy[..., 0],
+        "rejected_logp": pairs.policy[..., 1],
+    }
+
+
+def sft_objective() -> Objective:
+    """Mean negative log-likelihood per token of the chosen completions."""
+
+    def values(policy: Logps, reference: Logps | None, batch: Batch, chosen_tokens: jax.Array) -> dict[str, jax.Array]:
+        return {"loss": sft(_scored(policy, None, batch, chosen_tokens, None))}
+
+    return Objective(values, "loss", needs_reference=False)

@@ -1,0 +1,125 @@
+"""What a slice's chips could do at best with a compiled program: the three time bounds, and which one binds."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dpo_jax.parallel.tpu import Topology
+from dpo_jax.plan.hlo.count import Collective, Costs
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Seconds of one run of a program if only one thing took time, all else hidden behind it.
+
+    Attributes:
+      compute: FLOPs over the peak, as often as a product passes through the matrix unit.
+      hbm: bytes over the memory's bandwidth.
+      interconnect: collectives inside a slice, one after the other, over the links that the worst placed chip has.
+      network: collectives between slices.
+      host: bytes from the host's memory, or those to it where they are more, as links carry both ways at once.
+    """
+
+    compute: float
+    hbm: float
+    interconnect: float
+    network: float
+    host: float
+
+    @property
+    def step(self) -> float:
+        """No run is faster than this."""
+        return max(dataclasses.astuple(self))
+
+    @property
+    def binding(self) -> str:
+        """The name of the largest."""
+        return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
+
+
+def bounds(costs: Costs, topology: Topology, devices: Sequence[Any], *, passes: int = 1) -> Bounds:
+    """The bounds of a program on a topology.
+
+    Args:
+      costs: what one device does.
+      topology: where.
+      devices: in the order of the mesh that the program was compiled for.
+      passes: products of bfloat16 numbers that make one product, see `policy.passes`.
+    """
+    chip = topology.generation
+    inside = network = 0.0
+    for it in costs.collectives:
+        if it.received_bytes == 0:
+            continue
+        if _slices(it, devices) > 1:
+            network += it.times * it.received_bytes / chip.dcn_bandwidth
+        elif received := _over_links(it, topology, devices):
+            inside += it.times * received / (_links(it, topology, devices) * chip.link_bandwidth)
+    return Bounds(
+        compute=passes * (costs.flops + costs.kernel_flops) / chip.peak_flops,
+        hbm=costs.hbm_bytes / chip.hbm_bandwidth,
+        interconnect=inside,
+        network=network,
+        host=max(costs.from_host_bytes, costs.to_host_bytes) / chip.host_bandwidth,
+    )
+
+
+def by_kind(costs: Costs, devices: Sequence[Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes that one device receives in a run of the program, by kind of collective: in its slice; between slices."""
+    totals: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    for it in costs.collectives:
+        of = totals[_slices(it, devices) > 1]
+        of[it.kind] = of.get(it.kind, 0.0) + it.times * it.received_bytes
+    return totals
+
+
+def _members(it: Collective) -> list[set[int]]:
+    """Groups of devices that exchange with each other; the pairs of a permute are chains of one or more groups."""
+    if not it.kind.startswith("collective-"):
+        return [set(group) for group in it.groups]
+    chains: list[set[int]] = []
+    for pair in it.groups:
+        touched = [chain for chain in chains if chain & set(pair)]
+        chains = [chain for chain in chains if chain not in touched] + [set(pair).union(*touched)]
+    return chains
+
+
+def _slices(it: Collective, devices: Sequence[Any]) -> int:
+    if it.slices > 1:
+        return it.slices
+    return max(len({getattr(devices[i], "slice_index", None) or 0 for i in group}) for group in _members(it))
+
+
+def _over_links(it: Collective, topology: Topology, devices: Sequence[Any]) -> float:
+    """Bytes that a device must receive over its share of its chip's links.
+
+    The devices of a chip hand each other what one of them has: what both want comes to the chip once (and an all-reduce
+    is summed on the chip before it leaves), over the links of both.
+    """
+    shared = topology.generation.devices
+    if shared == 1:
+        return it.received_bytes
+    most = 0.0
+    for group in _members(it):
+        chips = len({tuple(devices[i].coords) for i in group})
+        if chips == 1:
+            continue
+        if it.kind.startswith("collective-"):
+            most = max(most, it.payload_bytes)
+            continue
+        received = it.payload_bytes * (chips - 1) / chips * (2 if it.kind == "all-reduce" else 1)
+        each = len(group) / chips if it.kind != "all-to-all" else 1.0
+        most = max(most, received / each)
+    return most
+
+
+def _links(it: Collective, topology: Topology, devices: Sequence[Any]) -> float:
+    """Links of the worst placed chip in the group that has fewest; the two devices of one chip have one's worth."""
+    fewest = math.inf
+    for group in _members(it):
+        at = [devices[i].coords[: len(topology.shape)] for i in group]
+        lengths = tuple(len(set(axis)) for axis in zip(*at, strict=True))
+        if len(group) > 1:
+            fewest = min(fewest, max(1, topology.links(lengths)))
+    return fewest

@@ -1,0 +1,301 @@
+"""Plan a run for TPU slices without having one: compile its own programs, and say what they need and could do.
+
+    python -m dpo_jax.plan --config=configs/hhh.py:llama3.1-8b --topology=v6e:2x4,v5p:2x2x4 [--json=FILE] [--search]
+
+Needs the `tpu` extra (the compiler, not a TPU). No weights are read. Exit codes: 0 planned, fitting or not; 2 bad
+input.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from dpo_jax.config.command_line import Command, check, read_flags
+from dpo_jax.errors import UserError
+from dpo_jax.model import placement as policy
+from dpo_jax.model.config import ModelConfig, config_from_hf
+from dpo_jax.model.placement import Layout
+from dpo_jax.objective.objective import Objective
+from dpo_jax.parallel.mesh import make_mesh, row_shards
+from dpo_jax.parallel.tpu import Topology, parse_topology
+from dpo_jax.plan.bounds import bounds, by_kind
+from dpo_jax.plan.compile import Held, Program, TooLargeError, eval_program, held_by, train_program
+from dpo_jax.plan.known import MODELS
+from dpo_jax.plan.lengths import Lengths, find_lengths
+from dpo_jax.plan.search import largest_batch
+from dpo_jax.plan.text import lines, search_line, tried_line
+from dpo_jax.rows.pipeline import Schedule
+from dpo_jax.rows.schedule import RowShape, efficiency
+from dpo_jax.training import inputs
+from dpo_jax.training.loop import slots_of
+from dpo_jax.training.setup import Config, lay_out, make_objective, plan_of, transformation
+from dpo_jax.weights import hub
+from dpo_jax.weights import huggingface as weights
+
+
+def _flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("topology", None, "Slices to plan for, v6e:2x4,v5p:2x2x4,v6e:16x16*2.", flag_values=values)
+    flags.DEFINE_string("json", "", "File to write everything to.", flag_values=values)
+    flags.DEFINE_string("lengths", "", "lengths.npy of prepared pairs, int [n, 3].", flag_values=values)
+    flags.DEFINE_bool("search", False, "Look for the largest batch that fits.", flag_values=values)
+
+
+COMMAND = Command(
+    "python -m dpo_jax.plan --config=configs/hhh.py[:PRESET] --topology=v6e:2x4[,...] [--json=FILE] "
+    "[--lengths=FILE.npy] [--search] [--config.KEY=VALUE ...]",
+    "Compiles the run's step and evaluation for TPU slices on a machine without a TPU. Topologies: v5e:4x8,\n"
+    "v5p:2x2x4, v6e:2x4, tpu7x:2x2x1, two slices as v6e:2x4*2, or Cloud's names: v6e-8, v5litepod-16, v5p-16.",
+    _flags,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A run on a topology, before anything is compiled.
+
+    Attributes:
+      c: the config.
+      topology: where it would run.
+      layout: the model on the topology's mesh.
+      schedule: every step of an epoch, in rows that it takes.
+      steps: updates of the run.
+    """
+
+    c: Config
+    topology: Topology
+    layout: Layout
+    schedule: Schedule
+    steps: int
+
+    @property
+    def objective(self) -> Objective:
+        return make_objective(self.c)
+
+    @property
+    def optimizer(self) -> tuple[Any, Any]:
+        return transformation(self.c, self.c["learning_rate"], self.c["lr_schedule"], self.steps)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        config, values = read_flags(sys.argv if argv is None else argv, COMMAND)
+        if not values["topology"]:
+            raise UserError(f"--topology is missing; usage: {COMMAND.usage}")
+        topologies = [parse_topology(name) for name in values["topology"].split(",")]
+        c, file = dict(config), values["json"]
+        check(c)
+        _check_file(file)
+        model, lengths = find_model(c), find_lengths(c, values["lengths"])
+        drafts = [draft(c, model, lengths, topology) for topology in topologies]  # all, before minutes go to compiling
+        print(f"{c['model']}: {model.parameter_count():,} parameters; {lengths.source}", flush=True)
+        reports: list[dict[str, Any]] = []
+        for it in drafts:
+            reports.append(plan(it, lengths))
+            print("\n" + "\n".join(lines(reports[-1])), flush=True)
+            whole = {"config": c, "lengths": lengths.source, "topologies": reports}
+            _keep(file, whole)
+            if values["search"]:
+                reports[-1]["largest_batch"] = search(it, model, lengths, reports[-1])
+                print(search_line(reports[-1], lengths.pairs), flush=True)
+                _keep(file, whole)
+    except (UserError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _check_file(file: str) -> None:
+    path = Path(file).absolute()
+    if file and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+        raise UserError(f"--json={file} cannot be written; choose a file in a directory that is there and writable")
+
+
+def _keep(file: str, whole: Any) -> None:
+    if file:
+        Path(file).write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def find_model(c: Config, key: str = "model") -> ModelConfig:
+    """A model's numbers: of a directory, of a published model by name, or of the hub; no weights.
+
+    Args:
+      c: the config.
+      key: where it names the model: `model` or `reference`.
+
+    Raises:
+      UserError: there is no such model.
+    """
+    name = c[key]
+    if name in MODELS and not Path(name).is_dir():
+        return config_from_hf(MODELS[name], name)
+    if name != "tiny" or key != "model":
+        return weights.read_config(hub.resolve(name, what=key, with_weights=False))[0]
+    with tempfile.TemporaryDirectory() as work:  # as large as the vocabulary that its tokenizer learns
+        return policy.find(name, Path(work), c["seed"]).config
+
+
+def draft(c: Config, model: ModelConfig, lengths: Lengths, topology: Topology) -> Draft:
+    """What training would refuse is refused here too.
+
+    Raises:
+      UserError: the config does not fit the topology, the model or the pairs, or the compiler is not installed.
+    """
+    mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"], topology.devices())
+    inputs.check_division(c["batch_size"], row_shards(mesh), c["microbatches"])
+    inputs.check_experts(c, model.num_experts)
+    inputs.check_enough(c, len(lengths))
+    layout = lay_out(c, model, mesh)
+    if c["reference"]:
+        policy.check_reference(find_model(c, "reference"), layout, c["reference"])
+    whole, rest = divmod(lengths.pairs, c["batch_size"])
+    steps = inputs.run_steps(c, whole if c["drop_remainder"] else whole + bool(rest))
+    return Draft(c, topology, layout, plan_of(c, lengths, layout, lengths.mixture), steps)
+
+
+def plan(it: Draft, lengths: Lengths) -> dict[str, Any]:
+    """Compile for one topology and report; see `plan_text.lines` for what the keys mean."""
+    c, topology, layout, schedule = it.c, it.topology, it.layout, it.schedule
+    shapes = shares(schedule)
+    report: dict[str, Any] = {
+        "topology": topology.name,
+        "accelerator_type": topology.accelerator_type,
+        "chips": topology.chips,
+        "devices_per_chip": topology.generation.devices,
+        "mesh": dict(layout.mesh.shape),
+        "batch_size": c["batch_size"],
+        "microbatches": c["microbatches"],
+        "rows": [
+            {
+                **dataclasses.asdict(s),
+                "share": share,
+                "attention": "splash" if policy.uses_kernel(layout, slots_of(s)) else "dense",
+            }
+            for s, share in shapes.items()
+        ],
+        "useful_token_fraction": efficiency(schedule.epoch(0), lengths.lengths),
+        "compute_dtype": str(layout.dtype),
+        "remat": c["remat"],
+        "hbm_available": topology.generation.hbm_bytes,
+    }
+    try:
+        return report | _measured(it, shapes, lengths)
+    except TooLargeError as e:
+        held = held_by(c, layout, it.objective, it.optimizer[0])
+        return report | {"fits": False, "why": str(e), "memory": dataclasses.asdict(held)}
+
+
+def _measured(it: Draft, shapes: Mapping[RowShape, float], lengths: Lengths) -> dict[str, Any]:
+    c, layout, schedule, topology, objective = it.c, it.layout, it.schedule, it.topology, it.objective
+    main = max(shapes, key=lambda s: shapes[s])
+    program = train_program(c, layout, objective, it.optimizer, main)
+    held = held_by(c, layout, objective, it.optimizer[0])
+    widest = max(shapes, key=lambda s: s.tokens)
+    largest = program if widest == main else train_program(c, layout, objective, it.optimizer, widest)
+    evaluation = eval_program(c, layout, objective, main)
+    devices = list(layout.mesh.devices.flat)
+    train, held_out = (bounds(p.costs, topology, devices, passes=policy.passes(layout)) for p in (program, evaluation))
+    inside, between = by_kind(program.costs, devices)
+    # The other shapes take time as they have tokens.
+    scale = sum(share * shape.tokens for shape, share in shapes.items()) / main.tokens
+    seconds = train.step * scale
+    speed, evaluation_speed = c["batch_size"] / seconds, c["batch_size"] / (held_out.step * scale)
+    epochs = c["num_steps"] * c["batch_size"] / lengths.pairs if c["num_steps"] else c["num_epochs"]
+    hours = epochs * lengths.pairs / speed / 3600
+    if objective.needs_reference and c["reference_cache"]:
+        hours += min(epochs, 1) * lengths.pairs / evaluation_speed / 3600
+    a_token = layout.config.active_parameter_count()
+    real = a_token * float(schedule.lengths[schedule.members(0)].sum(1).mean()) * c["batch_size"]
+    needed = operations(c, layout, objective)
+    peak = topology.generation.peak_flops * len(devices)
+    total, largest_total = program.total_bytes, largest.total_bytes
+    flops = (program.costs.flops + program.costs.kernel_flops) * len(devices) * scale
+    return {
+        "fits": True,
+        "memory": _memory(program, held) | {"largest_shape_total": largest_total},
+        "headroom": topology.generation.hbm_bytes - max(total, largest_total),
+        "evaluation_memory": evaluation.total_bytes,
+        "flops": flops,
+        "flops_traced": program.asked_flops * scale,
+        "flops_per_8N": flops / (8 * real),
+        "needed_per_parameter_and_token": needed,
+        "hbm_bytes": program.costs.hbm_bytes * scale,
+        "interconnect_bytes": {kind: n * scale for kind, n in inside.items()},
+        "network_bytes": {kind: n * scale for kind, n in between.items()},
+        "kernels": program.costs.kernels,
+        "not_counted": [*program.costs.unknown_kernels, *program.costs.unknown_loops],
+        "seconds": {name: s * scale for name, s in dataclasses.asdict(train).items()},
+        "binds": train.binding,
+        "pairs_per_second": speed,
+        "pairs_per_second_per_chip": speed / topology.chips,
+        "share_of_peak": {
+            "at_the_bound": needed * real / (peak * seconds),
+            "if_compute_bound": needed * real / (peak * train.compute * scale),
+        },
+        "evaluation_pairs_per_second": evaluation_speed,
+        "epochs": epochs,
+        "hours": hours,
+        "compile_seconds": {"train": program.seconds, "evaluation": evaluation.seconds},
+    }
+
+
+def operations(c: Config, layout: Layout, objective: Objective) -> int:
+    """What a step needs at least for each parameter that a token meets.
+
+    The policy's forward pass 2, its backward pass 2 for what flows on and, unless they are frozen, 2 for the
+    parameters; the reference's forward pass 2 if the step has one.
+    """
+    in_step = objective.needs_reference and not c["reference_cache"]
+    return (6 if layout.lora is None else 4) + (2 if in_step else 0)
+
+
+def _memory(program: Program, held: Held) -> dict[str, float]:
+    return dataclasses.asdict(held) | {
+        "activations": program.total_bytes - held.parameters - held.optimizer - held.reference,
+        "total": program.total_bytes,
+        "host": program.host_bytes,
+    }
+
+
+def shares(schedule: Schedule) -> dict[RowShape, float]:
+    """The row shapes that an epoch uses, and the share of steps that each has."""
+    epoch = schedule.epoch(0)
+    used, counts = np.unique(epoch.shape, return_counts=True)
+    return {epoch.shapes[i]: float(n) / len(epoch) for i, n in zip(used, counts, strict=True)}
+
+
+def search(it: Draft, model: ModelConfig, lengths: Lengths, first: Mapping[str, Any]) -> int:
+    """The largest batch that fits, in steps of what rows divide by, up to all pairs of an epoch; 0 if none does.
+
+    Args:
+      it, first: what was planned, and its report.
+      model, lengths: what it was planned for.
+    """
+
+    def need(batch: int) -> float | None:
+        if batch == it.c["batch_size"]:
+            return first["memory"]["largest_shape_total"] if first["fits"] else None
+        c = dict(it.c) | {"batch_size": batch}
+        other = draft(c, model, find_lengths(c) if lengths.drawn else lengths, it.topology)
+        widest = max(shares(other.schedule), key=lambda s: s.tokens)
+        try:
+            found = train_program(other.c, other.layout, other.objective, other.optimizer, widest).total_bytes
+        except TooLargeError:
+            found = None
+        # As a plan's headroom: parts that are never alive together make the sum more than what the compiler needs.
+        found = None if found is None or found > room else found
+        print(tried_line(batch, found), flush=True)
+        return found
+
+    room, unit = it.topology.generation.hbm_bytes, row_shards(it.layout.mesh) * it.c["microbatches"]
+    return largest_batch(need, it.c["batch_size"], unit, lengths.pairs, room)

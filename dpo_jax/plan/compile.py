@@ -1,0 +1,218 @@
+"""A run's own programs, compiled for devices that are not there: what they hold in memory and what they do."""
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpo_jax.errors import UserError
+from dpo_jax.model import experts
+from dpo_jax.model import placement as policy
+from dpo_jax.model.attention import tpu_splash as splash
+from dpo_jax.model.placement import Layout
+from dpo_jax.objective.objective import Objective
+from dpo_jax.parallel.mesh import axis_rules, batch_sharding, replicated
+from dpo_jax.parallel.tpu import quiet
+from dpo_jax.plan import jaxpr_costs
+from dpo_jax.plan.hlo import count as hlo
+from dpo_jax.rows.schedule import RowShape
+from dpo_jax.training.loop import slots_of
+from dpo_jax.training.setup import Config, make_models
+from dpo_jax.training.step import REFERENCE_FIELDS, make_eval_step, make_train_step
+
+
+class TooLargeError(Exception):
+    """The compiler found that a program does not fit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program; bytes are per device.
+
+    Attributes:
+      costs: what it does, see `hlo.Costs`.
+      asked_flops: of all devices together, counted in the program as it was traced.
+      total_bytes: arguments, results and temporaries together, what is donated once.
+      temporary_bytes: what is held only while it runs.
+      host_bytes: in the host's memory.
+      seconds: that compiling took.
+    """
+
+    costs: hlo.Costs
+    asked_flops: float
+    total_bytes: float
+    temporary_bytes: float
+    host_bytes: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Bytes per device of what a run holds all the time, by what it is."""
+
+    parameters: float
+    optimizer: float
+    reference: float
+
+
+def abstract_batch(shape: RowShape, layout: Layout, microbatches: int, given: int = 0) -> dict[str, Any]:
+    """A batch as `pipeline.StepSource` makes it, by shape and sharding, with `given` of the reference's values."""
+    M, B, K = microbatches, shape.rows // microbatches, shape.pairs
+    T, N = sum(shape.widths), shape.chosen + shape.rejected
+    sizes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "tokens": ((T,), jnp.int32),
+        "segments": ((T,), jnp.int32),
+        "positions": ((T,), jnp.int32),
+        "source": ((N,), jnp.int32),
+        "is_pair": ((K,), jnp.bool_),
+        "completion_tokens": ((K, 2), jnp.int32),
+    } | dict.fromkeys(REFERENCE_FIELDS[:given], ((K, 2), jnp.float32))
+    sharding = batch_sharding(layout.mesh)
+    return {n: jax.ShapeDtypeStruct((M, B, *rest), dtype, sharding=sharding) for n, (rest, dtype) in sizes.items()}
+
+
+def _frozen(c: Config, objective: Objective, layout: Layout) -> tuple[Any, Any, int]:
+    """Abstract reference parameters and base, and how many of the reference's values come with the batch."""
+    base = policy.abstract_whole(layout, layout.base_dtype) if layout.lora is not None else None
+    if not objective.needs_reference:
+        return None, base, 0
+    if c["reference_cache"]:
+        return None, base, 2 if c["ld_alpha"] != 1 else 1
+    if c["reference_sync_steps"]:
+        return policy.abstract_reference(layout), base, 0
+    if base is None or c["reference"]:
+        return policy.abstract_whole(layout, layout.dtype), base, 0
+    # Over a frozen base, only what differs from it: nothing, or the adapters after the SFT phase.
+    return policy.abstract_trained(layout, layout.dtype) if c["sft_steps"] else {}, base, 0
+
+
+def held_by(c: Config, layout: Layout, objective: Objective, tx: optax.GradientTransformation) -> Held:
+    """What the run holds on each device all the time."""
+    state = policy.abstract_state(tx, layout)
+    reference, base, _ = _frozen(c, objective, layout)
+    return Held(local_bytes(state.params), local_bytes(state.opt_state), local_bytes((reference, base)))
+
+
+def train_program(
+    c: Config,
+    layout: Layout,
+    objective: Objective,
+    optimizer: tuple[optax.GradientTransformation, Any],
+    shape: RowShape,
+) -> Program:
+    """The training step for rows of one shape.
+
+    Raises:
+      TooLargeError: it needs more memory than a device has.
+      UserError: a part of it needs more of the memory on the chip than there is.
+    """
+    tx, rate = optimizer
+    logps, reference_logps = make_models(c, layout)
+    step = make_train_step(
+        logps,
+        objective,
+        tx,
+        rate,
+        compute_dtype=layout.dtype,
+        reference_logps=reference_logps,
+        optimizer_offload=layout.optimizer_offload,
+        compiler_options=layout.compiler_options,
+    )
+    state = policy.abstract_state(tx, layout)
+    reference, base, given = _frozen(c, objective, layout)
+    batch = abstract_batch(shape, layout, c["microbatches"], given)
+    return _compile("step", step, (state, reference, batch, slots_of(shape), base), shape, layout)
+
+
+def eval_program(c: Config, layout: Layout, objective: Objective, shape: RowShape) -> Program:
+    """The evaluation for rows of one shape: the policy alone, as the reference's values are known."""
+    logps, _ = make_models(c, layout)
+    step = make_eval_step(
+        logps,
+        objective,
+        compute_dtype=layout.dtype,
+        out_shardings=replicated(layout.mesh),
+        compiler_options=layout.compiler_options,
+    )
+    params = policy.abstract_trained(layout, layout.param_dtype)
+    reference, base, given = _frozen(c, objective, layout)
+    if objective.needs_reference and not c["reference_sync_steps"]:
+        reference, given = None, max(given, 2 if c["ld_alpha"] != 1 else 1)
+    batch = abstract_batch(shape, layout, c["microbatches"], given)
+    return _compile("evaluation", step, (params, reference, batch, slots_of(shape), base), shape, layout)
+
+
+def _compile(what: str, step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Layout) -> Program:
+    slots, tiling, share = slots_of(shape), layout.tiling, _experts_share(layout)
+
+    def kernel(name: str, operands: Any) -> float | None:
+        if name == "ragged-dot-metadata":  # of a grouped product: no products
+            return 0.0
+        if (found := experts.kernel_flops(name, operands)) is not None:
+            return found * share
+        if not isinstance(tiling, splash.Tiling):
+            return None
+        return splash.kernel_flops(name, splash.query_shape(operands), slots, tiling)
+
+    def called(call: hlo.KernelCall) -> float | None:
+        found = kernel(call.name, call.operands)
+        if found is not None or call.cost_estimate is None:
+            return found
+        return call.cost_estimate * (share if call.name.startswith("ragged-dot") or "tgmm" in call.name else 1)
+
+    began = time.perf_counter()
+    with jax.set_mesh(layout.mesh), policy.exact_products(layout), quiet():
+        traced = step.trace(*arguments)
+        try:
+            compiled = traced.lower().compile()
+        except Exception as e:  # XLA's errors have no class of their own for this
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            if on_chip := re.search(r"memory space (?!hbm)(\w+)", str(e)):
+                raise UserError(
+                    f"rows of {list(shape.widths)} do not compile: one operation {_memory_words(str(e))} of the chip's "
+                    f"{on_chip[1]}; attention=dense has no kernel, and compiler_options may give it more"
+                ) from None
+            rows = "|".join(map(str, shape.widths))
+            raise TooLargeError(f"{what} with rows of [{rows}]: {_memory_words(str(e))}") from None
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    costs = hlo.count(compiled.as_text(), called)
+    asked = jaxpr_costs.flops(traced.jaxpr, lambda name, operands, _: kernel(name, operands), grouped_share=share)
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return Program(
+        costs=costs,
+        asked_flops=asked,
+        total_bytes=total - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        seconds=seconds,
+    )
+
+
+def _experts_share(layout: Layout) -> float:
+    """The share of (token, expert) rows that a device's own experts have, on average; it sorts those of all of them."""
+    if not layout.config.num_experts:
+        return 1.0
+    axis = dict(axis_rules(layout.config, layout.mesh))["experts"]
+    return 1 / layout.mesh.shape[axis] if axis else 1.0
+
+
+def _memory_words(message: str) -> str:
+    """The compiler's own numbers, in one line."""
+    found = re.search(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT])", message)
+    if found:
+        return f"needs {found[1]} of {found[2]}"
+    found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
+    return f"needs {found[1]} of {found[2]}" if found else message.strip().splitlines()[0][:200]
+
+
+def local_bytes(tree: Any) -> float:
+    """Bytes of abstract arrays in the memory of one device; what lies in the host's memory does not count."""
+    leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != "pinned_host"]
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))

@@ -1,0 +1,108 @@
+"""Copies of a run's records for Weights & Biases and for trackio: off unless the config names a project.
+
+Where they go, and whether over a network, is the packages' own business: WANDB_MODE=offline, WANDB_BASE_URL,
+TRACKIO_DIR, TRACKIO_SPACE_ID and so on. metrics.jsonl stays the truth.
+"""
+
+import importlib.util
+import json
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.errors import UserError
+from dpo_jax.records.writer import Record
+
+Log = Callable[[Record], None]
+
+
+def check_packages(projects: Mapping[str, str]) -> None:
+    """Refuse a tracker whose package is not installed, before anything is loaded.
+
+    Args:
+      projects: the project in each of `TRACKERS`; empty is off.
+
+    Raises:
+      UserError: with the command that installs it.
+    """
+    for package, project in projects.items():
+        if project and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{package}_project={project!r} needs the package {package}, which is not installed: "
+                f"pip install {package}, or leave the key empty"
+            )
+
+
+@contextmanager
+def open_trackers(workdir: Path, projects: Mapping[str, str], config: Mapping[str, Any]) -> Iterator[list[Log]]:
+    """The trackers that are asked for; a run that goes on continues the one it began.
+
+    Its records since the checkpoint are sent again, with the values they had: they fall on the same points.
+
+    Args:
+      workdir: of the run, whose name the trackers show; ids are kept in its trackers.json.
+      projects: as in `check_packages`.
+      config: of the run, for them to show.
+
+    Yields:
+      Functions that take a record; called by one process only.
+
+    Raises:
+      UserError: a tracker cannot start.
+    """
+    wanted = {package: project for package, project in projects.items() if project}
+    path = workdir / "trackers.json"
+    ids = json.loads(path.read_text()) if path.exists() else {}
+    new = {package: secrets.token_hex(4) for package in wanted if package not in ids}
+    if new:
+        ids |= new
+        path.write_text(json.dumps(ids) + "\n")
+    with ExitStack() as stack:
+        logs = []
+        for package, project in wanted.items():
+            try:
+                log, finish = TRACKERS[package](project, workdir, ids[package], dict(config))
+            except Exception as error:  # not logged in, no network, a project's name that is not allowed
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise UserError(
+                    f"{package}_project={project!r}: {package} cannot start ({reason:.300}); mend that, or leave the "
+                    "key empty" + (" (WANDB_MODE=offline needs no login)" if package == "wandb" else "")
+                ) from error
+            stack.push(lambda kind, *_, finish=finish: finish(kind is not None))
+            logs.append(log)
+        yield logs
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`train/dpo_loss` and so on, as TensorBoard has them; the step among them, each split having its own."""
+    return {f"{record['split']}/{name}": v for name, v in record.items() if not isinstance(v, str)}
+
+
+def _wandb(project: str, workdir: Path, run_id: str, config: dict[str, Any]) -> tuple[Log, Callable[[bool], None]]:
+    import wandb  # an extra, slow to import
+
+    run = wandb.init(
+        project=project, name=workdir.resolve().name, id=run_id, resume="allow", dir=str(workdir), config=config,
+        settings=wandb.Settings(console="off"),
+    )  # fmt: skip
+    # SFT and DPO both count from 1, and wandb's own step never goes back.
+    for split in ("sft", "train", "eval"):
+        run.define_metric(f"{split}/*", step_metric=f"{split}/step")
+    return lambda record: run.log(_numbers(record)), lambda failed: run.finish(exit_code=int(failed))
+
+
+def _trackio(project: str, workdir: Path, run_id: str, config: dict[str, Any]) -> tuple[Log, Callable[[bool], None]]:
+    import trackio  # an extra, slow to import
+
+    # A run is known by its name there, so that of the directory alone could be another run's.
+    run = trackio.init(project=project, name=f"{workdir.resolve().name}-{run_id}", config=config, resume="allow")
+    return lambda record: run.log(_numbers(record), step=record["step"]), lambda failed: run.finish()
+
+
+# (project, workdir, the run's id, config) → what takes a record, and what ends it (True: the run failed).
+TRACKERS: dict[str, Callable[[str, Path, str, dict[str, Any]], tuple[Log, Callable[[bool], None]]]] = {
+    "wandb": _wandb,
+    "trackio": _trackio,
+}

@@ -1,0 +1,261 @@
+"""What a run left in its directory, and what its pages draw and count from it."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.errors import UserError
+from dpo_jax.records import writer as metrics
+from dpo_jax.records.length_bias import GROUPS, RATIO
+from dpo_jax.report.charts import Series
+from dpo_jax.report.html import RUN_COLORS
+
+EXPORTS = ("export", "export-adapter")
+
+LABELS = {
+    "dpo_loss": "DPO loss",
+    "accuracy": "Accuracy",
+    "margin": "Margin",
+    "chosen_reward": "Chosen reward",
+    "rejected_reward": "Rejected reward",
+    "chosen_logp": "Chosen log-probability",
+    "rejected_logp": "Rejected log-probability",
+    "grad_norm": "Gradient norm",
+    "learning_rate": "Learning rate",
+    "pairs_per_second": "Pairs per second",
+    "memory_gb": "Peak memory, GB",
+    "loss": "SFT loss",
+    "kl": "KL from the reference, nats an answer",
+    "kl_per_token": "KL from the reference, nats a token",
+    "length_correlation": "Correlation of length difference and margin",
+    "useful_token_fraction": "Computed tokens that are real",
+    "step_seconds": "Seconds a step",
+}
+LENGTH_WORDS = dict(zip(GROUPS, ("chosen shorter", "similar length", "chosen longer"), strict=True))
+
+
+def metric_label(name: str) -> str:
+    """A metric's name for a person; `accuracy/SOURCE` is the accuracy of that source, or of pairs by length."""
+    metric, slash, group = name.partition("/")
+    words = LABELS.get(metric, metric.replace("_", " "))
+    return f"{words} · {LENGTH_WORDS.get(group, group)}" if slash else words
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A chart of the pages: which metrics of which training split, and how `charts.chart` draws them.
+
+    lines: (name in the legend, colour) of each metric where there are several; empty for one.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    note: str = ""
+    split: str = "train"
+    guide: tuple[float, str] | None = None
+    from_zero: bool = False
+    exact: bool = False
+    lines: tuple[tuple[str, str], ...] = ()
+
+
+TWO = (("chosen", "chosen"), ("rejected", "rejected"))
+MAIN_PLOTS = (
+    Plot("DPO loss", ("dpo_loss",), guide=(math.log(2), "ln 2")),
+    Plot("Accuracy", ("accuracy",), "Whiskers: one standard error.", guide=(0.5, "chance")),
+    Plot("Margin", ("margin",), "Chosen minus rejected reward.", guide=(0.0, "")),
+    Plot(
+        "Rewards",
+        ("chosen_reward", "rejected_reward"),
+        "β · (policy − reference log-probability).",
+        guide=(0.0, ""),
+        lines=TWO,
+    ),
+)
+KL_PLOT = Plot(
+    "KL from the reference",
+    ("kl",),
+    "Nats an answer, on answers that the policy draws at temperature 1 to held-out prompts; whiskers: one standard "
+    "error. Not of the data set's answers: rewards are of those.",
+    from_zero=True,
+)
+OTHER_PLOTS = (
+    KL_PLOT,
+    Plot(
+        "Completion log-probabilities",
+        ("chosen_logp", "rejected_logp"),
+        "Summed over a completion. Both may fall: DPO asks for a difference.",
+        lines=TWO,
+    ),
+    Plot("Gradient norm", ("grad_norm",), "Before clipping.", from_zero=True),
+    Plot("Learning rate", ("learning_rate",), from_zero=True, exact=True),
+    Plot("Pairs per second", ("pairs_per_second",), "Without evaluations and checkpoints.", from_zero=True),
+    Plot("Peak memory, GB", ("memory_gb",), from_zero=True, exact=True),
+    Plot("SFT loss", ("loss",), "Per chosen token, before DPO.", split="sft"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory, read; parts that are not there are empty.
+
+    about: run.json, with what the run was made.
+    checkpoints: bytes of each by its number, the updates of SFT and DPO together.
+    exports: bytes of the files of `export` and `export-adapter`, by name.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    records: Sequence[metrics.Record]
+    samples: Sequence[metrics.Record]
+    data: Mapping[str, Any]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    checkpoints: Mapping[int, int] = field(default_factory=dict)
+    exports: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+def is_dpo(run: Run) -> bool:
+    """Whether the run minimised DPO's own loss: what is said of ln 2 and of rewards holds for it."""
+    return bool(run.config.get("loss", "sigmoid") == "sigmoid")
+
+
+def main_plots(runs: Sequence[Run]) -> tuple[Plot, ...]:
+    """`MAIN_PLOTS`, without their words on DPO where a run minimised another loss."""
+    if all(is_dpo(run) for run in runs):
+        return MAIN_PLOTS
+    told = ("dpo_loss", "chosen_reward")
+    return tuple(replace(p, note="", guide=None) if p.names[0] in told else p for p in MAIN_PLOTS)
+
+
+def load(workdir: Path) -> Run:
+    """Read a run's directory.
+
+    Raises:
+      UserError: the directory is missing or holds no run, or a file in it is damaged.
+    """
+    if not workdir.is_dir():
+        raise UserError(f"{workdir} is not a directory; give the --workdir of a run")
+    run = Run(
+        name=workdir.resolve().name,
+        config=_read_json(workdir / "config.json"),
+        records=metrics.read(workdir / "metrics.jsonl"),
+        samples=metrics.read(workdir / "samples.jsonl"),
+        data=_read_json(workdir / "data.json"),
+        about=_read_json(workdir / "run.json"),
+        checkpoints=dict(
+            sorted((int(p.name), _size(p)) for p in _children(workdir / "checkpoints") if p.name.isdigit())
+        ),
+        exports={name: found for name in EXPORTS if (found := {p.name: _size(p) for p in _children(workdir / name)})},
+    )
+    if not (run.config or run.records):
+        raise UserError(f"{workdir} holds no run: no config.json, no metrics.jsonl; give the --workdir of a run")
+    return run
+
+
+def _children(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def total_steps(run: Run) -> int:
+    """Updates of DPO that the run was to make; 0 if the files do not say."""
+    return int(run.about.get("steps") or run.config.get("num_steps") or 0)
+
+
+def training_seconds(run: Run) -> float | None:
+    """Time in DPO's updates, of evaluations and the like none: what each record says of the steps up to it."""
+    records = {r["step"]: r["step_seconds"] for r in run.records if r["split"] == "train" and r.get("step_seconds")}
+    steps = sorted(records)
+    return sum(records[n] * (n - before) for before, n in zip([0, *steps], steps, strict=False)) if steps else None
+
+
+def length_plot(run: Run) -> Plot:
+    """Held-out accuracy of pairs whose chosen answer is the shorter, the longer, or neither."""
+    lines = tuple((LENGTH_WORDS[group], f"run-{i}") for i, group in enumerate(GROUPS))
+    names = tuple(f"accuracy/{group}" for group in GROUPS)
+    note = f"Longer: by over {RATIO - 1:.0%} of tokens. A policy that has learned length loses where chosen is shorter."
+    return Plot("Accuracy by length", names, note, guide=(0.5, "chance"), lines=lines)
+
+
+def sources(run: Run) -> list[str]:
+    """Prompt sources that evaluations tell apart, in the order of their first record."""
+    named = dict.fromkeys(n.partition("/")[2] for r in run.records for n in r if n.startswith("accuracy/"))
+    return [name for name in named if name not in GROUPS]
+
+
+def source_plot(run: Run) -> Plot:
+    """Held-out accuracy by the pairs' source."""
+    found = sources(run)
+    lines = tuple((name, f"run-{i % RUN_COLORS}") for i, name in enumerate(found))
+    return Plot("Accuracy by source", tuple(f"accuracy/{n}" for n in found), guide=(0.5, "chance"), lines=lines)
+
+
+def last_step(run: Run) -> int:
+    """The last DPO step on record; the final evaluation may be of a step that `log_every` skipped."""
+    return max((r["step"] for r in run.records if r["split"] in ("train", "eval")), default=0)
+
+
+def held_out_pairs(run: Run) -> int:
+    """How many pairs an evaluation covers; 0 if the files do not say."""
+    counts = [r["pairs"] for r in run.records if r["split"] == "eval" and r.get("pairs")]
+    return int(counts[-1] if counts else run.data.get("splits", {}).get("eval", {}).get("pairs", 0))
+
+
+def accuracy_error(run: Run, accuracy: float | None, pairs: int | None = None) -> float | None:
+    """The standard error of a held-out accuracy over `pairs` (all of them), sqrt(p(1 − p) / n)."""
+    pairs = pairs or held_out_pairs(run)
+    return math.sqrt(accuracy * (1 - accuracy) / pairs) if pairs and accuracy is not None else None
+
+
+def median(run: Run, name: str) -> float | None:
+    """The median of a metric over the training records."""
+    values = [r[name] for r in run.records if r["split"] == "train" and r.get(name) is not None]
+    return statistics.median(values) if values else None
+
+
+def largest(run: Run, name: str) -> float | None:
+    """The largest value of a metric over the training records."""
+    return max((r[name] for r in run.records if r["split"] == "train" and r.get(name) is not None), default=None)
+
+
+def training_series(run: Run, plot: Plot, name: str, label: str | None, color: str) -> Series:
+    """A metric over the plot's training split."""
+    return Series(label, color, _points(run, plot.split, name), exact=plot.exact)
+
+
+def held_out_series(run: Run, name: str, label: str, color: str) -> Series:
+    """A metric over the evaluations; accuracy has its standard errors."""
+    points = _points(run, "eval", name)
+    errors = {}
+    if name == "accuracy":
+        errors = {step: error for step, value in points if (error := accuracy_error(run, value))}
+    if name == "kl":
+        errors = {r["step"]: r["kl_error"] for r in run.records if r["split"] == "eval" and r.get("kl_error")}
+    return Series(label, color, points, held_out=True, errors=errors)
+
+
+def _points(run: Run, split: str, name: str) -> list[tuple[float, float | None]]:
+    records = [r for r in run.records if r["split"] == split and name in r]
+    if name.startswith("accuracy"):
+        # Where policy and reference are equal every pair ties, and the contract counts that as 0: not an accuracy.
+        records = [r for r in records if r.get("margin") != 0 and (split == "train" or r.get("accuracy") != 0)]
+    return sorted({r["step"]: r[name] for r in records}.items())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); restore or remove it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; restore or remove it")
+    return value

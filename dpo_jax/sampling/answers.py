@@ -1,0 +1,83 @@
+"""Answers of the policy to held-out prompts, before and after training."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dpo_jax.model.placement import Layout
+from dpo_jax.records.writer import MetricsWriter
+from dpo_jax.rows.pipeline import PairSource
+from dpo_jax.sampling import engine as sample
+
+
+def answer(
+    params: Any,
+    pairs: PairSource,
+    tokenizer: Any,
+    layout: Layout,
+    *,
+    modes: Mapping[str, tuple[float, float]],
+    new_tokens: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Answer the prompts of `pairs`.
+
+    Args:
+      params: the policy's.
+      pairs: whose prompts are answered; their own answers stand beside.
+      tokenizer: the policy's.
+      layout: of the model.
+      modes: (temperature, top-p) by name.
+      new_tokens: most tokens of an answer.
+      seed: of the draws.
+
+    Returns:
+      Records with `mode`, `prompt`, `answer`, `chosen`, `rejected`.
+    """
+    shown = [pairs[i] for i in range(len(pairs))]
+    stop = stop_tokens(pairs, tokenizer)
+    records = []
+    for mode, (temperature, top_p) in modes.items():
+        answers = sample.generate(
+            params,
+            [prompt.tolist() for prompt, _, _ in shown],
+            config=layout.config,
+            stop=stop,
+            new_tokens=new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            dtype=layout.dtype,
+        )
+        for (prompt, chosen, rejected), ids in zip(shown, answers, strict=True):
+            parts = {"prompt": prompt, "answer": ids, "chosen": chosen, "rejected": rejected}
+            texts = {name: tokenizer.decode(x, skip_special_tokens=True).strip() for name, x in parts.items()}
+            records.append({"mode": mode} | texts)
+    return records
+
+
+def stop_tokens(pairs: PairSource, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer, as the completions of `pairs` do; [-1], which nothing is, if there are none."""
+    # A chat template ends a turn with a token of its own, which need not be the tokenizer's eos.
+    # It may be followed by a newline.
+    last = {int(i) for n in range(len(pairs)) for ids in pairs[n][1:] for i in ids[-2:]}
+    return sorted({tokenizer.eos_token_id, *(last & set(tokenizer.all_special_ids))} - {None}) or [-1]
+
+
+def append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Append records to samples.jsonl; only the first process does."""
+    if jax.process_index() == 0:
+        with path.open("a", encoding="utf-8") as f:
+            f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+
+
+def show(records: Sequence[Mapping[str, Any]], writer: MetricsWriter) -> None:
+    """Print the greedy answers before and after, side by side."""
+    greedy = [r for r in records if r["mode"] == "greedy"]
+    before, after = ({r["prompt"]: r["answer"] for r in greedy if r["when"] == when} for when in ("before", "after"))
+    rows = [(prompt, before[prompt], after[prompt]) for prompt in before if prompt in after]
+    if rows:
+        writer.side_by_side("Answers (greedy)", ("prompt", "before", "after"), rows)

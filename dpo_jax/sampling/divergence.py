@@ -1,0 +1,117 @@
+"""How far the policy is from its reference on answers of its own: an on-policy estimate of their KL divergence.
+
+The rewards of DPO, divided by β, are log-ratios too, but on the data set's completions, which the policy need not say:
+their mean is no KL divergence and may have either sign. The divergence is an expectation over the policy's answers, so
+answers are drawn: at temperature 1 from the whole vocabulary, for anything else is another distribution.
+
+Shapes: B rows, N completion tokens of a row (two answers to its prompt), D model, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.model.attention.dense import Slots
+from dpo_jax.model.decoder import Params, hidden_states, unembedding
+from dpo_jax.model.placement import Layout, limits_on
+from dpo_jax.objective.token_logps import token_kl
+from dpo_jax.parallel.mesh import axis_rules, local_rows, replicated, row_shards, to_global
+from dpo_jax.parallel.watchdog import LONGER, beat
+from dpo_jax.rows.pipeline import build_rows
+from dpo_jax.rows.schedule import RowShape
+from dpo_jax.sampling import engine as sample
+
+# Answers drawn to a prompt: they lie in the two completion slots of a row, and the prompt is computed once for both.
+DRAWS = 2
+
+Triple = tuple[np.ndarray, np.ndarray, np.ndarray]  # token ids of a prompt and of two answers, int32
+
+
+def make_divergence(layout: Layout, new_tokens: int) -> Callable[[Params, Params, Sequence[Triple]], np.ndarray]:
+    """Build `divergence(params, ref_params, answers)` → float64 `[answers, 2]`, nats.
+
+    Of an answer y it is Σ_t KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t)), where every term is exact, a sum over the vocabulary.
+    For y drawn from π its mean is KL(π(·|x) ‖ π_ref(·|x)), as is that of Σ_t log π/π_ref, whose variance is never
+    smaller (Amini, Vieira and Cotterell 2025, arXiv 2504.10637). An answer's end is a token of its own.
+
+    Args:
+      layout: of both models. Their parameters may be of any dtype; all is computed in the layout's.
+      new_tokens: the most tokens of an answer: rows have room for as many, whatever the answers, as a width more would
+        be compiled for each.
+    """
+    mesh, config = layout.mesh, layout.config
+    rules, shards = axis_rules(config, mesh), row_shards(mesh)
+
+    def rows_of(both: tuple[Params, Params], micro: dict[str, jax.Array], slots: Slots) -> jax.Array:
+        with nn.logical_axis_rules(rules):
+            states = [hidden_states(p, micro, config=config, slots=slots, dtype=layout.dtype) for p in both]
+            hidden = [jnp.take_along_axis(h, micro["source"][:, :, None], axis=1) for h in states]
+            kl_BN = token_kl(hidden, [unembedding(p) for p in both], softcap=config.final_logit_softcapping)
+        kl_BN = jnp.where(micro["segments"][:, slots.prompt :] > 0, kl_BN, 0.0)
+        return jnp.stack([kl_BN[:, : slots.chosen].sum(1), kl_BN[:, slots.chosen :].sum(1)], axis=1)
+
+    def step(params: Params, ref_params: Params, batch: dict[str, jax.Array], slots: Slots) -> jax.Array:
+        both = tuple(jax.tree.map(lambda p: p.astype(layout.dtype), tree) for tree in (params, ref_params))
+        return jax.lax.map(lambda micro: rows_of(both, micro, slots), batch)  # few rows at a time
+
+    compiled = jax.jit(step, static_argnames="slots", out_shardings=replicated(mesh))
+    multiple = limits_on(config, shards, layout.platform).width_multiple
+
+    def divergence(params: Params, ref_params: Params, answers: Sequence[Triple]) -> np.ndarray:
+        longest = (max(len(parts[0]) for parts in answers), new_tokens, new_tokens)
+        groups = -(-len(answers) // shards)
+        placed = np.full(groups * shards, -1)
+        placed[: len(answers)] = np.arange(len(answers))
+        P, C, R = (-(-n // multiple) * multiple for n in longest)
+        flat = build_rows(answers, placed[:, None], RowShape(len(placed), P, C, R, 1))  # type: ignore[arg-type]
+        mine = local_rows(mesh, shards)
+        arrays = {name: x.reshape(groups, shards, *x.shape[1:])[:, mine] for name, x in flat.items()}
+        found = compiled(params, ref_params, to_global(arrays, mesh, shards), Slots(P, C, R))
+        return jax.device_get(found).astype(np.float64).reshape(-1, DRAWS)[: len(answers)]
+
+    return divergence
+
+
+def make_on_policy_kl(
+    layout: Layout, prompts: Sequence[Sequence[int]], *, stop: Sequence[int], new_tokens: int, seed: int
+) -> Callable[[Params, Params], dict[str, float]]:
+    """Build `estimate(params, ref_params)`: the KL divergence of the policy's answers from the reference's.
+
+    Args:
+      layout: of both models.
+      prompts: token ids; `DRAWS` answers are drawn to each.
+      stop: token ids that end an answer.
+      new_tokens: the most tokens of an answer: what is estimated is the divergence of the answers' first so many.
+      seed: of the draws; the same at every call, so that an estimate changes by what the policy has learned.
+
+    Returns:
+      `estimate`, whose values are `kl`: the mean over answers, in nats an answer; `kl_error`: its standard error, by
+      prompts (not of a single one); `kl_per_token`: the same sum over the number of tokens. Every process of several
+      must call it.
+    """
+    divergence = make_divergence(layout, new_tokens)
+    asked = [prompt for prompt in prompts for _ in range(DRAWS)]
+
+    def estimate(params: Params, ref_params: Params) -> dict[str, float]:
+        beat("drawing answers for the KL divergence", LONGER)
+        with jax.transfer_guard_host_to_device("allow"):  # the prompts' few tokens
+            drawn = sample.generate(
+                params, asked, config=layout.config, stop=stop, new_tokens=new_tokens, temperature=1.0, seed=seed,
+                dtype=layout.dtype,
+            )  # fmt: skip
+        # Which of the stop tokens ended an answer is not known, nor needed: no distribution is conditioned on it.
+        ended = [ids if len(ids) == new_tokens else [*ids, stop[0]] for ids in drawn]
+        arrays = [np.asarray(ids, np.int32) for ids in ended]
+        answers = [
+            (np.asarray(prompt, np.int32), *arrays[DRAWS * i : DRAWS * (i + 1)]) for i, prompt in enumerate(prompts)
+        ]
+        beat("computing the KL divergence", LONGER)
+        nats = divergence(params, ref_params, answers)  # type: ignore[arg-type]
+        means = nats.mean(axis=1)
+        error = {"kl_error": float(means.std(ddof=1) / len(means) ** 0.5)} if len(means) > 1 else {}
+        return {"kl": float(means.mean()), "kl_per_token": float(nats.sum() / sum(map(len, ended)))} | error
+
+    return estimate

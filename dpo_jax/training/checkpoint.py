@@ -1,0 +1,213 @@
+"""Orbax checkpoints of a run: save, find, restore on any mesh; with checksums, as orbax has none of the contents.
+
+A checkpoint is the train state; its number is the run's position. The reference's parameters are saved once, apart, and
+only by a run that made them itself.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from dpo_jax.errors import SAVE_FAILED, UserError
+from dpo_jax.parallel import processes
+from dpo_jax.parallel.mesh import any_process, from_first
+from dpo_jax.parallel.processes import is_of_a_lost_peer
+from dpo_jax.training import integrity
+
+# Orbax reports every phase of every save, and its own traceback of a failed one; `_saving` says that in a line.
+logging.getLogger("absl").addFilter(lambda record: record.levelno == logging.WARNING or "orbax" not in record.pathname)
+
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_METADATA = "_CHECKPOINT_METADATA"  # of orbax: it gets its last time stamp after our checksums
+DAMAGED = "damaged"  # below the run's directory: where checkpoints go that are not as they were written
+
+
+@dataclasses.dataclass
+class Checkpoints:
+    """The checkpoints of a run, and the save that is under way."""
+
+    orbax: ocp.training.Checkpointer
+    saving: Any = None
+
+
+@contextlib.contextmanager
+def open_checkpoints(directory: Path, keep: int) -> Iterator[Checkpoints]:
+    """The checkpoints of a run; the newest `keep` stay. Leaving waits for a save under way.
+
+    A save is made whole by a rename, with its checksums in it, and only then older ones go; so one that was cut off is
+    never listed, and its remains are removed here.
+
+    Raises:
+      UserError: a save failed.
+    """
+    directory = directory.absolute()
+
+    def add_checksums() -> None:  # by the first process, when all have written their share and before the rename
+        for unfinished in directory.glob(f"*{_UNFINISHED}"):
+            integrity.write(unfinished, leave_out=(_METADATA,))
+
+    context = ocp.Context()
+    context.async_options.post_finalization_callback = add_checksums
+    checkpoints = Checkpoints(
+        ocp.training.Checkpointer(
+            directory,
+            context=context,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+    )
+    try:
+        yield checkpoints
+    except Exception as e:
+        processes.end_if_a_peer_is_gone(e)  # closing would wait for it
+        raise
+    finally:
+        with _saving(directory):
+            checkpoints.orbax.close()
+
+
+def set_aside_damaged(directory: Path) -> list[str]:
+    """Check the newest checkpoint and, while it is damaged, move it out of the way: the newest sound one is then first.
+
+    Every file is read once more; several processes share that. Every process calls it, before `open_checkpoints`.
+
+    Returns:
+      A line for each that was damaged: what was wrong and where it is now.
+    """
+    told: list[str] = []
+    below = np.iinfo(np.int64).max
+    while True:
+        steps = [int(p.name) for p in directory.glob("*") if p.name.isdigit() and p.is_dir() and int(p.name) < below]
+        newest = int(from_first(np.asarray(max(steps, default=-1), np.int32)))
+        if newest < 0:
+            return told
+        where = directory / str(newest)
+        wrong = integrity.damage(where, (jax.process_index(), jax.process_count())) or _metadata_damage(where)
+        if not any_process(wrong is not None):
+            return told
+        below = newest
+        place = directory.parent / DAMAGED / str(newest)
+        if jax.process_index() == 0:
+            place.parent.mkdir(exist_ok=True)
+            while place.exists():
+                place = place.with_name(place.name + "-again")
+            where.rename(place)
+        told.append(f"checkpoint {newest} is damaged ({wrong or 'as another process found'}); it is now {place}")
+
+
+def _metadata_damage(directory: Path) -> str | None:
+    try:
+        json.loads((directory / _METADATA).read_bytes())
+    except (OSError, ValueError):
+        return f"{_METADATA} cannot be read"
+    return None
+
+
+def latest_step(checkpoints: Checkpoints) -> int | None:
+    """The step of the newest whole checkpoint."""
+    newest = checkpoints.orbax.latest
+    return None if newest is None else int(newest.step)
+
+
+def save(checkpoints: Checkpoints, step: int, state: Any) -> None:
+    """Save `state` as checkpoint `step`, unless it is there already. Writing goes on in the background.
+
+    Raises:
+      UserError: this save or the one before failed.
+    """
+    if latest_step(checkpoints) != step:
+        with _saving(checkpoints.orbax.directory):
+            checkpoints.saving = checkpoints.orbax.save_async(step, state, force=True)
+
+
+def check_save(checkpoints: Checkpoints) -> None:
+    """Notice early that the save in the background has failed.
+
+    Raises:
+      UserError: it has.
+    """
+    if checkpoints.saving is not None:
+        with _saving(checkpoints.orbax.directory), contextlib.suppress(TimeoutError):
+            checkpoints.saving.result(timeout=0)
+            checkpoints.saving = None
+
+
+@contextlib.contextmanager
+def _saving(directory: Any) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:  # of the file system, tensorstore, orbax: they have no parent in common
+        if is_of_a_lost_peer(e):  # processes talk to each other in a save: it is not the disk
+            raise
+        for unfinished in Path(directory).glob(f"*{_UNFINISHED}"):  # room for what else is written at the end
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(
+            f"{directory}: a checkpoint could not be saved ({_first_line(e)}); the earlier ones are kept: make room, "
+            "then the same command goes on from the newest",
+            code=SAVE_FAILED,
+        ) from e
+
+
+def restore(checkpoints: Checkpoints, step: int, abstract: Any) -> Any:
+    """Restore a state with the shapes, dtypes and shardings of `abstract`, whatever mesh it was saved on.
+
+    Raises:
+      UserError: the checkpoint cannot be read, or does not hold such a state.
+    """
+    try:
+        return checkpoints.orbax.load(step, abstract)
+    except (ValueError, OSError, KeyError) as e:
+        first = _first_line(e)
+        raise UserError(
+            f"checkpoint {step} in {checkpoints.orbax.directory} cannot be restored ({first}); delete its directory to "
+            "go on from an earlier one, or start in a new workdir"
+        ) from e
+
+
+def save_tree(directory: Path, tree: Any) -> None:
+    """Save a tree once (the reference of a run that made its own).
+
+    Raises:
+      UserError: it cannot be saved.
+    """
+    with _saving(directory):
+        ocp.save(directory.absolute(), tree, overwrite=True)
+        if jax.process_index() == 0:
+            integrity.write(directory)
+        any_process(False)  # the others read the checksums next
+
+
+def restore_tree(directory: Path, abstract: Any) -> Any:
+    """Restore what `save_tree` saved, with the shapes, dtypes and shardings of `abstract`.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    wrong = integrity.damage(directory, (jax.process_index(), jax.process_count()))
+    if any_process(wrong is not None):
+        raise UserError(
+            f"{directory} is damaged ({wrong or 'as another process found'}), and nothing else holds the reference "
+            "that this run made; start again in a new workdir"
+        )
+    try:
+        return ocp.load(directory.absolute(), abstract)
+    except (ValueError, OSError, KeyError) as e:
+        raise UserError(f"{directory} cannot be restored ({_first_line(e)}); start again in a new workdir") from e
+
+
+def _first_line(e: BaseException) -> str:
+    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """A tree's shapes and dtypes with shardings: what restoring needs."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -1,0 +1,128 @@
+"""The reference's log-probabilities, computed once and kept by pair: training then needs no reference in memory.
+
+A file holds float32 `[pairs of the cache of pairs, 2, F]`: chosen and rejected, F values each (`REFERENCE_FIELDS`), NaN
+where not computed yet. Its name is a hash of all that decides the values: the reference's files, the pairs' cache,
+the dtype of the computation. What differs in any of these is another file, so an old one is never read by mistake.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.data.cache.store import PairCache
+from dpo_jax.data.files import fingerprint
+from dpo_jax.model.attention.dense import Slots
+from dpo_jax.parallel.watchdog import LONGER, awaited, beat
+from dpo_jax.rows.pipeline import StepSource, batches
+from dpo_jax.training.loop import place
+from dpo_jax.training.step import REFERENCE_FIELDS
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the values of one reference for one cache of pairs are kept.
+
+    Attributes:
+      path: the file.
+      pairs: how many pairs the cache of pairs has.
+      fields: F, how many values a completion has.
+    """
+
+    path: Path
+    pairs: int
+    fields: int
+
+
+def find_place(
+    cache: PairCache, model: Path | None, workdir: Path, *, dtypes: str, ld_alpha: float, start_anew: bool
+) -> Place:
+    """The file for a reference.
+
+    Args:
+      cache: the pairs.
+      model: the reference's Hugging Face directory; None: the run made it, and its values stay in the run's directory.
+      workdir: the run's directory.
+      dtypes: that it is computed in.
+      ld_alpha: of LD-DPO, which weighs tokens; 1 is off.
+      start_anew: whether a reference that the run made is another one than before; its old values go.
+
+    Raises:
+      UserError: the model's files cannot be read.
+    """
+    who: Any = "this run"
+    if model is not None:
+        files = sorted([*model.glob("*.safetensors"), model / "config.json"])
+        who = [{**fingerprint(str(file)), "path": file.name} for file in files]
+    decides = {"model": who, "pairs": cache.manifest["id"], "dtypes": dtypes, "ld_alpha": ld_alpha}
+    key = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=12).hexdigest()
+    directory = workdir if model is None else Path(cache.directory)
+    found = Place(directory / f"reference-{key}.npy", len(cache), 1 if ld_alpha == 1 else len(REFERENCE_FIELDS))
+    if model is None and start_anew and jax.process_index() == 0:
+        found.path.unlink(missing_ok=True)
+    return found
+
+
+def load(where: Place) -> np.ndarray:
+    """What is known, `[pairs, 2, F]`; NaN for the rest. A file that is cut off or of another shape counts as none."""
+    shape = (where.pairs, 2, where.fields)
+    try:
+        found = np.load(where.path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        found = None
+    if found is None or found.shape != shape or found.dtype != np.float32:
+        return np.full(shape, np.nan, np.float32)
+    return found
+
+
+def save(where: Place, values: np.ndarray) -> bool:
+    """Keep the values, whole or not at all; False where the directory cannot be written."""
+    scratch = where.path.with_name(f".{where.path.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            np.save(file, values)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(where.path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def compute(
+    logps_step: Callable[..., Any], params: Any, source: StepSource, mesh: Mesh
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the values of one pass, step by step: the next step runs while one is taken.
+
+    Args:
+      logps_step: from `step.make_logps_step`.
+      params: the reference's.
+      source: the rows of the pass.
+      mesh: where they are computed.
+
+    Yields:
+      Positions in the source's pairs, int64 `[n]`, and their values, float32 `[n, 2, F]`.
+    """
+    pending: list[tuple[Any, np.ndarray]] = []
+
+    def fetched() -> tuple[np.ndarray, np.ndarray]:
+        result, placed = pending.pop(0)
+        return placed[placed >= 0], np.stack(jax.device_get(result), axis=-1)[placed >= 0]
+
+    compiled: set[Slots] = set()
+    for item in awaited(batches(source, 0), "rows for the reference"):
+        batch, slots = place(item, mesh)
+        beat("computing the reference", 1.0 if slots in compiled else LONGER)
+        compiled.add(slots)
+        pending.append((logps_step(params, batch, slots), item["info"]["placed"]))
+        if len(pending) > 1:
+            yield fetched()
+    yield fetched()

@@ -1,0 +1,301 @@
+"""The step: both models' log-probabilities, the loss, its gradient, the update and every metric, in one jit.
+
+The reference is an argument: never in the state, never donated, never differentiated. So is the frozen base of a policy
+of which only adapters are trained. A batch is a tree of arrays
+`[M, B, ...]`: M microbatches (scanned) of B pair rows. Loss and metrics are means over the real pairs of the whole
+batch, whatever the rows, the microbatches and the mesh.
+
+Shapes: M microbatches, B rows, K pairs in a row, T tokens of a row, N completion tokens of a row.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpo_jax.model.attention.dense import Slots
+from dpo_jax.model.experts import balance_loss
+from dpo_jax.model.remat import to_device, to_host
+from dpo_jax.objective.logps import Logps
+from dpo_jax.objective.objective import Objective
+from dpo_jax.training.optimizer import apply_updates
+
+# A reference that was computed before comes with the batch, float32 `[M, B, K, 2]` each; the second for LD-DPO only.
+REFERENCE_FIELDS = ("ref_logps", "ref_whole")
+SKIPPED = "skipped"  # the metric that is 1 where the update was not made
+
+Params = Any
+Batch = dict[str, jax.Array]
+LogpsFn = Callable[[Params, Batch, Slots], Logps]  # (params, one microbatch, widths) -> sums by pair [B, K, 2]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What an update changes: the count of updates made, the master parameters and the optimiser's state."""
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+
+
+def _reference(
+    logps: LogpsFn, objective: Objective, ref_params: Params | None, micro: Batch, slots: Slots
+) -> Logps | None:
+    """The reference's log-probabilities, from the batch if they were computed before."""
+    if not objective.needs_reference:
+        return None
+    given = [micro.get(name) for name in REFERENCE_FIELDS]
+    return logps(ref_params, micro, slots) if given[0] is None else Logps(given[0], whole=given[1])
+
+
+def _chosen_tokens(batch: Batch) -> jax.Array:
+    """Mean chosen tokens of a pair of the whole batch."""
+    tokens, pairs = jnp.sum(batch["completion_tokens"][..., 0]), jnp.sum(batch["is_pair"])
+    return jnp.maximum(tokens, 1).astype(jnp.float32) / jnp.maximum(pairs, 1)
+
+
+def _summed(values: dict[str, jax.Array], is_pair: jax.Array) -> dict[str, jax.Array]:
+    """Sums over pairs; masked first, so that padding can hold anything finite or not."""
+    return {name: jnp.sum(jnp.where(is_pair, value, 0.0)) for name, value in values.items()}
+
+
+def _batch_gradient(
+    models: tuple[LogpsFn, LogpsFn],
+    objective: Objective,
+    params: Params,
+    ref_params: Params | None,
+    batch: Batch,
+    slots: Slots,
+) -> tuple[Params, dict[str, jax.Array]]:
+    """The gradient of the mean loss, in float32, and the mean of every value over the batch's pairs.
+
+    `models` are those of the policy and the reference.
+    """
+    logps, ref_logps = models
+    count = jnp.maximum(jnp.sum(batch["is_pair"]), 1).astype(jnp.float32)
+    chosen_tokens = _chosen_tokens(batch)
+
+    def reference_logps(micro: Batch) -> Logps | None:  # constant to the gradient
+        return _reference(ref_logps, objective, ref_params, micro, slots)
+
+    def loss_of(policy: Logps, reference: Logps | None, part: Batch):
+        sums = _summed(objective.values(policy, reference, part, chosen_tokens), part["is_pair"])
+        loss = sums[objective.loss] / count
+        if objective.balance:
+            assert policy.balance is not None
+            # A microbatch balances its own tokens; the batch's loss is the mean of theirs.
+            uneven = balance_loss(policy.balance) if part["tokens"].ndim == 2 else _balance_sum(policy.balance)
+            loss += objective.balance * uneven / batch["tokens"].shape[0]
+            sums["router_balance"] = uneven * count / batch["tokens"].shape[0]
+        return loss, sums
+
+    def micro_loss(params: Params, micro: Batch):
+        reference = reference_logps(micro)
+        return loss_of(logps(params, micro, slots), reference, micro)
+
+    def along(params: Params, item: tuple[Batch, Logps]):
+        """A microbatch's log-probabilities along the loss's gradient to them."""
+        micro, cotangent = item
+        found = logps(params, micro, slots)
+        return sum(jnp.sum(x * c) for x, c in zip(jax.tree.leaves(found), jax.tree.leaves(cotangent), strict=True)), {}
+
+    if objective.across and batch["tokens"].shape[0] > 1:
+        # The loss compares pairs of all microbatches: first its gradient to all log-probabilities, then theirs.
+        policy, reference = jax.lax.map(lambda micro: (logps(params, micro, slots), reference_logps(micro)), batch)
+        cotangents, sums = jax.grad(loss_of, has_aux=True)(policy, reference, batch)
+        grads, _ = _sum_of_gradients(along, params, (batch, cotangents))
+    else:
+        grads, sums = _sum_of_gradients(micro_loss, params, batch)
+    return grads, {name: value / count for name, value in sums.items()}
+
+
+def _balance_sum(balance: dict[str, jax.Array]) -> jax.Array:
+    """The sum of the load-balancing losses of microbatches, whose sums have a leading axis."""
+    return jnp.sum(jax.vmap(balance_loss)(balance))
+
+
+def _sum_of_gradients(
+    loss: Callable[[Params, Any], tuple[jax.Array, Any]], params: Params, items: Any
+) -> tuple[Params, Any]:
+    """The float32 sums over `items` (first axis, one after the other) of the gradient of `loss` and of its aux.
+
+    Float32 gradients are added where they arise, a layer's at a time (`VJP.with_refs`): the gradient of one microbatch
+    alone is never held. Others are added as a whole, as a sum of many in bfloat16 would lose what is small.
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    if jax.tree.leaves(items)[0].shape[0] == 1:
+        grads, aux = gradient(params, jax.tree.map(lambda x: x[0], items))
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
+    total = functools.partial(jax.tree.map, lambda x: jnp.sum(x, axis=0))
+    if any(p.dtype != jnp.float32 for p in jax.tree.leaves(params)):
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+
+        def add(sums: Params, item: Any):
+            grads, aux = gradient(params, item)
+            return jax.tree.map(lambda a, g: a + g.astype(a.dtype), sums, grads), aux
+
+        grads, aux = jax.lax.scan(add, zeros, items)
+        return grads, total(aux)
+    sums = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
+
+    def add_in_place(_, item: Any):
+        pull_back: Any
+        value, pull_back, aux = jax.vjp(lambda params: loss(params, item), params, has_aux=True)
+        pull_back.with_refs(sums)(jnp.ones_like(value))
+        return None, aux
+
+    aux = jax.lax.scan(add_in_place, None, items)[1]
+    return jax.tree.map(jax.ref.freeze, sums), total(aux)
+
+
+def _over(base: Params | None, logps: LogpsFn) -> LogpsFn:
+    """`logps` of the union of the base's branches and those given; of two of one name the given one counts.
+
+    Over a frozen base the adapters are the policy, and `{}`, the base alone, is its reference; a whole tree is itself.
+    """
+    return lambda params, micro, slots: logps((base or {}) | params, micro, slots)
+
+
+def make_train_step(
+    logps: LogpsFn,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    rate: optax.Schedule,
+    *,
+    compute_dtype: Any,
+    reference_logps: LogpsFn | None = None,
+    optimizer_offload: bool = False,
+    compiler_options: Mapping[str, str] | None = None,
+):
+    """Build the jitted `train_step(state, ref_params, batch, slots, base=None) -> (state, metrics)`; donates the state.
+
+    Args:
+      logps: the model: log-probabilities of a microbatch's pairs.
+      objective: what is minimised.
+      tx: the optimiser, clipping included.
+      rate: the learning rate by update, to report.
+      compute_dtype: master parameters are cast to it once a step, as is a reference that is kept more exactly.
+        Gradients are summed over microbatches in float32.
+      reference_logps: the model with the reference's parameters, where they lie elsewhere; None is `logps`.
+      optimizer_offload: the optimiser's state lies in the host's memory.
+      compiler_options: XLA's.
+
+    Returns:
+      The step; `slots` is static, so it compiles once per row shape. `base` are branches of the parameter tree that are
+      not trained: policy and reference are what lies over it (see `_over`). `metrics` holds float32 scalars: the
+      objective's values as means, `grad_norm` before clipping, `learning_rate`, and `skipped`: 1 where loss or gradient
+      are not finite, and the state is the old one.
+    """
+
+    def train_step(
+        state: TrainState, ref_params: Params | None, batch: Batch, slots: Slots, base: Params | None = None
+    ):
+        params, reference, base = (_cast(x, compute_dtype) for x in (state.params, ref_params, base))
+        models = _over(base, logps), _over(base, reference_logps or logps)
+        grads, means = _batch_gradient(models, objective, params, reference, batch, slots)
+        metrics = means | {
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
+        }
+        if optimizer_offload:
+            state = TrainState(state.step, state.params, to_device(state.opt_state))
+        # An update that is not finite would be the last one: the whole state stays, and the schedule does not move on.
+        # (A conditional takes no memory; a choice between both states by jnp.where held half of the parameters more.)
+        finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(means[objective.loss])
+        state = jax.lax.cond(finite, functools.partial(_updated, tx), lambda state, _: state, state, grads)
+        if optimizer_offload:
+            state = TrainState(state.step, state.params, to_host(state.opt_state))
+        return state, metrics | {SKIPPED: 1.0 - finite.astype(jnp.float32)}
+
+    options = dict(compiler_options or {})
+    return jax.jit(train_step, donate_argnames="state", static_argnames="slots", compiler_options=options)
+
+
+def _updated(tx: optax.GradientTransformation, state: TrainState, grads: Params) -> TrainState:
+    updates, opt_state = tx.update(grads, state.opt_state, _cast(state.params, jnp.float32))
+    return TrainState(state.step + 1, apply_updates(state.params, updates, state.step), opt_state)
+
+
+def make_eval_step(
+    logps: LogpsFn,
+    objective: Objective,
+    *,
+    compute_dtype: Any,
+    out_shardings: Any = None,
+    compiler_options: Mapping[str, str] | None = None,
+):
+    """Build the jitted `eval_step(params, ref_params, batch, slots, base=None)` → all values of the objective by pair.
+
+    Args:
+      logps, objective, compute_dtype, compiler_options: as in `make_train_step`.
+      out_shardings: of the values; replicated, so that every process can read them.
+
+    Returns:
+      The step: values `[M, B, K]` by name, meaningless where a row has no pair k. Means are the caller's, who knows
+      which pair lies where.
+    """
+
+    def eval_step(params: Params, ref_params: Params | None, batch: Batch, slots: Slots, base: Params | None = None):
+        compute_params, reference_params, base = (_cast(x, compute_dtype) for x in (params, ref_params, base))
+        over_base = _over(base, logps)
+
+        def one(micro: Batch) -> tuple[Logps, Logps | None]:
+            reference = _reference(over_base, objective, reference_params, micro, slots)
+            return over_base(compute_params, micro, slots), reference
+
+        policy, reference = jax.lax.map(one, batch)
+        return objective.values(policy, reference, batch, _chosen_tokens(batch))
+
+    options = dict(compiler_options or {})
+    return jax.jit(eval_step, static_argnames="slots", out_shardings=out_shardings, compiler_options=options)
+
+
+def make_logps_step(
+    logps: LogpsFn,
+    *,
+    compute_dtype: Any,
+    out_shardings: Any = None,
+    compiler_options: Mapping[str, str] | None = None,
+):
+    """Build the jitted `logps_step(params, batch, slots, base=None)` → what a reference is kept by, `[M, B, K, 2]`.
+
+    That is its log-probabilities, and those with every token counted whole where LD-DPO weighs them.
+    """
+
+    def logps_step(params: Params, batch: Batch, slots: Slots, base: Params | None = None) -> list[jax.Array]:
+        params, base = _cast(params, compute_dtype), _cast(base, compute_dtype)
+        found = jax.lax.map(lambda micro: _over(base, logps)(params, micro, slots), batch)
+        return [x for x in (found.logps, found.whole) if x is not None]
+
+    options = dict(compiler_options or {})
+    return jax.jit(logps_step, static_argnames="slots", out_shardings=out_shardings, compiler_options=options)
+
+
+def make_reference_sync(alpha: float, *, shardings: Any = None):
+    """Build the jitted `sync(reference, params)` → (1−α)·reference + α·params; the reference is donated.
+
+    TR-DPO's soft update (Gorbatovski et al. 2024, arXiv 2404.09656), in the reference's own dtype: keep it
+    in float32, as a small α's changes are lost in bfloat16.
+    """
+
+    def sync(reference: Params, params: Params) -> Params:
+        return jax.tree.map(lambda r, p: (1 - alpha) * r + alpha * p.astype(r.dtype), reference, params)
+
+    return jax.jit(sync, donate_argnames="reference", out_shardings=shardings)
+
+
+def _cast(tree: Params, dtype: Any) -> Params:
+    return jax.tree.map(lambda p: p.astype(dtype), tree)
+
+
+def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """A state at update 0. Inside jit, so that optimiser moments are made with the parameters' shardings.
+
+    Moments are float32 whatever the parameters are: a second moment that falls by 0.1% a step would not move in
+    bfloat16.
+    """
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(_cast(params, jnp.float32)))

@@ -1,0 +1,172 @@
+"""A run's directory is one run's: a lock while it runs, and what it was begun with, compared when it goes on."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.data.split import Split
+from dpo_jax.errors import UserError
+from dpo_jax.parallel.mesh import agreed, any_process, from_first
+
+LOCK, IDENTITY = ".lock", "identity.json"
+_SAMPLES, _SAMPLE = 64, 1 << 16  # of a file of weights: so many pieces of so many bytes tell it from any other
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # a file system that has none
+_SHOWN = 3  # differences said in an error
+
+
+def first_only(do: Callable[[], None]) -> None:
+    """Do something in the first process; every process calls it, and all fail where it does.
+
+    Raises:
+      UserError: what `do` raised.
+    """
+    refused = None
+    if jax.process_index() == 0:
+        try:
+            do()
+        except UserError as e:
+            refused = e
+    if not agreed(refused is None):
+        raise refused or UserError("the first process has refused this run and says why")
+
+
+def same_everywhere(parts: Mapping[str, Any]) -> None:
+    """Refuse a run whose processes would not do the same: their rows would belong to different batches.
+
+    Args:
+      parts: what must be the same in all processes, by name; anything that JSON can hold. Every process calls it with
+        the same names.
+
+    Raises:
+      UserError: in all processes; those that differ from the first one name the part.
+    """
+    texts = (json.dumps(part, sort_keys=True).encode() for part in parts.values())
+    digests = np.array([int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) for text in texts], np.uint32)
+    other = [name for name, same in zip(parts, digests == from_first(digests), strict=True) if not same]
+    if any_process(bool(other)):
+        mine = f"process {jax.process_index()} has other {' and '.join(other)} than the first one; give all the same"
+        raise UserError(mine if other else "another process differs from the first one, and says in what")
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Hold the directory while in here. The system lets go of it when the process ends, however it ends.
+
+    Raises:
+      UserError: another run holds it, or it cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        first_only(lambda: held.enter_context(_lock(workdir)))
+        yield
+
+
+@contextlib.contextmanager
+def _lock(workdir: Path) -> Iterator[None]:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK).open("a+")
+    except OSError as e:
+        raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); choose another --workdir") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno not in _NO_LOCKS:
+                file.seek(0)
+                raise UserError(
+                    f"workdir {workdir} is in use by {file.read().strip() or 'another run'}; wait for it or end it, or "
+                    "choose another --workdir"
+                ) from None
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        except OSError as e:
+            raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); make room there") from None
+        yield
+
+
+def identify(split: Split, models: Mapping[str, Path | None]) -> dict[str, Any]:
+    """What a run is begun with, beside its config: its data and the files of its models.
+
+    Args:
+      split: the pairs.
+      models: directories by the config key that they come from; None: made from scratch.
+    """
+    cache = split.train.cache
+    data = {key: value for key, value in cache.manifest["fingerprint"].items() if key != "code"}
+    pairs = hashlib.blake2b(digest_size=12)
+    for array in (cache.lengths, cache.prompt_hash, split.train.index, split.evaluation.index):
+        pairs.update(np.ascontiguousarray(array).tobytes())
+    data |= {"training pairs": len(split.train), "held-out pairs": len(split.evaluation), "pairs": pairs.hexdigest()}
+    return {"data": data} | {key: _model(where) for key, where in models.items() if where is not None}
+
+
+def _model(directory: Path) -> dict[str, Any]:
+    return {path.name: _sampled(path) for path in sorted([*directory.glob("*.safetensors"), directory / "config.json"])}
+
+
+def _sampled(path: Path) -> dict[str, Any]:
+    """Size and digest of a file: of its beginning, which names the tensors, and of pieces throughout."""
+    size, digest = path.stat().st_size, hashlib.blake2b(digest_size=12)
+    with path.open("rb") as file:
+        for start in np.unique(np.linspace(0, max(0, size - _SAMPLE), _SAMPLES).astype(np.int64)):
+            file.seek(int(start))
+            digest.update(file.read(_SAMPLE))
+    return {"bytes": size, "digest": digest.hexdigest()}
+
+
+def compare(workdir: Path, identity: Mapping[str, Any], *, goes_on: bool) -> None:
+    """Keep what the run is begun with; where it goes on, refuse anything else.
+
+    Raises:
+      UserError: with the first differences; or it cannot be written.
+    """
+    path = workdir / IDENTITY
+    mine = json.loads(json.dumps(identity))
+    try:
+        theirs = json.loads(path.read_text()) if goes_on and path.exists() else mine
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON; restore it, or delete it to go on unchecked") from None
+    changed = list(_differences(theirs, mine))
+    if changed:
+        more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+        raise UserError(
+            f"{workdir} was begun with other files ({'; '.join(changed[:_SHOWN])}{more}); bring them back, or use "
+            "another --workdir"
+        )
+    try:
+        scratch = path.with_name(f".{IDENTITY}.{os.getpid()}")
+        scratch.write_text(json.dumps(mine, indent=1) + "\n")
+        scratch.replace(path)
+    except OSError as e:
+        raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); choose another --workdir") from None
+
+
+def _differences(theirs: Any, mine: Any, where: str = "") -> Iterator[str]:
+    """Every leaf that differs: `data: sources train.jsonl bytes: 1200 there, 1300 now`."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for key in [*theirs, *(k for k in mine if k not in theirs)]:
+            below = f"{where} {key}" if where else f"{key}:"
+            yield from _differences(theirs.get(key), mine.get(key), below)
+    elif isinstance(theirs, list) and isinstance(mine, list) and len(theirs) == len(mine):
+        for number, (a, b) in enumerate(zip(theirs, mine, strict=True)):
+            named = next((b[k] for k in ("path", "name") if isinstance(b, dict) and k in b), number)
+            yield from _differences(a, b, f"{where} {named}")
+    elif theirs != mine:
+        yield f"{where}: {_short(theirs)} there, {_short(mine)} now"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return "nothing" if value is None else text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,372 @@
+"""Hugging Face directories ↔ sharded parameters: read a checkpoint, write one.
+
+No whole model on any host: reading holds one device's part of one leaf at a time, writing one tensor (or a slice of a
+table). `tensors.py` says how our tree and a checkpoint's tensors correspond.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
+
+from dpo_jax.errors import UserError
+from dpo_jax.model.config import ModelConfig, config_from_hf, hf_config
+from dpo_jax.model.decoder import Params
+from dpo_jax.model.lora import BRANCH
+from dpo_jax.model.tensors import Leaf, Parts, Sizes, first_rows, leaves, sizes, tensors, whole_shape
+from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtype -> its name in a safetensors file
+# Buffers that old exports hold and that follow from config.json.
+HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)
+PIECE_BYTES = 256e6  # of a vocabulary table gathered at once
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: cannot be read as JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {type(value).__name__}, needs an object")
+    return value
+
+
+def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The numbers of the model in `directory`, and its whole config.json.
+
+    Raises:
+      UserError: unreadable, or a model that is not supported.
+    """
+    hf = _read_json(Path(directory) / CONFIG)
+    return config_from_hf(hf, str(Path(directory) / CONFIG)), hf
+
+
+# ---------------------------------------------------------------------------------------------------------- read
+
+
+def load(directory: Path, config: ModelConfig, shardings: Any, dtype: Any) -> Params:
+    """Read a checkpoint into sharded arrays; every process reads only the parts of its own devices.
+
+    Args:
+      directory: holds model.safetensors, or its shards and index; float32, bfloat16 or float16.
+      config: the model's numbers, see `read_config`.
+      shardings: one sharding for all, or a tree of them shaped like the parameters.
+      dtype: of the arrays.
+
+    Returns:
+      The parameter tree of `model.py`, plain arrays.
+
+    Raises:
+      UserError: a missing or damaged file; a missing, unknown or wrongly shaped tensor.
+    """
+    directory, letters, rows = Path(directory), sizes(config), first_rows(config)
+    flat = None if isinstance(shardings, jax.sharding.Sharding) else flax.traverse_util.flatten_dict(shardings)
+    with contextlib.ExitStack() as files:
+        stored = _open_tensors(directory, files)
+        _check_tensors(directory, stored, config)
+        params = {
+            leaf.path: _load_leaf(
+                stored, leaf, letters, rows[leaf.path], flat[leaf.path] if flat else shardings, jnp.dtype(dtype)
+            )
+            for leaf in leaves(config)
+        }
+    return flax.traverse_util.unflatten_dict(params)
+
+
+def _open_tensors(directory: Path, files: contextlib.ExitStack) -> dict[str, Any]:
+    """Every tensor by name, as a safetensors slice: nothing is read until it is indexed."""
+    names = [WEIGHTS]
+    if not (directory / WEIGHTS).is_file():
+        if not (directory / INDEX).is_file():
+            raise UserError(f"{directory}: no {WEIGHTS} and no {INDEX}; only safetensors are read, not .bin files")
+        names = sorted(set(_read_json(directory / INDEX).get("weight_map", {}).values()))
+    stored: dict[str, Any] = {}
+    for name in names:
+        try:
+            file = files.enter_context(safe_open(directory / name, framework="np"))
+        except FileNotFoundError:
+            raise UserError(f"{directory}: {INDEX} names {name}, which is not there; download it again") from None
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{directory / name}: damaged or incomplete ({e}); download it again") from None
+        stored |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    return stored
+
+
+def _check_tensors(directory: Path, stored: Mapping[str, Any], config: ModelConfig) -> None:
+    """Every tensor is there with its shape, and nothing else is: said before anything is read."""
+    letters = sizes(config)
+    needed = {name: whole_shape(parts, letters) for name, parts in tensors(config).items()}
+    missing = [name for name in needed if name not in stored]
+    if missing:
+        raise UserError(
+            f"{directory}: tensor {missing[0]!r} of shape {needed[missing[0]]} is missing{_more(missing)}; "
+            f"are these the weights of its {CONFIG}?"
+        )
+    for name, shape in needed.items():
+        found = tuple(stored[name].get_shape())
+        if found != shape:
+            raise UserError(f"{directory}: tensor {name!r} has shape {found}, {CONFIG} needs {shape}")
+        if stored[name].get_dtype() not in FLOATS.values():
+            raise UserError(
+                f"{directory}: tensor {name!r} is {stored[name].get_dtype()}, needs one of {', '.join(FLOATS)}; "
+                "quantized checkpoints are not supported"
+            )
+    extra = [name for name in stored if name not in needed and not name.endswith(HARMLESS_SUFFIXES)]
+    if config.tie_word_embeddings and "lm_head.weight" in extra:
+        _check_tied(directory, stored)
+        extra.remove("lm_head.weight")
+    if extra:
+        raise UserError(
+            f"{directory}: tensor {extra[0]!r} of shape {tuple(stored[extra[0]].get_shape())} has no place in a "
+            f"{config.model_type} model of {config.num_hidden_layers} layers{_more(extra)}; "
+            f"are these the weights of its {CONFIG}?"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _check_tied(directory: Path, stored: Mapping[str, Any]) -> None:
+    """A tied model's file may hold the table twice; two different tables are an untied model, as in transformers."""
+    table, head = stored["model.embed_tokens.weight"], stored["lm_head.weight"]
+    (rows, width), same = table.get_shape(), table.get_shape() == head.get_shape()
+    step = max(1, int(PIECE_BYTES) // (4 * width))
+    runs = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+    if not same or not all(np.array_equal(table[run], head[run]) for run in runs):
+        raise UserError(
+            f"{directory}: tie_word_embeddings is true but 'lm_head.weight' is not 'model.embed_tokens.weight'; "
+            f"set it to false in {CONFIG}"
+        )
+
+
+def _load_leaf(
+    stored: Mapping[str, Any], leaf: Leaf, letters: Sizes, first_row: int, sharding: Any, dtype: Any
+) -> jax.Array:
+    """One leaf, part by part straight onto its devices.
+
+    Not `jax.make_array_from_callback`: that holds all local parts on the host at once, and reads a part again for every
+    device that has a copy of it.
+    """
+    shape = leaf.shape(letters)
+    devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        part = tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True))
+        devices_of.setdefault(part, []).append(device)
+    arrays: list[jax.Array] = []
+    for part, devices in devices_of.items():
+        bounds = dict(zip(leaf.ours, part, strict=True))
+        host = np.empty([stop - start for start, stop in part], dtype)
+        starts = [bounds[letter][0] for letter in leaf.stacked]
+        for at in np.ndindex(host.shape[: len(starts)]):  # one tensor each
+            name = leaf.name.format(*(start + i for start, i in zip(starts, at, strict=True)))
+            host[at] = _read(stored[name], leaf, letters, first_row, bounds)
+        places = [SingleDeviceSharding(device, memory_kind=sharding.memory_kind) for device in devices]
+        # Transfers are asynchronous: without waiting, parts would queue up on the host.
+        arrays += jax.block_until_ready([jax.device_put(host, place) for place in places])
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _read(tensor: Any, leaf: Leaf, letters: Sizes, first_row: int, bounds: Mapping[str, tuple[int, int]]) -> np.ndarray:
+    """The part of one tensor within `bounds` (start, stop by letter), in our order of axes."""
+    view: list[slice] = []
+    shape: list[int] = []
+    cut: list[slice] = []
+    for axis in leaf.theirs:
+        start, stop = bounds[axis[0]]
+        inner = math.prod(letters[letter] for letter in axis[1:])  # whole heads are read: only they lie in one stretch
+        before = first_row if not view else 0
+        view.append(slice(before + start * inner, before + stop * inner))
+        shape += [stop - start, *(letters[letter] for letter in axis[1:])]
+        cut += [slice(None), *(slice(*bounds[letter]) for letter in axis[1:])]
+    order = "".join(leaf.theirs)
+    return tensor[tuple(view)].reshape(shape)[tuple(cut)].transpose([order.index(letter) for letter in leaf.axes])
+
+
+# --------------------------------------------------------------------------------------------------------- write
+
+
+def save(
+    params: Params,
+    config: ModelConfig | Mapping[str, Any],
+    directory: Path,
+    *,
+    dtype: Any,
+    tokenizer_from: Path | None = None,
+    max_shard_bytes: float = 5e9,
+    lora_scale: float = 1.0,
+) -> None:
+    """Write a directory that transformers and vLLM load; whole or not at all, replacing one that is there.
+
+    Every process must call this (all take part in gathering); process 0 alone writes. It returns when all is written.
+
+    Args:
+      params: the parameter tree of `model.py`, plain arrays, sharded anyhow. Adapters in it (`lora.py`) are merged into
+        their kernels, one tensor at a time and in float32.
+      config: the loaded model's own config.json, or one by `hf_config`, or only the numbers.
+      directory: the new directory.
+      dtype: of the file: float32, bfloat16 or float16.
+      tokenizer_from: a directory whose tokenizer files and generation_config.json are copied.
+      max_shard_bytes: the most that one safetensors file holds (a larger tensor has a file of its own).
+      lora_scale: of the adapters.
+
+    Raises:
+      UserError: the directory cannot be written.
+    """
+    hf = hf_config(config) if isinstance(config, ModelConfig) else dict(config)
+    numbers, name = config_from_hf(hf, CONFIG), jnp.dtype(dtype).name
+    assert name in FLOATS, f"dtype={name}, needs one of {tuple(FLOATS)}"
+    hf |= {key: name for key in ("dtype", "torch_dtype") if key in hf} or {"torch_dtype": name}
+    flat = flax.traverse_util.flatten_dict(params)
+    adapters = {path[1:]: flat.pop(path) for path in list(flat) if path[0] == BRANCH}
+    adapters |= {path: lora_scale * b for path, b in adapters.items() if path[-1] == "b"}
+    assert set(flat) == {leaf.path for leaf in leaves(numbers)}, f"not the tree of this config: {sorted(flat)}"
+    files = _plan_files(numbers, jnp.dtype(dtype).itemsize, max_shard_bytes)
+    with new_directory(directory) as new:
+        if new:
+            (new / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+            _write_index(new, files, jnp.dtype(dtype).itemsize, numbers)
+            _copy_files(tokenizer_from, new)
+        with jax.transfer_guard("allow"):  # row numbers go to the device unasked; a guard is for the training loop
+            for file, held in files.items():
+                _write_file(new / file if new else None, held, flat | adapters, sizes(numbers), name)
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path | None]:
+    """A directory to write into that then takes the place of `directory`, whole or not at all; None but for process 0.
+
+    Every process enters and leaves together.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    directory = Path(directory).absolute()
+    new, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
+    writes = jax.process_index() == 0
+    try:
+        if writes:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+        yield new if writes else None
+        if writes:
+            shutil.rmtree(old, ignore_errors=True)
+            if directory.exists():
+                directory.rename(old)
+            new.rename(directory)
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        raise UserError(f"{directory}: the export cannot be written ({e})") from e
+    finally:
+        if writes:
+            shutil.rmtree(new, ignore_errors=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("dpo_jax.weights.huggingface.new_directory")
+
+
+Tensors = dict[str, Parts]
+
+
+def _plan_files(config: ModelConfig, itemsize: int, max_bytes: float) -> dict[str, Tensors]:
+    """Which tensors lie in which file."""
+    letters = sizes(config)
+    shards: list[Tensors] = [{}]
+    used = 0
+    for name, parts in tensors(config).items():
+        size = math.prod(whole_shape(parts, letters)) * itemsize
+        if shards[-1] and used + size > max_bytes:
+            shards.append({})
+            used = 0
+        shards[-1][name] = parts
+        used += size
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _write_index(directory: Path, files: Mapping[str, Tensors], itemsize: int, config: ModelConfig) -> None:
+    if len(files) > 1:
+        count = config.parameter_count()
+        index = {
+            "metadata": {"total_parameters": count, "total_size": count * itemsize},
+            "weight_map": {name: file for file, held in files.items() for name in held},
+        }
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_files(source: Path | None, directory: Path) -> None:
+    for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if source else ():
+        if (Path(source or "") / name).is_file():
+            shutil.copyfile(Path(source or "") / name, directory / name)
+
+
+def _write_file(path: Path | None, held: Tensors, flat: Mapping, letters: Sizes, dtype: str) -> None:
+    """Gather tensor by tensor and, if there is a path, write each at once.
+
+    The safetensors library writes a file from tensors that are all in memory; the format (a JSON header, its length
+    before it, then the bytes) is simple enough to stream.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, parts in held.items():
+        shape, begin = whole_shape(parts, letters), end
+        end += math.prod(shape) * jnp.dtype(dtype).itemsize
+        header[name] = {"dtype": FLOATS[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
+    with path.open("wb") if path else contextlib.nullcontext() as file:
+        if file:
+            file.write(len(text).to_bytes(8, "little") + text)
+        for leaf, index in (part for parts in held.values() for part in parts):
+            adapter = tuple(flat[(*leaf.path, ab)] for ab in "ab" if (*leaf.path, ab) in flat)
+            for piece in _pieces(flat[leaf.path], leaf, index, dtype, adapter):
+                if file:
+                    file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+
+
+@jax.jit(static_argnames=("size", "dtype"))
+def _rows(leaf: jax.Array, start: int, *, size: int, dtype: str) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(leaf, start, size).astype(dtype)
+
+
+@jax.jit(static_argnames="dtype")
+def _entry(leaf: jax.Array, index: tuple[int, ...], adapter: tuple[jax.Array, ...] = (), *, dtype: str) -> jax.Array:
+    """One layer's kernel (of one expert), with its adapter (A, B) merged into it: W + A·B."""
+    entry = leaf[index]
+    if adapter:
+        a, b = (x[index].astype(jnp.float32) for x in adapter)
+        entry = entry.astype(jnp.float32) + jnp.tensordot(a, b, 1, precision="highest")
+    return entry.astype(dtype)
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable:
+        return jax.device_get(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _pieces(
+    array: jax.Array, leaf: Leaf, index: tuple[int, ...], dtype: str, adapter: tuple[jax.Array, ...]
+) -> Iterator[np.ndarray]:
+    """One tensor on the host, in the checkpoint's layout: whole if it is a layer's, else in runs of rows."""
+    if leaf.stacked:
+        host = on_host(_entry(array, index, adapter, dtype=dtype))
+        yield host.transpose([leaf.axes.index(letter) for letter in "".join(leaf.theirs)])
+        return
+    assert leaf.theirs == tuple(leaf.ours), "runs of rows are the tensor's bytes only if no axis moves"
+    size = max(1, int(PIECE_BYTES) // (4 * math.prod(array.shape[1:])))
+    for row in range(0, array.shape[0], size):
+        yield on_host(_rows(array, row, size=min(size, array.shape[0] - row), dtype=dtype))

@@ -1,0 +1,99 @@
+"""Pair-row attention against NumPy on unpacked sequences; rotary embedding against its definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.model.attention import dense as attention
+from dpo_jax.model.attention.dense import Slots, apply_rotary, cached_attention, pair_row_attention, rotary_angles
+from tests.oracles import oracle
+
+H, G, E = 4, 2, 8
+
+
+def _random(rng, *shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("block", [3, 256])
+def test_a_row_equals_its_unpacked_sequences(block, monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    rng = np.random.default_rng(0)
+    slots = Slots(11, 7, 8)
+    # Two pairs and padding in every slot: (prompt, chosen, rejected) lengths (4, 3, 2) and (5, 2, 4).
+    segments = np.zeros(slots.total, np.int32)
+    parts = {1: [(0, 4), (11, 3), (18, 2)], 2: [(4, 5), (14, 2), (20, 4)]}
+    for k, places in parts.items():
+        for a, n in places:
+            segments[a : a + n] = k
+    q, k, v = _random(rng, 1, 26, H, E), _random(rng, 1, 26, G, E), _random(rng, 1, 26, G, E)
+    out = np.asarray(pair_row_attention(q, k, v, jnp.asarray(segments[None]), slots=slots))[0]
+    assert np.isfinite(out).all()
+    for (pa, pn), (ca, cn), (ra, rn) in parts.values():
+        for a, n in ((ca, cn), (ra, rn)):
+            index = np.r_[pa : pa + pn, a : a + n]
+            expected = oracle.attend(*(x[0, index].astype(np.float64) for x in (q, k, v)))
+            np.testing.assert_allclose(out[index], expected, atol=2e-6)
+
+
+def test_no_token_sees_another_pair_the_other_completion_or_the_future():
+    """Through gradients: which inputs change an output is what the output can see."""
+    slots = Slots(6, 4, 4)
+    segments = jnp.asarray([[1, 1, 2, 2, 2, 0, 1, 2, 2, 0, 1, 1, 2, 0]], jnp.int32)
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(_random(rng, 1, 14, n, E)) for n in (H, G, G))
+    seen = jax.jacobian(lambda v: pair_row_attention(q, k, v, segments, slots=slots)[0].sum((1, 2)))(v)
+    reached = np.abs(np.asarray(seen)[:, 0]).sum((2, 3)) > 0
+    slot = np.repeat([0, 1, 2], [6, 4, 4])
+    s = np.asarray(segments[0])
+    for i in np.flatnonzero(s):
+        for j in range(14):
+            allowed = s[i] == s[j] and j <= i and slot[j] in (0, slot[i])
+            assert reached[i, j] == allowed, (i, j)
+
+
+def test_an_empty_slot_changes_nothing():
+    rng = np.random.default_rng(2)
+    q, k, v = _random(rng, 2, 9, H, E), _random(rng, 2, 9, G, E), _random(rng, 2, 9, G, E)
+    segments = jnp.ones((2, 9), jnp.int32)
+    alone = pair_row_attention(q, k, v, segments, slots=Slots(5, 4, 0))
+    expected = [oracle.attend(*(x[b].astype(np.float64) for x in (q, k, v))) for b in range(2)]
+    np.testing.assert_allclose(alone, expected, atol=2e-6)
+
+
+def test_cached_attention_equals_attention_over_the_whole_sequence():
+    rng = np.random.default_rng(3)
+    T, S = 6, 9
+    q, k, v = _random(rng, 1, T, H, E), _random(rng, 1, T, G, E), _random(rng, 1, T, G, E)
+    cache = jnp.zeros((1, S, G, E)), jnp.zeros((1, S, G, E))
+    real = jnp.ones((1, S), bool)
+    first, cache = cached_attention(q[:, :4], k[:, :4], v[:, :4], cache, jnp.int32(0), real)
+    rest, _ = cached_attention(q[:, 4:], k[:, 4:], v[:, 4:], cache, jnp.int32(4), real)
+    expected = oracle.attend(*(x[0].astype(np.float64) for x in (q, k, v)))
+    np.testing.assert_allclose(np.concatenate([first[0], rest[0]]), expected, atol=2e-6)
+
+
+def test_rotary_attention_depends_on_distance_only():
+    rng = np.random.default_rng(4)
+    x, y = _random(rng, 1, 1, 1, 16), _random(rng, 1, 1, 1, 16)
+
+    def score(i, j):
+        at = lambda p: rotary_angles(jnp.asarray([[p]]), head_dim=16, theta=1e4)
+        return float((apply_rotary(x, at(i)) * apply_rotary(y, at(j))).sum())
+
+    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
+    assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-2)
+
+
+def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
+    options = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling = tuple(sorted((options | {"original_max_position_embeddings": 8192}).items()))
+    plain = np.array(attention._inverse_frequencies(128, 5e5, ()))
+    scaled = np.array(attention._inverse_frequencies(128, 5e5, scaling))
+    wave = 2 * np.pi / plain
+    np.testing.assert_array_equal(scaled[wave < 8192 / 4], plain[wave < 8192 / 4])
+    np.testing.assert_allclose(scaled[wave > 8192], plain[wave > 8192] / 8)
+    between = (wave >= 8192 / 4) & (wave <= 8192)
+    assert between.any()
+    assert ((scaled[between] < plain[between]) & (scaled[between] > plain[between] / 8)).all()

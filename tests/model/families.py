@@ -1,0 +1,116 @@
+"""What the tests of the model families share: real text as token ids, packed rows of it, our side of a comparison."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.model.attention.dense import Slots
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.decoder import hidden_states, unembedding
+from dpo_jax.rows.pipeline import build_rows
+from dpo_jax.rows.schedule import RowShape
+from dpo_jax.weights import huggingface as weights
+from tests import places
+
+GOLDEN = places.GOLDEN / "transformers"
+STORIES = [p / "shared/data/stories260k" for p in Path(__file__).parents if (p / "shared/data/stories260k").is_dir()]
+TEXTS = [
+    ("Once upon a time, a small bird lived in a tall tree near the river.", "She sang every morning.", "It was red."),
+    ("Tom asked his mother whether the moon follows people home at night.", "She laughed and said that it only "
+     "looks that way.", "Yes, it does so because it likes you."),
+    ("The old sailor looked at the grey clouds and told the boys a story.", "They listened until dark.", "No ship "
+     "ever came back, he said, and nobody knows why."),
+]  # fmt: skip
+# Lengths in tokens (texts are cut or repeated); every sequence is longer than any window of the tests.
+CUTS = ((30, 9, 12), (19, 15, 6), (25, 11, 16))
+SHAPE = RowShape(rows=2, prompt=64, chosen=32, rejected=32, pairs=3)
+PLACED = np.array([[2, 0, -1], [1, -1, -1]])
+
+
+def token_ids(text: str, vocab: int) -> np.ndarray:
+    """Real text as token ids: of the stories tokenizer where it lies beside the project, else its bytes."""
+    if STORIES and vocab >= 512:
+        import sentencepiece
+
+        return np.array(sentencepiece.SentencePieceProcessor(str(STORIES[0] / "tokenizer.model")).encode(text))
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32) % vocab
+
+
+class TextPairs:
+    """The texts as pairs of token ids: a source of pairs."""
+
+    def __init__(self, vocab: int):
+        self.ids = [
+            tuple(np.resize(token_ids(text, vocab), n).astype(np.int32) for text, n in zip(texts, cut, strict=True))
+            for texts, cut in zip(TEXTS, CUTS, strict=True)
+        ]
+        self.lengths = np.array([[len(x) for x in pair] for pair in self.ids])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int):
+        return self.ids[i]
+
+    def sequences(self) -> list[np.ndarray]:
+        """prompt + chosen and prompt + rejected of every pair."""
+        return [np.concatenate([p, x]) for p, *completions in self.ids for x in completions]
+
+
+def batch(pairs: TextPairs) -> tuple[dict[str, jax.Array], Slots]:
+    """All pairs in two rows: the first row holds two of them."""
+    rows = {k: jnp.asarray(v) for k, v in build_rows(pairs, PLACED, SHAPE).items()}
+    return rows, Slots(SHAPE.prompt, SHAPE.chosen, SHAPE.rejected)
+
+
+def capped(logits, config: ModelConfig):
+    cap = config.final_logit_softcapping
+    return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+@functools.partial(jax.jit, static_argnames=("config", "slots", "dtype", "remat"))
+def row_logits(params, rows, config, slots, dtype=jnp.float32, remat="none") -> jax.Array:
+    """Logits `[B, T, V]` of rows."""
+    hidden = hidden_states(params, rows, config=config, slots=slots, dtype=dtype, remat=remat).astype(jnp.float32)
+    return capped(jnp.einsum("BTD,VD->BTV", hidden, unembedding(params), precision="highest"), config)
+
+
+def sequence_rows(sequences: list[np.ndarray]) -> tuple[dict[str, jax.Array], Slots]:
+    """Plain sequences as rows that are all prompt, padded on the right; of one shape, so that it compiles once."""
+    assert len(sequences) <= 2 * len(CUTS)
+    sequences = [*sequences, *([np.zeros(0, np.int32)] * (2 * len(CUTS) - len(sequences)))]
+    T = 48
+    tokens = np.stack([np.pad(x, (0, T - len(x))) for x in sequences]).astype(np.int32)
+    real = np.stack([np.arange(T) < len(x) for x in sequences])
+    rows = {"tokens": tokens, "positions": np.where(real, np.arange(T), 0), "segments": real}
+    return {k: jnp.asarray(v, jnp.int32) for k, v in rows.items()}, Slots(T, 0, 0)
+
+
+def sequence_logits(params, config: ModelConfig, sequences: list[np.ndarray]) -> list[np.ndarray]:
+    """Logits `[T, V]` of plain sequences."""
+    rows, slots = sequence_rows(sequences)
+    found = np.asarray(row_logits(params, rows, config, slots))
+    return [x[: len(ids)] for x, ids in zip(found, sequences, strict=False)]
+
+
+def unpacked(per_token, rows, slots: Slots) -> list[np.ndarray]:
+    """What rows hold per token, as the unpacked sequences of `TextPairs.sequences`."""
+    per_token, segments = np.asarray(per_token), np.asarray(rows["segments"])
+    slot = np.repeat([0, 1, 2], [slots.prompt, slots.chosen, slots.rejected])
+    found = {}
+    for (b, k), pair in np.ndenumerate(PLACED):
+        for side in (1, 2):
+            mine = (segments[b] == k + 1) & ((slot == 0) | (slot == side))
+            found[pair, side] = per_token[b, mine]
+    return [found[pair, side] for pair in range(len(CUTS)) for side in (1, 2)]
+
+
+def load(directory: Path, config: ModelConfig, dtype=jnp.float32):
+    return weights.load(directory, config, jax.sharding.SingleDeviceSharding(jax.devices()[0]), dtype)
+
+
+def difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))

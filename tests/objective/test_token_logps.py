@@ -1,0 +1,111 @@
+"""The spread vocabulary: the same values and gradients on every mesh, and no array as large as all logits."""
+
+import dataclasses
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.objective.token_logps import LogpOptions, embed, token_logps
+from dpo_jax.parallel.mesh import make_mesh
+from dpo_jax.parallel.spread import Spread
+
+ROWS, N, D = 8, 12, 8
+
+
+def _rules(width):
+    """Where tables lie by width if their tokens do not divide: over all that holds the vocabulary, or some of it."""
+    return [("rows", ("data", "fsdp")), ("vocab_parts", ("tensor", "fsdp")), ("table", width)]
+
+
+def _all(table, hidden, tokens, weights, options):
+    """Embeddings and log-probabilities with their gradients to everything."""
+
+    def loss(table, hidden):
+        logps, squares = token_logps(hidden, tokens, table, options)
+        total = jnp.sum(logps * weights) + jnp.sum(embed(table, tokens) * hidden) / 3
+        return total, (logps, squares, embed(table, tokens))
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(table, hidden)
+
+
+def _inputs(vocab):
+    rng = np.random.default_rng(0)
+    table, hidden, weights = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((vocab, D), (ROWS, N, D), (ROWS, N))
+    )
+    return table, hidden, jnp.asarray(rng.integers(0, vocab, (ROWS, N))), weights
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("vocab", [40, 36, 31, 5])  # divides, does not; some parts are padding and nothing else
+@pytest.mark.parametrize(("softcap", "width"), [(None, "fsdp"), (2.0, None), (2.0, ("tensor", "fsdp"))])
+def test_every_mesh_gives_the_same_values_and_gradients(sizes, vocab, softcap, width):
+    inputs, options = _inputs(vocab), LogpOptions(16, softcap=softcap, log_sum_sq=softcap is None)
+    alone = _all(*inputs, options)
+    for block in (None, 4):
+        with jax.set_mesh(make_mesh(*sizes)), nn.logical_axis_rules(_rules(width)):
+            spread = _all(*inputs, dataclasses.replace(options, block=block))
+        # Values are sums of a hundred log-probabilities of -10 and less, which cancel.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), spread, alone)
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 40, 31])
+@pytest.mark.parametrize(("chunk", "block"), [(3, 4), (1000, 4), (7, 1), (16, 40), (16, 1000)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_blocks_of_the_vocabulary_change_nothing(vocab, chunk, block, softcap):
+    inputs, options = _inputs(vocab), LogpOptions(16, softcap=softcap, log_sum_sq=softcap is None)
+    found = _all(*inputs, dataclasses.replace(options, chunk_tokens=chunk, block=block))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, _all(*inputs, options))
+
+
+def test_logits_that_one_block_dwarfs_are_summed_exactly():
+    """The running maximum moves by hundreds from block to block, up and down."""
+    table = jnp.asarray([[-300.0], [500.0], [-400.0], [499.0], [0.0], [500.5]])
+    options = LogpOptions(16, block=1, log_sum_sq=True)
+    logps, squares = token_logps(jnp.ones((1, 2, 1)), jnp.asarray([[3, 5]]), table, options)
+    logits = np.asarray(table, np.float64)[:, 0]
+    expected = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+    np.testing.assert_allclose(logps[0], expected[[3, 5]], atol=3e-5)  # a unit in the last place of 500
+    np.testing.assert_allclose(squares[0], [np.log(np.exp(2 * expected).sum())] * 2, atol=6e-5)
+
+
+def test_rows_that_do_not_divide_are_everywhere():
+    table, _, tokens, _ = _inputs(40)
+    sizes = (1, 8, 1)
+    with jax.set_mesh(make_mesh(*sizes)), nn.logical_axis_rules(_rules(None)):
+        assert Spread.of(3).rows == ()
+        found = jax.jit(embed)(table, tokens[:3])
+    np.testing.assert_array_equal(found, np.asarray(table)[np.asarray(tokens[:3])])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("block", [None, 64, 1000])
+@pytest.mark.parametrize("vocab", [1048, 1047])
+def test_no_array_holds_all_logits_or_a_table_of_the_whole_vocabulary(sizes, block, vocab):
+    """Every buffer of the compiled program, forward and backward."""
+    rows, n, width = 16, 48, 16
+    devices = jax.devices()[: int(np.prod(sizes))]
+    mesh = make_mesh(*sizes, devices=devices)
+    table, hidden, tokens = jnp.zeros((vocab, width)), jnp.zeros((rows, n, width)), jnp.zeros((rows, n), jnp.int32)
+
+    def loss(table, hidden):
+        return token_logps(hidden, tokens, table, LogpOptions(16, block))[0].sum() + embed(table, tokens).sum()
+
+    divides = vocab % (sizes[1] * sizes[2]) == 0
+    with jax.set_mesh(mesh), nn.logical_axis_rules(_rules(None if divides else ("tensor", "fsdp"))):
+        table_spec = jax.P(("tensor", "fsdp")) if divides else jax.P(None, ("tensor", "fsdp"))
+        shardings = [jax.NamedSharding(mesh, spec) for spec in (table_spec, jax.P(("data", "fsdp")))]
+        step = jax.jit(jax.grad(loss, argnums=(0, 1)), in_shardings=shardings, out_shardings=tuple(shardings))
+        text = step.lower(table, hidden).compile().as_text()
+    shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"\b(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)}
+    row_shards, shards = sizes[0] * sizes[1], sizes[1] * sizes[2]
+    largest = max(int(np.prod(shape)) for shape in shapes if shape[-1] > n)
+    # A device's rows x tokens x vocabulary would be this much; chunks hold a small part of it.
+    assert largest <= rows // row_shards * n * vocab // 4
+    if shards > 1:
+        whole = [shape for shape in shapes if np.prod(shape) >= vocab * width and max(shape) >= vocab]
+        assert not whole, "a device holds a whole table"

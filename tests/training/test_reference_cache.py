@@ -1,0 +1,161 @@
+"""The reference computed once: the same run, kept by pair, and never another model's or other data's."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import hhh
+from dpo_jax import train
+from dpo_jax.model import placement as policy
+from dpo_jax.parallel import watchdog
+from dpo_jax.records import writer as metrics
+from dpo_jax.rows.pipeline import StepSource
+from dpo_jax.training import reference_cache
+from dpo_jax.training.loop import Stopped
+from tests.end_to_end.test_train import CLOCK
+from tests.rows.test_pipeline import PAIRS, _schedule
+
+CHANGED = {
+    "batch_size": 8,
+    "microbatches": 1,
+    "sft_steps": 0,
+    "num_steps": 4,
+    "eval_every": 2,
+    "log_every": 1,
+    "eval_pairs": 16,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0.0,
+    "sample_prompts": 0,
+    "attention": "dense",  # what is quickest to compile
+}
+
+
+def _run(workdir, **changed):
+    config = hhh.get_config("tiny")
+    config.update(CHANGED | changed)
+    train.run(config, workdir)
+    return metrics.read(Path(workdir) / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run with the reference in every step, and its data for others to read."""
+    workdir = tmp_path_factory.mktemp("base") / "run"
+    records = _run(workdir, eval_pairs=16)
+    data = {"dataset": "synthetic", "dataset_path": str(workdir / "synthetic-0")}
+    return workdir, records, data
+
+
+def _same(ours, theirs):
+    assert [(r["split"], r["step"]) for r in ours] == [(r["split"], r["step"]) for r in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for key, value in a.items():
+            if key not in CLOCK and not isinstance(value, str):
+                # Accuracy aside: a float32 rounding that depends on the compiled program may tie a pair or not.
+                assert b[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (a["split"], a["step"], key)
+
+
+@pytest.mark.parametrize("more", [{}, {"ld_alpha": 0.5}, {"microbatches": 2, "batch_size": 16, "loss": "ipo"}])
+def test_the_metrics_are_those_of_a_reference_in_the_step(base, tmp_path, more):
+    _, records, data = base
+    theirs = records if not more else _run(tmp_path / "in-step", **data, **more)
+    _same(_run(tmp_path / "kept", reference_cache=True, **data, **more), theirs)
+
+
+def test_a_second_run_computes_nothing_and_another_model_everything(base, tmp_path, monkeypatch, capsys):
+    workdir, _, data = base
+    model, other = workdir / "export", tmp_path / "other"
+    first = _run(tmp_path / "first", model=str(model), reference_cache=True, **data)
+    computed = capsys.readouterr().out
+    assert "reference: 0 pairs known, 48 to compute" in computed
+
+    # Nothing is loaded beside the policy now; more steps ask only for the pairs that are new.
+    loads = []
+    load = policy.load_reference
+    monkeypatch.setattr(policy, "load_reference", lambda *a, **k: loads.append(a) or load(*a, **k))
+    _same(_run(tmp_path / "second", model=str(model), reference_cache=True, **data), first)
+    assert "reference: 48 pairs known, 0 to compute" in capsys.readouterr().out
+    assert not loads
+    # In the host's memory the reference says the same.
+    _same(_run(tmp_path / "offload", model=str(model), reference_offload=True, **data), first)
+    assert loads
+    _run(tmp_path / "longer", model=str(model), reference_cache=True, num_steps=6, **data)
+    assert "reference: 48 pairs known, 16 to compute" in capsys.readouterr().out
+
+    from safetensors.numpy import load_file, save_file
+
+    other.mkdir()
+    for file in model.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32(1.001)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    _run(tmp_path / "changed", model=str(other), reference_cache=True, **data)
+    assert "reference: 0 pairs known, 48 to compute" in capsys.readouterr().out
+    _run(tmp_path / "limits", model=str(model), reference_cache=True, max_prompt_length=40, **data)
+    assert "reference: 0 pairs known" in capsys.readouterr().out
+
+
+def test_a_signal_during_the_pass_ends_it_and_the_next_run_goes_on(base, tmp_path, monkeypatch, capsys):
+    workdir, _, data = base
+    kept = data | {"model": str(workdir / "export"), "reference_cache": True, "ld_alpha": 0.9}
+    compute = reference_cache.compute
+
+    def interrupted(*arguments):
+        for n, found in enumerate(compute(*arguments)):
+            if n == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield found
+
+    monkeypatch.setattr(reference_cache, "compute", interrupted)
+    with pytest.raises(Stopped):
+        _run(tmp_path / "run", **kept)
+    monkeypatch.undo()
+    assert "reference: 0 pairs known, 48 to compute" in capsys.readouterr().out
+    _run(tmp_path / "run", **kept)
+    assert "reference: 24 pairs known, 24 to compute" in capsys.readouterr().out
+
+
+def test_every_batch_is_a_sign_of_life(monkeypatch, tmp_path):
+    """A pass over many pairs takes longer than a step, and its first batches are compiled."""
+    beats = []
+    monkeypatch.setattr(reference_cache, "beat", lambda doing, patience=1.0: beats.append(patience))
+    _run(tmp_path, reference_cache=True, eval_pairs=0, num_steps=8)
+    assert len(beats) == 8  # of 8 pairs each
+    assert beats[0] == watchdog.LONGER
+    assert 1.0 in beats
+
+
+def test_a_damaged_file_counts_as_none(tmp_path):
+    where = reference_cache.Place(tmp_path / "reference-x.npy", 3, 1)
+    assert np.isnan(reference_cache.load(where)).all()
+    values = np.arange(6, dtype=np.float32).reshape(3, 2, 1)
+    assert reference_cache.save(where, values)
+    np.testing.assert_array_equal(reference_cache.load(where), values)
+    where.path.write_bytes(where.path.read_bytes()[:-4])
+    assert np.isnan(reference_cache.load(where)).all()
+    assert np.isnan(reference_cache.load(reference_cache.Place(where.path, 4, 1))).all()
+
+
+def test_rows_carry_what_is_given_of_their_pairs():
+    schedule = _schedule(multiple=4)
+    rows_of = {s.rows // 2: np.arange(s.rows // 2) for s in schedule.shapes}
+    given = np.random.default_rng(0).normal(size=(len(PAIRS), 2)).astype(np.float32)
+    item = StepSource(schedule, 2, rows_of, 3, {"ref_logps": given})[1]
+    placed = item["info"]["placed"]
+    assert item["arrays"]["ref_logps"].dtype == np.float32
+    np.testing.assert_array_equal(item["arrays"]["ref_logps"][placed >= 0], given[placed[placed >= 0]])
+    assert (item["arrays"]["ref_logps"][placed < 0] == 0).all()
+
+
+def test_what_moves_or_is_not_there_cannot_be_kept(tmp_path, capsys):
+    for keys, words in (
+        (["--config.reference_sync_steps=5"], "keeps a reference as it is"),
+        (["--config.loss=simpo"], "has no reference"),
+    ):
+        command = ["train", "--config=configs/hhh.py:tiny", f"--workdir={tmp_path}", "--config.reference_cache=True"]
+        assert train.main([*command, *keys]) == 2
+        assert words in capsys.readouterr().err

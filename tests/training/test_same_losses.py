@@ -1,0 +1,112 @@
+"""Every mesh, the attention kernel, every remat policy and what lies in the host's memory: the same losses."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.model import placement as policy
+from dpo_jax.model.attention.dense import Slots
+from dpo_jax.model.decoder import init_params
+from dpo_jax.model.remat import REMAT_POLICIES
+from dpo_jax.objective.objective import preference_objective
+from dpo_jax.parallel.mesh import make_mesh, on_host, to_global
+from dpo_jax.rows.schedule import RowShape
+from dpo_jax.training.optimizer import optimizer, schedule
+from dpo_jax.training.step import make_train_step
+from tests.oracles import oracle
+
+# Divides over eight devices in every way.
+CONFIG = dataclasses.replace(
+    oracle.CONFIG, vocab_size=64, num_attention_heads=8, num_key_value_heads=2, intermediate_size=32
+)
+SHAPE = RowShape(8, 12, 8, 8, 2)
+SLOTS = Slots(*SHAPE.widths)
+PAIRS = oracle.RandomPairs(np.random.default_rng(0).integers(1, 5, (14, 3)))
+PLACED = np.append(np.arange(14), [-1, -1]).reshape(8, 2)
+RATE = schedule("constant", peak=1e-2, warmup_steps=0, total_steps=10)
+TX = optimizer("adamw", RATE, weight_decay=0.01, max_grad_norm=1.0)
+
+
+@functools.cache
+def _fresh(seed):
+    fresh = nn.meta.unbox(jax.jit(functools.partial(init_params, config=CONFIG))(jax.random.key(seed)))
+    return jax.device_get(jax.tree.map(lambda p: p * 8 if p.ndim > 2 else p, fresh))
+
+
+def _run(sizes=(1, 1, 1), remat="dots", steps=3, microbatches=1, **options):
+    """Three updates; the metrics of each, the final parameters and the final state's shardings."""
+    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    layout = policy.lay_out(CONFIG, mesh, param_dtype="float32", compute_dtype="float32", **options)
+    with jax.set_mesh(mesh):
+        fresh = [jax.tree.map(jnp.array, _fresh(seed)) for seed in (0, 1)]
+        state = policy.start_state(jax.device_put(fresh[0], layout.shardings), TX, layout)
+        reference = jax.device_put(fresh[1], layout.reference_shardings)
+        from_host = layout.reference_offload
+        step = make_train_step(
+            policy.logps_fn(layout, remat=remat),
+            preference_objective({"sigmoid": 1.0}, beta=0.1),
+            TX,
+            RATE,
+            compute_dtype=jnp.float32,
+            reference_logps=policy.logps_fn(layout, remat=remat, from_host=True) if from_host else None,
+            optimizer_offload=layout.optimizer_offload,
+        )
+        batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE, microbatches), mesh, 8 // microbatches)
+        metrics = []
+        for _ in range(steps):
+            state, m = step(state, reference, batch, SLOTS)
+            metrics.append(jax.device_get(m))
+        return metrics, jax.device_get(state.params), jax.tree.map(lambda x: x.sharding.memory_kind, state.opt_state)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return _run()
+
+
+def _same(ours, theirs):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), ours[:2], theirs[:2])
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+def test_every_mesh_gives_the_same_losses(sizes, plain):
+    """With the vocabulary over all devices, and fewer kv-heads than tensor shards."""
+    _same(_run(sizes), plain)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_the_kernel_in_the_step_gives_the_same_losses(sizes, plain):
+    _same(_run(sizes, attention="splash"), plain)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 2)])
+def test_moments_and_reference_in_host_memory_change_no_number(sizes, plain):
+    run = _run(sizes, optimizer_offload=True, reference_offload=True)
+    _same(run, plain)
+    adam = next(s for s in run[2] if hasattr(s, "mu"))
+    assert set(jax.tree.leaves((adam.mu, adam.nu))) == {"pinned_host"}
+
+
+def test_on_host_moves_the_memory_and_keeps_the_spread():
+    mesh = make_mesh(1, 8, 1)
+    sharding = jax.NamedSharding(mesh, jax.P("fsdp"))
+    (moved,) = on_host([sharding])
+    assert moved.memory_kind == "pinned_host"
+    assert moved.spec == sharding.spec
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("remat", sorted(REMAT_POLICIES))
+def test_every_remat_policy_gives_the_same_losses(remat, microbatches, plain):
+    """Also where gradients are added a layer at a time, while the backward pass computes again what it lacks."""
+    _same(_run(remat=remat, microbatches=microbatches), plain)
+
+
+@pytest.mark.parametrize(("sizes", "microbatches"), [((2, 2, 2), 2), ((1, 1, 8), 4), ((1, 4, 2), 2)])
+def test_every_mesh_sums_the_gradients_of_microbatches(sizes, microbatches, plain):
+    _same(_run(sizes, microbatches=microbatches, attention="splash"), plain)
