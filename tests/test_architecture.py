@@ -12,7 +12,7 @@ data.comparison data.columns data.datasets data.files data.mixture data.sources 
 data.cache.lock
 data.cache.shared data.split data.cache.fingerprint data.lengths data.prepare
 rows.balance rows.schedule rows.pipeline data.synthetic
-model.config model.attention.dense parallel.spread model.attention.on_mesh objective.token_logps
+model.options model.config model.attention.dense parallel.spread model.attention.on_mesh objective.token_logps
 model.attention.tpu_splash model.attention.cpu_tiles model.experts model.remat objective.logps objective.losses
 objective.objective training.optimizer model.decoder training.step parallel.tpu
 plan.hlo.text plan.hlo.loops plan.hlo.flops plan.hlo.bytes plan.hlo.count plan.jaxpr_costs
@@ -21,8 +21,8 @@ sampling.engine weights.tiny model.placement training.about
 records.length_bias training.memory records.tensorboard records.writer records.trackers report.html report.charts
 report.runs report.compare report.lengths report.sections report.card report.command report.__main__ sampling.answers
 sampling.divergence
-training.spikes training.loop training.reference_cache config.command_line training.inputs training.setup
-training.reference training.workdir
+training.spikes training.loop training.reference_cache config.command_line config.settings training.inputs
+training.setup training.reference training.workdir
 inspection.gather inspection.console inspection.page inspection.command data.__main__
 plan.known plan.bounds plan.compile plan.lengths plan.search plan.text plan.command plan.__main__
 train

@@ -1,0 +1,218 @@
+"""A checked config as typed values: the only place where its keys are read. Plain values, no JAX.
+
+Keys are flat because people type them; code takes them in groups, each named after what it is for.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.data.prepare import DataRequest
+from dpo_jax.model.options import LayoutOptions, LoraOptions
+from dpo_jax.rows.schedule import Order
+
+# Keys that name places on a host's own disk, which may differ between the hosts of one run.
+_OF_THE_HOST = ("model", "reference", "dataset_path", "eval_path", "cache_dir", "compilation_cache")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchOptions:
+    """`size` pairs a step, exactly, in `microbatches` parts; in which order they come."""
+
+    size: int
+    microbatches: int
+    order: Order
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthOptions:
+    """How long a run is: `steps` updates of DPO (0: `epochs` passes over the pairs), after `sft_steps` of SFT."""
+
+    steps: int
+    epochs: float
+    sft_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveOptions:
+    """What DPO minimises.
+
+    Attributes:
+      parts: losses with their weights.
+      beta: the rewards' scale.
+      balance: weight of the experts' load-balancing loss; 0 is off.
+      ld_alpha: weight of tokens beyond the shorter completion's length; 1 is off.
+      wpo: weigh pairs by the policy's own likelihood of them.
+      divergence: `f_divergence` and its `f_alpha`.
+      hyperparameters: of single losses, by name.
+    """
+
+    parts: Mapping[str, float]
+    beta: float
+    balance: float
+    ld_alpha: float
+    wpo: bool
+    divergence: Mapping[str, Any]
+    hyperparameters: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceOptions:
+    """The reference: `name` (empty: the policy when DPO starts), and what becomes of it.
+
+    Attributes:
+      name: a Hugging Face id or a directory.
+      cache: compute its log-probabilities once and free its memory.
+      sync_every: updates after which it moves towards the policy; 0: never.
+      sync_alpha: how far.
+    """
+
+    name: str
+    cache: bool
+    sync_every: int
+    sync_alpha: float
+
+    @property
+    def moves(self) -> bool:
+        return self.sync_every > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """An optimiser and its learning rate; a `warmup` below 1 is a fraction of all updates."""
+
+    kind: str
+    peak: float
+    schedule: str
+    warmup: float
+    weight_decay: float
+    max_grad_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class FaultOptions:
+    """More than `max_bad_steps` skipped updates in a row end the run, as do `stuck_after` seconds without progress."""
+
+    max_bad_steps: int
+    stuck_after: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputOptions:
+    """What is written and how often, in updates; 0 is only at the end (evaluations: and at the start)."""
+
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    export: bool
+    projects: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerOptions:
+    """Answers of the policy: `shown` prompts before and after, `kl_prompts` at every evaluation, `tokens` at most."""
+
+    shown: int
+    kl_prompts: int
+    tokens: int
+    temperature: float
+    top_p: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A run as its config asks for it.
+
+    Attributes:
+      whole: the config itself, to be written down and shown.
+      model: a Hugging Face id, a directory or `tiny`.
+      mesh: sizes of the axes data, fsdp and tensor; -1: what is left.
+      remat: what the backward pass computes again.
+      compilation_cache: a directory, `off`, or empty: beside the cache of pairs.
+    """
+
+    whole: Mapping[str, Any]
+    seed: int
+    model: str
+    data: DataRequest
+    batch: BatchOptions
+    length: LengthOptions
+    objective: ObjectiveOptions
+    reference: ReferenceOptions
+    optimizer: OptimizerOptions
+    sft_optimizer: OptimizerOptions
+    lora: LoraOptions | None
+    layout: LayoutOptions
+    mesh: tuple[int, int, int]
+    remat: str
+    compilation_cache: str
+    faults: FaultOptions
+    output: OutputOptions
+    answers: AnswerOptions
+
+    @property
+    def same_on_all_hosts(self) -> dict[str, Any]:
+        """What all processes of a run must be given alike."""
+        return {key: value for key, value in self.whole.items() if key not in _OF_THE_HOST}
+
+    def with_batch_size(self, size: int) -> "Settings":
+        """The same with other batches."""
+        return read_settings({**self.whole, "batch_size": size})
+
+
+def read_settings(config: Mapping[str, Any]) -> Settings:
+    """The typed values of a config that `check` has passed."""
+    from dpo_jax.config.command_line import parse_options
+    from dpo_jax.model.lora import parse_targets
+    from dpo_jax.objective.objective import parse_loss
+
+    c = dict(config)
+    optimizer = OptimizerOptions(
+        c["optimizer"], c["learning_rate"], c["lr_schedule"], c["warmup_steps"], c["weight_decay"], c["max_grad_norm"]
+    )
+    lora = LoraOptions(c["lora_rank"], c["lora_alpha"], parse_targets(c["lora_targets"]), c["lora_rslora"])
+    return Settings(
+        whole=c,
+        seed=c["seed"],
+        model=c["model"],
+        data=DataRequest(**{f.name: c[f.name] for f in dataclasses.fields(DataRequest)}),
+        batch=BatchOptions(c["batch_size"], c["microbatches"], Order(c["seed"], c["shuffle"], c["drop_remainder"])),
+        length=LengthOptions(c["num_steps"], c["num_epochs"], c["sft_steps"]),
+        objective=ObjectiveOptions(
+            parts=parse_loss(c["loss"]),
+            beta=c["dpo_beta"],
+            balance=c["router_aux_loss_coef"],
+            ld_alpha=c["ld_alpha"],
+            wpo=c["wpo"],
+            divergence={name: c[name] for name in ("f_divergence", "f_alpha")},
+            hyperparameters={n: c[n] for n in ("label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau")},
+        ),
+        reference=ReferenceOptions(
+            c["reference"], c["reference_cache"], c["reference_sync_steps"], c["reference_sync_alpha"]
+        ),
+        optimizer=optimizer,
+        sft_optimizer=dataclasses.replace(optimizer, peak=c["sft_learning_rate"], schedule="constant"),
+        lora=lora if lora.rank else None,
+        layout=LayoutOptions(
+            param_dtype=c["param_dtype"],
+            compute_dtype=c["compute_dtype"],
+            base_dtype=c["lora_base_dtype"],
+            attention=c["attention"],
+            optimizer_offload=c["optimizer_offload"],
+            reference_offload=c["reference_offload"],
+            compiler_options=parse_options(c["compiler_options"]),
+            longest=c["max_prompt_length"] + c["max_completion_length"],
+        ),
+        mesh=(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"]),
+        remat=c["remat"],
+        compilation_cache=c["compilation_cache"],
+        faults=FaultOptions(c["max_bad_steps"], c["stuck_after_seconds"]),
+        output=OutputOptions(
+            c["log_every"], c["eval_every"], c["checkpoint_every"], c["keep_checkpoints"], c["export"],
+            {"wandb": c["wandb_project"], "trackio": c["trackio_project"]},
+        ),
+        answers=AnswerOptions(
+            c["sample_prompts"], c["kl_prompts"], c["sample_tokens"], c["sample_temperature"], c["sample_top_p"]
+        ),
+    )  # fmt: skip
