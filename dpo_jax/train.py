@@ -25,7 +25,7 @@ from dpo_jax.config.command_line import check, check_workdir, claim_workdir, par
 from dpo_jax.data.prepare import Prepared
 from dpo_jax.errors import SAVE_FAILED, SIGTERM, UserError
 from dpo_jax.model import placement as policy
-from dpo_jax.model.decoder import Params
+from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Policy
 from dpo_jax.objective.objective import Objective, sft_objective
 from dpo_jax.parallel import processes
@@ -98,7 +98,7 @@ def _run(c: Config, workdir: Path, projects: dict[str, str]) -> dict[str, float]
     inputs.check_experts(c, found.config.num_experts)
     layout = lay_out(c, found.config, mesh)
     if c["reference"]:
-        reference = hub.resolve(c["reference"], what="reference")
+        reference = hub.resolve_model(c["reference"], what="reference")
         policy.check_reference(weights.read_config(reference)[0], layout, str(reference))
     with first_process_first("dpo_jax data"):  # with a cache that all share, the others find it whole
         data = _prepare(c, found, workdir)
@@ -138,7 +138,7 @@ def _run(c: Config, workdir: Path, projects: dict[str, str]) -> dict[str, float]
 
 def _identify(c: Config, found: Policy, data: Prepared, plan: Schedule) -> dict[str, Any]:
     """What the run is begun with, the same in all processes."""
-    reference = hub.resolve(c["reference"], what="reference") if c["reference"] else None
+    reference = hub.resolve_model(c["reference"], what="reference") if c["reference"] else None
     identity = claim.identify(data.split, {"model": found.directory, "reference": reference})
     # Where files lie may differ between hosts.
     places = ("model", "reference", "dataset_path", "eval_path", "cache_dir", "compilation_cache")
@@ -283,8 +283,10 @@ def _finish(run: Run, state: TrainState, steps: int) -> dict[str, float]:
     export = workdir / "export"
     if c["export"] and not agreed((export / "config.json").exists()):
         if layout.lora is not None:
-            peft_files.save(state.params, layout.config, layout.lora, workdir / "export-adapter", base=c["model"])
-        weights.save(
+            peft_files.save_adapters(
+                state.params, layout.config, layout.lora, workdir / "export-adapter", base=c["model"]
+            )
+        weights.save_weights(
             run.base | state.params,
             run.policy.hf_config(),
             export,

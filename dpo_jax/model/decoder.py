@@ -22,10 +22,10 @@ from dpo_jax.model.attention.dense import Slots, apply_rotary, cached_attention,
 from dpo_jax.model.attention.tpu_splash import Tiling, splash_attention
 from dpo_jax.model.config import ACTIVATIONS, ModelConfig
 from dpo_jax.model.experts import Grouped, balance_sums, experts_mlp, route
+from dpo_jax.model.params import Params
 from dpo_jax.model.remat import REMAT_POLICIES, to_device
 from dpo_jax.objective.token_logps import embed
 
-Params = Any  # a nested dict of arrays
 RowTiling = Tiling | Skipping | None  # how attention of pair rows runs; None: as dense blocks
 
 NO_WINDOW = 2**30  # positions, more than any row has
@@ -422,7 +422,7 @@ def empty_cache(config: ModelConfig, rows: int, length: int, dtype=jnp.float32) 
 
 def unembedding(params: Params) -> jax.Array:
     """The vocabulary projection `[V, D]`: the embedding itself where they are tied."""
-    return params.get("lm_head", params["embedding"])
+    return params["lm_head" if "lm_head" in params else "embedding"]
 
 
 @functools.cache

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.decoder import Params, init_params
-from dpo_jax.model.tensors import Leaf, Parts, leaves, sizes, tensors
+from dpo_jax.model.decoder import init_params
+from dpo_jax.model.params import Params
+from dpo_jax.model.tensors import Leaf, Parts, model_leaves, sizes, tensors
 
 BRANCH = "lora"  # of the parameter tree, and the variable collection that `model.py` reads
 ALL = "all"
@@ -99,7 +100,7 @@ def on_model(config: ModelConfig, rank: int, alpha: float, targets: tuple[str, .
 
 def adapted(config: ModelConfig, lora: Lora) -> list[Leaf]:
     """The kernels that have an adapter."""
-    return [leaf for leaf in leaves(config) if leaf.path[0] == "layers" and leaf.path[-1] in lora.targets]
+    return [leaf for leaf in model_leaves(config) if leaf.path[0] == "layers" and leaf.path[-1] in lora.targets]
 
 
 def init_adapters(key: jax.Array, config: ModelConfig, lora: Lora) -> Params:

@@ -19,16 +19,17 @@ from dpo_jax.model.attention.cpu_tiles import Skipping
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.attention.tpu_splash import Tiling
 from dpo_jax.model.config import ModelConfig, hf_config
-from dpo_jax.model.decoder import Params, RowTiling, hidden_states, hidden_states_and_balance, init_params, unembedding
+from dpo_jax.model.decoder import RowTiling, hidden_states, hidden_states_and_balance, init_params, unembedding
 from dpo_jax.model.experts import Grouped
 from dpo_jax.model.lora import Lora, init_adapters
+from dpo_jax.model.params import Params
 from dpo_jax.model.remat import to_device
 from dpo_jax.objective.logps import Logps, pair_logps
 from dpo_jax.objective.token_logps import LogpOptions, on_platform
 from dpo_jax.parallel.mesh import (
     adapter_shardings,
     axis_rules,
-    on_host,
+    host_shardings,
     param_shardings,
     replicated,
     row_shards,
@@ -109,7 +110,7 @@ class Layout:
         if not self.reference_offload:
             return self.shardings
         small = lambda path: path[-1].key.endswith(("scale", "bias"))
-        return jax.tree_util.tree_map_with_path(lambda path, s: s if small(path) else on_host(s), self.shardings)
+        return jax.tree_util.tree_map_with_path(lambda path, s: s if small(path) else host_shardings(s), self.shardings)
 
 
 def find(model: str, workdir: Path, seed: int, *, with_weights: bool = True) -> Policy:
@@ -125,7 +126,7 @@ def find(model: str, workdir: Path, seed: int, *, with_weights: bool = True) -> 
         directory = tiny.write_tokenizer(workdir / f"tokenizer-{seed}", dialogues)
         tokenizer = _tokenizer(directory)
         return Policy(tiny.model_config(len(tokenizer)), None, directory, tokenizer)
-    directory = hub.resolve(model, with_weights=with_weights)
+    directory = hub.resolve_model(model, with_weights=with_weights)
     config, _ = weights.read_config(directory)
     policy = Policy(config, directory, directory, _tokenizer(directory))
     if len(policy.tokenizer) > config.vocab_size:
@@ -336,7 +337,7 @@ def load_params(policy: Policy, layout: Layout, seed: int) -> Params:
 
 def _load(policy: Policy, layout: Layout, seed: int, dtype: Any) -> Params:
     if policy.directory is not None:
-        return weights.load(policy.directory, policy.config, layout.shardings, dtype)
+        return weights.load_weights(policy.directory, policy.config, layout.shardings, dtype)
     return _fresh(lambda: init_params(jax.random.key(seed), policy.config), dtype, layout.shardings)
 
 
@@ -360,7 +361,7 @@ def check_reference(reference: ModelConfig, layout: Layout, name: str) -> None:
 
 def load_reference(directory: Path, layout: Layout, *, moves: bool) -> Params:
     """A named model as the reference, in the compute dtype (see `check_reference`); one that `moves` in `MOVING`."""
-    return weights.load(directory, layout.config, layout.reference_shardings, MOVING if moves else layout.dtype)
+    return weights.load_weights(directory, layout.config, layout.reference_shardings, MOVING if moves else layout.dtype)
 
 
 def moving_reference(params: Params) -> Params:
@@ -435,6 +436,6 @@ def abstract_trained(layout: Layout, dtype: Any) -> Any:
 
 def _state_shardings(tx: optax.GradientTransformation, layout: Layout) -> Any:
     params = abstract_trained(layout, layout.param_dtype)
-    held = on_host(layout.trained) if layout.optimizer_offload else layout.trained
+    held = host_shardings(layout.trained) if layout.optimizer_offload else layout.trained
     moments = state_shardings(tx, params, held, layout.mesh)
     return TrainState(step=replicated(layout.mesh), params=layout.trained, opt_state=moments)  # type: ignore[arg-type]

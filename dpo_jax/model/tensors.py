@@ -124,7 +124,7 @@ FINAL_NORM = Leaf(("final_norm", "scale"), "model.norm.weight", "D", ("D",))
 LM_HEAD = Leaf(("lm_head",), "lm_head.weight", "VD", ("V", "D"))
 
 
-def leaves(config: ModelConfig) -> list[Leaf]:
+def model_leaves(config: ModelConfig) -> list[Leaf]:
     """The leaves this model has: no `lm_head` where embeddings are tied, biases where it has them, ..."""
     c = config
     found = [EMBEDDING, *NORMS[c.norms], *ATTENTIONS.get(c.model_type, ATTENTION)]
@@ -149,7 +149,7 @@ def tensors(config: ModelConfig) -> dict[str, Parts]:
     """Every tensor of the checkpoint and what it holds, one below the other; layer by layer as a reader wants them."""
     letters = sizes(config)
     found: dict[str, Parts] = {}
-    every = leaves(config)
+    every = model_leaves(config)
     stacked = [leaf for leaf in every if leaf.stacked]
     order: Parts = [(EMBEDDING, ())]
     for layer in range(config.num_hidden_layers):
@@ -169,7 +169,7 @@ def whole_shape(parts: Parts, letters: Sizes) -> tuple[int, ...]:
 def first_rows(config: ModelConfig) -> dict[tuple[str, ...], int]:
     """By a leaf's path: how many rows of its tensor belong to leaves before it."""
     letters, used, found = sizes(config), dict[str, int](), dict[tuple[str, ...], int]()
-    for leaf in leaves(config):
+    for leaf in model_leaves(config):
         found[leaf.path] = used.get(leaf.name, 0)
         used[leaf.name] = found[leaf.path] + leaf.tensor_shape(letters)[0]
     return found

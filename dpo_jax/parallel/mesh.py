@@ -147,7 +147,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     )
 
 
-def on_host(shardings: Any) -> Any:
+def host_shardings(shardings: Any) -> Any:
     """The same shardings in the memory of each device's host."""
     return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
 

@@ -140,7 +140,7 @@ def find_model(c: Config, key: str = "model") -> ModelConfig:
     if name in MODELS and not Path(name).is_dir():
         return config_from_hf(MODELS[name], name)
     if name != "tiny" or key != "model":
-        return weights.read_config(hub.resolve(name, what=key, with_weights=False))[0]
+        return weights.read_config(hub.resolve_model(name, what=key, with_weights=False))[0]
     with tempfile.TemporaryDirectory() as work:  # as large as the vocabulary that its tokenizer learns
         return policy.find(name, Path(work), c["seed"]).config
 

@@ -13,7 +13,7 @@ from dpo_jax.rows.pipeline import PairSource
 from dpo_jax.sampling import engine as sample
 
 
-def answer(
+def answer_prompts(
     params: Any,
     pairs: PairSource,
     tokenizer: Any,
@@ -67,7 +67,7 @@ def stop_tokens(pairs: PairSource, tokenizer: Any) -> list[int]:
     return sorted({tokenizer.eos_token_id, *(last & set(tokenizer.all_special_ids))} - {None}) or [-1]
 
 
-def append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def append_samples(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Append records to samples.jsonl; only the first process does."""
     if jax.process_index() == 0:
         with path.open("a", encoding="utf-8") as f:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.model.attention.dense import Slots
-from dpo_jax.model.decoder import Params, hidden_states, unembedding
+from dpo_jax.model.decoder import hidden_states, unembedding
+from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout, limits_on
 from dpo_jax.objective.token_logps import token_kl
 from dpo_jax.parallel.mesh import axis_rules, local_rows, replicated, row_shards, to_global

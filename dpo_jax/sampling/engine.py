@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.decoder import Params, decode, empty_cache, unembedding
+from dpo_jax.model.decoder import decode, empty_cache, unembedding
+from dpo_jax.model.params import Params
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are compiled
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo_jax.data.split import Pairs
 from dpo_jax.model import placement as policy
-from dpo_jax.model.decoder import Params
+from dpo_jax.model.params import Params
 from dpo_jax.parallel.mesh import any_process, from_first, replicated
 from dpo_jax.rows.pipeline import Schedule
 from dpo_jax.training import reference_cache
@@ -30,12 +30,13 @@ def load_reference(run: Run, start: Params | None) -> Params:
     """
     c, moves = run.c, run.c["reference_sync_steps"] > 0
     if c["reference"]:
-        return policy.load_reference(hub.resolve(c["reference"], what="reference"), run.layout, moves=moves)
+        return policy.load_reference(hub.resolve_model(c["reference"], what="reference"), run.layout, moves=moves)
     if run.base and not c["sft_steps"]:
         return {}
     if run.policy.directory is not None and not c["sft_steps"]:
         return policy.load_reference(run.policy.directory, run.layout, moves=moves)
     if moves:  # only asked for when DPO starts: checkpoints hold it afterwards
+        assert start is not None
         return policy.moving_reference(start)
     return policy.own_reference(run.workdir / "reference", start, run.layout)
 
@@ -51,7 +52,7 @@ def kept_reference(run: Run, plan: Schedule, steps: int, start: Params | None) -
     c = run.c
     if not c["reference_cache"]:
         return None
-    named = hub.resolve(c["reference"], what="reference") if c["reference"] else run.policy.directory
+    named = hub.resolve_model(c["reference"], what="reference") if c["reference"] else run.policy.directory
     model = None if c["sft_steps"] and not c["reference"] else named
     cache = run.data.train.cache
     dtypes = f"{run.layout.dtype} over {run.layout.base_dtype}"

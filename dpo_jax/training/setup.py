@@ -26,7 +26,7 @@ from dpo_jax.model import lora
 from dpo_jax.model import placement as policy
 from dpo_jax.model.attention.tpu_splash import Tiling
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.decoder import Params
+from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout, Policy
 from dpo_jax.objective.objective import Objective, parse_loss, preference_objective
 from dpo_jax.parallel.mesh import local_rows
@@ -177,7 +177,7 @@ def answer(run: Run, state: TrainState, when: str, step: int) -> None:
     shown = dataclasses.replace(pairs, index=pairs.index[: c["sample_prompts"]])
     if not len(shown):
         return
-    records = answers.answer(
+    records = answers.answer_prompts(
         run.base | state.params,
         shown,
         run.policy.tokenizer,
@@ -186,7 +186,7 @@ def answer(run: Run, state: TrainState, when: str, step: int) -> None:
         new_tokens=c["sample_tokens"],
         seed=c["seed"],
     )
-    answers.append(run.workdir / "samples.jsonl", [{"when": when, "step": step} | r for r in records])
+    answers.append_samples(run.workdir / "samples.jsonl", [{"when": when, "step": step} | r for r in records])
 
 
 def keep_bad_batch(run: Run, split: str, step: int, pairs: np.ndarray) -> Path:

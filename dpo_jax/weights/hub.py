@@ -19,7 +19,7 @@ TOKENIZER_FILES = (
 HUB_FILES = (CONFIG, GENERATION_CONFIG, "model*.safetensors", INDEX, CARD, *TOKENIZER_FILES)
 
 
-def resolve(model: str, *, what: str = "model", with_weights: bool = True) -> Path:
+def resolve_model(model: str, *, what: str = "model", with_weights: bool = True) -> Path:
     """A directory in Hugging Face's layout: `model` itself if it is one, else the hub's repository, downloaded once.
 
     Args:

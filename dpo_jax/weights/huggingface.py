@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig, config_from_hf, hf_config
-from dpo_jax.model.decoder import Params
 from dpo_jax.model.lora import BRANCH
-from dpo_jax.model.tensors import Leaf, Parts, Sizes, first_rows, leaves, sizes, tensors, whole_shape
+from dpo_jax.model.params import Params
+from dpo_jax.model.tensors import Leaf, Parts, Sizes, first_rows, model_leaves, sizes, tensors, whole_shape
 from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -57,7 +57,7 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------- read
 
 
-def load(directory: Path, config: ModelConfig, shardings: Any, dtype: Any) -> Params:
+def load_weights(directory: Path, config: ModelConfig, shardings: Any, dtype: Any) -> Params:
     """Read a checkpoint into sharded arrays; every process reads only the parts of its own devices.
 
     Args:
@@ -81,7 +81,7 @@ def load(directory: Path, config: ModelConfig, shardings: Any, dtype: Any) -> Pa
             leaf.path: _load_leaf(
                 stored, leaf, letters, rows[leaf.path], flat[leaf.path] if flat else shardings, jnp.dtype(dtype)
             )
-            for leaf in leaves(config)
+            for leaf in model_leaves(config)
         }
     return flax.traverse_util.unflatten_dict(params)
 
@@ -199,7 +199,7 @@ def _read(tensor: Any, leaf: Leaf, letters: Sizes, first_row: int, bounds: Mappi
 # --------------------------------------------------------------------------------------------------------- write
 
 
-def save(
+def save_weights(
     params: Params,
     config: ModelConfig | Mapping[str, Any],
     directory: Path,
@@ -233,7 +233,7 @@ def save(
     flat = flax.traverse_util.flatten_dict(params)
     adapters = {path[1:]: flat.pop(path) for path in list(flat) if path[0] == BRANCH}
     adapters |= {path: lora_scale * b for path, b in adapters.items() if path[-1] == "b"}
-    assert set(flat) == {leaf.path for leaf in leaves(numbers)}, f"not the tree of this config: {sorted(flat)}"
+    assert set(flat) == {leaf.path for leaf in model_leaves(numbers)}, f"not the tree of this config: {sorted(flat)}"
     files = _plan_files(numbers, jnp.dtype(dtype).itemsize, max_shard_bytes)
     with new_directory(directory) as new:
         if new:
@@ -352,7 +352,7 @@ def _entry(leaf: jax.Array, index: tuple[int, ...], adapter: tuple[jax.Array, ..
     return entry.astype(dtype)
 
 
-def on_host(array: jax.Array) -> np.ndarray:
+def gather_to_host(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable:
         return jax.device_get(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
@@ -363,10 +363,10 @@ def _pieces(
 ) -> Iterator[np.ndarray]:
     """One tensor on the host, in the checkpoint's layout: whole if it is a layer's, else in runs of rows."""
     if leaf.stacked:
-        host = on_host(_entry(array, index, adapter, dtype=dtype))
+        host = gather_to_host(_entry(array, index, adapter, dtype=dtype))
         yield host.transpose([leaf.axes.index(letter) for letter in "".join(leaf.theirs)])
         return
     assert leaf.theirs == tuple(leaf.ours), "runs of rows are the tensor's bytes only if no axis moves"
     size = max(1, int(PIECE_BYTES) // (4 * math.prod(array.shape[1:])))
     for row in range(0, array.shape[0], size):
-        yield on_host(_rows(array, row, size=min(size, array.shape[0] - row), dtype=dtype))
+        yield gather_to_host(_rows(array, row, size=min(size, array.shape[0] - row), dtype=dtype))

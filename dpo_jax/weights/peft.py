@@ -14,16 +14,16 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.decoder import Params
 from dpo_jax.model.lora import BRANCH, Lora, adapted, adapted_tensors
+from dpo_jax.model.params import Params
 from dpo_jax.model.tensors import Parts, sizes
-from dpo_jax.weights.huggingface import new_directory, on_host
+from dpo_jax.weights.huggingface import gather_to_host, new_directory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
-def save(adapters: Params, config: ModelConfig, lora: Lora, directory: Path, *, base: str) -> None:
+def save_adapters(adapters: Params, config: ModelConfig, lora: Lora, directory: Path, *, base: str) -> None:
     """Write a directory for `peft.PeftModel.from_pretrained`; whole or not at all. Every process must call it.
 
     Args:
@@ -35,7 +35,7 @@ def save(adapters: Params, config: ModelConfig, lora: Lora, directory: Path, *, 
     Raises:
       UserError: the directory cannot be written.
     """
-    flat = {path: on_host(leaf) for path, leaf in flax.traverse_util.flatten_dict(adapters[BRANCH]).items()}
+    flat = {path: gather_to_host(leaf) for path, leaf in flax.traverse_util.flatten_dict(adapters[BRANCH]).items()}
     with new_directory(directory) as new:
         if new:
             save_file(dict(_tensors(flat, config, lora)), new / WEIGHTS, metadata={"format": "pt"})

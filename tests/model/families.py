@@ -109,7 +109,7 @@ def unpacked(per_token, rows, slots: Slots) -> list[np.ndarray]:
 
 
 def load(directory: Path, config: ModelConfig, dtype=jnp.float32):
-    return weights.load(directory, config, jax.sharding.SingleDeviceSharding(jax.devices()[0]), dtype)
+    return weights.load_weights(directory, config, jax.sharding.SingleDeviceSharding(jax.devices()[0]), dtype)
 
 
 def difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:

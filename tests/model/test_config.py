@@ -59,10 +59,14 @@ def test_tensors_come_back_bit_by_bit(name, tmp_path):
     stored = load_file(GOLDEN / name / "model.safetensors")
     tree = traverse_util.flatten_dict(jax.eval_shape(lambda: init_params(jax.random.key(0), config)))
     letters = tensors.sizes(config)
-    assert {p: x.value.shape for p, x in tree.items()} == {x.path: x.shape(letters) for x in tensors.leaves(config)}
+    assert {p: x.value.shape for p, x in tree.items()} == {
+        x.path: x.shape(letters) for x in tensors.model_leaves(config)
+    }
     assert sum(x.size for x in stored.values()) == config.parameter_count()
     for numbers, most in ((hf, 5e9), (hf_config(config), 20e3)):  # one file and several
-        weights.save(load(GOLDEN / name, config), numbers, tmp_path / "m", dtype=hf["dtype"], max_shard_bytes=most)
+        weights.save_weights(
+            load(GOLDEN / name, config), numbers, tmp_path / "m", dtype=hf["dtype"], max_shard_bytes=most
+        )
         written = {k: v for f in (tmp_path / "m").glob("*.safetensors") for k, v in load_file(f).items()}
         assert set(written) == set(stored)
         assert all(np.array_equal(written[k], stored[k]) for k in stored)

@@ -79,7 +79,7 @@ def test_exports_are_read_as_they_were(family, measured, tmp_path):
     sequences = TextPairs(VOCAB).sequences()
     ours = sequence_logits(params, config, sequences)
     for i, numbers in enumerate((hf, hf_config(config))):
-        weights.save(params, numbers, tmp_path / str(i), dtype=jnp.float32, max_shard_bytes=3e5 if i else 5e9)
+        weights.save_weights(params, numbers, tmp_path / str(i), dtype=jnp.float32, max_shard_bytes=3e5 if i else 5e9)
         assert weights.read_config(tmp_path / str(i))[0] == config
         model = read_by_transformers(tmp_path / str(i))
         found = difference(ours, [torch_logits(model, ids) for ids in sequences])
@@ -121,7 +121,7 @@ def torch_dpo(model, pairs, reference) -> float:
 
 
 def as_tensors(grads, config, directory):
-    weights.save(grads, config, directory, dtype=jnp.float32)
+    weights.save_weights(grads, config, directory, dtype=jnp.float32)
     return load_file(directory / "model.safetensors")
 
 

@@ -14,7 +14,7 @@ from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.decoder import init_params
 from dpo_jax.model.remat import REMAT_POLICIES
 from dpo_jax.objective.objective import preference_objective
-from dpo_jax.parallel.mesh import make_mesh, on_host, to_global
+from dpo_jax.parallel.mesh import host_shardings, make_mesh, to_global
 from dpo_jax.rows.schedule import RowShape
 from dpo_jax.training.optimizer import optimizer, schedule
 from dpo_jax.training.step import make_train_step
@@ -95,7 +95,7 @@ def test_moments_and_reference_in_host_memory_change_no_number(sizes, plain):
 def test_on_host_moves_the_memory_and_keeps_the_spread():
     mesh = make_mesh(1, 8, 1)
     sharding = jax.NamedSharding(mesh, jax.P("fsdp"))
-    (moved,) = on_host([sharding])
+    (moved,) = host_shardings([sharding])
     assert moved.memory_kind == "pinned_host"
     assert moved.spec == sharding.spec
 

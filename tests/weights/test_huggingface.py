@@ -28,7 +28,7 @@ from dpo_jax.model import tensors
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.config import ModelConfig, hf_config
 from dpo_jax.model.decoder import hidden_states, init_params, unembedding
-from dpo_jax.parallel.mesh import on_host
+from dpo_jax.parallel.mesh import host_shardings
 from dpo_jax.weights import hub as hub_module
 from dpo_jax.weights import huggingface as weights
 from tests import places
@@ -57,7 +57,7 @@ def one_device() -> jax.sharding.Sharding:
 
 
 def load(directory: Path, config: ModelConfig, dtype=jnp.float32) -> dict:
-    return weights.load(directory, config, one_device(), dtype)
+    return weights.load_weights(directory, config, one_device(), dtype)
 
 
 def assert_same(a: dict, b: dict) -> None:
@@ -103,7 +103,7 @@ def counted_reads(monkeypatch):
 def test_table_covers_the_tree(config):
     tree = {path: x.shape for path, x in flax.traverse_util.flatten_dict(shapes(config)).items()}
     sizes = tensors.sizes(config)
-    assert tree == {leaf.path: leaf.shape(sizes) for leaf in tensors.leaves(config)}
+    assert tree == {leaf.path: leaf.shape(sizes) for leaf in tensors.model_leaves(config)}
     assert sum(np.prod(shape) for shape in tree.values()) == config.parameter_count()
 
 
@@ -111,7 +111,7 @@ def test_table_covers_the_tree(config):
 @pytest.mark.parametrize("max_shard_bytes", [5e9, 20e3], ids=["one file", "shards"])
 def test_round_trip_is_exact(tmp_path, config, max_shard_bytes):
     params = random_params(config)
-    weights.save(params, config, tmp_path / "m", dtype=jnp.float32, max_shard_bytes=max_shard_bytes)
+    weights.save_weights(params, config, tmp_path / "m", dtype=jnp.float32, max_shard_bytes=max_shard_bytes)
     found, _ = weights.read_config(tmp_path / "m")
     assert found == config
     assert_same(load(tmp_path / "m", config), params)
@@ -132,7 +132,7 @@ def test_round_trip_is_exact(tmp_path, config, max_shard_bytes):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_files(tmp_path, dtype):
     params = random_params(UNTIED)
-    weights.save(params, UNTIED, tmp_path / "m", dtype=dtype)
+    weights.save_weights(params, UNTIED, tmp_path / "m", dtype=dtype)
     assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == jnp.dtype(dtype).name
     rounded = jax.tree.map(lambda x: x.astype(dtype), params)
     assert_same(load(tmp_path / "m", UNTIED, dtype), rounded)
@@ -144,14 +144,14 @@ def test_half_precision_files(tmp_path, dtype):
 def test_large_tables_are_gathered_in_runs_of_rows(tmp_path, monkeypatch):
     params = random_params(UNTIED)
     monkeypatch.setattr(weights, "PIECE_BYTES", 4 * 32 * 7)  # 96 rows in runs of 7
-    weights.save(params, UNTIED, tmp_path / "m", dtype=jnp.float32)
+    weights.save_weights(params, UNTIED, tmp_path / "m", dtype=jnp.float32)
     assert_same(load(tmp_path / "m", UNTIED), params)
 
 
 @needs_stories
 def test_a_real_checkpoint_comes_back_bit_by_bit(tmp_path):
     config, hf = weights.read_config(STORIES)
-    weights.save(load(STORIES, config), hf, tmp_path / "m", dtype=jnp.float32, tokenizer_from=STORIES)
+    weights.save_weights(load(STORIES, config), hf, tmp_path / "m", dtype=jnp.float32, tokenizer_from=STORIES)
     before, after = load_file(STORIES / "model.safetensors"), load_file(tmp_path / "m" / "model.safetensors")
     before.pop("lm_head.weight", None)
     assert set(before) == set(after)
@@ -177,16 +177,16 @@ SPECS = {
 
 def mesh_shardings(config: ModelConfig) -> dict:
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    flat = {leaf.path: NamedSharding(mesh, SPECS.get(leaf.path, P())) for leaf in tensors.leaves(config)}
+    flat = {leaf.path: NamedSharding(mesh, SPECS.get(leaf.path, P())) for leaf in tensors.model_leaves(config)}
     return flax.traverse_util.unflatten_dict(flat)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_eight_devices_read_their_own_parts_once(tmp_path, monkeypatch):
     params, shardings = random_params(UNTIED), mesh_shardings(UNTIED)
-    weights.save(params, UNTIED, tmp_path / "m", dtype=jnp.float32)
+    weights.save_weights(params, UNTIED, tmp_path / "m", dtype=jnp.float32)
     with counted_reads(monkeypatch) as sizes:
-        sharded = weights.load(tmp_path / "m", UNTIED, shardings, jnp.float32)
+        sharded = weights.load_weights(tmp_path / "m", UNTIED, shardings, jnp.float32)
     assert_same(sharded, params)
     jax.tree.map(
         lambda x, s: s.is_equivalent_to(x.sharding, x.ndim) or pytest.fail(f"{x.sharding}"), sharded, shardings
@@ -195,15 +195,15 @@ def test_eight_devices_read_their_own_parts_once(tmp_path, monkeypatch):
     cut = params["layers"]["attention"]["v"].nbytes
     assert sum(sizes) == 4 * UNTIED.parameter_count() + cut
     with jax.set_mesh(shardings["embedding"].mesh), jax.transfer_guard("disallow"):  # as in the trainer
-        weights.save(sharded, UNTIED, tmp_path / "again", dtype=jnp.float32)
+        weights.save_weights(sharded, UNTIED, tmp_path / "again", dtype=jnp.float32)
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "m/model.safetensors").read_bytes()
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_a_reference_is_read_into_the_hosts_memory(tmp_path):
-    params, shardings = random_params(UNTIED), on_host(mesh_shardings(UNTIED))
-    weights.save(params, UNTIED, tmp_path / "m", dtype=jnp.float32)
-    held = weights.load(tmp_path / "m", UNTIED, shardings, jnp.float32)
+    params, shardings = random_params(UNTIED), host_shardings(mesh_shardings(UNTIED))
+    weights.save_weights(params, UNTIED, tmp_path / "m", dtype=jnp.float32)
+    held = weights.load_weights(tmp_path / "m", UNTIED, shardings, jnp.float32)
     assert_same(held, params)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(held)} == {"pinned_host"}
 
@@ -212,13 +212,13 @@ def test_host_memory_is_bounded_by_one_leaf(tmp_path, monkeypatch):
     config = dataclasses.replace(UNTIED, hidden_size=256, intermediate_size=512, num_hidden_layers=6, vocab_size=512)
     params = random_params(config)
     # Warm up: what is traced and compiled once is no copy of the model.
-    weights.save(params, config, tmp_path / "m", dtype=jnp.float32, max_shard_bytes=4e6)
+    weights.save_weights(params, config, tmp_path / "m", dtype=jnp.float32, max_shard_bytes=4e6)
     load(tmp_path / "m", config)
     leaf, tensor = 6 * 256 * 512 * 4, 256 * 512 * 4
     assert 4 * config.parameter_count() > 3.5 * leaf
     tracemalloc.start()
     try:
-        weights.save(params, config, tmp_path / "m", dtype=jnp.float32, max_shard_bytes=4e6)
+        weights.save_weights(params, config, tmp_path / "m", dtype=jnp.float32, max_shard_bytes=4e6)
         saving = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
         with counted_reads(monkeypatch) as sizes:
@@ -235,7 +235,7 @@ def test_host_memory_is_bounded_by_one_leaf(tmp_path, monkeypatch):
 def test_two_processes_write_one_export(tmp_path):
     """Parameters spread over two processes: both gather, the first one writes."""
     params = random_params(UNTIED)
-    weights.save(params, UNTIED, tmp_path / "m", dtype=jnp.float32)
+    weights.save_weights(params, UNTIED, tmp_path / "m", dtype=jnp.float32)
     program = """
 import sys, jax, jax.numpy as jnp
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
@@ -245,10 +245,10 @@ mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 config, hf = weights.read_config(sys.argv[3])
 specs = {"D": P("fsdp"), "VD": P(None, "fsdp")}
 import flax.traverse_util as t
-shardings = {x.path: NamedSharding(mesh, specs.get(x.ours, P(None, "fsdp"))) for x in tensors.leaves(config)}
-params = weights.load(sys.argv[3], config, t.unflatten_dict(shardings), jnp.float32)
+shardings = {x.path: NamedSharding(mesh, specs.get(x.ours, P(None, "fsdp"))) for x in tensors.model_leaves(config)}
+params = weights.load_weights(sys.argv[3], config, t.unflatten_dict(shardings), jnp.float32)
 assert not params["embedding"].is_fully_addressable
-weights.save(params, hf, sys.argv[4], dtype=jnp.float32, max_shard_bytes=20e3)
+weights.save_weights(params, hf, sys.argv[4], dtype=jnp.float32, max_shard_bytes=20e3)
 """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
@@ -281,7 +281,7 @@ weights.save(params, hf, sys.argv[4], dtype=jnp.float32, max_shard_bytes=20e3)
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    weights.save(random_params(UNTIED), UNTIED, tmp_path / "m", dtype=jnp.float32)
+    weights.save_weights(random_params(UNTIED), UNTIED, tmp_path / "m", dtype=jnp.float32)
     return tmp_path / "m"
 
 
@@ -317,7 +317,7 @@ def test_wrong_tensors_are_named(saved, tensors, words):
 
 def test_known_buffers_and_a_second_copy_of_a_tied_table_are_harmless(tmp_path):
     params = random_params(TIED)
-    weights.save(params, TIED, tmp_path, dtype=jnp.float32)
+    weights.save_weights(params, TIED, tmp_path, dtype=jnp.float32)
     table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     edit(tmp_path, **{"lm_head.weight": table, "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)})
     assert_same(load(tmp_path, TIED), params)
@@ -359,9 +359,9 @@ def test_a_failed_export_leaves_the_old_one(saved, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(weights, "_write_file", full)
         with pytest.raises(UserError, match="No space left"):
-            weights.save(random_params(TIED), TIED, saved, dtype=jnp.float32)
+            weights.save_weights(random_params(TIED), TIED, saved, dtype=jnp.float32)
     assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
-    weights.save(random_params(TIED), TIED, saved, dtype=jnp.float32)
+    weights.save_weights(random_params(TIED), TIED, saved, dtype=jnp.float32)
     assert weights.read_config(saved)[0] == TIED
     assert [f.name for f in saved.parent.iterdir()] == ["m"]
 
@@ -370,67 +370,67 @@ def test_a_failed_export_leaves_the_old_one(saved, monkeypatch):
 
 
 def test_resolve_local(saved, tmp_path, monkeypatch):
-    assert hub_module.resolve(str(saved)) == saved
+    assert hub_module.resolve_model(str(saved)) == saved
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"reference='.*empty': the directory has no config\.json"):
-        hub_module.resolve(str(tmp_path / "empty"), what="reference")
+        hub_module.resolve_model(str(tmp_path / "empty"), what="reference")
     for missing in (str(tmp_path / "none"), "./none", "~/none/at/all", "a/b/c", "gs://bucket/model", ""):
         with pytest.raises(UserError, match="no such directory"):
-            hub_module.resolve(missing)
+            hub_module.resolve_model(missing)
     with pytest.raises(UserError, match="is a file"):
-        hub_module.resolve(str(saved / "config.json"))
+        hub_module.resolve_model(str(saved / "config.json"))
     with pytest.raises(UserError, match="not a hub id"):
-        hub_module.resolve("two words")
+        hub_module.resolve_model("two words")
 
 
 def test_download_from_a_hub(hub, saved, tmp_path, monkeypatch):
     for name in ("pytorch_model.bin", "consolidated.safetensors", "tokenizer.json", "README.md"):
         (saved / name).write_text("x")
     shutil.copytree(saved, hub.root / "someone" / "small")
-    directory = hub_module.resolve("someone/small")
+    directory = hub_module.resolve_model("someone/small")
     assert {f.name for f in directory.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
     config, hf = weights.read_config(directory)
     params = load(directory, config)
     assert_same(params, random_params(UNTIED))
     # Files of the cache are links: an export of a downloaded model holds real ones.
-    weights.save(params, hf, tmp_path / "export", dtype=jnp.float32, tokenizer_from=directory)
+    weights.save_weights(params, hf, tmp_path / "export", dtype=jnp.float32, tokenizer_from=directory)
     assert not (tmp_path / "export" / "tokenizer.json").is_symlink()
     # Once downloaded, no hub is needed.
     use_hub(monkeypatch, tmp_path, closed_port())
-    assert hub_module.resolve("someone/small") == directory
+    assert hub_module.resolve_model("someone/small") == directory
 
 
 def test_the_tokenizer_can_come_alone(hub, saved):
     (saved / "tokenizer.json").write_text("x")
     shutil.copytree(saved, hub.root / "someone" / "small")
-    directory = hub_module.resolve("someone/small", with_weights=False)
+    directory = hub_module.resolve_model("someone/small", with_weights=False)
     assert {f.name for f in directory.iterdir()} == {"config.json", "tokenizer.json"}
-    assert (hub_module.resolve("someone/small") / "model.safetensors").is_file()
+    assert (hub_module.resolve_model("someone/small") / "model.safetensors").is_file()
 
 
 def test_what_a_hub_refuses(hub, saved):
     with pytest.raises(UserError, match=r"has no such model .*hf auth login.*--config\.model=DIRECTORY"):
-        hub_module.resolve("nobody/nothing")
+        hub_module.resolve_model("nobody/nothing")
     shutil.copytree(saved, hub.root / "someone" / "gated")
     with pytest.raises(UserError, match=r"gated: .*someone/gated, then `hf auth login`") as caught:
-        hub_module.resolve("someone/gated")
+        hub_module.resolve_model("someone/gated")
     assert "\n" not in str(caught.value)
     (hub.root / "someone" / "gguf").mkdir()
     (hub.root / "someone" / "gguf" / "model.gguf").write_text("x")
     with pytest.raises(UserError, match=r"has no config\.json"):
-        hub_module.resolve("someone/gguf")
+        hub_module.resolve_model("someone/gguf")
 
 
 def test_unreachable_hub(tmp_path, monkeypatch):
     use_hub(monkeypatch, tmp_path, closed_port())
     with pytest.raises(UserError) as caught:
-        hub_module.resolve("someone/small", what="reference")
+        hub_module.resolve_model("someone/small", what="reference")
     for word in ("someone/small", "127.0.0.1", "--config.reference=DIRECTORY", "configs/hhh.py:tiny", "ConnectError"):
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="cannot be downloaded"):
-        hub_module.resolve("someone/small")
+        hub_module.resolve_model("someone/small")
     huggingface_hub.close_session()
 
 
@@ -472,7 +472,9 @@ def test_stories_both_ways(torch_logits, tmp_path):
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 64), dtype=np.int32)
     np.testing.assert_allclose(logits(params, config, ids), torch_logits(STORIES, ids), atol=1e-4, rtol=0)
     params = jax.tree.map(lambda x: x * 1.01, params)  # as after training
-    weights.save(params, hf, tmp_path / "export", dtype=jnp.float32, tokenizer_from=STORIES, max_shard_bytes=3e5)
+    weights.save_weights(
+        params, hf, tmp_path / "export", dtype=jnp.float32, tokenizer_from=STORIES, max_shard_bytes=3e5
+    )
     np.testing.assert_allclose(logits(params, config, ids), torch_logits(tmp_path / "export", ids), atol=1e-4, rtol=0)
 
 
@@ -502,7 +504,7 @@ def test_transformers_loads_what_we_made_from_scratch(torch_logits, tmp_path, ba
     config = dataclasses.replace(base, rope_scaling=ROPES[rope])
     params = jax.tree.map(lambda x: 0.2 * x, random_params(config))
     hf = hf_config(config, bos_token_id=1, eos_token_id=2)
-    weights.save(params, hf, tmp_path / "m", dtype=jnp.float32)
+    weights.save_weights(params, hf, tmp_path / "m", dtype=jnp.float32)
     found, stored = weights.read_config(tmp_path / "m")
     assert found == config
     assert stored == hf

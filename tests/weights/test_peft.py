@@ -59,14 +59,14 @@ def test_exports_are_the_policy(name, targets, tmp_path):
     sequences = TextPairs(config.vocab_size).sequences()
     with_scale = dataclasses.replace(config, lora_scale=lora.scale)
     expected = sequence_logits(base | adapters, with_scale, sequences)
-    weights.save(base | adapters, hf, tmp_path / "export", dtype="float32", lora_scale=lora.scale)
+    weights.save_weights(base | adapters, hf, tmp_path / "export", dtype="float32", lora_scale=lora.scale)
     found = sequence_logits(families.load(tmp_path / "export", config), config, sequences)
     assert difference(found, expected) < 1e-4
     assert difference(sequence_logits(base, config, sequences), expected) > 1e-2
 
-    peft_files.save(adapters, config, lora, tmp_path / "adapter", base="somewhere")
+    peft_files.save_adapters(adapters, config, lora, tmp_path / "adapter", base="somewhere")
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    weights.save(base, hf, tmp_path / "base", dtype="float32")
+    weights.save_weights(base, hf, tmp_path / "base", dtype="float32")
     kernels, merged = (load_file(tmp_path / d / "model.safetensors") for d in ("base", "export"))
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     changed = {k for k in merged if not np.array_equal(merged[k], kernels[k])}
@@ -91,7 +91,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits_and_gradients(name, tm
     _, model, _, config, _, base = test_families.make_family(name, tmp_path / "base")
     lora = on_model(config, 3, 12.0, ("all",), rslora=name == "phi3")
     adapters = _adapters(config, lora, 0.1)
-    peft_files.save(adapters, config, lora, tmp_path / "adapter", base=str(tmp_path / "base"))
+    peft_files.save_adapters(adapters, config, lora, tmp_path / "adapter", base=str(tmp_path / "base"))
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True).eval()
     pairs, with_scale = TextPairs(test_families.VOCAB), dataclasses.replace(config, lora_scale=lora.scale)
     ours = sequence_logits(base | adapters, with_scale, pairs.sequences())
@@ -103,7 +103,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits_and_gradients(name, tm
     noise = jnp.asarray(test_families.NOISE, jnp.float32)
     (value, reference), grads = test_families.dpo_gradient(with_scale, pairs)(base | adapters, noise)
     assert float(value) == pytest.approx(test_families.torch_dpo(theirs, pairs, reference), abs=1e-5)
-    peft_files.save({"lora": grads["lora"]}, config, lora, tmp_path / "gradients", base="")
+    peft_files.save_adapters({"lora": grads["lora"]}, config, lora, tmp_path / "gradients", base="")
     trained = {k.replace(".default", ""): p for k, p in theirs.named_parameters() if p.requires_grad}
     found = load_file(tmp_path / "gradients" / "adapter_model.safetensors")
     assert test_families.relative(found, {k: p.grad.numpy() for k, p in trained.items()}) < 1e-3
