@@ -31,7 +31,8 @@ from dpo_jax.objective.objective import Objective, sft_objective
 from dpo_jax.parallel import processes
 from dpo_jax.parallel.mesh import agreed, first_process_first, make_mesh, replicated, row_shards
 from dpo_jax.records import trackers
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.records import EVENTS, before_after, read_records, truncate_records
+from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.report import card
 from dpo_jax.report import command as report
 from dpo_jax.report.runs import EXPORTS, load
@@ -54,7 +55,6 @@ from dpo_jax.training.setup import (
     make_objective,
     once_through,
     plan_of,
-    read_records,
     step_source,
     train_step,
     transformation,
@@ -121,9 +121,7 @@ def _run(c: Config, workdir: Path, projects: dict[str, str]) -> dict[str, float]
             _forget_after(workdir, c["sft_steps"], done)
         totals = {"sft": c["sft_steps"], "train": steps}
         logs = stack.enter_context(trackers.open_trackers(workdir, projects, c)) if main_process else []
-        writer = metrics.MetricsWriter(
-            workdir if main_process else None, total_steps=totals, quiet=not main_process, logs=logs
-        )
+        writer = MetricsWriter(workdir if main_process else None, total_steps=totals, quiet=not main_process, logs=logs)
         logps, reference_logps = make_models(c, layout)
         with writer:
             for line in damaged:
@@ -300,9 +298,9 @@ def _finish(run: Run, state: TrainState, steps: int) -> dict[str, float]:
             if (workdir / name).is_dir():
                 card.write(load(workdir), workdir / name, base=run.policy.directory)
         report.write(workdir)
-        answers.show(read_records(samples), run.writer)
-        if held_out := metrics.before_after(records):
-            run.writer.table("Held-out pairs", held_out)
+        answers.show_answers(read_records(samples), run.writer)
+        if held_out := before_after(records):
+            run.writer.console.before_after_table("Held-out pairs", held_out)
         run.writer.message(f"report {workdir / 'report.html'}" + (f", policy {export}" if c["export"] else ""))
     last = [r for r in records if r["split"] == ("eval" if len(run.data.evaluation) else "train")]
     return {k: v for k, v in last[-1].items() if k != "split"} if last else {}
@@ -328,9 +326,8 @@ def _forget_after(workdir: Path, sft_steps: int, done: int) -> None:
             return record["step"] <= done
         return done > sft_steps and record["step"] <= done - sft_steps
 
-    for name in ("metrics.jsonl", "samples.jsonl", metrics.EVENTS):
-        if (workdir / name).exists():
-            metrics.truncate(workdir / name, keep)
+    for name in ("metrics.jsonl", "samples.jsonl", EVENTS):
+        truncate_records(workdir / name, keep)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

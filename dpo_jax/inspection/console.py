@@ -21,7 +21,7 @@ from dpo_jax.inspection.gather import (
     shape_words,
     visible,
 )
-from dpo_jax.records.writer import printable
+from dpo_jax.records.records import printable
 
 DIGITS = {"mean": 1, "p50": 1, "p90": 1, "max": 0}
 STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}

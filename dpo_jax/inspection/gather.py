@@ -10,7 +10,7 @@ import numpy as np
 from dpo_jax.data.comparison import DELIBERATE
 from dpo_jax.data.lengths import length_report
 from dpo_jax.data.prepare import Pairs, Prepared
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.records import printable
 from dpo_jax.report.lengths import length_words
 from dpo_jax.rows.pipeline import Schedule
 from dpo_jax.rows.schedule import RowShape
@@ -180,7 +180,7 @@ def _whole_characters(tokenizer: Any, ids: Sequence[int]) -> list[int]:
 
 def visible(piece: Piece) -> str:
     """A piece's text without anything that a reader could overlook: line ends, control characters, blank tokens."""
-    text = metrics.printable(piece.text)
+    text = printable(piece.text)
     if text.isspace():
         text = "".join(c if c == "\n" else "⇥" if c == "\t" else "·" for c in text)
     return text.replace("\n", "⏎\n")

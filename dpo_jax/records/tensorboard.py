@@ -1,13 +1,12 @@
 """TensorBoard's event files: a copy of a run's records."""
 
+import contextlib
 import math
-import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
@@ -22,8 +21,7 @@ def open_events(directory: Path, records: Sequence[Mapping[str, Any]]) -> Events
     """
     times: dict[tuple[str, int], float] = {}
     for path in sorted(directory.glob("events.out.tfevents.*")):
-        for event in read_events(path):
-            times |= {(value.tag.split("/")[0], event.step): event.wall_time for value in event.summary.value}
+        times |= _event_times(path)
         path.unlink()
     directory.mkdir(parents=True, exist_ok=True)
     # The writer without tensorboardX's thread: where the disk is full that dies, and whoever writes waits for ever.
@@ -34,23 +32,6 @@ def open_events(directory: Path, records: Sequence[Mapping[str, Any]]) -> Events
     return writer
 
 
-def read_events(path: Path) -> Iterator[Event]:
-    """The events of a TensorBoard file, up to where a killed writer left it."""
-    data = path.read_bytes()
-    at = 0
-    while at + 12 <= len(data):
-        # A record is: length (8 bytes), its checksum (4), the event, its checksum (4).
-        (length,) = struct.unpack_from("<Q", data, at)
-        body = data[at + 12 : at + 12 + length]
-        if len(body) < length:
-            return
-        try:
-            yield Event.FromString(body)
-        except DecodeError:
-            return
-        at += length + 16
-
-
 def add_event(writer: EventsWriter, record: Mapping[str, Any], when: float) -> None:
     """A record's numbers as one event, tagged `split/name`; None is written as nan."""
     values = [
@@ -59,3 +40,17 @@ def add_event(writer: EventsWriter, record: Mapping[str, Any], when: float) -> N
         if name != "step" and not isinstance(value, str)
     ]
     writer.write_event(Event(wall_time=when, step=record["step"], summary=Summary(value=values)))
+
+
+def _event_times(path: Path) -> dict[tuple[str, int], float]:
+    """When each (split, step) of an event file was written."""
+    import grain  # slow to import, and only a run that is opened again has such files
+
+    times = {}
+    # A file ends in the middle of an event where its writer was killed, and a disk may have damaged it: the times up
+    # to there are enough, and the file is about to be replaced.
+    with contextlib.suppress(Exception):
+        for body in grain.experimental.TFRecordIterDataset(str(path)):
+            event = Event.FromString(body)
+            times |= {(value.tag.split("/")[0], event.step): event.wall_time for value in event.summary.value}
+    return times

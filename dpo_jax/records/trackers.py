@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import UserError
-from dpo_jax.records.writer import Record
+from dpo_jax.records.records import Record
 
 Log = Callable[[Record], None]
 

@@ -14,7 +14,7 @@ from huggingface_hub.repocard_data import EvalResult
 
 from dpo_jax.data.datasets import DATASETS
 from dpo_jax.data.sources import hub_dataset
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.records import before_after, show_metric
 from dpo_jax.report.runs import Run, accuracy_error, held_out_pairs, is_dpo, last_step, metric_label
 from dpo_jax.weights.hub import CARD
 
@@ -118,7 +118,7 @@ def _eval_results(run: Run, datasets: Sequence[str]) -> list[EvalResult] | None:
 
 
 def _last_evaluation(run: Run) -> dict[str, float]:
-    return {name: after for name, _, after in metrics.before_after(run.records) if after is not None}
+    return {name: after for name, _, after in before_after(run.records) if after is not None}
 
 
 def _introduction(run: Run, data: ModelCardData) -> str:
@@ -194,9 +194,9 @@ SPLIT_WORDS = {"train": "training pairs", "eval": "held-out pairs"}
 
 def _results(run: Run) -> str:
     rows = []
-    for name, before, after in metrics.before_after(run.records):
+    for name, before, after in before_after(run.records):
         error = accuracy_error(run, after) if name == "accuracy" else None
-        shown = ["–" if v is None else metrics.show(name, v) for v in (before, after)]
+        shown = ["–" if v is None else show_metric(name, v) for v in (before, after)]
         rows.append((metric_label(name), shown[0], shown[1] + (f" ± {error:.3f}" if error is not None else "")))
     if not rows:
         return "No pairs were held out."

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import UserError
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.records import before_after
 from dpo_jax.report import sections
 from dpo_jax.report.charts import chart
 from dpo_jax.report.compare import compare_page
@@ -90,7 +90,7 @@ def run_page(run: Run) -> tuple[str, str]:
         section(
             "Curves", _curves(run), "By step. Dots are held-out pairs; thin lines training batches and their mean."
         ),
-        section("Held-out pairs, before and after", sections.before_after(run)),
+        section("Held-out pairs, before and after", sections.held_out_table(run)),
         section("Answers, before and after", sections.samples(run)),
         section("Data", sections.data(run)),
         section("Checkpoints and export", sections.files(run)),
@@ -131,7 +131,7 @@ def _warnings(run: Run) -> list[str]:
 
 
 def _headline(run: Run) -> str:
-    rows = {name: (before, after) for name, before, after in metrics.before_after(run.records)}
+    rows = {name: (before, after) for name, before, after in before_after(run.records)}
     blocks = []
     for name, (title, note) in HEADLINE.items():
         if name not in rows:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.records import HELD_OUT, before_after
 from dpo_jax.report.charts import chart
 from dpo_jax.report.html import RUN_COLORS, count, number, section, setting, table, text
 from dpo_jax.report.runs import (
@@ -66,10 +66,10 @@ def _differences(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _finals(runs: Sequence[Run]) -> list[list[str]]:
-    finals = [{name: after for name, _, after in metrics.before_after(run.records)} for run in runs]
+    finals = [{name: after for name, _, after in before_after(run.records)} for run in runs]
     groups = dict.fromkeys(name for final in finals for name in final if name.startswith("accuracy/"))
     rows = []
-    for name in (*metrics.HELD_OUT, *groups):
+    for name in (*HELD_OUT, *groups):
         values = [final.get(name) for final in finals]
         known = [value for value in values if value is not None]
         if not known:

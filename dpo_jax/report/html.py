@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import UserError
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.records import printable, show_metric
 
 RUN_COLORS = 8  # --run-0 … --run-7, then again from the start
 
 
 def text(value: object) -> str:
     """Escaped text; control characters become visible, so an answer cannot hide anything."""
-    return escape(metrics.printable(str(value)))
+    return escape(printable(str(value)))
 
 
 def number(name: str, value: float | None) -> str:
     """A metric for a person, with the exact value in the element."""
     if value is None:
         return '<span class="none">–</span>'
-    return f'<data value="{value!r}">{metrics.show(name, value).replace("-", "−")}</data>'
+    return f'<data value="{value!r}">{show_metric(name, value).replace("-", "−")}</data>'
 
 
 def count(value: Any) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import UserError
-from dpo_jax.records import writer as metrics
 from dpo_jax.records.length_bias import GROUPS, RATIO
+from dpo_jax.records.records import Record, read_records
 from dpo_jax.report.charts import Series
 from dpo_jax.report.html import RUN_COLORS
 
@@ -109,8 +109,8 @@ class Run:
 
     name: str
     config: Mapping[str, Any]
-    records: Sequence[metrics.Record]
-    samples: Sequence[metrics.Record]
+    records: Sequence[Record]
+    samples: Sequence[Record]
     data: Mapping[str, Any]
     about: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: Mapping[int, int] = field(default_factory=dict)
@@ -141,8 +141,8 @@ def load(workdir: Path) -> Run:
     run = Run(
         name=workdir.resolve().name,
         config=_read_json(workdir / "config.json"),
-        records=metrics.read(workdir / "metrics.jsonl"),
-        samples=metrics.read(workdir / "samples.jsonl"),
+        records=read_records(workdir / "metrics.jsonl"),
+        samples=read_records(workdir / "samples.jsonl"),
         data=_read_json(workdir / "data.json"),
         about=_read_json(workdir / "run.json"),
         checkpoints=dict(

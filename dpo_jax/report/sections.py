@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_jax.records import writer as metrics
 from dpo_jax.records.length_bias import GROUPS, RATIO
+from dpo_jax.records.records import Record, before_after, show_metric
 from dpo_jax.report.html import bar, count, fold, number, size, table, text
 from dpo_jax.report.lengths import length_charts, length_words
 from dpo_jax.report.runs import LENGTH_WORDS, Run, accuracy_error, metric_label, sources
@@ -13,10 +13,10 @@ OPEN_SAMPLES = 3  # prompts shown at once; the others are folded
 MANY_FILES = 12  # of an export, listed
 
 
-def before_after(run: Run) -> str:
+def held_out_table(run: Run) -> str:
     """Held-out pairs before and after, and the last evaluation's wins by source and by length."""
     rows = []
-    for name, before, after in metrics.before_after(run.records):
+    for name, before, after in before_after(run.records):
         if "/" not in name:
             cells = (number(name, before), number(name, after), _change(name, before, after))
             rows.append((text(metric_label(name)), *cells))
@@ -39,7 +39,7 @@ def _groups(run: Run) -> str:
     note = f"Longer: by more than {RATIO - 1:.0%} in tokens."
     if bias is not None:
         note += (
-            f" Correlation of (chosen − rejected tokens) with the margin: {metrics.show('length_correlation', bias)}. "
+            f" Correlation of (chosen − rejected tokens) with the margin: {show_metric('length_correlation', bias)}. "
             "Near 0 margins do not depend on length; near 1 the policy prefers what is longer, near -1 what is shorter."
         )
     return _group_table(run, last, "by source", named) + (
@@ -64,7 +64,7 @@ def _group_table(run: Run, last: Mapping[str, Any], title: str, names: Mapping[s
 
 def samples(run: Run) -> str:
     """Answers before and after, side by side, prompt by prompt."""
-    prompts: dict[str, dict[tuple[str, str], metrics.Record]] = {}
+    prompts: dict[str, dict[tuple[str, str], Record]] = {}
     for sample in run.samples:
         prompts.setdefault(sample.get("prompt", ""), {})[sample.get("when", ""), sample.get("mode", "")] = sample
     blocks = [_sample(prompt, answers) for prompt, answers in prompts.items()]
@@ -74,7 +74,7 @@ def samples(run: Run) -> str:
     )
 
 
-def _sample(prompt: str, answers: Mapping[tuple[str, str], metrics.Record]) -> str:
+def _sample(prompt: str, answers: Mapping[tuple[str, str], Record]) -> str:
     def said(sample: Mapping[str, Any], key: str = "answer") -> str:
         words = str(sample.get(key, "")).strip()
         return f'<div class="said">{text(words)}</div>' if words else '<div class="said none">empty</div>'

@@ -74,10 +74,10 @@ def append_samples(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
             f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
 
-def show(records: Sequence[Mapping[str, Any]], writer: MetricsWriter) -> None:
+def show_answers(records: Sequence[Mapping[str, Any]], writer: MetricsWriter) -> None:
     """Print the greedy answers before and after, side by side."""
     greedy = [r for r in records if r["mode"] == "greedy"]
     before, after = ({r["prompt"]: r["answer"] for r in greedy if r["when"] == when} for when in ("before", "after"))
     rows = [(prompt, before[prompt], after[prompt]) for prompt in before if prompt in after]
     if rows:
-        writer.side_by_side("Answers (greedy)", ("prompt", "before", "after"), rows)
+        writer.console.side_by_side("Answers (greedy)", ("prompt", "before", "after"), rows)

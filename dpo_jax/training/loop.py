@@ -17,12 +17,13 @@ from dpo_jax.model.attention.dense import Slots
 from dpo_jax.parallel.mesh import make_any, to_global
 from dpo_jax.parallel.watchdog import LONGER, awaited, beat, watch
 from dpo_jax.records.length_bias import length_correlation, length_groups
-from dpo_jax.records.writer import MetricsWriter, Throughput
+from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.rows.pipeline import StepSource, batches
 from dpo_jax.rows.schedule import RowShape
 from dpo_jax.training.memory import give_back, peak_gb
 from dpo_jax.training.spikes import Losses
 from dpo_jax.training.step import SKIPPED, TrainState
+from dpo_jax.training.throughput import Throughput
 
 # What an evaluation says of every group of pairs (by source, by length) apart.
 BY_GROUP = ("accuracy", "margin")

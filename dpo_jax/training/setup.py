@@ -30,7 +30,7 @@ from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout, Policy
 from dpo_jax.objective.objective import Objective, parse_loss, preference_objective
 from dpo_jax.parallel.mesh import local_rows
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.rows.pipeline import PairSource, Schedule, StepSource, make_schedule
 from dpo_jax.rows.schedule import Order
 from dpo_jax.sampling import answers
@@ -56,7 +56,7 @@ class Run:
     logps: LogpsFn
     reference_logps: LogpsFn  # the same model, with the reference's parameters where they lie
     checkpoints: Checkpoints
-    writer: metrics.MetricsWriter
+    writer: MetricsWriter
     stop: threading.Event
     done: int  # updates, of SFT and DPO together, that the newest checkpoint holds
     base: Params  # under the adapters, never trained; {} if all parameters are
@@ -249,7 +249,3 @@ def introduce(run: Run, plan: Schedule, steps: int) -> None:
         )
     if run.done:
         say(f"going on from checkpoint {run.done}")
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    return metrics.read(path) if path.exists() else []

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.records import read_records
 from tests import processes
 from tests.end_to_end.test_processes import _same
 from tests.end_to_end.test_train import _command, _finish, _values, environment  # noqa: F401 (a fixture)
@@ -188,12 +188,12 @@ def test_bad_gradients_are_skipped_and_counted_and_spikes_are_reported(environme
     assert code == 0, err
     assert "step 3: loss nan, gradient norm nan: not finite, the update is skipped (1 in a row)" in out
     assert "(a spike)" in out
-    records = {r["step"]: r for r in metrics.read(work / "metrics.jsonl")}
+    records = {r["step"]: r for r in read_records(work / "metrics.jsonl")}
     assert {step: r["skipped"] for step, r in records.items() if r["skipped"]} == {4: 1}
     assert all(r["dpo_loss"] is not None for r in records.values())
     # 3 was not an update: the schedule is one behind from there.
     assert records[4]["learning_rate"] == pytest.approx(2e-4 * 2 / 3, rel=1e-5)
-    events = metrics.read(work / "events.jsonl")
+    events = read_records(work / "events.jsonl")
     assert [(e["event"], e["step"], len(e["pairs"])) for e in events] == [("skipped", 3, 4), ("spike", 20, 4)]
     assert events[1]["loss"] > 6 * events[1]["median"]
 
@@ -265,7 +265,7 @@ def _pair(workdir, environment, **changed):  # noqa: F811
     command = [*_command(workdir, **(FAST | {"num_steps": 5000, "log_every": 1} | changed)), "--distributed"]
     started = processes.start([command] * 2, environment)
     try:
-        _wait_for(lambda: len(metrics.read(workdir / "metrics.jsonl")) > 3, started[0])
+        _wait_for(lambda: len(read_records(workdir / "metrics.jsonl")) > 3, started[0])
     except AssertionError:
         processes.end(started, (0, 0), timeout=1)
         raise

@@ -14,7 +14,7 @@ import sys
 import pytest
 
 from dpo_jax.objective.losses import LOSSES
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.records import read_records
 from tests import processes
 
 # Rows of docs/losses.md and what differs from beta 0.1, 30 updates of 32 pairs at 3e-4.
@@ -46,7 +46,7 @@ def _train(workdir, environment, settings):
     command = [sys.executable, "-m", "dpo_jax.train", "--config=configs/hhh.py:tiny", f"--workdir={workdir}", *keys]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    return [r for r in metrics.read(workdir / "metrics.jsonl") if r["split"] == "eval"][-1]
+    return [r for r in read_records(workdir / "metrics.jsonl") if r["split"] == "eval"][-1]
 
 
 def test_simpo_learns_without_a_reference(environment, tmp_path):

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.records import read_records
 from tests import processes
 from tests.end_to_end.test_train import _command, _finish, _values, environment  # noqa: F401 (a fixture)
 
@@ -107,7 +107,7 @@ def test_a_signal_to_one_of_two_stops_both_and_one_goes_on(tmp_path, environment
     whole = _values(tmp_path / "one")
     started = _distributed(tmp_path / "two", 2, environment, **CHANGED)
     path, deadline = tmp_path / "two" / "metrics.jsonl", time.monotonic() + 200
-    while not any(r["split"] == "train" and r["step"] >= 2 for r in metrics.read(path)):
+    while not any(r["split"] == "train" and r["step"] >= 2 for r in read_records(path)):
         assert time.monotonic() < deadline
         assert all(process.poll() is None for process in started), processes.end(started, (0, 0))
         time.sleep(0.01)

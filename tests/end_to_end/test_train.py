@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from configs import hhh
 from dpo_jax import train
-from dpo_jax.records import writer as metrics
 from dpo_jax.records.length_bias import GROUPS
+from dpo_jax.records.records import read_records
 from dpo_jax.weights import huggingface as weights
 from tests import processes
 
@@ -53,7 +53,7 @@ def _finish(workdir, environment, **changed):
 
 def _values(workdir):
     """The records without what depends on the machine's state."""
-    records = metrics.read(Path(workdir) / "metrics.jsonl")
+    records = read_records(Path(workdir) / "metrics.jsonl")
     return [{k: v for k, v in r.items() if k not in CLOCK} for r in records]
 
 
@@ -84,7 +84,7 @@ def test_the_directory_holds_what_the_contract_says(finished):
 
 
 def test_records_are_those_of_the_contract(finished):
-    records = metrics.read(finished[0] / "metrics.jsonl")
+    records = read_records(finished[0] / "metrics.jsonl")
     by_split = {s: [r for r in records if r["split"] == s] for s in ("sft", "train", "eval")}
     assert [r["step"] for r in by_split["sft"]] == [1, 2, 3, 4]
     assert [r["step"] for r in by_split["train"]] == list(range(1, 11))
@@ -124,14 +124,14 @@ def test_records_are_those_of_the_contract(finished):
 
 def test_the_reference_did_not_move(finished):
     """A first update at rate 0 leaves the policy as it was: step 2 sees ln 2 as well."""
-    records = [r for r in metrics.read(finished[0] / "metrics.jsonl") if r["split"] == "train"]
+    records = [r for r in read_records(finished[0] / "metrics.jsonl") if r["split"] == "train"]
     assert records[1]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert records[-1]["dpo_loss"] != pytest.approx(np.log(2), abs=1e-3)
 
 
 def test_answers_before_and_after_are_kept_and_shown_side_by_side(finished):
     workdir, printed = finished
-    records = metrics.read(workdir / "samples.jsonl")
+    records = read_records(workdir / "samples.jsonl")
     assert [(r["when"], r["mode"]) for r in records] == [
         (when, mode) for when in ("before", "after") for mode in ("greedy", "greedy", "sampled", "sampled")
     ]
@@ -143,7 +143,7 @@ def test_answers_before_and_after_are_kept_and_shown_side_by_side(finished):
 
 def test_the_export_is_a_hugging_face_directory(finished):
     export = finished[0] / "export"
-    last = metrics.read(finished[0] / "metrics.jsonl")[-1]
+    last = read_records(finished[0] / "metrics.jsonl")[-1]
     (result,) = ModelCard.load(export / "README.md").data.eval_results
     assert result.metric_value == pytest.approx(last["accuracy"], abs=1e-4)
     config, hf = weights.read_config(export)
@@ -166,7 +166,7 @@ def _stop_at(workdir, environment, split, step, how, saved=None, **changed):
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     path, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
-        records = metrics.read(path) if path.exists() else []
+        records = read_records(path) if path.exists() else []
         written = saved is None or (workdir / "checkpoints" / str(saved)).is_dir()
         if written and any(r["split"] == split and r["step"] >= step for r in records):
             process.send_signal(how)

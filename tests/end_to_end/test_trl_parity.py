@@ -18,7 +18,7 @@ import transformers
 
 from configs import common
 from dpo_jax import train
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.records import read_records
 from tests import places, processes
 
 ROOT = places.ROOT
@@ -85,7 +85,7 @@ def run_in_process(tmp_path: Path, settings: dict) -> list[dict]:
     mesh = {"mesh_data": math.gcd(4, jax.device_count()), "mesh_fsdp": 1, "mesh_tensor": -1}
     config.update({**SAME_AS_TRL, **mesh, "cache_dir": str(tmp_path / "cache"), **settings})
     train.run(config, tmp_path / "run")
-    return metrics.read(tmp_path / "run" / "metrics.jsonl")
+    return read_records(tmp_path / "run" / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("name", TINY["runs"])
@@ -134,4 +134,4 @@ def test_smollm2_agrees_with_trl(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     theirs = json.loads((SHARED / "trl" / "trl.json").read_text())["logged"]
-    compare(metrics.read(tmp_path / "run" / "metrics.jsonl"), theirs, loss=1e-4, logp=0.01, reward=1e-3, grad_norm=2e-3)
+    compare(read_records(tmp_path / "run" / "metrics.jsonl"), theirs, loss=1e-4, logp=0.01, reward=1e-3, grad_norm=2e-3)

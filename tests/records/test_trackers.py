@@ -11,7 +11,8 @@ from configs import hhh
 from dpo_jax import train
 from dpo_jax.errors import UserError
 from dpo_jax.records import trackers
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.records import read_records
+from dpo_jax.records.writer import MetricsWriter
 from tests.records.test_writer import TOTAL, held_out
 from tests.records.test_writer import train as trained
 
@@ -23,7 +24,7 @@ CONFIG = {"seed": 0, "learning_rate": 5e-7}
 def _write(workdir, records, **projects):
     with (
         trackers.open_trackers(workdir, OFF | projects, CONFIG) as logs,
-        metrics.MetricsWriter(workdir, total_steps=TOTAL, quiet=True, logs=logs) as writer,
+        MetricsWriter(workdir, total_steps=TOTAL, quiet=True, logs=logs) as writer,
     ):
         for record in records:
             writer.write(record)
@@ -97,11 +98,11 @@ def test_training_goes_on_without_a_tracker_that_fails(tmp_path):
         got.append(record)
         raise ConnectionError("gone")
 
-    with metrics.MetricsWriter(tmp_path, total_steps=TOTAL, quiet=True, logs=[log]) as writer:
+    with MetricsWriter(tmp_path, total_steps=TOTAL, quiet=True, logs=[log]) as writer:
         for record in RECORDS:
             writer.write(record)
     assert len(got) == 1
-    assert len(metrics.read(tmp_path / "metrics.jsonl")) == len(RECORDS)
+    assert len(read_records(tmp_path / "metrics.jsonl")) == len(RECORDS)
 
 
 def _wandb_records(path, kind):

@@ -12,9 +12,9 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from dpo_jax.errors import UserError
-from dpo_jax.records import tensorboard as events
-from dpo_jax.records import writer as metrics
-from dpo_jax.records.writer import MetricsWriter, Throughput
+from dpo_jax.records import console as run_console
+from dpo_jax.records.records import before_after, read_records, truncate_records
+from dpo_jax.records.writer import MetricsWriter
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -83,10 +83,10 @@ def test_a_resumed_run_has_every_point_once(tmp_path):
     # Killed at step 4, resumed from a checkpoint of step 2: what came later is written again.
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "spl')
-    metrics.truncate(tmp_path / "metrics.jsonl", lambda r: r["split"] == "sft" or r["step"] <= 2)
+    truncate_records(tmp_path / "metrics.jsonl", lambda r: r["split"] == "sft" or r["step"] <= 2)
     run(tmp_path, [train(3, dpo_loss=0.5), train(4, dpo_loss=0.25)])
 
-    steps = [(r["split"], r["step"]) for r in metrics.read(tmp_path / "metrics.jsonl")]
+    steps = [(r["split"], r["step"]) for r in read_records(tmp_path / "metrics.jsonl")]
     assert steps == [("sft", s) for s in (1, 2, 3, 4)] + [("train", s) for s in (1, 2, 3, 4)]
     points = scalars(tmp_path / "tensorboard")
     assert [p[0] for p in points["sft/loss"]] == [1, 2, 3, 4]  # not lost to a purge of steps after 2
@@ -99,40 +99,45 @@ def test_a_resumed_run_has_every_point_once(tmp_path):
     assert points["train/dpo_loss"][:2] == old["train/dpo_loss"][:2]  # with the times of the first run
 
 
-def test_tensorboard_gets_back_what_a_kill_lost(tmp_path):
+@pytest.mark.parametrize("damage", [lambda data: data[:-30], lambda data: data[:-30] + b"\xff" * 30, lambda _: b""])
+def test_tensorboard_gets_back_what_a_kill_lost(tmp_path, damage):
     run(tmp_path, [train(1), train(2)])
+    old = scalars(tmp_path / "tensorboard")["train/dpo_loss"]
     (path,) = (tmp_path / "tensorboard").iterdir()
-    path.write_bytes(path.read_bytes()[:-30])
-    assert len(list(events.read_events(path))) == 2  # the file's header and step 1
+    path.write_bytes(damage(path.read_bytes()))
+    whole = path.stat().st_size > 0  # the file's header and step 1 are
     run(tmp_path, [])
-    assert [p[0] for p in scalars(tmp_path / "tensorboard")["train/dpo_loss"]] == [1, 2]
+    new = scalars(tmp_path / "tensorboard")["train/dpo_loss"]
+    assert [p[0] for p in new] == [1, 2]
+    assert (new[0][2] == old[0][2]) == whole  # what could be read keeps its time
+    assert new[1][2] > old[1][2]
 
 
 def test_truncate_drops_a_half_line_and_keeps_text(tmp_path):
     path = tmp_path / "samples.jsonl"
     kept = {"when": "before", "answer": "Ünï\u2028code \ud83d"}
     path.write_bytes(json.dumps(kept).encode() + b'\n{"when": "after", "answer": "\xc3')
-    metrics.truncate(path, lambda record: True)
-    assert metrics.read(path) == [kept]
+    truncate_records(path, lambda record: True)
+    assert read_records(path) == [kept]
     assert path.read_bytes().endswith(b"}\n")
     assert list(tmp_path.iterdir()) == [path]
-    metrics.truncate(path, lambda record: record["when"] == "after")
+    truncate_records(path, lambda record: record["when"] == "after")
     assert path.read_bytes() == b""
-    metrics.truncate(tmp_path / "none.jsonl", lambda record: True)
+    truncate_records(tmp_path / "none.jsonl", lambda record: True)
     assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_opening_mends_a_half_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(train(1)) + '\n{"step": 2, "dpo')
     run(tmp_path, [train(2)])
-    assert metrics.read(tmp_path / "metrics.jsonl") == [train(1), train(2)]
+    assert read_records(tmp_path / "metrics.jsonl") == [train(1), train(2)]
 
 
 def test_damage_before_the_last_line_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is not a JSON object"):
-        metrics.read(path)
+        read_records(path)
 
 
 def test_plain_console_prints_a_line_a_record():
@@ -152,7 +157,7 @@ def test_plain_console_prints_a_line_a_record():
 
 def test_time_left_counts_from_the_first_record_of_a_phase(monkeypatch):
     now = iter([100.0, 150.0, 400.0])
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(run_console.time, "monotonic", lambda: next(now))
     out = io.StringIO()
     with MetricsWriter(None, total_steps=TOTAL, quiet=False, console=Console(file=out)) as writer:
         for step in (5, 10, 20):  # resumed after step 4: 5 steps in 50 s, 10 to go
@@ -183,42 +188,28 @@ def test_quiet_prints_nothing(capsys):
     with MetricsWriter(None, total_steps=TOTAL, quiet=True) as writer:
         writer.write(train(1))
         writer.message("a message")
-        writer.table("Held-out pairs", [("margin", 0.0, 1.0)])
+        writer.console.before_after_table("Held-out pairs", [("margin", 0.0, 1.0)])
     assert capsys.readouterr() == ("", "")
 
 
 def test_final_table_has_before_and_after():
     out = io.StringIO()
     records = [train(1), held_out(20, dpo_loss=0.25), held_out(0), held_out(10)]
-    rows = metrics.before_after(records)
+    rows = before_after(records)
     assert rows == [("dpo_loss", 0.7, 0.25), ("accuracy", 0.5, 0.5), ("margin", 0.0, 0.0)]
     with MetricsWriter(None, total_steps=TOTAL, quiet=False, console=Console(file=out)) as writer:
-        writer.table("Held-out pairs", [*rows, ("chosen_reward", None, 0.5)])
+        writer.console.before_after_table("Held-out pairs", [*rows, ("chosen_reward", None, 0.5)])
     words = [line.split() for line in out.getvalue().splitlines()]
     assert ["dpo_loss", "0.7000", "0.2500", "-0.4500"] in words
     assert ["chosen_reward", "–", "0.5000"] in words
-    assert metrics.before_after([held_out(0)])[0] == ("dpo_loss", 0.7, None)
-    assert metrics.before_after([]) == []
+    assert before_after([held_out(0)])[0] == ("dpo_loss", 0.7, None)
+    assert before_after([]) == []
 
 
 def test_pairs_that_all_tie_before_training_have_no_accuracy_there():
     tied, won = {"accuracy": 0.0, "accuracy/a": 0.0}, {"accuracy": 0.75, "accuracy/a": 0.0}
-    rows = metrics.before_after([held_out(0, **tied), held_out(10, **won)])
+    rows = before_after([held_out(0, **tied), held_out(10, **won)])
     assert [row for row in rows if row[0].startswith("accuracy")] == [
         ("accuracy", None, 0.75),
         ("accuracy/a", None, 0.0),
     ]
-
-
-def test_throughput_leaves_out_pauses():
-    now = [0.0]
-    throughput = Throughput(clock=lambda: now[0])
-    assert throughput.take() == {}
-    throughput.count(8)
-    now[0] = 2.0
-    with throughput.paused():
-        now[0] = 7.0
-    throughput.count(8)
-    now[0] = 9.0
-    assert throughput.take() == {"pairs_per_second": 4.0, "step_seconds": 2.0}
-    assert throughput.take() == {}

@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub import ModelCard
 
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.records import HELD_OUT, show_metric
 from dpo_jax.report import card
 from dpo_jax.report.runs import load
 from tests.report.example_run import make_run
@@ -46,8 +46,8 @@ def test_the_hub_reads_its_metadata(tmp_path):
 def test_the_text_has_the_runs_numbers(tmp_path):
     found, records = _card(tmp_path / "run")
     last = [r for r in records if r["split"] == "eval"][-1]
-    for name in metrics.HELD_OUT:
-        assert metrics.show(name, last[name]) in found.text
+    for name in HELD_OUT:
+        assert show_metric(name, last[name]) in found.text
     for words in (
         "42,264 training pairs, 512 held-out pairs", "| harmless-base | train | 42,537 | 42,264 | prompts_differ 96",
         "| `dpo_beta` | `0.1` |", "| `learning_rate` | `5e-07` |", "jax 0.10.2", "8 × TPU v5 lite", "MIT",

@@ -10,7 +10,7 @@ import pytest
 
 from dpo_jax.errors import UserError
 from dpo_jax.records.length_bias import GROUPS
-from dpo_jax.records.writer import HELD_OUT
+from dpo_jax.records.records import HELD_OUT
 from dpo_jax.report import charts
 from dpo_jax.report import command as report
 from dpo_jax.report.compare import compare_page

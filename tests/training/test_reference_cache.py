@@ -11,7 +11,7 @@ from configs import hhh
 from dpo_jax import train
 from dpo_jax.model import placement as policy
 from dpo_jax.parallel import watchdog
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.records import read_records
 from dpo_jax.rows.pipeline import StepSource
 from dpo_jax.training import reference_cache
 from dpo_jax.training.loop import Stopped
@@ -37,7 +37,7 @@ def _run(workdir, **changed):
     config = hhh.get_config("tiny")
     config.update(CHANGED | changed)
     train.run(config, workdir)
-    return metrics.read(Path(workdir) / "metrics.jsonl")
+    return read_records(Path(workdir) / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from dpo_jax.model import placement as policy
 from dpo_jax.model.lora import init_adapters, on_model, parse_targets
 from dpo_jax.parallel.mesh import make_mesh
-from dpo_jax.records import writer as metrics
+from dpo_jax.records.records import read_records
 from dpo_jax.weights import huggingface as weights
 from dpo_jax.weights import peft as peft_files
 from tests.end_to_end import test_train
@@ -129,7 +129,7 @@ def finished(tmp_path_factory, environment):
 
 def test_a_run_holds_the_adapters_alone(finished):
     workdir, printed = finished
-    records = {(r["split"], r["step"]): r for r in metrics.read(workdir / "metrics.jsonl")}
+    records = {(r["split"], r["step"]): r for r in read_records(workdir / "metrics.jsonl")}
     assert records["sft", 4]["grad_norm"] > 0
     for first in (records["train", 1], records["eval", 0]):  # the reference has the adapters of the SFT phase
         assert first["dpo_loss"] == pytest.approx(np.log(2), abs=1e-6)
