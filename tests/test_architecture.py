@@ -15,7 +15,7 @@ rows.balance rows.schedule rows.pipeline data.synthetic
 model.options model.config model.attention.dense parallel.spread model.attention.on_mesh objective.token_logps
 model.attention.tpu_splash model.attention.cpu_tiles model.experts model.remat objective.logps objective.losses
 objective.objective training.optimizer model.decoder training.step parallel.tpu
-plan.hlo.text plan.hlo.loops plan.hlo.flops plan.hlo.bytes plan.hlo.count plan.jaxpr_costs
+plan.hlo.text plan.hlo.loops plan.hlo.flops plan.hlo.bytes plan.hlo.count plan.kernels
 weights.hub model.tensors model.lora parallel.mesh training.checkpoint weights.huggingface weights.peft
 sampling.engine weights.tiny model.placement training.about
 records.length_bias training.memory records.tensorboard records.writer records.trackers report.html report.charts

@@ -9,7 +9,7 @@ grouped product (one token and choice each), I and O its inputs and outputs.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -112,19 +112,6 @@ def _product_backward(grouped: Grouped, kept: Any, grad_RO: jax.Array) -> tuple[
 
 
 _product.defvjp(_product_forward, _product_backward)
-
-
-def kernel_flops(name: str, operands: Sequence[Any]) -> float | None:
-    """FLOPs of `Grouped`'s kernel on one device, by its name in a jaxpr; None for other kernels.
-
-    Args:
-      name: it has none of its own.
-      operands: the last two are `[R, I]` and `[R, O]`.
-    """
-    if name != "pallas_call" or len(operands) < 2:
-        return None
-    x, grad = (operand.shape for operand in operands[-2:])
-    return 2.0 * x[0] * x[1] * grad[1] if len(x) == len(grad) == 2 else None
 
 
 def _mlp(

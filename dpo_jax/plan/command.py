@@ -226,7 +226,6 @@ def _measured(it: Draft, shapes: Mapping[RowShape, float], lengths: Lengths) -> 
         "headroom": topology.generation.hbm_bytes - max(total, largest_total),
         "evaluation_memory": evaluation.total_bytes,
         "flops": flops,
-        "flops_traced": program.asked_flops * scale,
         "flops_per_8N": flops / (8 * real),
         "needed_per_parameter_and_token": needed,
         "hbm_bytes": program.costs.hbm_bytes * scale,

@@ -11,15 +11,13 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax.errors import UserError
-from dpo_jax.model import experts
 from dpo_jax.model import placement as policy
-from dpo_jax.model.attention import tpu_splash as splash
 from dpo_jax.model.placement import Layout
 from dpo_jax.objective.objective import Objective
 from dpo_jax.parallel.mesh import axis_rules, batch_sharding, replicated
 from dpo_jax.parallel.tpu import quiet
-from dpo_jax.plan import jaxpr_costs
 from dpo_jax.plan.hlo import count as hlo
+from dpo_jax.plan.kernels import kernel_formula
 from dpo_jax.rows.schedule import RowShape
 from dpo_jax.training.loop import slots_of
 from dpo_jax.training.setup import Config, make_models
@@ -36,17 +34,13 @@ class Program:
 
     Attributes:
       costs: what it does, see `hlo.Costs`.
-      asked_flops: of all devices together, counted in the program as it was traced.
       total_bytes: arguments, results and temporaries together, what is donated once.
-      temporary_bytes: what is held only while it runs.
       host_bytes: in the host's memory.
       seconds: that compiling took.
     """
 
     costs: hlo.Costs
-    asked_flops: float
     total_bytes: float
-    temporary_bytes: float
     host_bytes: float
     seconds: float
 
@@ -111,6 +105,17 @@ def train_program(
       TooLargeError: it needs more memory than a device has.
       UserError: a part of it needs more of the memory on the chip than there is.
     """
+    return _compile("step", *train_step_of(c, layout, objective, optimizer, shape), shape, layout)
+
+
+def train_step_of(
+    c: Config,
+    layout: Layout,
+    objective: Objective,
+    optimizer: tuple[optax.GradientTransformation, Any],
+    shape: RowShape,
+) -> tuple[Any, tuple[Any, ...]]:
+    """The training step of the run, and its abstract arguments for rows of one shape."""
     tx, rate = optimizer
     logps, reference_logps = make_models(c, layout)
     step = make_train_step(
@@ -125,8 +130,7 @@ def train_program(
     )
     state = policy.abstract_state(tx, layout)
     reference, base, given = _frozen(c, objective, layout)
-    batch = abstract_batch(shape, layout, c["microbatches"], given)
-    return _compile("step", step, (state, reference, batch, slots_of(shape), base), shape, layout)
+    return step, (state, reference, abstract_batch(shape, layout, c["microbatches"], given), slots_of(shape), base)
 
 
 def eval_program(c: Config, layout: Layout, objective: Objective, shape: RowShape) -> Program:
@@ -148,54 +152,33 @@ def eval_program(c: Config, layout: Layout, objective: Objective, shape: RowShap
 
 
 def _compile(what: str, step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Layout) -> Program:
-    slots, tiling, share = slots_of(shape), layout.tiling, _experts_share(layout)
-
-    def kernel(name: str, operands: Any) -> float | None:
-        if name == "ragged-dot-metadata":  # of a grouped product: no products
-            return 0.0
-        if (found := experts.kernel_flops(name, operands)) is not None:
-            return found * share
-        if not isinstance(tiling, splash.Tiling):
-            return None
-        return splash.kernel_flops(name, splash.query_shape(operands), slots, tiling)
-
-    def called(call: hlo.KernelCall) -> float | None:
-        found = kernel(call.name, call.operands)
-        if found is not None or call.cost_estimate is None:
-            return found
-        return call.cost_estimate * (share if call.name.startswith("ragged-dot") or "tgmm" in call.name else 1)
-
     began = time.perf_counter()
-    with jax.set_mesh(layout.mesh), policy.exact_products(layout), quiet():
-        traced = step.trace(*arguments)
-        try:
-            compiled = traced.lower().compile()
-        except Exception as e:  # XLA's errors have no class of their own for this
-            if "RESOURCE_EXHAUSTED" not in str(e):
-                raise
-            if on_chip := re.search(r"memory space (?!hbm)(\w+)", str(e)):
-                raise UserError(
-                    f"rows of {list(shape.widths)} do not compile: one operation {_memory_words(str(e))} of the chip's "
-                    f"{on_chip[1]}; attention=dense has no kernel, and compiler_options may give it more"
-                ) from None
-            rows = "|".join(map(str, shape.widths))
-            raise TooLargeError(f"{what} with rows of [{rows}]: {_memory_words(str(e))}") from None
+    try:
+        with jax.set_mesh(layout.mesh), policy.exact_products(layout), quiet():
+            compiled = step.trace(*arguments).lower().compile()
+    except Exception as e:  # XLA's errors have no class of their own for this
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        if on_chip := re.search(r"memory space (?!hbm)(\w+)", str(e)):
+            raise UserError(
+                f"rows of {list(shape.widths)} do not compile: one operation {_memory_words(str(e))} of the chip's "
+                f"{on_chip[1]}; attention=dense has no kernel, and compiler_options may give it more"
+            ) from None
+        rows = "|".join(map(str, shape.widths))
+        raise TooLargeError(f"{what} with rows of [{rows}]: {_memory_words(str(e))}") from None
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    costs = hlo.count(compiled.as_text(), called)
-    asked = jaxpr_costs.flops(traced.jaxpr, lambda name, operands, _: kernel(name, operands), grouped_share=share)
+    formula = kernel_formula(slots_of(shape), layout.tiling, experts_share(layout))
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return Program(
-        costs=costs,
-        asked_flops=asked,
+        costs=hlo.count(compiled.as_text(), formula),
         total_bytes=total - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         seconds=seconds,
     )
 
 
-def _experts_share(layout: Layout) -> float:
+def experts_share(layout: Layout) -> float:
     """The share of (token, expert) rows that a device's own experts have, on average; it sorts those of all of them."""
     if not layout.config.num_experts:
         return 1.0

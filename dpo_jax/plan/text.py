@@ -44,8 +44,8 @@ def lines(r: Mapping[str, Any]) -> list[str]:
         f"{memory['largest_shape_total']:.2f}) of {available:.2f} GiB (a {one}), "
         + (f"headroom {headroom:.2f}" if headroom >= 0 else "which the compiler accepts: not all are alive together")
         + (f"; host {memory['host']:.2f}" if memory["host"] else ""),
-        f"  FLOPs a step  {r['flops']:.3e} ({r['flops_traced']:.3e} in the traced program), {r['flops_per_8N']:.2f}x "
-        f"of 8N a real token; remat {r['remat']}, attention {attention}",
+        f"  FLOPs a step  {r['flops']:.3e}, {r['flops_per_8N']:.2f}x of 8N a real token; remat {r['remat']}, "
+        f"attention {attention}",
         f"  bytes         a {one}: HBM {r['hbm_bytes'] / 1e9:.1f} GB; interconnect, received: {moved or 'none'} GB"
         + (f"; network between slices: {sent} GB" if sent else ""),
         f"  time bounds   {clocks}; {r['binds']} binds",

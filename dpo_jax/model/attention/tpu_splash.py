@@ -8,7 +8,6 @@ Shapes: B rows, T tokens of a row, H query heads, G kv-heads, E head width.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -154,26 +153,3 @@ def splash_attention(
     q_BTHE = q_BTHE * jnp.asarray(scale or q_BTHE.shape[-1] ** -0.5, q_BTHE.dtype)
     local = functools.partial(_local, slots=slots, tiling=tiling, softcap=softcap)
     return on_own_heads(local, q_BTHE, k_BTGE, v_BTGE, segments_BT)
-
-
-def query_shape(operands: Any) -> tuple[int, ...]:
-    """Of a kernel's operands, the shape of its queries: the first of real numbers, as mask tables and ids are integers.
-
-    `[rows, heads, tokens, head width]`; a single row has no axis of its own.
-    """
-    real = (x for x in operands if str(x.dtype) in ("bf16", "f32", "bfloat16", "float32"))
-    return next((tuple(x.shape if hasattr(x, "shape") else x.dims) for x in real), ())
-
-
-def kernel_flops(name: str, query: tuple[int, ...], slots: Slots, tiling: Tiling) -> float | None:
-    """FLOPs of one call of the kernel: its tiles that are not skipped; None if it is another kernel.
-
-    Two products a score forward (scores, values), five backward (scores again, gradients of probabilities, values, keys
-    and queries); 2·E operations a score and product.
-    """
-    products = 2 if "_fwd" in name else 5 if "_dkv" in name else 0
-    if not name.startswith("splash") or not products:
-        return None
-    *rows_and_heads, _, width = query
-    side, _ = tile(slots, tiling.largest)
-    return float(math.prod(rows_and_heads) * tiles_run(slots, side) * side**2 * 2 * width * products)

@@ -9,9 +9,12 @@ from dpo_jax.plan.hlo import count as hlo
 from tests.plan.hlo import tpu_programs
 from tests.plan.hlo.tpu_programs import LAYERS, TOKENS, WIDTH
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed (extra `tpu`)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed (extra `tpu`)"
+    ),
+]
 DEVICES = 8
 PRODUCT = 2 * TOKENS * WIDTH * WIDTH
 

@@ -1,4 +1,4 @@
-"""Compiles programs for TPUs that are not there: `python -m tests.tpu_programs TOPOLOGY DIRECTORY [NAME ...]`.
+"""Compiles programs for TPUs that are not there: `python -m tests.plan.hlo.tpu_programs TOPOLOGY DIRECTORY [NAME ...]`.
 
 Writes for each NAME.txt, the optimized HLO, and NAME.json: XLA's own `flops` and `bytes accessed`, and the FLOPs of its
 jaxpr. A process of its own, as libtpu puts handlers on signals.
@@ -18,7 +18,7 @@ LAYERS, WIDTH, TOKENS = 5, 2048, 8192
 
 def compile_all(topology: str, directory: Path, names: tuple[str, ...] = ()) -> dict[str, tuple[str, dict]]:
     """Compile in a process of its own; returns (HLO, what is in the JSON) by name."""
-    command = [sys.executable, "-m", "tests.tpu_programs", topology, str(directory), *names]
+    command = [sys.executable, "-m", "tests.plan.hlo.tpu_programs", topology, str(directory), *names]
     done = subprocess.run(command, env=of_a_user() | ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return {p.stem: (p.read_text(), json.loads(p.with_suffix(".json").read_text())) for p in directory.glob("*.txt")}
@@ -105,8 +105,8 @@ def main(topology_name: str, directory: Path, names: tuple[str, ...]) -> None:
     import numpy as np
     from jax.experimental import topologies
 
-    from dpo_jax.model.experts import kernel_flops
-    from dpo_jax.plan import jaxpr_costs
+    from tests.oracles import jaxpr_costs
+    from tests.plan.traced import grouped_flops
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name)
     mesh = jax.sharding.Mesh(np.array(topology.devices), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -114,8 +114,9 @@ def main(topology_name: str, directory: Path, names: tuple[str, ...]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
 
     def formula(name, operands, results):
-        found = kernel_flops(name, operands)
-        return splash_flops(name, max((x.shape for x in operands), key=math.prod)) if found is None else found
+        if name == "pallas_call":
+            return grouped_flops(operands)
+        return splash_flops(name, max((x.shape for x in operands), key=math.prod))
 
     for name, mesh, f, args in programs:
         if names and name not in names:

@@ -1,6 +1,6 @@
 """FLOPs of a traced program, counted in its jaxpr: what was asked for, before XLA changes or divides it.
 
-Independent of `hlo.py`, to check it: the two differ by what XLA removes (a recomputation that it finds to be the same
+Independent of `plan/hlo/`, to check it. They differ by what XLA removes (a recomputation that it finds to be the same
 as the first one, work on values that nobody uses) and adds (padding, work that every device repeats).
 """
 

@@ -6,8 +6,8 @@ import pytest
 from jax import P
 from jax.experimental import pallas as pl
 
-from dpo_jax.plan import jaxpr_costs
-from dpo_jax.plan.jaxpr_costs import UncountableError, flops
+from tests.oracles import jaxpr_costs
+from tests.oracles.jaxpr_costs import UncountableError, flops
 
 X, W = jnp.ones((16, 32)), jnp.ones((32, 8))
 PRODUCT = 2 * 16 * 32 * 8
