@@ -7,7 +7,7 @@ import pytest
 
 # Lowest first: a module may import those before it, nothing after it.
 ORDER = """
-errors training.integrity parallel.watchdog parallel.processes
+errors disk training.integrity parallel.watchdog parallel.processes
 data.comparison data.columns data.datasets data.files data.mixture data.sources data.render data.cache.store
 data.cache.lock
 data.cache.shared data.split data.cache.fingerprint data.lengths data.prepare

@@ -2,9 +2,7 @@
 
 import dataclasses
 import difflib
-import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +13,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from dpo_jax.disk import read_json, write_json
 from dpo_jax.errors import UserError
 from dpo_jax.model.lora import parse_targets
 from dpo_jax.model.placement import ATTENTION
@@ -304,10 +303,7 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None
     path = workdir / "config.json"
     mine = dict(config)
     if path.exists():
-        try:
-            theirs = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(f"{path} is not valid JSON; delete it to start the run anew") from None
+        theirs = read_json(path, "delete it to start the run anew")
         changed = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
         if changed:
             difference = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} asked" for k in changed)
@@ -319,8 +315,6 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None
         workdir.mkdir(parents=True, exist_ok=True)
         if not write:
             return
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(mine, indent=1, sort_keys=True) + "\n")
-        temporary.replace(path)
+        write_json(path, mine, sort_keys=True)
     except OSError as e:
         raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); choose another --workdir") from None

@@ -1,7 +1,6 @@
 """Raw files to training and evaluation pairs, with a report of every row that was read and of every one left out."""
 
 import collections
-import hashlib
 import itertools
 import json
 import shutil
@@ -20,6 +19,7 @@ from dpo_jax.data.mixture import apportion
 from dpo_jax.data.render import Renderer, make_renderer, render_batch
 from dpo_jax.data.sources import Found, Source, resolve
 from dpo_jax.data.split import Pairs, Split, split
+from dpo_jax.disk import digest
 from dpo_jax.errors import UserError
 
 _BATCH = 512  # rows parsed and tokenised together: enough for the tokenizer's threads, little memory
@@ -232,7 +232,7 @@ def _batch_pairs(
 
 def _prompt_hash(pair: LabeledComparison) -> int:
     turns = [[message["role"], message["content"]] for message in pair.comparison.prompt_conversation]
-    return int.from_bytes(hashlib.blake2b(json.dumps(turns).encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(bytes.fromhex(digest(json.dumps(turns), size=8)), "little")
 
 
 def _refuse_wrong_columns(

@@ -8,7 +8,6 @@ chosen answers still leaves some laziness for DPO to remove, and no single word 
 import gzip
 import io
 import json
-import os
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import sentencepiece as spm
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+from dpo_jax.disk import write_whole
 
 MULTI_TURN_FRACTION = 0.35
 SCENE_FRACTION = 0.75  # of the dialogues with one turn, those that begin by setting the scene
@@ -264,10 +265,11 @@ def write_hh(directory: Path, seed: int, train_pairs: int, test_pairs: int) -> N
     while len(rows) < train_pairs + test_pairs:
         prompt, chosen, rejected = _pair(rng, rng.choice(topics), phrases)
         rows.setdefault(prompt, {"chosen": f"{prompt} {chosen}", "rejected": f"{prompt} {rejected}"})
+    (directory / "synthetic").mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) + "\n" for row in rows.values()]
     for split, part in (("train", lines[:train_pairs]), ("test", lines[train_pairs:])):
         data = gzip.compress("".join(part).encode(), mtime=0)  # a time stamp would make every run's bytes differ
-        _write(directory / "synthetic" / f"{split}.jsonl.gz", data)
+        write_whole(directory / "synthetic" / f"{split}.jsonl.gz", data)
 
 
 def train_tokenizer(texts: Iterable[str], directory: Path, vocab_size: int) -> None:
@@ -302,9 +304,10 @@ def train_tokenizer(texts: Iterable[str], directory: Path, vocab_size: int) -> N
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    _write(directory / "tokenizer.model", model.getvalue())
-    _write(directory / "tokenizer.json", _to_tokenizers(model.getvalue()).to_str(pretty=True).encode())
-    _write(directory / "tokenizer_config.json", json.dumps(config, indent=2).encode())
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(directory / "tokenizer.model", model.getvalue())
+    write_whole(directory / "tokenizer.json", _to_tokenizers(model.getvalue()).to_str(pretty=True))
+    write_whole(directory / "tokenizer_config.json", json.dumps(config, indent=2))
 
 
 def _to_tokenizers(model: bytes) -> Tokenizer:
@@ -380,11 +383,3 @@ def _alternatives(text: str) -> list[tuple[str, tuple[str, ...]]]:
     lines = text.strip().replace("\n    ", " ").split("\n")
     pairs = [line.split(": ", maxsplit=1) for line in lines]
     return [(key, tuple(choice.strip() for choice in choices.split("|"))) for key, choices in pairs]
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all: a run that is killed leaves no half file under the real name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    part.replace(path)

@@ -7,11 +7,11 @@ loses at most the line it was writing. JSON has neither NaN nor infinity: a numb
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.disk import write_whole
 from dpo_jax.errors import UserError
 
 Record = dict[str, Any]
@@ -98,12 +98,7 @@ def truncate_records(path: Path, keep: Callable[[Record], bool]) -> None:
         return
     # The lines' own bytes are kept: only a half-written last one has no record.
     kept = [line for line, record in zip(_lines(path), read_records(path), strict=False) if keep(record)]
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("wb") as file:
-        file.writelines(line + b"\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    write_whole(path, b"".join(line + b"\n" for line in kept))
 
 
 def before_after(records: Iterable[Record]) -> list[tuple[str, float | None, float | None]]:

@@ -1,6 +1,5 @@
 """What a run left in its directory, and what its pages draw and count from it."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 from dpo_jax.records.length_bias import GROUPS, RATIO
 from dpo_jax.records.records import Record, read_records
@@ -138,13 +138,17 @@ def load(workdir: Path) -> Run:
     """
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a directory; give the --workdir of a run")
+    config, data, about = (
+        read_json(path) if (path := workdir / name).exists() else {}
+        for name in ("config.json", "data.json", "run.json")
+    )
     run = Run(
         name=workdir.resolve().name,
-        config=_read_json(workdir / "config.json"),
+        config=config,
         records=read_records(workdir / "metrics.jsonl"),
         samples=read_records(workdir / "samples.jsonl"),
-        data=_read_json(workdir / "data.json"),
-        about=_read_json(workdir / "run.json"),
+        data=data,
+        about=about,
         checkpoints=dict(
             sorted((int(p.name), _size(p)) for p in _children(workdir / "checkpoints") if p.name.isdigit())
         ),
@@ -247,15 +251,3 @@ def _points(run: Run, split: str, name: str) -> list[tuple[float, float | None]]
         # Where policy and reference are equal every pair ties, and the contract counts that as 0: not an accuracy.
         records = [r for r in records if r.get("margin") != 0 and (split == "train" or r.get("accuracy") != 0)]
     return sorted({r["step"]: r[name] for r in records}.items())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); restore or remove it") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; restore or remove it")
-    return value

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from dpo_jax.disk import write_json
+
 NAME = "checksums.json"
 THREADS = 4  # hashing leaves Python's lock, so files are read and hashed next to each other
 _CHUNK = 4 << 20  # bytes
@@ -21,12 +23,7 @@ def write(directory: Path, leave_out: tuple[str, ...] = ()) -> None:
     names = [name for name in _files(directory) if name != NAME and name not in leave_out]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         held = dict(zip(names, pool.map(lambda name: _digest(directory / name, sync=True), names), strict=True))
-    scratch = directory / f".{NAME}.{os.getpid()}"
-    with scratch.open("w") as file:
-        json.dump({name: {"bytes": size, "sha256": digest} for name, (size, digest) in held.items()}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(directory / NAME)
+    write_json(directory / NAME, {name: {"bytes": size, "sha256": digest} for name, (size, digest) in held.items()})
 
 
 def damage(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:

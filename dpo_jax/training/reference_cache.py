@@ -6,9 +6,7 @@ the dtype of the computation. What differs in any of these is another file, so a
 """
 
 import dataclasses
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from jax.sharding import Mesh
 
 from dpo_jax.data.cache.store import PairCache
 from dpo_jax.data.files import fingerprint
+from dpo_jax.disk import digest, whole_file
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.parallel.watchdog import LONGER, awaited, beat
 from dpo_jax.rows.pipeline import StepSource, batches
@@ -62,7 +61,7 @@ def find_place(
         files = sorted([*model.glob("*.safetensors"), model / "config.json"])
         who = [{**fingerprint(str(file)), "path": file.name} for file in files]
     decides = {"model": who, "pairs": cache.manifest["id"], "dtypes": dtypes, "ld_alpha": ld_alpha}
-    key = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=12).hexdigest()
+    key = digest(json.dumps(decides, sort_keys=True))
     directory = workdir if model is None else Path(cache.directory)
     found = Place(directory / f"reference-{key}.npy", len(cache), 1 if ld_alpha == 1 else len(REFERENCE_FIELDS))
     if model is None and start_anew and jax.process_index() == 0:
@@ -84,15 +83,10 @@ def load(where: Place) -> np.ndarray:
 
 def save(where: Place, values: np.ndarray) -> bool:
     """Keep the values, whole or not at all; False where the directory cannot be written."""
-    scratch = where.path.with_name(f".{where.path.name}.{os.getpid()}")
     try:
-        with scratch.open("wb") as file:
+        with whole_file(where.path) as file:
             np.save(file, values)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(where.path)
     except OSError:
-        scratch.unlink(missing_ok=True)
         return False
     return True
 

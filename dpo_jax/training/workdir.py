@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import socket
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from dpo_jax.data.split import Split
+from dpo_jax.disk import digest, read_json, write_json
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.mesh import agreed, any_process, from_first
 
@@ -50,8 +50,8 @@ def same_everywhere(parts: Mapping[str, Any]) -> None:
     Raises:
       UserError: in all processes; those that differ from the first one name the part.
     """
-    texts = (json.dumps(part, sort_keys=True).encode() for part in parts.values())
-    digests = np.array([int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) for text in texts], np.uint32)
+    texts = (json.dumps(part, sort_keys=True) for part in parts.values())
+    digests = np.array([int(digest(text, size=4), 16) for text in texts], np.uint32)
     other = [name for name, same in zip(parts, digests == from_first(digests), strict=True) if not same]
     if any_process(bool(other)):
         mine = f"process {jax.process_index()} has other {' and '.join(other)} than the first one; give all the same"
@@ -105,10 +105,9 @@ def identify(split: Split, models: Mapping[str, Path | None]) -> dict[str, Any]:
     """
     cache = split.train.cache
     data = {key: value for key, value in cache.manifest["fingerprint"].items() if key != "code"}
-    pairs = hashlib.blake2b(digest_size=12)
-    for array in (cache.lengths, cache.prompt_hash, split.train.index, split.evaluation.index):
-        pairs.update(np.ascontiguousarray(array).tobytes())
-    data |= {"training pairs": len(split.train), "held-out pairs": len(split.evaluation), "pairs": pairs.hexdigest()}
+    arrays = (cache.lengths, cache.prompt_hash, split.train.index, split.evaluation.index)
+    pairs = digest(np.ascontiguousarray(array).tobytes() for array in arrays)
+    data |= {"training pairs": len(split.train), "held-out pairs": len(split.evaluation), "pairs": pairs}
     return {"data": data} | {key: _model(where) for key, where in models.items() if where is not None}
 
 
@@ -118,12 +117,15 @@ def _model(directory: Path) -> dict[str, Any]:
 
 def _sampled(path: Path) -> dict[str, Any]:
     """Size and digest of a file: of its beginning, which names the tensors, and of pieces throughout."""
-    size, digest = path.stat().st_size, hashlib.blake2b(digest_size=12)
+    size = path.stat().st_size
     with path.open("rb") as file:
-        for start in np.unique(np.linspace(0, max(0, size - _SAMPLE), _SAMPLES).astype(np.int64)):
-            file.seek(int(start))
-            digest.update(file.read(_SAMPLE))
-    return {"bytes": size, "digest": digest.hexdigest()}
+
+        def pieces() -> Iterator[bytes]:
+            for start in np.unique(np.linspace(0, max(0, size - _SAMPLE), _SAMPLES).astype(np.int64)):
+                file.seek(int(start))
+                yield file.read(_SAMPLE)
+
+        return {"bytes": size, "digest": digest(pieces())}
 
 
 def compare(workdir: Path, identity: Mapping[str, Any], *, goes_on: bool) -> None:
@@ -134,10 +136,7 @@ def compare(workdir: Path, identity: Mapping[str, Any], *, goes_on: bool) -> Non
     """
     path = workdir / IDENTITY
     mine = json.loads(json.dumps(identity))
-    try:
-        theirs = json.loads(path.read_text()) if goes_on and path.exists() else mine
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON; restore it, or delete it to go on unchecked") from None
+    theirs = read_json(path, "restore it, or delete it to resume unchecked") if goes_on and path.exists() else mine
     changed = list(_differences(theirs, mine))
     if changed:
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
@@ -146,9 +145,7 @@ def compare(workdir: Path, identity: Mapping[str, Any], *, goes_on: bool) -> Non
             "another --workdir"
         )
     try:
-        scratch = path.with_name(f".{IDENTITY}.{os.getpid()}")
-        scratch.write_text(json.dumps(mine, indent=1) + "\n")
-        scratch.replace(path)
+        write_json(path, mine)
     except OSError as e:
         raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); choose another --workdir") from None
 

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
+from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig, config_from_hf, hf_config
 from dpo_jax.model.lora import BRANCH
@@ -34,23 +35,13 @@ HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)
 PIECE_BYTES = 256e6  # of a vocabulary table gathered at once
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot be read as JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {type(value).__name__}, needs an object")
-    return value
-
-
 def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The numbers of the model in `directory`, and its whole config.json.
 
     Raises:
       UserError: unreadable, or a model that is not supported.
     """
-    hf = _read_json(Path(directory) / CONFIG)
+    hf = read_json(Path(directory) / CONFIG, "fetch the model again")
     return config_from_hf(hf, str(Path(directory) / CONFIG)), hf
 
 
@@ -92,7 +83,7 @@ def _open_tensors(directory: Path, files: contextlib.ExitStack) -> dict[str, Any
     if not (directory / WEIGHTS).is_file():
         if not (directory / INDEX).is_file():
             raise UserError(f"{directory}: no {WEIGHTS} and no {INDEX}; only safetensors are read, not .bin files")
-        names = sorted(set(_read_json(directory / INDEX).get("weight_map", {}).values()))
+        names = sorted(set(read_json(directory / INDEX, "fetch the model again").get("weight_map", {}).values()))
     stored: dict[str, Any] = {}
     for name in names:
         try:

@@ -1,6 +1,5 @@
 """What a cache of pairs is known by: a description of everything that decides its content."""
 
-import hashlib
 import inspect
 import json
 from pathlib import Path
@@ -12,6 +11,7 @@ from dpo_jax.data.datasets import own_code
 from dpo_jax.data.files import fingerprint
 from dpo_jax.data.render import Renderer
 from dpo_jax.data.sources import Found
+from dpo_jax.disk import digest
 
 
 def identity(found: Found, renderer: Renderer, drop_ties: bool, code: Path) -> dict[str, Any]:
@@ -27,14 +27,14 @@ def identity(found: Found, renderer: Renderer, drop_ties: bool, code: Path) -> d
                 "split": source.split,
                 "parser": source.parser,
                 "code": [
-                    _digest(path.read_text()) for path in (own_code(source.parser) if ":" in source.parser else [])
+                    digest(path.read_text()) for path in (own_code(source.parser) if ":" in source.parser else [])
                 ],
                 # Without the directory: what one machine built, another finds whose files lie elsewhere.
                 "files": [{**fingerprint(path), "path": path.rsplit("/", 1)[-1]} for path in source.files],
             }
             for source in found.sources
         ],
-        "code": [_digest(path.read_text()) for path in ours],
+        "code": [digest(path.read_text()) for path in ours],
         "tokenizer": _tokenizer_digest(renderer.tokenizer),
         "form": renderer.form,
         "limits": [renderer.max_prompt_length, renderer.max_completion_length, renderer.overlong],
@@ -48,8 +48,4 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
     rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, getattr(tokenizer, "chat_template", None)]
-    return _digest(json.dumps([type(tokenizer).__name__, rules, special], sort_keys=True))
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    return digest(json.dumps([type(tokenizer).__name__, rules, special], sort_keys=True))

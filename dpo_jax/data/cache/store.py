@@ -11,7 +11,6 @@ import array
 import contextlib
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
+from dpo_jax.disk import digest
 from dpo_jax.errors import UserError
 
 FORMAT = 2  # raise it when the files below change; older caches are then built anew
@@ -101,7 +101,7 @@ def cache_root(cache_dir: str = "") -> Path:
 
 def cache_key(fingerprint: dict[str, Any]) -> str:
     """The name of the directory of the cache with this fingerprint."""
-    return hashlib.blake2b(_canonical(fingerprint), digest_size=12).hexdigest()
+    return digest(_canonical(fingerprint))
 
 
 def holds(manifest: dict[str, Any], fingerprint: dict[str, Any]) -> bool:

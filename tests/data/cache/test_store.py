@@ -136,8 +136,8 @@ def test_of_several_writers_one_writes_and_the_others_wait(tmp_path, writers):
 
 KILLED = """
 import os, signal, sys
-from tests.data.test_cache import FINGERPRINT, PAIRS
-from dpo_jax.data.remote_cache import open_or_build
+from tests.data.cache.test_store import FINGERPRINT, PAIRS
+from dpo_jax.data.cache.shared import open_or_build
 def dying(quarantine):
     yield from PAIRS
     os.kill(os.getpid(), signal.SIGKILL)
