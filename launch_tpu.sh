@@ -218,11 +218,11 @@ up() {
         return
         ;;
       crash) crashed ;;
-      stopped) say "stopped on request, and saved; the same command goes on" && exit 143 ;;
+      stopped) say "stopped on request, and saved; the same command resumes it" && exit 143 ;;
       unreachable) out_of_reach ;;
       lost)
         spend "the slice was lost"
-        say "creating again; $workdir goes on from its last checkpoint"
+        say "creating again; the run in $workdir resumes from its last checkpoint"
         ;;
     esac
   done
@@ -264,7 +264,7 @@ main() {
     case $verb in up | create) ;; *) request=ACTIVE ;; esac
   fi
   trap 'exit 143' TERM HUP
-  trap 'say "interrupted; what runs on the workers goes on (logs, stop, delete)"; exit 130' INT
+  trap 'say "interrupted; what runs on the workers keeps running (logs, stop, delete)"; exit 130' INT
   case $verb in
     create) ensure_slice ;;
     setup) install || die 1 "setup failed$(last_error)" ;;

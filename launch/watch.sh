@@ -32,7 +32,7 @@ watch() { # RUN
     esac
     [[ $slice == moving ]] || silent=$((silent + 1)) # a machine under repair takes its time
     if ((silent >= 10)); then outcome=unreachable && return; fi
-    say "no connection (request $request, node $node); going on from byte $offset of the log in $poll s"
+    say "no connection (request $request, node $node); following again from byte $offset of the log in $poll s"
     sleep "$poll"
   done
 }
@@ -56,7 +56,7 @@ judge() { # RUN: is it over, and how? Fails while some worker still runs and non
   count_states "$1"
   if ((running == 0 && good == ${#states[@]})); then outcome='done' && return; fi
   if ((bad == 0 && gone == 0 && saved == 0)); then # our connection broke, or only our worker has ended
-    say "it goes on, on $running of ${#states[@]} workers; following again from byte $offset of the log"
+    say "it is still running, on $running of ${#states[@]} workers; following again from byte $offset of the log"
     sleep "$poll"
     return 1
   fi
@@ -114,7 +114,7 @@ crashed() { # a crash would come again: say all and stop
 }
 
 out_of_reach() {
-  die 75 "$name did not answer ten times$(last_error); what runs there goes on: \`logs\` follows it, \`status\` asks again"
+  die 75 "$name did not answer ten times$(last_error); what runs there keeps running: \`logs\` follows it, \`status\` asks again"
 }
 
 failed_step() { # setup or start failed: because the slice was lost, or for a reason that would come again

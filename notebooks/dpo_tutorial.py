@@ -86,7 +86,7 @@ dpo_jax.train.run(sft, "runs/tutorial-sft")
 START = Path("runs/tutorial-sft/export")
 
 # %% [markdown]
-# Loading a model: its files, how it lies on the devices (here: all of them along one axis), its parameters.
+# Loading a model: its files, how it is sharded over the devices (here: all of them along one axis), its parameters.
 
 # %%
 mesh = make_mesh(1, -1, 1)

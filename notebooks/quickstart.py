@@ -34,7 +34,7 @@ SMALL = bool(os.environ.get("DPO_JAX_SMALL"))  # a short run, for tests
 # %% [markdown]
 # ## Train
 # A config is a flat table of keys; `configs/common.py` says what each means. `run` checks it, prepares the data, trains and
-# writes everything into one directory. Calling it again with the same arguments goes on where it stopped.
+# writes everything into one directory. Calling it again with the same arguments continues where it stopped.
 
 # %%
 config = hhh.get_config("tiny")

@@ -273,7 +273,7 @@ def test_up_again_follows_the_live_run(cloud):
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert "what runs on the workers goes on" in err.decode()
+    assert "what runs on the workers keeps running" in err.decode()
     process = cloud.start("up", *RUN, *FAST)
     assert process.stdout.readline().startswith(b"step 1\t")
     cloud.launch("stop", *SLICE)
