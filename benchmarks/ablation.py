@@ -37,9 +37,10 @@ from dpo_jax.config.command_line import parse
 from dpo_jax.errors import UserError
 from dpo_jax.model import placement as policy
 from dpo_jax.model.attention.dense import Slots
-from dpo_jax.model.decoder import hidden_states, unembedding
+from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
 from dpo_jax.model.placement import Layout
 from dpo_jax.objective.logps import pair_logps
+from dpo_jax.objective.policy_logps import logp_options, logps_fn
 from dpo_jax.objective.token_logps import LogpOptions
 from dpo_jax.parallel.mesh import axis_rules, make_mesh, to_global
 from dpo_jax.rows.pipeline import PairSource, Schedule, build_rows
@@ -100,8 +101,8 @@ def projected(layout: Layout, targets: Slots, options: LogpOptions) -> LogpsFn:
 
     def logps(params: Any, micro: dict[str, jax.Array], slots: Slots) -> Any:
         with nn.logical_axis_rules(rules):
-            model: Any = {"config": layout.config, "slots": slots, "dtype": layout.dtype, "tiling": layout.tiling}
-            hidden = hidden_states(params, micro, remat="dots", **model)
+            model = ModelOptions(layout.config, layout.dtype, "dots", layout.tiling)
+            hidden, _ = hidden_states(params, micro, slots, model)
             chosen = {"tokens": micro["target_tokens"], "segments": micro["target_segments"], "source": micro["source"]}
             pairs = micro["is_pair"].shape[-1]
             return pair_logps(hidden, chosen, unembedding(params), slots=targets, pairs_per_row=pairs, options=options)
@@ -165,8 +166,8 @@ def variants(plan: Schedule, steps: list[int], layout: Layout) -> dict[str, Vari
         return build_rows(plan.pairs, ids[:, None], alone), slots_of(alone)
 
     completions, tokens = Slots(0, shape.chosen, shape.rejected), Slots(0, shape.chosen, shape.rejected + shape.prompt)
-    ours = policy.logps_fn(layout, remat="dots")
-    options = policy.logp_options(layout)
+    ours = logps_fn(layout, remat="dots")
+    options = logp_options(layout)
     whole = dataclasses.replace(options, chunk_tokens=WHOLE, block=None)
     return {
         "full": Variant(shared, ours),
@@ -175,7 +176,7 @@ def variants(plan: Schedule, steps: list[int], layout: Layout) -> dict[str, Vari
             projected(layout, completions, options),
         ),
         "no packing": Variant(one_a_row, ours, parts=max(1, plan.batch_size // 4)),
-        "no skipping": Variant(shared, policy.logps_fn(dataclasses.replace(layout, tiling=None), remat="dots")),
+        "no skipping": Variant(shared, logps_fn(dataclasses.replace(layout, tiling=None), remat="dots")),
         "whole logits": Variant(lambda step: shared(step, all_tokens), projected(layout, tokens, whole)),
         "no chunks": Variant(lambda step: shared(step, with_targets), projected(layout, completions, whole)),
         "cached reference": Variant(shared, ours, cached=True),

@@ -36,6 +36,7 @@ from dpo_jax.data.render import make_renderer, render_batch
 from dpo_jax.model import placement as policy
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.objective.losses import Scored, sigmoid
+from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.rows.pipeline import build_rows
 from dpo_jax.rows.schedule import RowShape
@@ -92,7 +93,7 @@ START = Path("runs/tutorial-sft/export")
 mesh = make_mesh(1, -1, 1)
 model = policy.find(str(START), Path("runs"), 0)
 layout = policy.lay_out(model.config, mesh, param_dtype="float32", compute_dtype="float32")
-logps_of = jax.jit(policy.logps_fn(layout, remat="none"), static_argnums=2)
+logps_of = jax.jit(logps_fn(layout, remat="none"), static_argnums=2)
 
 
 def load(directory):

@@ -1,7 +1,7 @@
-"""The decoder: one Flax Linen module for every family of `architecture.py`, each by its `ModelConfig`.
+"""The decoder: Flax Linen modules for every supported family, each by its `ModelConfig`.
 
-Everything outside sees plain functions of `(params, batch)`: `hidden_states` for training rows, `decode` for sampling,
-`unembedding` for the vocabulary projection. Parameters carry logical axis names; `sharding.py` maps them to a mesh.
+Everything outside sees the plain functions of `forward.py`. Parameters carry logical axis names; `parallel/mesh.py`
+maps them to a mesh.
 
 Shapes: B rows, T tokens of a row, D model, F ffn, H query heads, G kv-heads, E head width, V vocabulary, L layers,
 X experts.
@@ -17,18 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.model.attention.cpu_tiles import Skipping, tiled_attention
-from dpo_jax.model.attention.dense import Slots, apply_rotary, cached_attention, pair_row_attention, rotary_angles
-from dpo_jax.model.attention.tpu_splash import Tiling, splash_attention
 from dpo_jax.model.config import ACTIVATIONS, ModelConfig
+from dpo_jax.model.embedding import embed
 from dpo_jax.model.experts import Grouped, balance_sums, experts_mlp, route
-from dpo_jax.model.params import Params
 from dpo_jax.model.remat import REMAT_POLICIES, to_device
-from dpo_jax.objective.token_logps import embed
-
-RowTiling = Tiling | Skipping | None  # how attention of pair rows runs; None: as dense blocks
-
-NO_WINDOW = 2**30  # positions, more than any row has
+from dpo_jax.model.rotary import apply_rotary
 
 
 def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], dtype) -> jax.Array:
@@ -225,7 +218,7 @@ class Decoder(nn.Module):
         layer = context.pop("layers")
         table_VD = _kernel(self, "embedding", (c.vocab_size, c.hidden_size), ("vocab", "table"), self.dtype)
         if not c.tie_word_embeddings:
-            # Read by `unembedding`, outside this module: the projection runs on completion tokens only.
+            # Read by `unembedding`, outside of this module: the projection runs on completion tokens only.
             _kernel(self, "lm_head", (c.vocab_size, c.hidden_size), ("vocab", "table"), self.dtype)
         x_BTD = nn.with_logical_constraint(embed(table_VD, tokens_BT), ("rows", "tokens", "activation"))
         if c.scale_embeddings:
@@ -248,32 +241,6 @@ class Decoder(nn.Module):
         return RMSNorm(c.rms_norm_eps, ("norm",), c.unit_offset, name="final_norm")(x_BTD), outs
 
 
-def _context(
-    config: ModelConfig, positions_BT: jax.Array, reach: int, last_BT: Callable[[], jax.Array]
-) -> dict[str, Any]:
-    """What the layers need of positions; under `layers`, what differs between them, `[L]` each.
-
-    Args:
-      config: the model's numbers.
-      positions_BT: of the tokens.
-      reach: no sequence is longer. A window as wide needs no mask, an original context as wide no other rope.
-      last_BT: gives the last position of every token's sequence.
-    """
-    c = config
-    angles = functools.partial(rotary_angles, positions_BT, head_dim=int(c.head_dim * c.partial_rotary_factor))
-    original = dict(c.rope_scaling).get("original_max_position_embeddings", 0)
-    is_long = dict(c.rope_scaling).get("rope_type") == "longrope" and reach > original
-    last = last_BT() if is_long else None
-    context: dict[str, Any] = {"angles": angles(theta=c.rope_theta, scaling=c.rope_scaling, last_BT=last), "layers": {}}
-    slides_L = jnp.asarray(c.sliding_layers or (False,) * c.num_hidden_layers)
-    if c.slides_within(reach):
-        context["layers"]["window"] = jnp.where(slides_L, jnp.int32(c.sliding_window), jnp.int32(NO_WINDOW))
-    if c.rope_local_theta is not None:
-        context["layers"]["slides"] = slides_L
-        context["local_angles"] = angles(theta=c.rope_local_theta)
-    return context
-
-
 def _of_layer(context: dict[str, Any], layer: dict[str, jax.Array]) -> dict[str, Any]:
     """The context of one layer, with its window and its rope."""
     context = context | layer
@@ -281,159 +248,3 @@ def _of_layer(context: dict[str, Any], layer: dict[str, jax.Array]) -> dict[str,
         choose = functools.partial(jnp.where, layer["slides"])
         context["angles"] = jax.tree.map(choose, context["local_angles"], context["angles"])
     return context
-
-
-def _score_options(config: ModelConfig) -> dict[str, float | None]:
-    scalar = config.query_pre_attn_scalar
-    return {"scale": None if scalar is None else scalar**-0.5, "softcap": config.attn_logit_softcapping}
-
-
-def _row_attention(config: ModelConfig, slots: Slots, tiling: RowTiling = None) -> Callable:
-    """Attention of pair rows: by the kernel, or in tiles that skip, where `tiling` says so, else as dense blocks.
-
-    With windows that rows can reach beyond, dense blocks are in the kernel's place: it counts columns, they positions.
-    """
-
-    def attend(q, k, v, context, cache):
-        options: dict[str, Any] = _score_options(config) | {"slots": slots}
-        window = (context["positions"], context["window"]) if "window" in context else None
-        if isinstance(tiling, Tiling) and window is None:
-            return splash_attention(q, k, v, context["segments"], tiling=tiling, **options), cache
-        if isinstance(tiling, Skipping):
-            out = tiled_attention(q, k, v, context["segments"], skipping=tiling, window=window, **options)
-        else:
-            out = pair_row_attention(q, k, v, context["segments"], window=window, **options)
-        return checkpoint_name(out, "attention_out"), cache
-
-    return attend
-
-
-def _row_context(
-    config: ModelConfig, batch: dict[str, jax.Array], slots: Slots, longest: int | None = None
-) -> dict[str, Any]:
-    positions_BT, segments_BT = batch["positions"], batch["segments"]
-
-    def last_BT() -> jax.Array:
-        """Of a pair's longer sequence, as both share the prompt."""
-        same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-        return jnp.max(jnp.where(same_BTS, positions_BT[:, None, :], 0), axis=-1)
-
-    context = _context(config, positions_BT, slots.reach(longest), last_BT) | {"segments": segments_BT}
-    return context | ({"positions": positions_BT} if "window" in context["layers"] else {})
-
-
-def _variables(params: Params) -> dict[str, Params]:
-    """The branch `lora` is a collection of its own: a projection has an adapter if its name is in there."""
-    params = dict(params)
-    adapters = params.pop("lora", None)
-    return {"params": params} | ({} if adapters is None else {"lora": adapters})
-
-
-def hidden_states(
-    params: Params,
-    batch: dict[str, jax.Array],
-    *,
-    config: ModelConfig,
-    slots: Slots,
-    dtype=jnp.float32,
-    remat: str = "none",
-    tiling: RowTiling = None,
-    from_host: bool = False,
-    longest: int | None = None,
-    grouped: Grouped | None = None,
-) -> jax.Array:
-    """Final hidden states of pair rows.
-
-    Args:
-      params: the decoder's parameters, adapters among them or not.
-      batch: `tokens`, `positions`, `segments`, int32 `[B, T]` each, laid out as `attention.py` says.
-      config, slots: the model's and the row's numbers.
-      dtype: dtype of activations and matrix products.
-      remat: a name in `REMAT_POLICIES`.
-      tiling: of the attention kernel; None is attention as dense blocks.
-      from_host: the layers' parameters lie in the host's memory.
-      longest: no sequence has more tokens; None: than the slots have room for. Several pairs share a slot, so that rows
-        have more room than a sequence; what is as wide as `longest` needs no window and no other rope.
-      grouped: how the gradient of experts' weights runs; None is as XLA does it.
-
-    Returns:
-      `[B, T, D]` in `dtype`.
-    """
-    context = _row_context(config, batch, slots, longest)
-    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat, from_host, grouped)
-    return decoder.apply(_variables(params), batch["tokens"], context)[0]
-
-
-def hidden_states_and_balance(
-    params: Params,
-    batch: dict[str, jax.Array],
-    *,
-    config: ModelConfig,
-    slots: Slots,
-    dtype=jnp.float32,
-    remat: str = "none",
-    tiling: RowTiling = None,
-    from_host: bool = False,
-    longest: int | None = None,
-    grouped: Grouped | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`hidden_states` of a model with experts, and how evenly its experts were used.
-
-    The second value is sums over all layers and all tokens that are no padding (a prompt shared by two completions
-    counts once): add those of several microbatches if need be, give them to `experts.balance_loss`, and add the result
-    times `config.router_aux_loss_coef` to the loss. Arguments are those of `hidden_states`.
-    """
-    assert config.num_experts, f"{config.model_type} has no experts"
-    context = _row_context(config, batch, slots, longest) | {"counted": batch["segments"] != 0}
-    decoder = Decoder(config, _row_attention(config, slots, tiling), dtype, remat, from_host, grouped)
-    hidden, (_, sums) = decoder.apply(_variables(params), batch["tokens"], context)
-    return hidden, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-
-
-def decode(
-    params: Params,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array,
-    cache: Any,
-    where: jax.Array,
-    real_BS: jax.Array,
-    *,
-    config: ModelConfig,
-    dtype=jnp.float32,
-) -> tuple[jax.Array, Any]:
-    """Hidden states `[B, T, D]` of new tokens given a cache (see `empty_cache`), and the new cache."""
-
-    def attend(q, k, v, context, cache):
-        options = _score_options(config) | {"window": context.get("window")}
-        return cached_attention(q, k, v, cache, context["where"], context["real"], **options)
-
-    # As far as a row may come: were its rope to change on the way, the cached keys would be of another one.
-    last_BT = lambda: jnp.sum(real_BS, axis=1, keepdims=True) - 1
-    context = _context(config, positions_BT, real_BS.shape[1], last_BT) | {"where": where, "real": real_BS}
-    hidden, (cache, _) = Decoder(config, attend, dtype).apply(_variables(params), tokens_BT, context, cache)
-    return hidden, cache
-
-
-def empty_cache(config: ModelConfig, rows: int, length: int, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
-    """Keys and values `[L, B, S, G, E]` of zeros."""
-    shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim)
-    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-
-
-def unembedding(params: Params) -> jax.Array:
-    """The vocabulary projection `[V, D]`: the embedding itself where they are tied."""
-    return params["lm_head" if "lm_head" in params else "embedding"]
-
-
-@functools.cache
-def _init_module(config: ModelConfig) -> tuple[Decoder, Slots]:
-    slots = Slots(1, 1, 1)
-    return Decoder(config, _row_attention(config, slots)), slots
-
-
-def init_params(key: jax.Array, config: ModelConfig) -> Params:
-    """Fresh float32 parameters with their logical axis names (`nn.LogicallyPartitioned` leaves)."""
-    module, slots = _init_module(config)
-    ids = jnp.zeros((1, slots.total), jnp.int32)
-    batch = {"positions": ids, "segments": ids}
-    return module.init(key, ids, _row_context(config, batch, slots))["params"]

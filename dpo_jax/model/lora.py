@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.decoder import init_params
+from dpo_jax.model.forward import init_params
 from dpo_jax.model.params import Params
 from dpo_jax.model.tensors import Leaf, Parts, model_leaves, sizes, tensors
 

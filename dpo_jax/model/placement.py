@@ -1,4 +1,4 @@
-"""The policy and its reference: where they come from, how they lie on the mesh, and their log-probabilities."""
+"""The policy and its reference: where they come from, and how they lie on the mesh."""
 
 import contextlib
 import dataclasses
@@ -19,16 +19,11 @@ from dpo_jax.model.attention.cpu_tiles import Skipping
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.attention.tpu_splash import Tiling
 from dpo_jax.model.config import ModelConfig, hf_config
-from dpo_jax.model.decoder import RowTiling, hidden_states, hidden_states_and_balance, init_params, unembedding
-from dpo_jax.model.experts import Grouped
+from dpo_jax.model.forward import RowTiling, init_params
 from dpo_jax.model.lora import Lora, init_adapters
 from dpo_jax.model.params import Params
-from dpo_jax.model.remat import to_device
-from dpo_jax.objective.logps import Logps, pair_logps
-from dpo_jax.objective.token_logps import LogpOptions, on_platform
 from dpo_jax.parallel.mesh import (
     adapter_shardings,
-    axis_rules,
     host_shardings,
     param_shardings,
     replicated,
@@ -38,7 +33,7 @@ from dpo_jax.parallel.mesh import (
 from dpo_jax.parallel.tpu import generation_of, quiet
 from dpo_jax.rows.schedule import RowLimits
 from dpo_jax.training import checkpoint
-from dpo_jax.training.step import LogpsFn, TrainState, init_state
+from dpo_jax.training.step import TrainState, init_state
 from dpo_jax.weights import hub, tiny
 from dpo_jax.weights import huggingface as weights
 
@@ -267,55 +262,6 @@ def passes(layout: Layout) -> int:
     """How many bfloat16 products a TPU makes of one of the model's: six of a float32 one, whose operands are divided
     into three bfloat16 numbers each (XLA's `BF16_BF16_F32_X6`, which the precision "highest" names)."""
     return 6 if layout.dtype == jnp.float32 and layout.platform == "tpu" else 1
-
-
-def logp_options(layout: Layout) -> LogpOptions:
-    """How log-probabilities of this model are computed on these devices."""
-    options = on_platform(layout.platform)
-    return dataclasses.replace(options, softcap=layout.config.final_logit_softcapping)
-
-
-def logps_fn(
-    layout: Layout,
-    *,
-    remat: str,
-    ld_alpha: float = 1.0,
-    log_sum_sq: bool = False,
-    balance: bool = False,
-    from_host: bool = False,
-) -> LogpsFn:
-    """The model as the step sees it: (parameters, one microbatch, widths) → log-probabilities `[B, K, 2]`.
-
-    `ld_alpha` as in `logprobs.pair_logps`, `log_sum_sq` as in `LogpOptions`; `balance`: with `Logps.balance`.
-    `from_host`: the parameters lie in the host's memory and come to the device a layer at a time.
-    """
-    rules = axis_rules(layout.config, layout.mesh)
-    vocabulary = dataclasses.replace(logp_options(layout), log_sum_sq=log_sum_sq)
-
-    def logps_of(params: Params, micro: dict[str, jax.Array], slots: Slots) -> Logps:
-        with nn.logical_axis_rules(rules):
-            if from_host:
-                params = params | to_device({name: p for name, p in params.items() if name != "layers"})
-            options: Any = {"config": layout.config, "slots": slots, "dtype": layout.dtype, "remat": remat}
-            options |= {"tiling": layout.tiling, "from_host": from_host, "longest": layout.longest}
-            options["grouped"] = Grouped() if layout.platform == "tpu" else None
-            sums = None
-            if balance:
-                hidden, sums = hidden_states_and_balance(params, micro, **options)
-            else:
-                hidden = hidden_states(params, micro, **options)
-            logps = pair_logps(
-                hidden,
-                micro,
-                unembedding(params),
-                slots=slots,
-                pairs_per_row=micro["is_pair"].shape[-1],
-                options=vocabulary,
-                ld_alpha=ld_alpha,
-            )
-            return dataclasses.replace(logps, balance=sums)
-
-    return logps_of
 
 
 def load_base(policy: Policy, layout: Layout, seed: int) -> Params:

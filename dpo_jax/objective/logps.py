@@ -3,6 +3,9 @@
 Shapes: B rows, N completion tokens of a row (chosen slot, then rejected slot), K pairs in a row, D model, V vocabulary.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -30,6 +33,10 @@ class Logps:
     log_sum_sq: jax.Array | None = None
     whole: jax.Array | None = None
     balance: dict[str, jax.Array] | None = None
+
+
+# (params, one microbatch, widths) -> sums by pair [B, K, 2]
+LogpsFn = Callable[[Any, dict[str, jax.Array], Slots], Logps]
 
 
 def pair_logps(

@@ -1,14 +1,9 @@
-"""The two ends of a model that are as wide as its vocabulary: the embedding, and log-probabilities of given tokens.
+"""Log-probabilities of given tokens, and divergences of distributions, through a vocabulary that is sharded.
 
-Both tables lie in parts of whole rows (tokens of the vocabulary) over the mesh's fsdp and tensor axes, and stay there:
-not the table travels but the hidden states, which are far fewer than the vocabulary has tokens. Each device looks up,
-or computes the logits of, its own part of the vocabulary for the rows of all devices that hold another part; sums over
-devices make the rest. So no device ever has the whole table, its whole gradient, or the logits of all completions. A
-vocabulary that does not divide is kept by width (`sharding.py`); its parts, the last ones padded, are exchanged when
-they are needed.
+See `vocabulary.py` for how: logits are never held whole, neither on one device nor for all tokens.
 
-Shapes: B rows, T tokens of a row, N completion tokens of a row, n of them in a chunk, D model, V vocabulary (v: a
-device's part of it, s: a block of that).
+Shapes: B rows, N completion tokens of a row, n of them in a chunk, D model, V vocabulary (v: a device's part of it, s:
+a block of that).
 """
 
 import dataclasses
@@ -21,123 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from dpo_jax.model.vocabulary import CHUNK_TOKENS, chunks_of, division, joined, table_parts
 from dpo_jax.parallel.spread import Spread
 
-# Tokens (rows x tokens, for each device that shares rows) that are looked up, or have logits, at one time.
-CHUNK_TOKENS = 1024
 # The logit of a row of padding: its exponential is 0 beside a token's, and where a device has nothing but padding its
 # difference from the largest is 0, where that of -inf would be no number.
 PADDING = -1e30
-
-
-def _parts(table_VD: jax.Array, spread: Spread) -> jax.Array:
-    """The table in equal parts over the vocabulary's axes: with rows of padding where its own do not divide."""
-    return _exchanged(table_VD, spread, len(table_VD)) if len(table_VD) % spread.size(spread.vocab) else table_VD
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _exchanged(table_VD: jax.Array, spread: Spread, vocab: int) -> jax.Array:
-    padding = -vocab % spread.size(spread.vocab)
-    local = lambda x_VD: spread.parts(jnp.pad(x_VD, ((0, padding), (0, 0))))
-    return spread.on_mesh(local, P(None, spread.width or None), P(spread.vocab))(table_VD)
-
-
-def _exchanged_backward(spread: Spread, vocab: int, _: None, grad_VD: jax.Array) -> tuple[jax.Array]:
-    local = lambda grad_vD: spread.widths(grad_vD)[:vocab]
-    return (spread.on_mesh(local, P(spread.vocab), P(None, spread.width or None))(grad_VD),)
-
-
-_exchanged.defvjp(lambda table_VD, spread, vocab: (_exchanged(table_VD, spread, vocab), None), _exchanged_backward)
-
-
-def _chunks(x_BN: jax.Array, chunks: int, n: int) -> jax.Array:
-    """`[B, N, ...]` → `[chunks, B, n, ...]`, padded with zeros."""
-    pad = ((0, 0), (0, chunks * n - x_BN.shape[1]), *((0, 0),) * (x_BN.ndim - 2))
-    x = jnp.pad(x_BN, pad)
-    return jnp.moveaxis(x.reshape(x.shape[0], chunks, n, *x.shape[2:]), 1, 0)
-
-
-def _joined(x: jax.Array, N: int) -> jax.Array:
-    """`[chunks, B, n, ...]` → `[B, N, ...]`."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :N]
-
-
-def _division(rows: int, N: int, chunk_tokens: int, least: int) -> tuple[int, int]:
-    """How many chunks of how many tokens of a row, for `rows` rows of a device."""
-    chunks = min(N, max(least, -(-rows * N // chunk_tokens)))
-    n = -(-N // chunks)
-    return -(-N // n), n
-
-
-# ------------------------------------------------------------------------------------------------------- embedding
-
-
-def embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """The rows of `table_VD` for `tokens_BT` int32: `[B, T, D]`."""
-    spread = Spread.of(tokens_BT.shape[0])
-    table_VD = _parts(table_VD, spread)
-    return _embed(table_VD, tokens_BT, spread, jax.ShapeDtypeStruct(table_VD.shape, table_VD.dtype))
-
-
-def _mine(tokens: jax.Array, part: int, spread: Spread) -> tuple[jax.Array, jax.Array]:
-    """Row numbers in this device's part of the table, and whether they are in it."""
-    local = tokens - spread.offset(part)
-    return jnp.clip(local, 0, part - 1), (local >= 0) & (local < part)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _embed(table_VD: jax.Array, tokens_BT: jax.Array, spread: Spread, like_VD: jax.ShapeDtypeStruct) -> jax.Array:
-    def local(table_vD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        if not spread.vocab:
-            return jnp.take(table_vD, tokens_BT, axis=0)
-        T = tokens_BT.shape[1]
-
-        def body(_, tokens_Bn):
-            rows, inside = _mine(spread.gather(tokens_Bn), table_vD.shape[0], spread)
-            found = jnp.where(inside[..., None], jnp.take(table_vD, rows, axis=0), 0)
-            return None, spread.scatter_sum(found)
-
-        chunks, n = _division(tokens_BT.shape[0], T, 2 * CHUNK_TOKENS, 1)
-        return _joined(jax.lax.scan(body, None, _chunks(tokens_BT, chunks, n))[1], T)
-
-    rows = P(spread.rows or None)
-    return spread.on_mesh(local, (P(spread.vocab or None), rows), rows)(table_VD, tokens_BT)
-
-
-def _embed_forward(
-    table_VD: jax.Array, tokens_BT: jax.Array, spread: Spread, like_VD: jax.ShapeDtypeStruct
-) -> tuple[jax.Array, jax.Array]:
-    return _embed(table_VD, tokens_BT, spread, like_VD), tokens_BT
-
-
-def _embed_backward(
-    spread: Spread, like_VD: jax.ShapeDtypeStruct, tokens_BT: jax.Array, grad_BTD: jax.Array
-) -> tuple[jax.Array, None]:
-    part = like_VD.shape[0] // spread.size(spread.vocab)
-
-    def local(grad_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        T = tokens_BT.shape[1]
-
-        def body(total_vD, chunk):
-            grad_BnD, tokens_Bn = (spread.gather(x) for x in chunk)
-            rows, inside = _mine(tokens_Bn, part, spread)
-            grad_BnD = jnp.where(inside[..., None], grad_BnD, 0).astype(jnp.float32)
-            return total_vD.at[rows].add(grad_BnD), None
-
-        chunks, n = _division(tokens_BT.shape[0], T, 2 * CHUNK_TOKENS, 1) if spread.vocab else (1, T)
-        start = jnp.zeros((part, grad_BTD.shape[-1]), jnp.float32)
-        total, _ = jax.lax.scan(body, start, (_chunks(grad_BTD, chunks, n), _chunks(tokens_BT, chunks, n)))
-        return spread.copies_sum(total.astype(like_VD.dtype))
-
-    rows = P(spread.rows or None)
-    return spread.on_mesh(local, (rows, rows), P(spread.vocab or None))(grad_BTD, tokens_BT), None
-
-
-_embed.defvjp(_embed_forward, _embed_backward)
-
-
-# ----------------------------------------------------------------------------------------------- log-probabilities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +67,7 @@ def token_logps(
         empty = jnp.zeros(targets_BN.shape, jnp.float32)
         return empty, empty if options.log_sum_sq else None
     spread = Spread.of(targets_BN.shape[0])
-    return _token_logps(hidden_BND, targets_BN, _parts(table_VD, spread), options, spread, len(table_VD))
+    return _token_logps(hidden_BND, targets_BN, table_parts(table_VD, spread), options, spread, len(table_VD))
 
 
 def token_kl(hidden: Sequence[jax.Array], tables: Sequence[jax.Array], *, softcap: float | None = None) -> jax.Array:
@@ -198,7 +82,7 @@ def token_kl(hidden: Sequence[jax.Array], tables: Sequence[jax.Array], *, softca
     """
     B, N, _ = hidden[0].shape
     spread, size = Spread.of(B), len(tables[0])
-    tables = [_parts(table_VD, spread) for table_VD in tables]
+    tables = [table_parts(table_VD, spread) for table_VD in tables]
 
     def local(hidden: Sequence[jax.Array], tables: Sequence[jax.Array]) -> jax.Array:
         own_rows = hidden[0].shape[0]
@@ -216,7 +100,7 @@ def token_kl(hidden: Sequence[jax.Array], tables: Sequence[jax.Array], *, softca
             return None, spread.own_rows(jnp.maximum(kl_Bn, 0.0), own_rows)
 
         chunks, n = _split(own_rows, N, CHUNK_TOKENS // 2, 1)  # two models' logits
-        return _joined(jax.lax.scan(body, None, tuple(_chunks(h, chunks, n) for h in hidden))[1], N)
+        return joined(jax.lax.scan(body, None, tuple(chunks_of(h, chunks, n) for h in hidden))[1], N)
 
     rows, vocab = P(spread.rows or None), P(spread.vocab or None)
     return spread.on_mesh(local, ((rows, rows), (vocab, vocab)), rows)(tuple(hidden), tuple(tables))
@@ -287,8 +171,8 @@ def _token_logps(
 
 
 def _split(rows: int, N: int, chunk_tokens: int, blocks: int) -> tuple[int, int]:
-    """Chunks of tokens as in `_division`, so that the logits of all tokens for the whole part are never held."""
-    return _division(rows, N, chunk_tokens * blocks, 2 if blocks == 1 else 1)
+    """As `division`, so that the logits of all tokens for a device's whole part are never held."""
+    return division(rows, N, chunk_tokens * blocks, 2 if blocks == 1 else 1)
 
 
 def _forward(
@@ -331,8 +215,8 @@ def _forward(
             return None, {name: spread.own_rows(x, B) for name, x in found.items()}
 
         chunks, n = _split(B, N, options.chunk_tokens, len(blocks[0]))
-        found = jax.lax.scan(body, None, (_chunks(hidden_BND, chunks, n), _chunks(targets_BN, chunks, n)))[1]
-        return {name: _joined(x, N) for name, x in found.items()}
+        found = jax.lax.scan(body, None, (chunks_of(hidden_BND, chunks, n), chunks_of(targets_BN, chunks, n)))[1]
+        return {name: joined(x, N) for name, x in found.items()}
 
     rows = P(spread.rows or None)
     found = spread.on_mesh(local, (rows, rows, P(spread.vocab or None)), rows)(hidden_BND, targets_BN, table_VD)
@@ -378,13 +262,13 @@ def _backward(
             return total + mine, back
 
         chunks, n = _split(B, N, options.chunk_tokens, len(blocks[0]))
-        parts = tuple(_chunks(x, chunks, n) for x in (hidden_BND, targets_BN, log_sum_BN, grad_BN))
+        parts = tuple(chunks_of(x, chunks, n) for x in (hidden_BND, targets_BN, log_sum_BN, grad_BN))
         if chunks == 1:
             back, total = of_chunk([x[0] for x in parts])
             back = back[None]
         else:
             total, back = jax.lax.scan(body, jnp.zeros(blocks[1].shape, jnp.float32), parts)
-        return _joined(back, N), spread.copies_sum(total.reshape(part, D).astype(dtype))
+        return joined(back, N), spread.copies_sum(total.reshape(part, D).astype(dtype))
 
     rows, parts = P(spread.rows or None), P(spread.vocab or None)
     # Padding of a chunk has a gradient of zero, whatever its logits are.

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.decoder import init_params
+from dpo_jax.model.forward import init_params
 from dpo_jax.model.lora import Lora, init_adapters
 
 AXES = ("data", "fsdp", "tensor")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.model.attention.dense import Slots
-from dpo_jax.model.decoder import hidden_states, unembedding
+from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
 from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout, limits_on
 from dpo_jax.objective.token_logps import token_kl
@@ -48,7 +48,7 @@ def make_divergence(layout: Layout, new_tokens: int) -> Callable[[Params, Params
 
     def rows_of(both: tuple[Params, Params], micro: dict[str, jax.Array], slots: Slots) -> jax.Array:
         with nn.logical_axis_rules(rules):
-            states = [hidden_states(p, micro, config=config, slots=slots, dtype=layout.dtype) for p in both]
+            states = [hidden_states(p, micro, slots, ModelOptions(config, layout.dtype))[0] for p in both]
             hidden = [jnp.take_along_axis(h, micro["source"][:, :, None], axis=1) for h in states]
             kl_BN = token_kl(hidden, [unembedding(p) for p in both], softcap=config.final_logit_softcapping)
         kl_BN = jnp.where(micro["segments"][:, slots.prompt :] > 0, kl_BN, 0.0)

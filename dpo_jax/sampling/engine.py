@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from dpo_jax.model.attention.cached import empty_cache
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.decoder import decode, empty_cache, unembedding
+from dpo_jax.model.forward import ModelOptions, decode, unembedding
 from dpo_jax.model.params import Params
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are compiled
@@ -57,17 +58,15 @@ def _generate(
         token = jnp.where(done_B, stop[0], pick(key, logits, temperature=temperature, top_p=top_p)).astype(jnp.int32)
         return token, done_B | jnp.any(token[:, None] == stop_ids[None, :], axis=1)
 
-    cache = empty_cache(config, B, T + new_tokens, dtype)
-    hidden, cache = decode(
-        params, tokens_BT, positions_BS[:, :T], cache, jnp.int32(0), real_BS, config=config, dtype=dtype
-    )
+    model, cache = ModelOptions(config, dtype), empty_cache(config, B, T + new_tokens, dtype)
+    hidden, cache = decode(params, tokens_BT, positions_BS[:, :T], cache, jnp.int32(0), real_BS, model)
     first, done = next_token(hidden[:, -1], jnp.zeros(B, bool), jax.random.fold_in(key, 0))
 
     def one(carry, i):
         token, done, cache = carry
         where = T + i
         position = jax.lax.dynamic_slice_in_dim(positions_BS, where, 1, axis=1)
-        hidden, cache = decode(params, token[:, None], position, cache, where, real_BS, config=config, dtype=dtype)
+        hidden, cache = decode(params, token[:, None], position, cache, where, real_BS, model)
         token, done = next_token(hidden[:, 0], done, jax.random.fold_in(key, i + 1))
         return (token, done, cache), token
 

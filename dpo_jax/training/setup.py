@@ -28,7 +28,9 @@ from dpo_jax.model.attention.tpu_splash import Tiling
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout, Policy
+from dpo_jax.objective.logps import LogpsFn
 from dpo_jax.objective.objective import Objective, parse_loss, preference_objective
+from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import local_rows
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.rows.pipeline import PairSource, Schedule, StepSource, make_schedule
@@ -39,7 +41,7 @@ from dpo_jax.training import about, inputs
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.loop import slots_of
 from dpo_jax.training.optimizer import optimizer, schedule
-from dpo_jax.training.step import LogpsFn, TrainState, make_train_step
+from dpo_jax.training.step import TrainState, make_train_step
 
 Config = Mapping[str, Any]
 
@@ -100,10 +102,10 @@ def lay_out(c: Config, config: ModelConfig, mesh: Mesh) -> Layout:
 def make_models(c: Config, layout: Layout) -> tuple[LogpsFn, LogpsFn]:
     """The policy and the reference as the steps see them."""
     options = {"remat": c["remat"], "ld_alpha": c["ld_alpha"], "log_sum_sq": c["wpo"]}
-    logps = policy.logps_fn(layout, balance=c["router_aux_loss_coef"] > 0, **options)
+    logps = logps_fn(layout, balance=c["router_aux_loss_coef"] > 0, **options)
     if not layout.reference_offload:
         return logps, logps
-    return logps, policy.logps_fn(layout, from_host=True, **options)
+    return logps, logps_fn(layout, from_host=True, **options)
 
 
 def plan_of(c: Config, pairs: PairSource, layout: Layout, mixture: Mixture | None) -> Schedule:

@@ -20,7 +20,7 @@ import optax
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.experts import balance_loss
 from dpo_jax.model.remat import to_device, to_host
-from dpo_jax.objective.logps import Logps
+from dpo_jax.objective.logps import Logps, LogpsFn
 from dpo_jax.objective.objective import Objective
 from dpo_jax.training.optimizer import apply_updates
 
@@ -30,7 +30,6 @@ SKIPPED = "skipped"  # the metric that is 1 where the update was not made
 
 Params = Any
 Batch = dict[str, jax.Array]
-LogpsFn = Callable[[Params, Batch, Slots], Logps]  # (params, one microbatch, widths) -> sums by pair [B, K, 2]
 
 
 @flax.struct.dataclass

@@ -9,7 +9,7 @@ import numpy as np
 
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.decoder import hidden_states, unembedding
+from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
 from dpo_jax.rows.pipeline import build_rows
 from dpo_jax.rows.schedule import RowShape
 from dpo_jax.weights import huggingface as weights
@@ -74,7 +74,7 @@ def capped(logits, config: ModelConfig):
 @functools.partial(jax.jit, static_argnames=("config", "slots", "dtype", "remat"))
 def row_logits(params, rows, config, slots, dtype=jnp.float32, remat="none") -> jax.Array:
     """Logits `[B, T, V]` of rows."""
-    hidden = hidden_states(params, rows, config=config, slots=slots, dtype=dtype, remat=remat).astype(jnp.float32)
+    hidden = hidden_states(params, rows, slots, ModelOptions(config, dtype, remat))[0].astype(jnp.float32)
     return capped(jnp.einsum("BTD,VD->BTV", hidden, unembedding(params), precision="highest"), config)
 
 

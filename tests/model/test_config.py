@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from dpo_jax.errors import UserError
 from dpo_jax.model import tensors
 from dpo_jax.model.config import FAMILIES, config_from_hf, hf_config
-from dpo_jax.model.decoder import init_params
+from dpo_jax.model.forward import init_params
 from dpo_jax.weights import huggingface as weights
 from tests.model.families import GOLDEN, load
 

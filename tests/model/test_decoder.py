@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.decoder import hidden_states, hidden_states_and_balance, unembedding
+from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
 from dpo_jax.objective.logps import pair_logps
 from dpo_jax.objective.objective import preference_objective
 from dpo_jax.parallel.mesh import axis_rules, make_mesh, param_shardings
@@ -87,16 +87,13 @@ def test_a_window_that_no_row_reaches_costs_nothing(window):
     config, params = golden("mistral_window")
     config = dataclasses.replace(config, sliding_window=window)
     rows, slots = families.batch(PAIRS)
-    forward = jax.make_jaxpr(lambda p: hidden_states(p, rows, config=config, slots=slots))
-    plain = jax.make_jaxpr(
-        lambda p: hidden_states(
-            p, rows, config=dataclasses.replace(config, sliding_window=0, sliding_layers=()), slots=slots
-        )
-    )
+    forward = jax.make_jaxpr(lambda p: hidden_states(p, rows, slots, ModelOptions(config))[0])
+    no_window = ModelOptions(dataclasses.replace(config, sliding_window=0, sliding_layers=()))
+    plain = jax.make_jaxpr(lambda p: hidden_states(p, rows, slots, no_window)[0])
     same = str(forward(params)).count(" lt ") == str(plain(params)).count(" lt ")
     assert same is (window > slots.prompt + slots.chosen)
     # Rows of several pairs have more room than a sequence has tokens.
-    known = jax.make_jaxpr(lambda p: hidden_states(p, rows, config=config, slots=slots, longest=5))
+    known = jax.make_jaxpr(lambda p: hidden_states(p, rows, slots, ModelOptions(config, longest=5))[0])
     assert str(known(params)).count(" lt ") == str(plain(params)).count(" lt ")
 
 
@@ -123,10 +120,9 @@ def test_bfloat16(name):
 
 def _loss(params, rows, config, slots, remat="none"):
     """A number that every hidden state matters to; the hidden states, and the load-balancing sums if there are any."""
-    forward = hidden_states_and_balance if config.num_experts else hidden_states
-    out = forward(params, rows, config=config, slots=slots, remat=remat)
-    hidden, sums = out if config.num_experts else (out, {})
-    return jnp.sum(jnp.sin(hidden) * (rows["segments"] != 0)[..., None]), (hidden, sums)
+    model = ModelOptions(config, remat=remat)
+    hidden, sums = hidden_states(params, rows, slots, model, balance=config.num_experts > 0)
+    return jnp.sum(jnp.sin(hidden) * (rows["segments"] != 0)[..., None]), (hidden, sums or {})
 
 
 _grad = jax.jit(jax.grad(_loss, has_aux=True), static_argnums=(2, 3, 4))
@@ -149,7 +145,7 @@ def test_gradients_of_microbatches_add_up(name):
     reference = jax.tree.map(lambda p: p * 1.05, params)
 
     def logps(params, micro, slots):
-        hidden = hidden_states(params, micro, config=config, slots=slots, remat="dots")
+        hidden, _ = hidden_states(params, micro, slots, ModelOptions(config, remat="dots"))
         return pair_logps(hidden, micro, unembedding(params), slots=slots, pairs_per_row=3)
 
     objective = preference_objective({"sigmoid": 1.0}, beta=0.1)
@@ -209,14 +205,12 @@ def test_a_mesh_changes_nothing(name, sizes):
 def test_packed_rows_count_every_real_token_once():
     config, params = golden("qwen3_moe")
     rows, slots = families.batch(PAIRS)
-    sums = hidden_states_and_balance(params, rows, config=config, slots=slots)[1]
+    sums_of = lambda rows: hidden_states(params, rows, slots, ModelOptions(config), balance=True)[1]
+    sums = sums_of(rows)
     real = int((rows["segments"] != 0).sum())
     assert sums["tokens"] == real * config.num_hidden_layers
     np.testing.assert_allclose(sums["assigned"].sum(), real * config.num_hidden_layers * config.num_experts_per_tok)
-    parts = [
-        hidden_states_and_balance(params, {k: v[b : b + 1] for k, v in rows.items()}, config=config, slots=slots)[1]
-        for b in range(2)
-    ]
+    parts = [sums_of({k: v[b : b + 1] for k, v in rows.items()}) for b in range(2)]
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a + b, c, rtol=1e-5), *parts, sums)
 
 

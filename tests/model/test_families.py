@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpo_jax.model.config import hf_config
-from dpo_jax.model.decoder import hidden_states, hidden_states_and_balance, unembedding
 from dpo_jax.model.experts import balance_loss
+from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
 from dpo_jax.objective.logps import pair_logps
 from dpo_jax.objective.token_logps import LogpOptions
 from dpo_jax.sampling.engine import generate
@@ -93,7 +93,7 @@ def dpo_gradient(config, pairs):
     places = {int(pair): at for at, pair in np.ndenumerate(PLACED)}
 
     def loss(params, noise):
-        hidden = hidden_states(params, rows, config=config, slots=slots, remat="dots")
+        hidden, _ = hidden_states(params, rows, slots, ModelOptions(config, remat="dots"))
         cap, table = config.final_logit_softcapping, unembedding(params)
         options = LogpOptions(16, softcap=cap)
         logps = pair_logps(hidden, rows, table, slots=slots, pairs_per_row=3, options=options).logps
@@ -176,7 +176,7 @@ def test_load_balancing(name, measured, tmp_path):
     @jax.jit
     @jax.value_and_grad
     def loss(params):
-        return balance_loss(hidden_states_and_balance(params, rows, config=config, slots=slots)[1])
+        return balance_loss(hidden_states(params, rows, slots, ModelOptions(config), balance=True)[1])
 
     value, grads = loss(params)
     ids, real = (torch.tensor(np.asarray(rows[k]), dtype=torch.long) for k in ("tokens", "segments"))

@@ -18,10 +18,11 @@ from dpo_jax.errors import UserError
 from dpo_jax.model import placement as policy
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.decoder import init_params
+from dpo_jax.model.forward import init_params
 from dpo_jax.model.lora import Lora, init_adapters, on_model, parse_targets
 from dpo_jax.model.remat import REMAT_POLICIES
 from dpo_jax.objective.objective import preference_objective
+from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import make_mesh, to_global
 from dpo_jax.rows.schedule import RowShape
 from dpo_jax.training.optimizer import optimizer, schedule
@@ -79,7 +80,7 @@ def _run(sizes=(1, 1, 1), adapters=None, reference=None, steps=2, microbatches=1
     with jax.set_mesh(layout.mesh):
         base = jax.device_put(jax.tree.map(lambda x: x.astype(layout.base_dtype), _fresh()), layout.shardings)
         state = policy.start_state(jax.device_put(adapters or _adapters(), layout.trained), TX, layout)
-        step = make_train_step(policy.logps_fn(layout, remat=remat), OBJECTIVE, TX, RATE, compute_dtype=layout.dtype)
+        step = make_train_step(logps_fn(layout, remat=remat), OBJECTIVE, TX, RATE, compute_dtype=layout.dtype)
         batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE, microbatches), layout.mesh, 8 // microbatches)
         metrics = []
         for _ in range(steps):
@@ -112,7 +113,7 @@ def test_the_first_step_sees_the_base_twice_and_trains_nothing_else():
 def test_without_b_the_policy_is_the_base_exactly(dtype):
     layout = _layout(compute_dtype=dtype)
     assert layout.base_dtype == dtype
-    logps = jax.jit(policy.logps_fn(layout, remat="none"), static_argnums=2)
+    logps = jax.jit(logps_fn(layout, remat="none"), static_argnums=2)
     rows = oracle.rows(PAIRS, PLACED, SHAPE)
     micro = {k: jnp.asarray(v[0]) for k, v in rows.items()}
     cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
@@ -139,7 +140,7 @@ def test_the_step_is_float64s_with_merged_kernels(targets):
 def test_gradients_are_the_chain_rule_on_full_fine_tunings():
     """dA = scale · dW·Bᵀ and dB = scale · Aᵀ·dW, where dW is the merged kernel's gradient."""
     adapters, layout = _adapters(b=0.3), _layout()
-    logps = policy.logps_fn(layout, remat="full")
+    logps = logps_fn(layout, remat="full")
     micro = {k: jnp.asarray(v[0]) for k, v in oracle.rows(PAIRS, PLACED, SHAPE).items()}
     weights = np.random.default_rng(3).normal(size=(8, 2, 2)).astype(np.float32)
 
@@ -216,7 +217,7 @@ def test_a_bfloat16_base_under_float32_adapters():
 def test_evaluation_is_what_a_training_step_reports(one_device):
     layout = _layout()
     with jax.set_mesh(layout.mesh):
-        step = make_eval_step(policy.logps_fn(layout, remat="none"), OBJECTIVE, compute_dtype=jnp.float32)
+        step = make_eval_step(logps_fn(layout, remat="none"), OBJECTIVE, compute_dtype=jnp.float32)
         batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE, 2), layout.mesh, 4)
         values = step(_adapters(b=0.1), {}, batch, SLOTS, base=_fresh())
     for name, value in values.items():

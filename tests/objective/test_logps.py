@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from dpo_jax.model.attention.dense import Slots
-from dpo_jax.model.decoder import hidden_states, init_params, unembedding
+from dpo_jax.model.forward import ModelOptions, hidden_states, init_params, unembedding
 from dpo_jax.objective.logps import pair_logps, sum_pairs
 from dpo_jax.objective.token_logps import LogpOptions, token_logps
 from dpo_jax.rows.schedule import RowShape
@@ -94,13 +94,13 @@ def test_the_gradient_of_chunks_is_that_of_whole_logits():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
 
 
-def _logps(params, pairs, placed, shape):
+def _logps(params, pairs, placed, shape, remat):
     slots = Slots(shape.prompt, shape.chosen, shape.rejected)
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), oracle.rows(pairs, placed, shape))
 
     @functools.partial(jax.jit, static_argnames="slots")
     def run(params, batch, slots):
-        hidden = hidden_states(params, batch, config=CONFIG, slots=slots)
+        hidden, _ = hidden_states(params, batch, slots, ModelOptions(CONFIG, remat=remat))
         return pair_logps(hidden, batch, unembedding(params), slots=slots, pairs_per_row=placed.shape[1]).logps
 
     return np.asarray(run(params, batch, slots))
@@ -109,8 +109,8 @@ def _logps(params, pairs, placed, shape):
 @pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
 def test_packed_is_unpacked_and_both_are_the_float64_oracle(params, remat):
     pairs = oracle.RandomPairs([(5, 3, 2), (1, 1, 4), (7, 2, 2), (3, 4, 1)])
-    packed = _logps(params, pairs, np.array([[2, 0, -1], [1, 3, -1]]), RowShape(2, 16, 8, 8, 3))
-    alone = _logps(params, pairs, np.array([[0], [1], [2], [3]]), RowShape(4, 8, 4, 4, 1))[:, 0]
+    packed = _logps(params, pairs, np.array([[2, 0, -1], [1, 3, -1]]), RowShape(2, 16, 8, 8, 3), remat)
+    alone = _logps(params, pairs, np.array([[0], [1], [2], [3]]), RowShape(4, 8, 4, 4, 1), remat)[:, 0]
     assert packed[0, 2].tolist() == [0, 0]
     packed = np.stack([packed[0, 1], packed[1, 0], packed[0, 0], packed[1, 1]])
     np.testing.assert_allclose(packed, alone, atol=1e-5, rtol=1e-5)

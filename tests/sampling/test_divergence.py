@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 from dpo_jax.model import placement as policy
-from dpo_jax.model.decoder import init_params
+from dpo_jax.model.forward import init_params
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.sampling.divergence import make_divergence, make_on_policy_kl
 from tests.oracles import oracle

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dpo_jax.model.decoder import init_params
+from dpo_jax.model.forward import init_params
 from dpo_jax.sampling.engine import generate, pick
 from tests.oracles import oracle
 from tests.oracles.oracle import CONFIG

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_jax.errors import UserError
 from dpo_jax.model import placement as policy
-from dpo_jax.model.decoder import init_params
+from dpo_jax.model.forward import init_params
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.training import checkpoint
 from dpo_jax.training.optimizer import optimizer

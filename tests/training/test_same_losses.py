@@ -11,9 +11,10 @@ import pytest
 
 from dpo_jax.model import placement as policy
 from dpo_jax.model.attention.dense import Slots
-from dpo_jax.model.decoder import init_params
+from dpo_jax.model.forward import init_params
 from dpo_jax.model.remat import REMAT_POLICIES
 from dpo_jax.objective.objective import preference_objective
+from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import host_shardings, make_mesh, to_global
 from dpo_jax.rows.schedule import RowShape
 from dpo_jax.training.optimizer import optimizer, schedule
@@ -48,12 +49,12 @@ def _run(sizes=(1, 1, 1), remat="dots", steps=3, microbatches=1, **options):
         reference = jax.device_put(fresh[1], layout.reference_shardings)
         from_host = layout.reference_offload
         step = make_train_step(
-            policy.logps_fn(layout, remat=remat),
+            logps_fn(layout, remat=remat),
             preference_objective({"sigmoid": 1.0}, beta=0.1),
             TX,
             RATE,
             compute_dtype=jnp.float32,
-            reference_logps=policy.logps_fn(layout, remat=remat, from_host=True) if from_host else None,
+            reference_logps=logps_fn(layout, remat=remat, from_host=True) if from_host else None,
             optimizer_offload=layout.optimizer_offload,
         )
         batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE, microbatches), mesh, 8 // microbatches)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from dpo_jax.model.attention.dense import Slots
-from dpo_jax.model.decoder import hidden_states, init_params, unembedding
+from dpo_jax.model.forward import ModelOptions, hidden_states, init_params, unembedding
 from dpo_jax.objective.logps import Logps, pair_logps
 from dpo_jax.objective.objective import preference_objective, sft_objective
 from dpo_jax.parallel.mesh import axis_rules, make_mesh, param_shardings, state_shardings, to_global
@@ -43,7 +43,7 @@ def _params(seed):
 def _logps(rules):
     def logps(params, micro, slots):
         with nn.logical_axis_rules(rules):
-            hidden = hidden_states(params, micro, config=CONFIG, slots=slots, remat="dots")
+            hidden, _ = hidden_states(params, micro, slots, ModelOptions(CONFIG, remat="dots"))
             return pair_logps(hidden, micro, unembedding(params), slots=slots, pairs_per_row=2)
 
     return logps

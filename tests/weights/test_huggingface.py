@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.model import tensors
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.config import ModelConfig, hf_config
-from dpo_jax.model.decoder import hidden_states, init_params, unembedding
+from dpo_jax.model.forward import ModelOptions, hidden_states, init_params, unembedding
 from dpo_jax.parallel.mesh import host_shardings
 from dpo_jax.weights import hub as hub_module
 from dpo_jax.weights import huggingface as weights
@@ -69,7 +68,7 @@ def logits(params: dict, config: ModelConfig, ids: np.ndarray) -> np.ndarray:
     B, T = ids.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     batch = {"tokens": jnp.asarray(ids), "positions": positions, "segments": jnp.ones((B, T), jnp.int32)}
-    forward = jax.jit(functools.partial(hidden_states, config=config, slots=Slots(T, 0, 0)))
+    forward = jax.jit(lambda p, rows: hidden_states(p, rows, Slots(T, 0, 0), ModelOptions(config))[0])
     hidden = forward(params, batch)
     found = np.asarray(jnp.einsum("BTD,VD->BTV", hidden, unembedding(params), precision="highest"))
     cap = config.final_logit_softcapping

@@ -1,4 +1,4 @@
-"""Attention inside a pair row, and attention with a cache for sampling.
+"""Attention inside a pair row, as dense blocks.
 
 A row is `[ prompt | chosen | rejected ]`. Token q may look at token k iff both belong to the same pair
 (segment ids equal and not 0), k is not after q in the row, and k lies in the prompt slot or in q's own slot. That is
@@ -8,9 +8,6 @@ Shapes: B rows, T tokens of a row, S keys, H query heads, G kv-heads (H = G * M)
 """
 
 import dataclasses
-import functools
-import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +50,7 @@ def _heads_first(x_BTHE: jax.Array, groups: int) -> jax.Array:
     return jax.lax.optimization_barrier(x.reshape(B, groups, H // groups * T, E))
 
 
-def _attend(
+def attend(
     q_BQHE: jax.Array,
     k_BSGE: jax.Array,
     v_BSGE: jax.Array,
@@ -77,7 +74,7 @@ def _attend(
 
 # The probabilities are the largest thing a layer makes and cheap to make again: never kept for the backward pass.
 _attend_recomputed = jax.checkpoint(
-    _attend, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False, static_argnums=(4, 5)
+    attend, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False, static_argnums=(4, 5)
 )
 
 
@@ -129,97 +126,3 @@ def pair_row_attention(
                 mask_BQS &= positions_BT[:, begin:end, None] - _pieces(positions_BT, pieces)[:, None, :] < size
             outs.append(_attend_recomputed(q_BTHE[:, begin:end], k_BSGE, v_BSGE, mask_BQS, scale, softcap))
     return jnp.concatenate(outs, axis=1)
-
-
-def cached_attention(
-    q_BQHE: jax.Array,
-    k_BQGE: jax.Array,
-    v_BQGE: jax.Array,
-    cache: tuple[jax.Array, jax.Array],
-    where: jax.Array,
-    real_BS: jax.Array,
-    *,
-    window: jax.Array | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Causal attention over a key/value cache, for sampling.
-
-    Args:
-      q_BQHE, k_BQGE, v_BQGE: the new tokens' queries, keys and values.
-      cache: keys and values `[B, S, G, E]` each; the new ones are written at columns `where .. where+Q`.
-      where: int32 scalar, the column of the first new token (the same for all rows: prompts are padded on the left).
-      real_BS: bool `[B, S]`, False at padding columns.
-      window: how many positions a token sees, int32 scalar; padding is on the left, so columns differ as positions do.
-      scale, softcap: as in `pair_row_attention`.
-
-    Returns:
-      `[B, Q, H, E]` and the new cache.
-    """
-    k_BSGE = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BQGE.astype(cache[0].dtype), where, axis=1)
-    v_BSGE = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BQGE.astype(cache[1].dtype), where, axis=1)
-    Q, S = q_BQHE.shape[1], k_BSGE.shape[1]
-    distance_QS = (where + jnp.arange(Q))[:, None] - jnp.arange(S)[None, :]
-    seen_QS = distance_QS >= 0
-    if window is not None:
-        seen_QS &= distance_QS < window
-    out = _attend(q_BQHE, k_BSGE, v_BSGE, seen_QS[None] & real_BS[:, None, :], scale, softcap)
-    return out, (k_BSGE, v_BSGE)
-
-
-@functools.cache
-def _inverse_frequencies(head_dim: int, theta: float, scaling: tuple[tuple[str, Any], ...]) -> tuple[float, ...]:
-    """Rotary inverse frequencies with the checkpoint's rope scaling (`linear`, `llama3` or none), in float64."""
-    freqs = [theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
-    options = dict(scaling)
-    kind = options.get("rope_type", "default")
-    if kind == "linear":
-        return tuple(f / float(options["factor"]) for f in freqs)
-    if kind == "llama3":
-        factor, low, high = (float(options[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-        old_context = float(options["original_max_position_embeddings"])
-        scaled = []
-        for f in freqs:
-            wavelength = 2 * math.pi / f
-            smooth = (old_context / wavelength - low) / (high - low)
-            smooth = min(max(smooth, 0.0), 1.0)
-            scaled.append((1 - smooth) * f / factor + smooth * f)
-        return tuple(scaled)
-    return tuple(freqs)
-
-
-def rotary_angles(
-    positions_BT: jax.Array,
-    *,
-    head_dim: int,
-    theta: float,
-    scaling: tuple[tuple[str, Any], ...] = (),
-    last_BT: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B, T, E/2]` in float32 of rotary position embedding (Su et al. 2021, arXiv 2104.09864).
-
-    LongRoPE (Ding et al. 2024, arXiv 2402.13753) has two sets of frequencies. The long ones count in a sequence whose
-    last position, `last_BT` at each of its tokens, is outside of the original context; None: there is no such one.
-    """
-    options = dict(scaling)
-    freqs = jnp.asarray(_inverse_frequencies(head_dim, theta, scaling), jnp.float32)[None, None, :]
-    size = 1.0
-    if options.get("rope_type") == "longrope":
-        short, long = (jnp.asarray(options[k], jnp.float32)[None, None, :] for k in ("short_factor", "long_factor"))
-        if last_BT is not None:
-            short = jnp.where(last_BT[..., None] >= options["original_max_position_embeddings"], long, short)
-        freqs = freqs / short
-        size = float(options["attention_factor"])
-    angles_BTe = positions_BT[..., None].astype(jnp.float32) * freqs
-    cos, sin = jnp.cos(angles_BTe), jnp.sin(angles_BTe)
-    return (cos, sin) if size == 1.0 else (cos * size, sin * size)
-
-
-def apply_rotary(x_BTHE: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the two halves of each head (Hugging Face's layout); what is wider than the angles stays as it is."""
-    cos, sin = (a[:, :, None, :] for a in angles)
-    width = 2 * cos.shape[-1]
-    x, rest = x_BTHE[..., :width].astype(jnp.float32), x_BTHE[..., width:]
-    first, second = jnp.split(x, 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHE.dtype)
-    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated

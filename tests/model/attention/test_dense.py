@@ -1,4 +1,4 @@
-"""Pair-row attention against NumPy on unpacked sequences; rotary embedding against its definition."""
+"""Attention as dense blocks against NumPy on unpacked sequences."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.model.attention import dense as attention
-from dpo_jax.model.attention.dense import Slots, apply_rotary, cached_attention, pair_row_attention, rotary_angles
+from dpo_jax.model.attention.dense import Slots, pair_row_attention
 from tests.oracles import oracle
 
 H, G, E = 4, 2, 8
@@ -60,40 +60,3 @@ def test_an_empty_slot_changes_nothing():
     alone = pair_row_attention(q, k, v, segments, slots=Slots(5, 4, 0))
     expected = [oracle.attend(*(x[b].astype(np.float64) for x in (q, k, v))) for b in range(2)]
     np.testing.assert_allclose(alone, expected, atol=2e-6)
-
-
-def test_cached_attention_equals_attention_over_the_whole_sequence():
-    rng = np.random.default_rng(3)
-    T, S = 6, 9
-    q, k, v = _random(rng, 1, T, H, E), _random(rng, 1, T, G, E), _random(rng, 1, T, G, E)
-    cache = jnp.zeros((1, S, G, E)), jnp.zeros((1, S, G, E))
-    real = jnp.ones((1, S), bool)
-    first, cache = cached_attention(q[:, :4], k[:, :4], v[:, :4], cache, jnp.int32(0), real)
-    rest, _ = cached_attention(q[:, 4:], k[:, 4:], v[:, 4:], cache, jnp.int32(4), real)
-    expected = oracle.attend(*(x[0].astype(np.float64) for x in (q, k, v)))
-    np.testing.assert_allclose(np.concatenate([first[0], rest[0]]), expected, atol=2e-6)
-
-
-def test_rotary_attention_depends_on_distance_only():
-    rng = np.random.default_rng(4)
-    x, y = _random(rng, 1, 1, 1, 16), _random(rng, 1, 1, 1, 16)
-
-    def score(i, j):
-        at = lambda p: rotary_angles(jnp.asarray([[p]]), head_dim=16, theta=1e4)
-        return float((apply_rotary(x, at(i)) * apply_rotary(y, at(j))).sum())
-
-    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
-    assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-2)
-
-
-def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
-    options = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling = tuple(sorted((options | {"original_max_position_embeddings": 8192}).items()))
-    plain = np.array(attention._inverse_frequencies(128, 5e5, ()))
-    scaled = np.array(attention._inverse_frequencies(128, 5e5, scaling))
-    wave = 2 * np.pi / plain
-    np.testing.assert_array_equal(scaled[wave < 8192 / 4], plain[wave < 8192 / 4])
-    np.testing.assert_allclose(scaled[wave > 8192], plain[wave > 8192] / 8)
-    between = (wave >= 8192 / 4) & (wave <= 8192)
-    assert between.any()
-    assert ((scaled[between] < plain[between]) & (scaled[between] > plain[between] / 8)).all()

@@ -1,0 +1,194 @@
+"""The decoder as plain functions of parameters and a batch: hidden states of rows, decoding with a cache.
+
+Shapes: B rows, T tokens of a row, S columns of a cache, D model, V vocabulary, L layers.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dpo_jax.model.attention.cached import cached_attention
+from dpo_jax.model.attention.cpu_tiles import Skipping, tiled_attention
+from dpo_jax.model.attention.dense import Slots, pair_row_attention
+from dpo_jax.model.attention.tpu_splash import Tiling, splash_attention
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.decoder import Decoder
+from dpo_jax.model.experts import Grouped
+from dpo_jax.model.params import Params
+from dpo_jax.model.rotary import rotary_angles
+
+RowTiling = Tiling | Skipping | None  # how attention of rows runs; None: as dense blocks
+
+NO_WINDOW = 2**30  # positions, more than any row has
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """How a model is computed; static where functions are compiled.
+
+    Attributes:
+      config: the model's numbers.
+      dtype: of activations and matrix products.
+      remat: a name in `REMAT_POLICIES`.
+      tiling: how attention of rows runs; None is as dense blocks.
+      from_host: the layers' parameters are in the host's memory and come to the device a layer at a time.
+      longest: no sequence has more tokens; None: than the row has room for. Several groups share a slot, so rows have
+        more room than a sequence; what is as wide as `longest` needs no window and no other rope.
+      grouped: how the gradient of experts' weights runs; None is as XLA does it.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    tiling: RowTiling = None
+    from_host: bool = False
+    longest: int | None = None
+    grouped: Grouped | None = None
+
+
+def _decoder(model: ModelOptions, attend: Callable) -> Decoder:
+    return Decoder(model.config, attend, model.dtype, model.remat, model.from_host, model.grouped)
+
+
+def _context(
+    config: ModelConfig, positions_BT: jax.Array, reach: int, last_BT: Callable[[], jax.Array]
+) -> dict[str, Any]:
+    """What the layers need of positions; under `layers`, what differs between them, `[L]` each.
+
+    Args:
+      config: the model's numbers.
+      positions_BT: of the tokens.
+      reach: no sequence is longer. A window as wide needs no mask, an original context as wide no other rope.
+      last_BT: gives the last position of every token's sequence.
+    """
+    c = config
+    angles = functools.partial(rotary_angles, positions_BT, head_dim=int(c.head_dim * c.partial_rotary_factor))
+    original = dict(c.rope_scaling).get("original_max_position_embeddings", 0)
+    is_long = dict(c.rope_scaling).get("rope_type") == "longrope" and reach > original
+    last = last_BT() if is_long else None
+    context: dict[str, Any] = {"angles": angles(theta=c.rope_theta, scaling=c.rope_scaling, last_BT=last), "layers": {}}
+    slides_L = jnp.asarray(c.sliding_layers or (False,) * c.num_hidden_layers)
+    if c.slides_within(reach):
+        context["layers"]["window"] = jnp.where(slides_L, jnp.int32(c.sliding_window), jnp.int32(NO_WINDOW))
+    if c.rope_local_theta is not None:
+        context["layers"]["slides"] = slides_L
+        context["local_angles"] = angles(theta=c.rope_local_theta)
+    return context
+
+
+def _score_options(config: ModelConfig) -> dict[str, float | None]:
+    scalar = config.query_pre_attn_scalar
+    return {"scale": None if scalar is None else scalar**-0.5, "softcap": config.attn_logit_softcapping}
+
+
+def _row_attention(model: ModelOptions, slots: Slots) -> Callable:
+    """Attention of pair rows: by the kernel, or in tiles that skip, where `model.tiling` says so, else as dense blocks.
+
+    With windows that rows can reach beyond, dense blocks are in the kernel's place: it counts columns, they positions.
+    """
+    tiling = model.tiling
+
+    def attend(q, k, v, context, cache):
+        options: dict[str, Any] = _score_options(model.config) | {"slots": slots}
+        window = (context["positions"], context["window"]) if "window" in context else None
+        if isinstance(tiling, Tiling) and window is None:
+            return splash_attention(q, k, v, context["segments"], tiling=tiling, **options), cache
+        if isinstance(tiling, Skipping):
+            out = tiled_attention(q, k, v, context["segments"], skipping=tiling, window=window, **options)
+        else:
+            out = pair_row_attention(q, k, v, context["segments"], window=window, **options)
+        return checkpoint_name(out, "attention_out"), cache
+
+    return attend
+
+
+def _row_context(model: ModelOptions, batch: dict[str, jax.Array], slots: Slots) -> dict[str, Any]:
+    positions_BT, segments_BT = batch["positions"], batch["segments"]
+
+    def last_BT() -> jax.Array:
+        """Of a pair's longer sequence, as both share the prompt."""
+        same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+        return jnp.max(jnp.where(same_BTS, positions_BT[:, None, :], 0), axis=-1)
+
+    context = _context(model.config, positions_BT, slots.reach(model.longest), last_BT) | {"segments": segments_BT}
+    return context | ({"positions": positions_BT} if "window" in context["layers"] else {})
+
+
+def _variables(params: Params) -> dict[str, Params]:
+    """The branch `lora` is a collection of its own: a projection has an adapter if its name is in there."""
+    params = dict(params)
+    adapters = params.pop("lora", None)
+    return {"params": params} | ({} if adapters is None else {"lora": adapters})
+
+
+def hidden_states(
+    params: Params, batch: dict[str, jax.Array], slots: Slots, model: ModelOptions, *, balance: bool = False
+) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    """Final hidden states of pair rows, and how evenly a model with experts used them.
+
+    Args:
+      params: the decoder's parameters, adapters among them or not.
+      batch: `tokens`, `positions`, `segments`, int32 `[B, T]` each, as `rows/build.py` makes them.
+      slots: the row's widths.
+      model: how the model is computed.
+      balance: whether the experts' sums are asked for.
+
+    Returns:
+      `[B, T, D]` in the model's dtype, and None or sums over all layers and all tokens that are no padding (a prompt
+      shared by two completions counts once): add those of several microbatches if need be, give them to
+      `experts.balance_loss`, and add the result times `config.router_aux_loss_coef` to the loss.
+    """
+    context = _row_context(model, batch, slots)
+    if balance:
+        assert model.config.num_experts, f"{model.config.model_type} has no experts"
+        context["counted"] = batch["segments"] != 0
+    hidden, (_, sums) = _decoder(model, _row_attention(model, slots)).apply(
+        _variables(params), batch["tokens"], context
+    )
+    return hidden, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums) if balance else None
+
+
+def decode(
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    cache: Any,
+    where: jax.Array,
+    real_BS: jax.Array,
+    model: ModelOptions,
+) -> tuple[jax.Array, Any]:
+    """Hidden states `[B, T, D]` of new tokens given a cache (see `cached.empty_cache`), and the new cache."""
+
+    def attend(q, k, v, context, cache):
+        options = _score_options(model.config) | {"window": context.get("window")}
+        return cached_attention(q, k, v, cache, context["where"], context["real"], **options)
+
+    # As far as a row may come: were its rope to change on the way, the cached keys would be of another one.
+    last_BT = lambda: jnp.sum(real_BS, axis=1, keepdims=True) - 1
+    context = _context(model.config, positions_BT, real_BS.shape[1], last_BT) | {"where": where, "real": real_BS}
+    hidden, (cache, _) = _decoder(model, attend).apply(_variables(params), tokens_BT, context, cache)
+    return hidden, cache
+
+
+def unembedding(params: Params) -> jax.Array:
+    """The vocabulary projection `[V, D]`: the embedding itself where they are tied."""
+    return params["lm_head" if "lm_head" in params else "embedding"]
+
+
+@functools.cache
+def _init_module(config: ModelConfig) -> tuple[Decoder, Slots]:
+    slots = Slots(1, 1, 1)
+    return Decoder(config, _row_attention(ModelOptions(config), slots)), slots
+
+
+def init_params(key: jax.Array, config: ModelConfig) -> Params:
+    """Fresh float32 parameters with their logical axis names (`nn.LogicallyPartitioned` leaves)."""
+    module, slots = _init_module(config)
+    ids = jnp.zeros((1, slots.total), jnp.int32)
+    batch = {"positions": ids, "segments": ids}
+    return module.init(key, ids, _row_context(ModelOptions(config), batch, slots))["params"]
