@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_jax.parallel.tpu import Topology
-from dpo_jax.plan.hlo.count import Collective, Costs
+from dpo_jax.plan.hlo.collectives import Collective
+from dpo_jax.plan.hlo.count import Costs
+from dpo_jax.plan.hlo.text import HOST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ def bounds(costs: Costs, topology: Topology, devices: Sequence[Any], *, passes: 
         hbm=costs.hbm_bytes / chip.hbm_bandwidth,
         interconnect=inside,
         network=network,
-        host=max(costs.from_host_bytes, costs.to_host_bytes) / chip.host_bandwidth,
+        host=max(costs.read[HOST], costs.written[HOST]) / chip.host_bandwidth,
     )
 
 

@@ -16,7 +16,7 @@ from dpo_jax.model.placement import Layout
 from dpo_jax.objective.objective import Objective
 from dpo_jax.parallel.mesh import axis_rules, batch_sharding, replicated
 from dpo_jax.parallel.tpu import quiet
-from dpo_jax.plan.hlo import count as hlo
+from dpo_jax.plan.hlo.count import Costs, count_costs
 from dpo_jax.plan.kernels import kernel_formula
 from dpo_jax.rows.schedule import RowShape
 from dpo_jax.training.loop import slots_of
@@ -33,13 +33,13 @@ class Program:
     """A compiled program; bytes are per device.
 
     Attributes:
-      costs: what it does, see `hlo.Costs`.
+      costs: what it does, see `Costs`.
       total_bytes: arguments, results and temporaries together, what is donated once.
       host_bytes: in the host's memory.
       seconds: that compiling took.
     """
 
-    costs: hlo.Costs
+    costs: Costs
     total_bytes: float
     host_bytes: float
     seconds: float
@@ -171,7 +171,7 @@ def _compile(what: str, step: Any, arguments: tuple[Any, ...], shape: RowShape, 
     formula = kernel_formula(slots_of(shape), layout.tiling, experts_share(layout))
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return Program(
-        costs=hlo.count(compiled.as_text(), formula),
+        costs=count_costs(compiled.as_text(), formula),
         total_bytes=total - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes,
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         seconds=seconds,

@@ -10,7 +10,7 @@ from dpo_jax.plan.hlo.count import KernelCall, KernelFlops
 
 
 def kernel_formula(slots: Slots, tiling: Any, experts_share: float) -> KernelFlops:
-    """FLOPs of the kernels in a step, for `hlo.count`.
+    """FLOPs of the kernels in a step, for `count_costs`.
 
     Args:
       slots: of the rows.

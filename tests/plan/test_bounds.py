@@ -1,12 +1,15 @@
 """Time bounds and sums of collectives, by hand."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 
 from dpo_jax.parallel.tpu import parse_topology
 from dpo_jax.plan.bounds import bounds, by_kind
-from dpo_jax.plan.hlo.count import Collective, Costs
+from dpo_jax.plan.hlo.collectives import Collective
+from dpo_jax.plan.hlo.count import Costs
+from dpo_jax.plan.hlo.text import HBM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +23,7 @@ def _collective(kind, size, groups, times=1.0):
 
 
 def _costs(*collectives, flops=0.0, hbm=0.0, kernels=0.0):
-    fields = {f.name: 0.0 for f in dataclasses.fields(Costs)}
-    fields |= {"kernels": {}, "unknown_kernels": (), "unknown_loops": ()}
-    return Costs(**fields | {"flops": flops, "kernel_flops": kernels, "hbm_bytes": hbm, "collectives": collectives})
+    return Costs(flops=flops, kernel_flops=kernels, read=Counter({HBM: hbm}), collectives=list(collectives))
 
 
 SQUARE = [Chip((x, y, 0)) for x in range(2) for y in range(4)]

@@ -1,7 +1,7 @@
 """Reads optimized HLO text (`compiled.as_text()`) of XLA for TPU and CPU: computations, instructions, shapes.
 
-Only the text's structure is read here; what instructions cost is `hlo.py`'s. What is not understood is an error with
-the line's number, never skipped: a cost that is silently missing is worse than none.
+Only the structure of the text is read here; `count.py` knows what instructions cost. Text that is not understood is an
+error with its line's number, never skipped: a cost that is silently missing is worse than none.
 """
 
 import dataclasses
@@ -10,28 +10,17 @@ import math
 import re
 from collections.abc import Iterator
 
-# Bits of an element; `token`, `opaque` and tuples of nothing have none.
-BITS = {
-    **dict.fromkeys(("pred", "s8", "u8"), 8),
-    **dict.fromkeys(("s1", "u1"), 1),
-    **dict.fromkeys(("s2", "u2"), 2),
-    **dict.fromkeys(("s4", "u4", "f4e2m1fn"), 4),
-    **dict.fromkeys(("s16", "u16", "f16", "bf16"), 16),
-    **dict.fromkeys(("s32", "u32", "f32"), 32),
-    **dict.fromkeys(("s64", "u64", "f64", "c64"), 64),
-    "c128": 128,
-    "token": 0,
-    "opaque": 0,
-}
-# What a layout's S(n) says on TPU: 0, which is not written, is HBM and 5 the host's memory. The others (1 is VMEM, 2
-# are semaphores, 6 is SMEM) are on the chip.
+# What `S(n)` in a layout means on TPU: 0, which is not written, is HBM and 5 the host's memory. The others (1 is VMEM,
+# 2 are semaphores, 6 is SMEM) are on the chip.
 HBM, HOST = 0, 5
 
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.-]+) = ")
-_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
+_BITS = re.compile(r"(?:bf|[sufc])(1|2|4|8|16|32|64|128)(?!\d)")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
+_GAP = re.compile(r"[ ,]*")
 _OPCODE = re.compile(r"\s*([a-z][\w-]*)\(")
 _OPERAND = re.compile(r"%([\w.-]+)")
 _SECTION = re.compile(r"HloModule |(FileNames|FunctionNames|FileLocations|StackFrames)$|\d+ |\s*$")
@@ -39,6 +28,10 @@ _SECTION = re.compile(r"HloModule |(FileNames|FunctionNames|FileLocations|StackF
 
 class HloError(ValueError):
     """HLO text with something that this reader does not know, or does not find."""
+
+
+def _error(number: int, problem: str, text: str) -> HloError:
+    return HloError(f"HLO line {number}: {problem}: {text.strip()[:200]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +53,18 @@ class Shape:
 
     @property
     def bits(self) -> int:
-        if self.dtype in BITS:
-            return BITS[self.dtype]
-        if self.dtype.startswith("f8"):
-            return 8
-        raise HloError(f"dtype {self.dtype!r} is not known; add its size to hlo_text.BITS")
+        """Bits of an element; tokens and opaque values have none."""
+        if self.dtype in ("pred", "token", "opaque"):
+            return 8 if self.dtype == "pred" else 0
+        if bits := _BITS.match(self.dtype):
+            return int(bits[1])
+        raise HloError(f"dtype {self.dtype!r} is not known; add its size to Shape.bits")
 
     @property
     def space(self) -> int:
-        """The memory in which it lies (`HBM`, `HOST`, or another number: on the chip)."""
-        found = re.search(r"(?<![A-Z])S\((\d+)\)", self.layout)
-        return int(found[1]) if found else HBM
+        """The memory that holds it (`HBM`, `HOST`, or another number: on the chip)."""
+        space = re.search(r"(?<![A-Z])S\((\d+)\)", self.layout)
+        return int(space[1]) if space else HBM
 
     @property
     def stored_bytes(self) -> int:
@@ -80,8 +74,7 @@ class Shape:
         if not tile or not self.dims or not order:
             return self.bytes
         dims = [self.dims[int(axis)] for axis in order.split(",")]  # minor first
-        sizes = [int(size) for size in reversed(tile[1].split(","))]
-        for i, size in enumerate(sizes[: len(dims)]):
+        for i, size in enumerate(list(reversed(numbers(tile[1])))[: len(dims)]):
             dims[i] = -(-dims[i] // size) * size
         return (math.prod(dims) * self.bits + 7) // 8
 
@@ -90,13 +83,14 @@ class Shape:
 Tree = Shape | tuple["Tree", ...]
 
 
-def leaves(tree: Tree) -> Iterator[Shape]:
+def arrays(tree: Tree) -> list[Shape]:
     """The arrays of a shape."""
-    if isinstance(tree, Shape):
-        yield tree
-    else:
-        for part in tree:
-            yield from leaves(part)
+    return [tree] if isinstance(tree, Shape) else [leaf for part in tree for leaf in arrays(part)]
+
+
+def numbers(text: str | None) -> list[int]:
+    """`2,1` → [2, 1]."""
+    return [int(n) for n in (text or "").split(",") if n]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,23 +116,22 @@ class Instruction:
     literal: str
     line: int
 
-    def called(self, key: str) -> str | None:
-        """The computation that an attribute names, as in `body=%region`."""
-        found = re.search(rf"(?<!\w){key}=%?([\w.-]+)", self.attributes)
-        return found[1] if found else None
+    def find(self, pattern: str) -> re.Match[str] | None:
+        """The first place among its attributes that fits."""
+        return re.search(pattern, self.attributes)
 
     def braced(self, key: str) -> str | None:
         """What an attribute holds in its braces, as `2,1` of `dimensions={2,1}`; one level of braces inside."""
-        found = re.search(rf"(?<!\w){key}=\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}", self.attributes)
-        return found[1] if found else None
+        value = self.find(rf"(?<!\w){key}=\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}")
+        return value[1] if value else None
 
-    def quoted(self, key: str) -> str | None:
-        """What a `key="..."` says."""
-        found = re.search(rf'(?<!\w){key}="((?:[^"\\]|\\.)*)"', self.text)
-        return found[1] if found else None
+    def quoted(self, key: str) -> str:
+        """The string of `key="..."`; empty if there is none."""
+        value = re.search(rf'(?<!\w){key}="((?:[^"\\]|\\.)*)"', self.text)
+        return value[1] if value else ""
 
     def error(self, problem: str) -> HloError:
-        return HloError(f"HLO line {self.line}: {problem}: {self.text.strip()[:200]}")
+        return _error(self.line, problem, self.text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,20 +144,30 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[tuple[Instruction, int]]]:
-        """Who uses an instruction, and as which operand."""
-        found: dict[str, list[tuple[Instruction, int]]] = {}
+        """The instructions that use a value, and as which operand."""
+        users: dict[str, list[tuple[Instruction, int]]] = {}
         for instruction in self.instructions.values():
             for i, name in enumerate(instruction.operands):
-                found.setdefault(name, []).append((instruction, i))
-        return found
+                users.setdefault(name, []).append((instruction, i))
+        return users
 
-    def shape(self, name: str, user: Instruction) -> Tree:
-        if name not in self.instructions:
-            raise user.error(f"operand {name} is not in its computation {self.name}")
-        return self.instructions[name].shape
+    @functools.cached_property
+    def parameters(self) -> list[str]:
+        """The names of its parameters, in order."""
+        parameters = [it for it in self.instructions.values() if it.opcode == "parameter"]
+        return [it.name for it in sorted(parameters, key=lambda it: int(it.literal))]
 
-    def operand_shapes(self, instruction: Instruction) -> list[Tree]:
-        return [self.shape(name, instruction) for name in instruction.operands]
+    @property
+    def results(self) -> list[str]:
+        """The instructions that make its result, or the parts of its result."""
+        root = self.instructions[self.root]
+        return list(root.operands) if root.opcode == "tuple" else [root.name]
+
+    def operand_shapes(self, user: Instruction) -> list[Tree]:
+        for name in user.operands:
+            if name not in self.instructions:
+                raise user.error(f"operand {name} is not in its computation {self.name}")
+        return [self.instructions[name].shape for name in user.operands]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,13 +178,18 @@ class Module:
     entry: str
     devices: int
 
-    def of(self, name: str | None, user: Instruction) -> Computation:
+    def called(self, it: Instruction, key: str = "calls|to_apply|called_computation") -> Computation:
+        """The computation that a call or a fusion runs, or the one that an attribute `key` names (`body=%region`)."""
+        name = it.find(rf"(?<!\w)(?:{key})=%?([\w.-]+)")
+        return self.named(name[1] if name else None, it)
+
+    def named(self, name: str | None, user: Instruction) -> Computation:
         if name is None or name not in self.computations:
             raise user.error(f"no computation {name!r}")
         return self.computations[name]
 
 
-def parse(text: str) -> Module:
+def parse_hlo(text: str) -> Module:
     """Read a module.
 
     Raises:
@@ -189,95 +197,87 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, Computation] = {}
     entry = None
-    head: tuple[str, bool] | None = None
+    lines = enumerate(text.split("\n"), 1)
+    for number, line in lines:
+        if _SECTION.match(line):
+            continue
+        head = _HEAD.match(line)
+        if not head:
+            raise _error(number, "neither a computation nor a known section", line)
+        computations[head[2]] = _computation(head[2], lines)
+        entry = head[2] if head[1] else entry
+    if entry is None:
+        raise HloError("the HLO text has no ENTRY computation")
+    header = text[: text.index("\n")]
+    return Module(
+        computations, entry, math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)))
+    )
+
+
+def _computation(name: str, lines: Iterator[tuple[int, str]]) -> Computation:
+    """The computation whose first instruction comes next."""
     instructions: dict[str, Instruction] = {}
     root = ""
-    lines = iter(enumerate(text.split("\n"), 1))
     for number, line in lines:
-        if head is None:
-            if not _SECTION.match(line):
-                found = _HEAD.match(line)
-                if not found:
-                    raise HloError(f"HLO line {number}: neither a computation nor a known section: {line[:200]}")
-                head, instructions, root = (found[2], bool(found[1])), {}, ""
-        elif line.startswith("}"):
-            root = root or next(reversed(instructions), "")
-            computations[head[0]] = Computation(head[0], instructions, root)
-            entry, head = (head[0] if head[1] else entry), None
-        elif line.strip():
-            statement, scrubbed = _statement(line, number, lines)
-            instruction = _instruction(statement, scrubbed, number)
+        if line.startswith("}"):
+            return Computation(name, instructions, root or next(reversed(instructions), ""))
+        if line.strip():
+            instruction = _instruction(number, line, lines)
             instructions[instruction.name] = instruction
-            if line.lstrip().startswith("ROOT "):
-                root = instruction.name
-    if head is not None or entry is None:
-        raise HloError("the HLO text ends inside a computation" if head else "the HLO text has no ENTRY computation")
-    header = text[: text.index("\n")]
-    counts = [re.search(rf"{key}=(\d+)", header) for key in ("num_partitions", "replica_count")]
-    return Module(computations, entry, math.prod(int(found[1]) for found in counts if found))
+            root = instruction.name if line.lstrip().startswith("ROOT ") else root
+    raise HloError("the HLO text ends inside a computation")
 
 
-def _statement(line: str, number: int, lines: Iterator[tuple[int, str]]) -> tuple[str, str]:
-    """A whole instruction, which may go over several lines, as it is and with its quoted strings emptied."""
-    parts, scrubbed = [line], _scrub(line)
-    depth = scrubbed.count("{") - scrubbed.count("}")
-    while depth > 0:
-        following = next(lines, None)
-        if following is None:
-            raise HloError(f"HLO line {number}: its braces are never closed: {line[:200]}")
-        more = _scrub(following[1])
-        depth += more.count("{") - more.count("}")
-        parts.append(following[1])
-        scrubbed += "\n" + more
-    return "\n".join(parts), scrubbed
+def _instruction(number: int, line: str, lines: Iterator[tuple[int, str]]) -> Instruction:
+    """The instruction that begins with `line`: of several lines where its braces are closed on a later one."""
+    text, scrubbed = line, _scrub(line)
+    while scrubbed.count("{") > scrubbed.count("}"):
+        _, more = next(lines, (0, None))
+        if more is None:
+            raise _error(number, "its braces are never closed", line)
+        text, scrubbed = f"{text}\n{more}", f"{scrubbed}\n{_scrub(more)}"
+    head = _INSTRUCTION.match(scrubbed)
+    if not head:
+        raise _error(number, "not an instruction", text)
+    shape, at = _shape(scrubbed, head.end(), number)
+    opcode = _OPCODE.match(scrubbed, at)
+    if not opcode:
+        raise _error(number, "no opcode after the shape", text)
+    end = _closing(scrubbed, opcode.end(), number)
+    literal = scrubbed[opcode.end() : end].strip()
+    names = () if opcode[1] in ("constant", "parameter") else tuple(_OPERAND.findall(literal))
+    if literal and not names and opcode[1] not in ("constant", "parameter", "iota"):
+        raise _error(number, "operands without names", text)
+    return Instruction(head[2], opcode[1], shape, names, scrubbed[end + 1 :], text, literal, number)
 
 
 def _scrub(line: str) -> str:
+    """Without comments and what quoted strings hold."""
     return _COMMENT.sub("", _QUOTED.sub('""', line))
-
-
-def _instruction(statement: str, scrubbed: str, number: int) -> Instruction:
-    found = _INSTRUCTION.match(scrubbed)
-    if not found:
-        raise HloError(f"HLO line {number}: not an instruction: {statement.strip()[:200]}")
-    shape, at = _shape(scrubbed, found.end(), number)
-    opcode = _OPCODE.match(scrubbed, at)
-    if not opcode:
-        raise HloError(f"HLO line {number}: no opcode after the shape: {statement.strip()[:200]}")
-    end = _closing(scrubbed, opcode.end(), number)
-    literal = scrubbed[opcode.end() : end]
-    names = () if opcode[1] in ("constant", "parameter") else tuple(_OPERAND.findall(literal))
-    if literal.strip() and not names and opcode[1] not in ("constant", "parameter", "iota"):
-        raise HloError(f"HLO line {number}: operands without names: {statement.strip()[:200]}")
-    return Instruction(found[2], opcode[1], shape, names, scrubbed[end + 1 :], statement, literal.strip(), number)
 
 
 def _shape(text: str, at: int, number: int) -> tuple[Tree, int]:
     """A shape that begins at `at`, and where it ends."""
-    while text[at] == " ":
-        at += 1
     if text[at] == "(":
         parts: list[Tree] = []
         at += 1
-        while True:
-            while text[at] in " ,":
-                at += 1
-            if text[at] == ")":
-                return tuple(parts), at + 1
+        while text[at] != ")":
             part, at = _shape(text, at, number)
             parts.append(part)
-    found = _SHAPE.match(text, at)
-    if not found:
-        raise HloError(f"HLO line {number}: no shape: {text[at : at + 200]}")
-    dims = tuple(int(size.lstrip("<=")) for size in found[2].split(",") if size)
-    return Shape(found[1], dims, found[3] or ""), found.end()
+            at = _GAP.match(text, at).end()  # type: ignore[union-attr] (it matches nothing too)
+        return tuple(parts), at + 1
+    array = _ARRAY.match(text, at)
+    if not array:
+        raise _error(number, "no shape", text[at:])
+    dims = tuple(int(size.lstrip("<=")) for size in array[2].split(",") if size)
+    return Shape(array[1], dims, array[3] or ""), array.end()
 
 
 def _closing(text: str, at: int, number: int) -> int:
     """Where the parenthesis is closed that was opened before `at`."""
     depth = 1
-    for found in re.compile(r"[()]").finditer(text, at):
-        depth += 1 if found[0] == "(" else -1
+    for parenthesis in re.compile(r"[()]").finditer(text, at):
+        depth += 1 if parenthesis[0] == "(" else -1
         if depth == 0:
-            return found.start()
-    raise HloError(f"HLO line {number}: a parenthesis is never closed: {text.strip()[:200]}")
+            return parenthesis.start()
+    raise _error(number, "a parenthesis is never closed", text)

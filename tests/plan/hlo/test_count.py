@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.plan.hlo import count as hlo
-from dpo_jax.plan.hlo.text import HloError, Shape, parse
+from dpo_jax.plan.hlo.count import count_costs
+from dpo_jax.plan.hlo.text import HOST, HloError, Shape, parse_hlo
 
 
 def _module(entry, computations="", devices=1):
@@ -24,7 +24,7 @@ ENTRY %main (p: f32[2]) -> f32[2] {{
 
 
 def _count(entry, computations="", devices=1, **options):
-    return hlo.count(_module(entry, computations, devices), **options)
+    return count_costs(_module(entry, computations, devices), **options)
 
 
 DOT = """
@@ -196,7 +196,7 @@ def test_only_what_lies_in_hbm_counts_and_copies_of_it_once():
     # On the chip: the copy's end, exp's operand and result, the last copy's operand.
     array = 64 * 128 * 2
     assert (costs.hbm_bytes, costs.chip_bytes) == (array, 4 * array)
-    assert (costs.from_host_bytes, costs.to_host_bytes) == (0, array)
+    assert (costs.read[HOST], costs.written[HOST]) == (0, array)
 
 
 def test_memory_is_padded_to_tiles():
@@ -437,9 +437,9 @@ def test_what_is_not_understood_is_an_error_with_its_line(lines, said):
 
 def test_text_that_is_no_hlo():
     with pytest.raises(HloError, match="HLO line 1: neither a computation nor a known section: module"):
-        parse("module @jit_f {\n}")
+        parse_hlo("module @jit_f {\n}")
     with pytest.raises(HloError, match="no ENTRY"):
-        parse("HloModule m\n")
+        parse_hlo("HloModule m\n")
 
 
 def _compiled(f, *args):
@@ -452,12 +452,12 @@ def _scan(x, w):
 
 def test_a_compiled_scan_and_its_gradient():
     x, w = jnp.ones((64, 128)), jnp.ones((7, 128, 128))
-    costs = hlo.count(_compiled(_scan, x, w).as_text())
+    costs = count_costs(_compiled(_scan, x, w).as_text())
     assert (costs.flops, costs.unknown_loops, costs.unknown_kernels) == (7 * 2 * 64 * 128 * 128, (), ())
     step = jax.checkpoint(lambda x, w: (jnp.tanh(jnp.sin(x @ w) @ w), None), prevent_cse=False)
     loss = lambda w: jax.lax.scan(step, x, w)[0].sum()
     # forward 2 products a layer; backward again the first (the second's result is not needed), and 2 a product
-    costs = hlo.count(_compiled(jax.grad(loss), w).as_text())
+    costs = count_costs(_compiled(jax.grad(loss), w).as_text())
     assert costs.flops == pytest.approx(7 * (2 + 2 + 4) * 2 * 64 * 128 * 128)
 
 
@@ -465,7 +465,7 @@ def test_compiled_collectives_on_eight_devices():
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     put = lambda shape, spec: jax.device_put(np.ones(shape, np.float32), jax.NamedSharding(mesh, spec))
     x, w, v = put((64, 256), jax.P("a")), put((256, 512), jax.P(None, "b")), put((512, 256), jax.P("b"))
-    costs = hlo.count(_compiled(lambda x, w, v: jnp.tanh(x @ w) @ v, x, w, v).as_text())
+    costs = count_costs(_compiled(lambda x, w, v: jnp.tanh(x @ w) @ v, x, w, v).as_text())
     assert costs.flops == 2 * 2 * 64 * 256 * 512 / 8
     (found,) = costs.collectives
     assert (found.kind, found.payload_bytes, found.groups) == (

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dpo_jax.plan.hlo import count as hlo
+from dpo_jax.plan.hlo.count import count_costs
 from tests.plan.hlo import tpu_programs
 from tests.plan.hlo.tpu_programs import LAYERS, TOKENS, WIDTH
 
@@ -41,12 +41,12 @@ def _formula(call):
 )
 def test_products(programs, name, flops):
     text, numbers = programs[name]
-    costs = hlo.count(text)
+    costs = count_costs(text)
     assert costs.flops * DEVICES == flops
     assert costs.unknown_loops == costs.unknown_kernels == ()
     # What every device repeats is once in the jaxpr; XLA's own count has element-wise work too, and bodies once.
     assert numbers["jaxpr"] == (flops / DEVICES if name == "matmul" else flops)
-    once = hlo.count(text, once=True)
+    once = count_costs(text, once=True)
     assert once.flops == pytest.approx(numbers["flops"], rel=0.03)
     # XLA counts a copy at its start and at its end.
     assert 0.6 < (once.hbm_bytes + once.chip_bytes) / numbers["bytes accessed"] < 1.05
@@ -54,7 +54,7 @@ def test_products(programs, name, flops):
 
 @pytest.mark.parametrize("name", ["fsdp", "remat"])
 def test_fsdp_gathers_weights_twice_and_scatters_gradients(programs, name):
-    found = hlo.count(programs[name][0]).collectives
+    found = count_costs(programs[name][0]).collectives
     weight = WIDTH * WIDTH * 2
     assert sorted(c.kind for c in found) == ["all-gather", "all-gather", "reduce-scatter"]
     for c in found:
@@ -63,13 +63,13 @@ def test_fsdp_gathers_weights_twice_and_scatters_gradients(programs, name):
 
 
 def test_tensor_parallel_products_are_summed(programs):
-    (found,) = hlo.count(programs["tensor"][0]).collectives
+    (found,) = count_costs(programs["tensor"][0]).collectives
     assert (found.kind, found.payload_bytes) == ("all-reduce", TOKENS * WIDTH * 2)
     assert found.received_bytes == 2 * TOKENS * WIDTH * 2 * (DEVICES - 1) / DEVICES
 
 
 def test_a_grouped_product_is_a_kernel_that_states_its_flops(programs):
-    costs = hlo.count(programs["ragged"][0])
+    costs = count_costs(programs["ragged"][0])
     assert costs.kernel_flops == 2 * 1024 * 512 * 256 == programs["ragged"][1]["jaxpr"]
     assert costs.unknown_kernels == ("ragged-dot-metadata",)  # sorts rows into tiles
 
@@ -77,7 +77,7 @@ def test_a_grouped_product_is_a_kernel_that_states_its_flops(programs):
 def test_the_gradient_of_experts_is_two_more_products_and_no_more(programs):
     """XLA's own would multiply every row for each of the eight experts; rows are padded to the kernel's tiles."""
     text, numbers = programs["experts"]
-    costs = hlo.count(text)
+    costs = count_costs(text)
     product = 2 * 1000 * 512 * 256
     assert costs.flops + costs.kernel_flops == pytest.approx(3 * product, rel=0.02)
     assert numbers["jaxpr"] == pytest.approx(DEVICES * 3 * product, rel=0.02)
@@ -85,10 +85,10 @@ def test_the_gradient_of_experts_is_two_more_products_and_no_more(programs):
 
 def test_splash_kernels_have_their_names(programs):
     text, numbers = programs["splash"]
-    costs = hlo.count(text, _formula)
+    costs = count_costs(text, _formula)
     names = {"splash_mha_fwd_residuals": 1, "splash_mha_dq_no_residuals": 1, "splash_mha_dkv_no_residuals": 1}
     assert (costs.kernels, costs.unknown_kernels) == (names, ())
     assert costs.kernel_flops * DEVICES == (2 + 3 + 4) * 2 * 8 * 2 * 1024 * 1024 * 128
     # The gradient's sum over output times its gradient is a product in the jaxpr, and element-wise to XLA.
     assert numbers["jaxpr"] == costs.kernel_flops * DEVICES + 2 * 8 * 2 * 1024 * 128
-    assert set(hlo.count(text).unknown_kernels) == set(names)
+    assert set(count_costs(text).unknown_kernels) == set(names)
