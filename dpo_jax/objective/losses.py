@@ -2,19 +2,20 @@
 
 Every loss takes pairs as `Scored` (`[..., 2]` arrays, index 0 chosen, 1 rejected) and, keyword-only, the
 hyperparameters it names; it returns `[...]`. Callers mask and take the mean over the real pairs of a batch.
+A new loss is a function here and a line of its name in `table.py`.
 
 In the equations: r_w, r_l are the scores of the chosen and the rejected completion, log(π/π_ref) unless another
 f-divergence is chosen; h = r_w − r_l; |y| counts a completion's tokens; σ is the logistic function.
 """
 
-import dataclasses
-import inspect
 import math
 from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from dpo_jax.objective.table import LOSS_FACTS
 
 
 @flax.struct.dataclass
@@ -244,47 +245,5 @@ def _log1mexp(x: jax.Array) -> jax.Array:
     return jnp.where(far, jnp.log1p(-jnp.exp(jnp.where(far, x, -1.0))), jnp.log(-jnp.expm1(x)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """A loss and what it needs.
-
-    Attributes:
-      fn: the function.
-      reference: whether it compares with a reference; without, none is loaded. None: it does not care (`sft`).
-      per_token: without a reference, whether rewards are per token: β·log π/|y|, else β·log π.
-      divergence: whether another f-divergence may take reverse KL's place (the losses of a score difference).
-      across: whether pairs of a batch are compared with each other.
-    """
-
-    fn: Callable[..., jax.Array]
-    reference: bool | None = True
-    per_token: bool = False
-    divergence: bool = False
-    across: bool = False
-
-    @property
-    def hyperparameters(self) -> tuple[str, ...]:
-        """The names of those it takes."""
-        return tuple(inspect.signature(self.fn).parameters)[1:]
-
-
-LOSSES: dict[str, Loss] = {
-    "sigmoid": Loss(sigmoid, divergence=True),
-    "robust": Loss(robust, divergence=True),
-    "hinge": Loss(hinge, divergence=True),
-    "ipo": Loss(ipo, divergence=True),
-    "exo_pair": Loss(exo_pair, divergence=True),
-    "nca_pair": Loss(nca_pair),
-    "bco_pair": Loss(bco_pair),
-    "sppo_hard": Loss(sppo_hard),
-    "aot": Loss(aot, across=True),
-    "aot_unpaired": Loss(aot_unpaired, across=True),
-    "apo_zero": Loss(apo_zero),
-    "apo_down": Loss(apo_down),
-    "discopop": Loss(discopop, divergence=True),
-    "sigmoid_norm": Loss(sigmoid_norm, divergence=True),
-    "sft": Loss(sft, reference=None, divergence=True),
-    "simpo": Loss(simpo, reference=False, per_token=True),
-    "cpo": Loss(cpo, reference=False),
-    "orpo": Loss(orpo, reference=False, per_token=True),
-}
+# By the names of the table, which says what each takes and needs.
+LOSSES: dict[str, Callable[..., jax.Array]] = {name: globals()[name] for name in LOSS_FACTS}

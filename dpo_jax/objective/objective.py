@@ -7,14 +7,14 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.errors import UserError
 from dpo_jax.objective.logps import Logps
 from dpo_jax.objective.losses import LOSSES, Scored, difference, sft
+from dpo_jax.objective.table import LOSS_FACTS, needs_reference
 
 Batch = dict[str, jax.Array]
 # (policy's log-probabilities, the reference's or None, the pairs' part of the batch, the batch's mean chosen tokens)
@@ -43,37 +43,6 @@ class Objective:
     needs_reference: bool
     across: bool = False
     balance: float = 0.0
-
-
-def parse_loss(text: str) -> dict[str, float]:
-    """Read a loss or a weighted sum of losses, such as `sigmoid:1.0,sft:0.2`; a weight left out is 1.
-
-    Raises:
-      UserError: a name or a weight is wrong.
-
-    >>> parse_loss("sigmoid:0.8,sft:0.2")
-    {'sigmoid': 0.8, 'sft': 0.2}
-    """
-    parts: dict[str, float] = {}
-    for part in text.split(","):
-        name, colon, number = (x.strip() for x in part.partition(":"))
-        if name not in LOSSES:
-            raise UserError(f"loss={text!r}: {name!r} does not exist; choose from {', '.join(LOSSES)}")
-        if name in parts:
-            raise UserError(f"loss={text!r} names {name} twice; give it one weight")
-        try:
-            parts[name] = float(number) if colon else 1.0
-        except ValueError:
-            parts[name] = math.nan
-        if not 0 < parts[name] < math.inf:
-            raise UserError(f"loss={text!r}: weight {number!r} of {name} is not a number above 0; write {name}:0.5")
-    return parts
-
-
-def needs_reference(parts: Iterable[str]) -> bool:
-    """Whether a reference is loaded. `sft` alone has one, as in TRL: its rewards say what training on chosen does."""
-    needs = {LOSSES[name].reference for name in parts}
-    return True in needs or False not in needs
 
 
 def _forward_kl(log_ratio: jax.Array, alpha: float) -> jax.Array:
@@ -124,7 +93,7 @@ def preference_objective(
     token where the loss is (as TRL's CPO and ORPO trainers have it; SimPO's γ is in no reward and no margin).
 
     Args:
-      parts: weights by loss, from `parse_loss`.
+      parts: weights by loss, from `table.parse_loss`.
       beta: of every part.
       f_divergence: a name in `DIVERGENCES`; `f_alpha` is the coefficient of `alpha`.
       wpo: whether every pair's losses are weighted by `_wpo_weight`; `Logps.log_sum_sq` must be there.
@@ -135,12 +104,12 @@ def preference_objective(
       The objective. `dpo_loss` is the whole sum; of several parts each is there too, unweighted, as `loss_NAME`.
     """
     reference_needed = needs_reference(parts)
-    per_token = any(LOSSES[name].per_token for name in parts) and not reference_needed
+    per_token = any(LOSS_FACTS[name].per_token for name in parts) and not reference_needed
     functions = {}
     for name in parts:
         known = {"beta": beta} | hyperparameters
-        chosen = {k: known[k] for k in LOSSES[name].hyperparameters if k in known}
-        functions[name] = lambda pairs, fn=LOSSES[name].fn, chosen=chosen: fn(pairs, **chosen)
+        chosen = {k: known[k] for k in LOSS_FACTS[name].hyperparameters if k in known}
+        functions[name] = lambda pairs, fn=LOSSES[name], chosen=chosen: fn(pairs, **chosen)
 
     def values(policy: Logps, reference: Logps | None, batch: Batch, chosen_tokens: jax.Array) -> dict[str, jax.Array]:
         assert (reference is not None) == reference_needed
@@ -153,7 +122,7 @@ def preference_objective(
         single = {f"loss_{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
         return {"dpo_loss": functools.reduce(operator.add, weighted)} | single | _rewards(pairs, beta, per_token)
 
-    across = any(LOSSES[name].across for name in parts)
+    across = any(LOSS_FACTS[name].across for name in parts)
     return Objective(values, "dpo_loss", reference_needed, across, balance)
 
 

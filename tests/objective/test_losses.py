@@ -11,7 +11,8 @@ import pytest
 from dpo_jax.errors import UserError
 from dpo_jax.objective.logps import Logps, sum_pairs
 from dpo_jax.objective.losses import LOSSES, Scored
-from dpo_jax.objective.objective import DIVERGENCES, needs_reference, parse_loss, preference_objective
+from dpo_jax.objective.objective import DIVERGENCES, preference_objective
+from dpo_jax.objective.table import LOSS_FACTS, needs_reference, parse_loss
 from dpo_jax.training.step import make_reference_sync
 from tests import places
 
@@ -104,14 +105,14 @@ class _Pairs:
 
 
 def _loss(name, pairs, beta, smoothing=0.0):
-    smoothed = {"label_smoothing": smoothing} if "label_smoothing" in LOSSES[name].hyperparameters else {}
-    return LOSSES[name].fn(pairs, **({} if name == "sft" else {"beta": beta}), **smoothed)
+    smoothed = {"label_smoothing": smoothing} if "label_smoothing" in LOSS_FACTS[name].hyperparameters else {}
+    return LOSSES[name](pairs, **({} if name == "sft" else {"beta": beta}), **smoothed)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 @pytest.mark.parametrize("name", LOSSES)
 def test_values(name, beta):
-    smoothings = [0.0, 0.1, 0.4] if "label_smoothing" in LOSSES[name].hyperparameters else [0.0]
+    smoothings = [0.0, 0.1, 0.4] if "label_smoothing" in LOSS_FACTS[name].hyperparameters else [0.0]
     for smoothing in [1e-3, 0.1] if name == "exo_pair" else smoothings:
         x = _Pairs()
         ours = _loss(name, x.scored(), beta, smoothing)
@@ -257,7 +258,7 @@ def test_the_gradient_is_the_papers():
 
 
 # But for ipo, whose square of f-DPO's e^80 is beyond float32.
-FINITE = [(name, f) for name, it in LOSSES.items() for f in DIVERGENCES if f == "reverse_kl" or it.divergence]
+FINITE = [(name, f) for name, it in LOSS_FACTS.items() for f in DIVERGENCES if f == "reverse_kl" or it.divergence]
 FINITE = [x for x in FINITE if x not in (("ipo", "forward_kl"), ("ipo", "alpha"))]
 
 
@@ -281,7 +282,7 @@ def test_extreme_log_probabilities_and_empty_places_stay_finite(name, divergence
     np.testing.assert_array_equal(grad[0, 3], [0, 0])
 
 
-@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.across])
+@pytest.mark.parametrize("name", [name for name, loss in LOSS_FACTS.items() if loss.across])
 def test_a_sorted_loss_does_not_see_places_without_a_pair(name):
     x = _Pairs(5)
     pairs, beta = x.scored(), 0.1
