@@ -1,10 +1,40 @@
-"""Direct Preference Optimization on TPUs: one jitted step, shared prompts, packed pairs."""
+"""Direct Preference Optimization on TPUs: one jitted step, shared prompts, packed pairs.
 
+The public names, each imported when it is first used: importing this package takes no JAX and no time.
+"""
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 # transformers is asked for tokenizers and configs only; without torch it would say so at every start.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from dpo_jax.data.comparison import Comparison, LabeledComparison, Skip
+if TYPE_CHECKING:
+    from dpo_jax.config.file import get_config
+    from dpo_jax.data.comparison import Comparison, LabeledComparison, Skip
+    from dpo_jax.errors import UserError
+    from dpo_jax.objective.losses import LOSSES
+    from dpo_jax.train import run
 
-__all__ = ["Comparison", "LabeledComparison", "Skip"]
+__all__ = ["LOSSES", "Comparison", "LabeledComparison", "Skip", "UserError", "get_config", "run"]
+
+_MODULES = {
+    "LOSSES": "objective.losses",
+    "Comparison": "data.comparison",
+    "LabeledComparison": "data.comparison",
+    "Skip": "data.comparison",
+    "UserError": "errors",
+    "get_config": "config.file",
+    "run": "train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

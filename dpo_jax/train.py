@@ -21,7 +21,9 @@ import jax
 import numpy as np
 import optax
 
-from dpo_jax.config.command_line import check, check_workdir, claim_workdir, parse
+from dpo_jax.config.check import check
+from dpo_jax.config.command_line import claim_workdir, parse
+from dpo_jax.config.values import check_workdir
 from dpo_jax.data.prepare import Prepared
 from dpo_jax.errors import SAVE_FAILED, SIGTERM, UserError
 from dpo_jax.model import placement as policy

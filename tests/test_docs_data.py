@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax.config.command_line import check, parse
+from dpo_jax.config.command_line import parse
 from dpo_jax.data.columns import FORMS, parse_own
 from dpo_jax.data.comparison import DELIBERATE
 from dpo_jax.data.datasets import DATASETS
@@ -54,5 +54,4 @@ def test_every_dataset_and_every_reason_is_there():
 @pytest.mark.parametrize("command", re.findall(r"^python -m dpo_jax\.(?:data \w+|train) (.*)$", PAGE, re.M))
 def test_the_commands_are_valid(command):
     flags = [word for word in command.split() if word.startswith("--config")]
-    config, *_ = parse(["command", *flags, "--workdir=run"])
-    check(config.to_dict())
+    parse(["command", *flags, "--workdir=run"])

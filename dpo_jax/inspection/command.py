@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from dpo_jax.config.command_line import Command, check, check_workdir, read_flags
+from dpo_jax.config.command_line import Command, read_flags
+from dpo_jax.config.values import check_workdir
 from dpo_jax.data.cache.shared import shared_address
 from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.prepare import Prepared, Progress, Reading
@@ -77,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"unknown command {name!r}; use {' or '.join(COMMANDS)}")
         config, options = read_flags([program, *rest], COMMANDS[name])
         c = config.to_dict()
-        check(c)
         (_inspect if name == "inspect" else _prepare)(c, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

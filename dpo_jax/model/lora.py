@@ -8,7 +8,6 @@ Shapes: A `[L, inputs..., r]`, B `[L, r, outputs...]`, with the kernel's own axe
 """
 
 import dataclasses
-import difflib
 import math
 from typing import Any
 
@@ -26,13 +25,6 @@ from dpo_jax.model.tensors import Leaf, Parts, model_leaves, sizes, tensors
 BRANCH = "lora"  # of the parameter tree, and the variable collection that `model.py` reads
 ALL = "all"
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
-# Hugging Face's names; where it has several of our projections in one, it names them all.
-ALIASES: dict[str, tuple[str, ...]] = {
-    **{f"{name}_proj": (name,) for name in (*ATTENTION, *MLP)},
-    "qkv_proj": ("q", "k", "v"),
-    "gate_up_proj": ("gate", "up"),
-    "all-linear": (ALL,),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,28 +47,6 @@ class Lora:
     def scale(self) -> float:
         """What A·B is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-
-def parse_targets(text: str) -> tuple[str, ...]:
-    """`all`, or projections by our names or Hugging Face's, with commas between → our names, each once.
-
-    >>> parse_targets("q_proj,v")
-    ('q', 'v')
-
-    Raises:
-      UserError: an unknown name.
-    """
-    known = (ALL, *ATTENTION, *MLP)
-    found: list[str] = []
-    for name in (part.strip() for part in text.split(",")):
-        if name not in known and name not in ALIASES:
-            near = difflib.get_close_matches(name, [*known, *ALIASES], 1)
-            raise UserError(
-                f"lora_targets={text!r}: {name!r} is no projection; " + (f"did you mean {near[0]}? " if near else "")
-                + f"there are {', '.join(known)}, with or without _proj"
-            )  # fmt: skip
-        found += ALIASES.get(name, (name,))
-    return tuple(dict.fromkeys(found))
 
 
 def on_model(config: ModelConfig, rank: int, alpha: float, targets: tuple[str, ...], *, rslora: bool) -> Lora:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from dpo_jax.config.command_line import Command, check, read_flags
+from dpo_jax.config.command_line import Command, read_flags
 from dpo_jax.errors import UserError
 from dpo_jax.model import placement as policy
 from dpo_jax.model.config import ModelConfig, config_from_hf
@@ -94,7 +94,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--topology is missing; usage: {COMMAND.usage}")
         topologies = [parse_topology(name) for name in values["topology"].split(",")]
         c, file = dict(config), values["json"]
-        check(c)
         _check_file(file)
         model, lengths = find_model(c), find_lengths(c, values["lengths"])
         drafts = [draft(c, model, lengths, topology) for topology in topologies]  # all, before minutes go to compiling

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dpo_jax.config.command_line import parse_options
+from dpo_jax.config.values import parse_options, parse_targets
 from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.prepare import Prepared
@@ -29,8 +29,9 @@ from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout, Policy
 from dpo_jax.objective.logps import LogpsFn
-from dpo_jax.objective.objective import Objective, parse_loss, preference_objective
+from dpo_jax.objective.objective import Objective, preference_objective
 from dpo_jax.objective.policy_logps import logps_fn
+from dpo_jax.objective.table import parse_loss
 from dpo_jax.parallel.mesh import local_rows
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.rows.pipeline import PairSource, Schedule, StepSource, make_schedule
@@ -82,7 +83,7 @@ def lay_out(c: Config, config: ModelConfig, mesh: Mesh) -> Layout:
         policy.check_compiler_options(options, mesh)
     adapters = None
     if c["lora_rank"]:
-        targets = lora.parse_targets(c["lora_targets"])
+        targets = parse_targets(c["lora_targets"])
         adapters = lora.on_model(config, c["lora_rank"], c["lora_alpha"], targets, rslora=c["lora_rslora"])
     return policy.lay_out(
         config,

@@ -1,51 +1,42 @@
-"""docs/configuration.md from the comments of configs/common.py, which are the one place where a key is described."""
+"""docs/configuration.md, made from the table of keys."""
 
-import re
-from pathlib import Path
-
-from configs import common
+from dpo_jax.config.keys import SECTIONS, Key
 
 HEAD = """# Configuration
 
-Every key, made from the comments of [configs/common.py](../configs/common.py) by
-`python -m pytest tests/test_docs.py --write-docs`. On the command line a key is `--config.KEY=VALUE`; a dataset's file
-(`configs/hhh.py`, ...) and its presets change defaults.
+Every key, made from the table in [keys.py](../dpo_jax/config/keys.py) by
+`python -m pytest tests/test_docs.py --write-docs`; `python -m dpo_jax.train --help` prints them too. On the command
+line a key is `--config.KEY=VALUE`. A dataset's file ([configs/hhh.py](../configs/hhh.py), ...) and its presets change
+defaults. `--config=configs/hhh.py` works from every directory, also where the package is installed without a checkout.
+
+A file of your own can be anywhere: `python -m dpo_jax.train --config=DIR/mine.py:PRESET ...` with
+
+```python
+import dpo_jax
+
+def get_config(preset=""):
+    c = dpo_jax.get_config("configs/hhh.py")  # or get_config(): every key at its default
+    c.update(dataset="pairs.jsonl", batch_size=32)
+    return c
+```
+
+In Python, `dpo_jax.run(config, workdir)` takes the same config.
 """
-
-
-def sections(source: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(section, [(key, comment)]) in the order of the file; a comment line before a key is the start of its comment.
-
-    Raises:
-      ValueError: a key has no comment.
-    """
-    found: list[tuple[str, list[tuple[str, str]]]] = []
-    before = ""
-    for line in source.splitlines():
-        if named := re.fullmatch(r"    # --- (.+)", line):
-            found.append((named[1], []))
-        elif more := re.fullmatch(r"    # (.+)", line):
-            before += more[1] + " "
-        elif key := re.fullmatch(r"    c\.(\w+) = .*?(?:  # (.+))?", line):
-            if not key[2]:
-                raise ValueError(f"configs/common.py: {key[1]} has no comment")
-            found[-1][1].append((key[1], before + key[2]))
-            before = ""
-    return found
 
 
 def page() -> str:
     """The whole page."""
-    defaults = common.get_config()
     out = [HEAD]
-    for name, keys in sections(Path(common.__file__).read_text()):
-        out += [f"## {name[0].upper()}{name[1:]}\n", "| key | default | meaning |", "|---|---|---|"]
-        for key, comment in keys:
-            default = defaults[key]
-            shown = '""' if default == "" else str(default)
-            out.append(f"| `{key}` | `{shown}` | {_escaped(comment)} |")
+    for title, keys in SECTIONS.items():
+        out += [f"## {title[0].upper()}{title[1:]}\n", "| key | default | values | meaning |", "|---|---|---|---|"]
+        out += [_row(key) for key in keys]
         out.append("")
     return "\n".join(out)
+
+
+def _row(key: Key) -> str:
+    shown = '""' if key.default == "" else str(key.default)
+    return f"| `{key.name}` | `{shown}` | {_escaped(key.values)} | {_escaped(key.meaning)} |"
 
 
 def _escaped(text: str) -> str:

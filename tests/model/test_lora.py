@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax.config.values import parse_targets
 from dpo_jax.errors import UserError
 from dpo_jax.model import placement as policy
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.forward import init_params
-from dpo_jax.model.lora import Lora, init_adapters, on_model, parse_targets
+from dpo_jax.model.lora import Lora, init_adapters, on_model
 from dpo_jax.model.remat import REMAT_POLICIES
 from dpo_jax.objective.objective import preference_objective
 from dpo_jax.objective.policy_logps import logps_fn

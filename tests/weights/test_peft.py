@@ -12,8 +12,9 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
 
+from dpo_jax.config.values import parse_targets
 from dpo_jax.model import placement as policy
-from dpo_jax.model.lora import init_adapters, on_model, parse_targets
+from dpo_jax.model.lora import init_adapters, on_model
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.records.records import read_records
 from dpo_jax.weights import huggingface as weights

@@ -1,0 +1,125 @@
+"""Refuse a config that cannot be run, before anything is loaded: each key by the table, then what does not go together.
+
+Without JAX: a refusal takes no longer than reading the command line.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from dpo_jax.config.keys import KEYS
+from dpo_jax.errors import UserError
+from dpo_jax.objective.table import LOSS_FACTS, needs_reference, parse_loss
+
+Config = Mapping[str, Any]
+
+
+def check(config: Config) -> None:
+    """Check keys and values, alone and against each other.
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    for name in config:
+        if name not in KEYS:
+            raise unknown_key(name)
+    missing = [name for name in KEYS if name not in config]
+    if missing:
+        raise UserError(f"config keys are missing: {', '.join(missing)}; start from configs/common.py: get_config()")
+    for name, key in KEYS.items():
+        key.check(config[name])
+    for rule in RULES:
+        rule(config)
+
+
+def unknown_key(name: str) -> UserError:
+    """The refusal of a key that is not in the table, with the nearest one that is."""
+    near = difflib.get_close_matches(name, KEYS, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return UserError(f"config key {name!r} does not exist; {hint}keys: {', '.join(sorted(KEYS))}")
+
+
+def _asked(c: Config, names: Iterable[str]) -> list[str]:
+    """Those of these keys that are not at their default."""
+    return [name for name in names if c[name] != KEYS[name].default]
+
+
+# Keys that nothing reads unless another key asks for it: the owner in words, whether it is there, its keys.
+_OWNERS: tuple[tuple[str, Callable[[Config], bool], tuple[str, ...]], ...] = (
+    ("f_divergence=alpha", lambda c: c["f_divergence"] == "alpha", ("f_alpha",)),
+    ("reference_sync_steps above 0", lambda c: c["reference_sync_steps"] > 0, ("reference_sync_alpha",)),
+    (
+        "lora_rank above 0",
+        lambda c: c["lora_rank"] > 0,
+        ("lora_alpha", "lora_rslora", "lora_targets", "lora_base_dtype"),
+    ),
+)
+
+
+def _check_owners(c: Config) -> None:
+    for owner, is_there, names in _OWNERS:
+        for name in _asked(c, names):
+            if not is_there(c):
+                raise UserError(f"{name}={c[name]} has no meaning without {owner}; leave it at {KEYS[name].default}")
+
+
+def _check_hyperparameters(c: Config) -> None:
+    """Keys that only some losses read: those that name them among their hyperparameters."""
+    for name in _asked(c, ("label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau")):
+        readers = [loss for loss, it in LOSS_FACTS.items() if name in it.hyperparameters]
+        if not set(readers) & set(parse_loss(c["loss"])):
+            raise UserError(
+                f"{name} has no meaning for loss={c['loss']}; leave it at {KEYS[name].default} or use "
+                f"{', '.join(readers)}"
+            )
+
+
+def _check_loss(c: Config) -> None:
+    """Refuse combinations that mean nothing, as TRL does."""
+    loss = f"loss={c['loss']}"
+    parts = {name: LOSS_FACTS[name] for name in parse_loss(c["loss"])}
+    if "exo_pair" in parts and not c["label_smoothing"]:
+        raise UserError("loss=exo_pair needs a label_smoothing above 0; its paper uses 0.001")
+    allowed = [name for name, it in LOSS_FACTS.items() if it.divergence]
+    if c["f_divergence"] != "reverse_kl" and not set(parts) <= set(allowed):
+        raise UserError(f"f_divergence={c['f_divergence']} is not defined for {loss}; use {', '.join(allowed)}")
+    across = [name for name, it in parts.items() if it.across]
+    if c["wpo"] and across:
+        raise UserError(f"wpo=True is not defined for {loss}: {across[0]} matches pairs with each other; set wpo=False")
+    free = [name for name, it in parts.items() if it.reference is False]
+    for name in _asked(c, ("wpo", "ld_alpha")):
+        if free:
+            raise UserError(f"{name}={c[name]} is not defined for {free[0]}; leave it at {KEYS[name].default}")
+
+
+def _check_reference(c: Config) -> None:
+    for name in _asked(c, ("reference", "reference_cache", "reference_sync_steps", "reference_offload")):
+        if not needs_reference(parse_loss(c["loss"])):
+            raise UserError(
+                f"{name}={c[name]!r}: loss={c['loss']} has no reference; leave it at {KEYS[name].default!r}"
+            )
+    if c["reference_cache"] and c["reference_sync_steps"]:
+        raise UserError(
+            f"reference_cache=True keeps a reference as it is, and reference_sync_steps={c['reference_sync_steps']} "
+            "moves it; leave one of them out"
+        )
+    if c["lora_rank"] and c["reference_sync_steps"]:
+        raise UserError(
+            "reference_sync_steps moves a reference of its own, and with lora_rank above 0 the frozen base is the "
+            "reference; set one of them to 0"
+        )
+    for name, why in (
+        ("reference_sync_steps", "moves the reference on the device"),
+        ("reference_cache", "has no reference in memory at all"),
+        ("lora_rank", "has the frozen base as its reference, on the device"),
+    ):
+        if c["reference_offload"] and c[name]:
+            raise UserError(f"reference_offload=True: {name}={c[name]} {why}; set one of them to its default")
+
+
+def _check_length(c: Config) -> None:
+    if not c["num_steps"] and not c["num_epochs"]:
+        raise UserError("num_steps and num_epochs are both 0; set one of them")
+
+
+RULES = (_check_owners, _check_hyperparameters, _check_loss, _check_reference, _check_length)

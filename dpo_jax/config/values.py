@@ -1,0 +1,57 @@
+"""Values of keys that are texts of several parts, read without JAX: for the checks, and for training."""
+
+import difflib
+import re
+
+from dpo_jax.errors import UserError
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+# Hugging Face's names; where it has several of our projections in one, it names them all.
+_ALIASES: dict[str, tuple[str, ...]] = {
+    **{f"{name}_proj": (name,) for name in PROJECTIONS},
+    "qkv_proj": ("q", "k", "v"),
+    "gate_up_proj": ("gate", "up"),
+    "all-linear": ("all",),
+}
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """`all`, or projections by our names or Hugging Face's, with commas between → our names, each once.
+
+    >>> parse_targets("q_proj,v")
+    ('q', 'v')
+
+    Raises:
+      UserError: an unknown name.
+    """
+    known = ("all", *PROJECTIONS)
+    targets: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        if name not in known and name not in _ALIASES:
+            near = difflib.get_close_matches(name, [*known, *_ALIASES], 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(
+                f"lora_targets={text!r}: {name!r} is no projection; {hint}there are {', '.join(known)}, with or "
+                "without _proj"
+            )
+        targets += _ALIASES.get(name, (name,))
+    return tuple(dict.fromkeys(targets))
+
+
+def parse_options(text: str) -> dict[str, str]:
+    """`NAME=VALUE,NAME=VALUE` → compiler options.
+
+    Raises:
+      UserError: it is not of this form.
+    """
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    if any(not (name and equals and value) for name, equals, value in pairs):
+        raise UserError(f"compiler_options={text!r}: must be NAME=VALUE,NAME=VALUE, such as xla_tpu_...=true")
+    return {name.strip().lstrip("-"): value.strip() for name, _, value in pairs}
+
+
+def check_workdir(workdir: str) -> str:
+    """Refuse a remote directory, which a `Path` would quietly make a local one."""
+    if re.match(r"[A-Za-z][\w+.-]*:/", workdir):
+        raise UserError(f"workdir={workdir}: remote directories are not supported yet; give a local or a mounted one")
+    return workdir
