@@ -7,8 +7,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from dpo_jax.config.values import parse_options, parse_targets
 from dpo_jax.data.prepare import DataRequest
 from dpo_jax.model.options import LayoutOptions, LoraOptions
+from dpo_jax.objective.table import parse_loss
 from dpo_jax.rows.schedule import Order
 
 # Keys that name places on a host's own disk, which may differ between the hosts of one run.
@@ -163,10 +165,6 @@ class Settings:
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
     """The typed values of a config that `check` has passed."""
-    from dpo_jax.config.command_line import parse_options
-    from dpo_jax.model.lora import parse_targets
-    from dpo_jax.objective.objective import parse_loss
-
     c = dict(config)
     optimizer = OptimizerOptions(
         c["optimizer"], c["learning_rate"], c["lr_schedule"], c["warmup_steps"], c["weight_decay"], c["max_grad_norm"]
