@@ -14,6 +14,7 @@ A file of your own can be anywhere: `python -m dpo_jax.train --config=DIR/mine.p
 ```python
 import dpo_jax
 
+
 def get_config(preset=""):
     c = dpo_jax.get_config("configs/hhh.py")  # or get_config(): every key at its default
     c.update(dataset="pairs.jsonl", batch_size=32)
