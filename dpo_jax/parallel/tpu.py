@@ -1,6 +1,7 @@
 """TPU generations: what a chip can do, how slices are named and shaped, and how programs are compiled for them.
 
-Training and the compile-only plan read the same table, so that what is planned is what runs. Nothing here needs a TPU.
+Training and the compile-only plan read the same table, so that what is planned is what runs. Nothing here needs a TPU,
+nor JAX until devices are asked for.
 
 Sources: Cloud TPU documentation (v5e, v5p, v6e, TPU7x system architecture: peaks, HBM, "inter-chip interconnect
 bandwidth" per chip over its ports, network cards per host); the memory that programs may use is what the compiler's own
@@ -51,9 +52,9 @@ class Generation:
         ("slices smaller than a full cube don't have wrap-around links").
       dcn_bandwidth: bytes per second to other slices, one way.
       host_bandwidth: bytes per second between HBM and the host's memory, one way.
-      largest_tile: see `splash.Tiling`.
+      largest_tile: of attention's kernel, see `tpu_splash.Tiling`.
       compiler_options: XLA's, for every step.
-      shapes: topologies that can be had.
+      shapes: slices that are offered.
     """
 
     name: str
@@ -119,10 +120,10 @@ class Topology:
     @property
     def name(self) -> str:
         """As `parse_topology` reads it."""
-        return f"{self.generation.name}:{self._shape}" + (f"*{self.slices}" if self.slices > 1 else "")
+        return f"{self.generation.name}:{self.slice_shape}" + (f"*{self.slices}" if self.slices > 1 else "")
 
     @property
-    def _shape(self) -> str:
+    def slice_shape(self) -> str:
         return "x".join(map(str, self.shape))
 
     @property
@@ -136,11 +137,11 @@ class Topology:
 
     def links(self, lengths: tuple[int, ...]) -> int:
         """Over how many links the worst placed chip receives, in a group that spans `lengths` chips along each axis."""
-        rings = [whole % self.generation.torus == 0 for whole in self.shape]
+        rings = [axis % self.generation.torus == 0 for axis in self.shape]
         if len(self.shape) == 3:  # cubes are joined to each other and to themselves, what is smaller is not
             rings = [all(rings)] * 3
-        closed = (n == whole and ring for n, whole, ring in zip(lengths, self.shape, rings, strict=True))
-        return sum(0 if length == 1 else 2 if is_ring else 1 for length, is_ring in zip(lengths, closed, strict=True))
+        axes = zip(lengths, self.shape, rings, strict=True)
+        return sum(0 if length == 1 else 2 if ring and length == axis else 1 for length, axis, ring in axes)
 
     def devices(self) -> list[Any]:
         """Its devices, for compiling only.
@@ -152,13 +153,12 @@ class Topology:
 
         os.environ |= COMPILING_ONLY
         options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
-        chips = math.prod(self.shape)
-        if chips < 4:
+        if math.prod(self.shape) < 4:
             options["chips_per_host_bounds"] = (*self.shape, 1, 1)[:3]
         try:
             with quiet():
                 described = topologies.get_topology_desc(
-                    platform="tpu", topology_name=f"{self.generation.name}:{self._shape}", **options
+                    platform="tpu", topology_name=f"{self.generation.name}:{self.slice_shape}", **options
                 )
         except Exception as e:  # plugin errors are of many kinds
             missing = importlib.util.find_spec("libtpu") is None
@@ -166,17 +166,14 @@ class Topology:
                 raise UserError(
                     f"{self.name}: the TPU compiler is not installed; pip install 'dpo_jax[tpu]' (Linux, x86-64)"
                 ) from None
-            raise UserError(f"{self.name}: the TPU compiler refuses this topology ({_first_line(e)})") from None
+            first = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise UserError(f"{self.name}: the TPU compiler refuses this topology ({first})") from None
         return list(described.devices)
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what the TPU runtime prints on a machine without a TPU out of sight."""
+    """Hide what the TPU runtime prints on a machine without a TPU."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as log:
@@ -196,28 +193,21 @@ def parse_topology(text: str) -> Topology:
       UserError: there is none of this name; lists those that there are.
     """
     match = re.fullmatch(r"([a-z0-9]+)(?::([0-9x]+)|-(\d+))(?:\*(\d+))?", text.strip())
-    known = {prefix: g for g in GENERATIONS.values() for prefix in (g.name, *g.cloud)}
-    generation = known.get(match[1]) if match else None
+    by_prefix = {prefix: g for g in GENERATIONS.values() for prefix in (g.name, *g.cloud)}
+    generation = by_prefix.get(match[1]) if match else None
     if match is None or generation is None:
-        raise UserError(f"topology {text!r} does not exist; there are {_known()}")
-    shapes = {shape: tuple(map(int, shape.split("x"))) for shape in generation.shapes}
+        known = "; ".join(f"{g.name}:{{{','.join(g.shapes)}}}" for g in GENERATIONS.values())
+        raise UserError(f"topology {text!r} does not exist; there are {known}; several slices as v6e:2x4*2")
     slices = int(match[4] or 1)
-    if match[2]:
-        found = [shape for name, shape in shapes.items() if name == match[2]]
-    else:
-        found = [s for s in shapes.values() if math.prod(s) * generation.counted == int(match[3])]
-    if not found or slices < 1:
+    there = [Topology(generation, tuple(map(int, shape.split("x"))), slices) for shape in generation.shapes]
+    asked = match[2] or f"{generation.cloud[0]}-{int(match[3])}"
+    topology = next((t for t in there if asked in (t.slice_shape, t.accelerator_type)), None)
+    if topology is None or slices < 1:
         raise UserError(
             f"topology {text!r} does not exist; of {generation.name} there are {', '.join(generation.shapes)} "
-            f"(chips), also as {', '.join(Topology(generation, s).accelerator_type for s in shapes.values())}"
+            f"(chips), also as {', '.join(t.accelerator_type for t in there)}"
         )
-    return Topology(generation, found[0], slices)
-
-
-def _known() -> str:
-    return (
-        "; ".join(f"{g.name}:{{{','.join(g.shapes)}}}" for g in GENERATIONS.values()) + "; several slices as v6e:2x4*2"
-    )
+    return topology
 
 
 def generation_of(device: Any) -> Generation | None:
