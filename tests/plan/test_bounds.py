@@ -19,7 +19,7 @@ class Chip:
 
 
 def _collective(kind, size, groups, times=1.0):
-    return Collective(kind, kind, "", "bf16", size, groups, times, True)
+    return Collective(kind, kind, "", size, groups, times, True)
 
 
 def _costs(*collectives, flops=0.0, hbm=0.0, kernels=0.0):
@@ -31,10 +31,10 @@ ALL = (tuple(range(8)),)
 
 
 def test_compute_and_memory():
-    found = bounds(_costs(flops=900e12, kernels=18e12, hbm=820e9), parse_topology("v6e:2x4"), SQUARE)
-    assert found.compute == pytest.approx(1.0)
-    assert found.hbm == pytest.approx(0.5)
-    assert (found.step, found.binding) == (found.compute, "compute")
+    result = bounds(_costs(flops=900e12, kernels=18e12, hbm=820e9), parse_topology("v6e:2x4"), SQUARE)
+    assert result.compute == pytest.approx(1.0)
+    assert result.hbm == pytest.approx(0.5)
+    assert (result.step, result.binding) == (result.compute, "compute")
 
 
 def test_collectives_take_the_links_of_a_corner():
@@ -60,10 +60,10 @@ def test_between_slices_is_the_network():
     devices = [Chip(chip.coords, part) for part in range(2) for chip in SQUARE]
     crossing = _collective("all-reduce", 1_000_000_000, tuple((i, i + 8) for i in range(8)))
     inside = _collective("all-gather", 8_000_000_000, (tuple(range(8)), tuple(range(8, 16))))
-    found = bounds(_costs(crossing, inside), parse_topology("v6e:2x4*2"), devices)
-    assert found.network == pytest.approx(1e9 / 12.5e9)
-    assert found.interconnect == pytest.approx(7e9 / 200e9)
-    assert found.binding == "network"
+    result = bounds(_costs(crossing, inside), parse_topology("v6e:2x4*2"), devices)
+    assert result.network == pytest.approx(1e9 / 12.5e9)
+    assert result.interconnect == pytest.approx(7e9 / 200e9)
+    assert result.binding == "network"
     # As TPU compilers write it: two slices, each device with its like.
     sent = dataclasses.replace(_collective("all-reduce", 1_000_000_000, ((0, 1),)), slices=2)
     assert bounds(_costs(sent), parse_topology("v6e:2x4*2"), devices).network == pytest.approx(1e9 / 12.5e9)

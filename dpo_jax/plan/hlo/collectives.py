@@ -8,14 +8,8 @@ import numpy as np
 
 from dpo_jax.plan.hlo.text import Computation, Instruction, Module, arrays, numbers
 
-COLLECTIVES = (
-    "all-gather",
-    "reduce-scatter",
-    "all-reduce",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
+COLLECTIVES = frozenset(
+    "all-gather reduce-scatter all-reduce all-to-all ragged-all-to-all collective-permute collective-broadcast".split()
 )
 # Collectives between slices are left to the runtime: a `send` to the host names one, its `recv` brings the result.
 BETWEEN_SLICES = "_xla_megascale_transfer_type"
@@ -28,7 +22,6 @@ class Collective:
     Attributes:
       kind: a name in `COLLECTIVES`.
       name, op_name: the instruction's, and where in the program it was traced.
-      dtype: of its first operand.
       payload_bytes: of the whole array: what all-gather gives out, what the others take in.
       groups: the devices that exchange with each other; of a permute its (source, target) pairs.
       times: how often it runs.
@@ -39,7 +32,6 @@ class Collective:
     kind: str
     name: str
     op_name: str
-    dtype: str
     payload_bytes: int
     groups: tuple[tuple[int, ...], ...]
     times: float
@@ -96,8 +88,7 @@ def _collective(
     if kind == "ragged-all-to-all" or slices > 1:  # the others are the result's place, offsets and sizes, or a token
         data = data[:1]
     payload = sum(array.bytes for array in data) * (len(groups[0]) if kind == "all-gather" else 1)
-    dtype = data[0].dtype if data else ""
-    return Collective(kind, it.name, it.quoted("op_name"), dtype, payload, groups, times, asynchronous, slices)
+    return Collective(kind, it.name, it.quoted("op_name"), payload, groups, times, asynchronous, slices)
 
 
 def _only_sliced(inside: Computation, name: str) -> bool:

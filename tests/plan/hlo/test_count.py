@@ -262,10 +262,10 @@ COLLECTIVES = [
 @pytest.mark.parametrize(("given", "out", "kind", "attributes", "payload", "received"), COLLECTIVES)
 def test_collectives(given, out, kind, attributes, payload, received):
     lines = f"  %a = {given}{{1,0}} parameter(0)\n  ROOT %c = {out}{{1,0}} {kind}(%a), channel_id=1, {attributes}"
-    (found,) = _count(lines, devices=8).collectives
-    assert (found.kind, found.payload_bytes, found.received_bytes) == (kind, payload, received)
-    assert found.groups == ((0, 1, 2, 3), (4, 5, 6, 7))
-    assert (found.group_size, found.times, found.asynchronous) == (4, 1, False)
+    (collective,) = _count(lines, devices=8).collectives
+    assert (collective.kind, collective.payload_bytes, collective.received_bytes) == (kind, payload, received)
+    assert collective.groups == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert (collective.group_size, collective.times, collective.asynchronous) == (4, 1, False)
 
 
 @pytest.mark.parametrize(
@@ -322,8 +322,8 @@ def test_a_fused_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
     call = "  %a = f32[16,8]{1,0} parameter(0)\n"
     call += "  ROOT %f = f32[4,8]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter"
     costs = _count(call + ', metadata={op_name="grad"}', fused, devices=4)
-    (found,) = costs.collectives
-    assert (found.kind, found.payload_bytes, found.received_bytes, found.op_name) == (
+    (collective,) = costs.collectives
+    assert (collective.kind, collective.payload_bytes, collective.received_bytes, collective.op_name) == (
         "reduce-scatter",
         512,
         384,
@@ -356,9 +356,13 @@ def test_what_is_sent_to_other_slices_is_a_collective(kind, target, slices, payl
   %send-done.1 = token[] send-done(%send.1), channel_id=2, is_host_transfer=true
   ROOT %recv-done.1 = (f32[2,8]{{1,0}}, token[]) recv-done(%recv.1), channel_id=2, is_host_transfer=true
 """)
-    (found,) = costs.collectives
-    assert (found.kind, found.slices, found.group_size) == (kind.lower().replace("_", "-"), slices, slices)
-    assert (found.payload_bytes, found.received_bytes) == (payload, received)
+    (collective,) = costs.collectives
+    assert (collective.kind, collective.slices, collective.group_size) == (
+        kind.lower().replace("_", "-"),
+        slices,
+        slices,
+    )
+    assert (collective.payload_bytes, collective.received_bytes) == (payload, received)
     with pytest.raises(HloError, match="a transfer between slices that is not known"):
         _count(f"""
   %p = f32[2,8]{{1,0}} parameter(0)
@@ -383,8 +387,13 @@ def test_an_asynchronous_computation_is_followed():
         inside,
         devices=4,
     )
-    (found,) = costs.collectives
-    assert (found.kind, found.payload_bytes, found.group_size, found.asynchronous) == ("reduce-scatter", 512, 4, True)
+    (collective,) = costs.collectives
+    assert (collective.kind, collective.payload_bytes, collective.group_size, collective.asynchronous) == (
+        "reduce-scatter",
+        512,
+        4,
+        True,
+    )
     assert costs.hbm_bytes == 512 + 128
 
 
@@ -467,8 +476,8 @@ def test_compiled_collectives_on_eight_devices():
     x, w, v = put((64, 256), jax.P("a")), put((256, 512), jax.P(None, "b")), put((512, 256), jax.P("b"))
     costs = count_costs(_compiled(lambda x, w, v: jnp.tanh(x @ w) @ v, x, w, v).as_text())
     assert costs.flops == 2 * 2 * 64 * 256 * 512 / 8
-    (found,) = costs.collectives
-    assert (found.kind, found.payload_bytes, found.groups) == (
+    (collective,) = costs.collectives
+    assert (collective.kind, collective.payload_bytes, collective.groups) == (
         "all-reduce",
         32 * 256 * 4,
         ((0, 1, 2, 3), (4, 5, 6, 7)),
