@@ -37,7 +37,7 @@ from dpo_jax.records.records import EVENTS, before_after, read_records, truncate
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.report import card
 from dpo_jax.report import command as report
-from dpo_jax.report.runs import EXPORTS, load
+from dpo_jax.report.runs import EXPORTS, load_run
 from dpo_jax.rows.pipeline import ChosenOnly, Schedule
 from dpo_jax.sampling import answers
 from dpo_jax.training import checkpoint, inputs
@@ -298,8 +298,8 @@ def _finish(run: Run, state: TrainState, steps: int) -> dict[str, float]:
     if jax.process_index() == 0:
         for name in EXPORTS:
             if (workdir / name).is_dir():
-                card.write(load(workdir), workdir / name, base=run.policy.directory)
-        report.write(workdir)
+                card.write_card(load_run(workdir), workdir / name, base=run.policy.directory)
+        report.write_report(workdir)
         answers.show_answers(read_records(samples), run.writer)
         if held_out := before_after(records):
             run.writer.console.before_after_table("Held-out pairs", held_out)

@@ -20,11 +20,10 @@ from dpo_jax.data.cache.shared import shared_address
 from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.prepare import Prepared, Progress, Reading
 from dpo_jax.errors import UserError
-from dpo_jax.inspection import console as inspection_text
-from dpo_jax.inspection import gather as inspection
-from dpo_jax.inspection import page as inspection_page
+from dpo_jax.inspection.console import print_inspection, print_rows, say
+from dpo_jax.inspection.gather import Inspection, pair_examples, schedule_use
+from dpo_jax.inspection.page import write_inspection
 from dpo_jax.model import placement as policy
-from dpo_jax.report import html as page
 from dpo_jax.training import inputs
 
 LINE_SECONDS = 10.0  # between two lines about progress, where there is no terminal
@@ -39,18 +38,18 @@ def _inspect_flags(values: flags.FlagValues) -> None:
     _common_flags(values)
     flags.DEFINE_string("html", "", "Write a page.", flag_values=values)
     flags.DEFINE_integer("examples", 3, "Pairs shown.", lower_bound=0, flag_values=values)
-    flags.DEFINE_integer("shards", 1, "Data shards to plan for.", lower_bound=1, flag_values=values)
-    flags.DEFINE_enum("platform", _platform(), ["cpu", "gpu", "tpu"], "To plan for.", flag_values=values)
+    flags.DEFINE_integer("shards", 1, "Data shards that share the rows.", lower_bound=1, flag_values=values)
+    flags.DEFINE_enum("platform", _platform(), ["cpu", "gpu", "tpu"], "Where it would run.", flag_values=values)
 
 
 COMMANDS = {
     "inspect": Command(
         _USAGE.format("inspect") + " [--html=FILE] [--examples=N] [--shards=N] [--platform=NAME] [--workdir=DIR]",
-        "Shows what was read, kept and dropped, lengths, the plan of row shapes, and pairs as the model sees them.\n"
+        "Shows rows read, kept and dropped, lengths, the schedule of row shapes, and pairs as the model sees them.\n"
         "  --html=FILE      write it as a page, with histograms\n"
         "  --examples=N     pairs shown, spread over the files (3)\n"
-        "  --shards=N       devices to plan for that share the rows: mesh_data x mesh_fsdp (1)\n"
-        "  --platform=NAME  cpu, gpu or tpu, to plan for (this machine's)\n"
+        "  --shards=N       devices that share the rows: mesh_data x mesh_fsdp (1)\n"
+        "  --platform=NAME  cpu, gpu or tpu, where it would run (this machine's)\n"
         "  --workdir=DIR    a run's directory, for its quarantine.jsonl (default: it stays in the cache)",
         _inspect_flags,
     ),
@@ -90,39 +89,38 @@ def _inspect(c: inputs.Config, options: Mapping[str, Any]) -> None:
     inputs.check_division(c["batch_size"], shards, micro)
     found, prepared, _ = _pairs(c, options["workdir"])
     where = f"{c['batch_size']} pairs a step over {shards} data shards x {micro} microbatches ({platform})"
-    plan, note = None, ""
+    use, note = None, ""
     try:
         inputs.check_enough(c, len(prepared.train))
         limits = policy.limits_on(found.config, shards * micro, platform)
         schedule = inputs.plan(c, prepared.train, limits, prepared.split.mixture)
     except UserError as error:  # what there is can still be looked at
-        note = f"no plan: {error}"
+        note = f"no schedule: {error}"
     else:
-        plan = inspection.plan_use(schedule, where, inputs.run_steps(c, schedule.steps_per_epoch))
-    shown = inspection.Inspection(
+        use = schedule_use(schedule, where, inputs.run_steps(c, schedule.steps_per_epoch))
+    shown = Inspection(
         dataset=c["dataset"],
         model=c["model"],
         report=prepared.report,
         lengths=prepared.train.lengths,
-        plan=plan,
+        schedule=use,
         note=note,
-        examples=inspection.examples(prepared, found.tokenizer, options["examples"]),
+        examples=pair_examples(prepared, found.tokenizer, options["examples"]),
     )
-    inspection_text.show(shown, _console())
+    print_inspection(shown, _console())
     if options["html"]:
-        path = page.save(Path(options["html"]), *inspection_page.page(shown), option="--html")
-        print(f"page {path}")
+        print(f"page {write_inspection(shown, Path(options['html']))}")
 
 
 def _prepare(c: inputs.Config, options: Mapping[str, Any]) -> None:
     start, console = time.monotonic(), _console()
     _, prepared, shared = _pairs(c, options["workdir"])
-    inspection_text.rows(prepared.report, console)
+    print_rows(prepared.report, console)
     cache = prepared.train.cache
     size = sum(file.stat().st_size for file in Path(cache.directory).iterdir())
     place = f"{shared}/{Path(cache.directory).name} (copy in {cache.directory})" if shared else cache.directory
     made = f"built in {time.monotonic() - start:.1f} s" if prepared.built else "already there"
-    inspection_text.say(console, f"cache {place}: {len(cache):,} pairs, {size / 1e6:,.1f} MB, {made}")
+    say(console, f"cache {place}: {len(cache):,} pairs, {size / 1e6:,.1f} MB, {made}")
 
 
 def _pairs(c: inputs.Config, given: str) -> tuple[policy.Policy, Prepared, str]:
@@ -150,7 +148,7 @@ def _progress(console: Console) -> Iterator[Progress]:
             nonlocal told
             if time.monotonic() - told >= LINE_SECONDS:
                 told = time.monotonic()
-                inspection_text.say(console, _words(reading))
+                say(console, _words(reading))
 
         yield line
         return

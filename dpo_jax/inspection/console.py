@@ -10,30 +10,31 @@ from rich.text import Text
 
 from dpo_jax.data.lengths import PARTS
 from dpo_jax.inspection.gather import (
+    SHAPE_HEAD,
     Example,
     Inspection,
     Piece,
-    PlanUse,
-    bad_reasons,
+    ScheduleUse,
+    bad_rows,
     length_bias,
-    mixture_words,
-    plan_words,
+    schedule_words,
     shape_words,
-    visible,
+    visible_text,
 )
 from dpo_jax.records.records import printable
+from dpo_jax.report.sections import mixture_parts
 
 DIGITS = {"mean": 1, "p50": 1, "p90": 1, "max": 0}
 STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
 LOSS_MARKS = ("«", "»")  # around the loss tokens, where there are no colours
 
 
-def show(inspection: Inspection, console: Console) -> None:
+def print_inspection(inspection: Inspection, console: Console) -> None:
     """Print everything; without colours the loss tokens stand in `LOSS_MARKS`."""
-    rows(inspection.report, console)
+    print_rows(inspection.report, console)
     _lengths(inspection, console)
-    if inspection.plan:
-        _plan(inspection.plan, console)
+    if inspection.schedule:
+        _schedule(inspection.schedule, console)
     else:
         say(console, inspection.note + "\n")
     coloured = console.is_terminal and not console.no_color and console.color_system is not None
@@ -44,7 +45,7 @@ def show(inspection: Inspection, console: Console) -> None:
         say(console, f"The loss is on the {which}; both answers see the prompt.")
 
 
-def rows(report: Mapping[str, Any], console: Console) -> None:
+def print_rows(report: Mapping[str, Any], console: Console) -> None:
     """What was read, kept and dropped, by source and split; what is wrong with the files; where evaluation is from."""
     entries = [
         (
@@ -58,13 +59,12 @@ def rows(report: Mapping[str, Any], console: Console) -> None:
         for source in report["sources"]
     ]
     _table(console, "Rows", ("source", "split", "read", "kept", "dropped", "truncated"), entries, words=(0, 1, 4, 5))
-    for source in report["sources"]:
-        for reason, number, first in bad_reasons(source):
-            say(console, f"bad: {number:,} {reason} in {source['name']} ({source['split']}), first {first}")
+    for name, split, reason, number, first in bad_rows(report):
+        say(console, f"bad: {number:,} {reason} in {name} ({split}), first {first}")
     if report.get("quarantine"):
         say(console, f"bad rows are kept in {report['quarantine']}")
-    if report.get("mixture"):
-        say(console, f"mixture: {mixture_words(report)}")
+    if mixture := mixture_parts(report):
+        say(console, f"mixture: {'; '.join(mixture)}")
     say(console, f"evaluation: {report['held_out']}\n")
 
 
@@ -84,7 +84,7 @@ def _lengths(inspection: Inspection, console: Console) -> None:
     say(console, length_bias(inspection) + "\n")
 
 
-def _plan(plan: PlanUse, console: Console) -> None:
+def _schedule(schedule: ScheduleUse, console: Console) -> None:
     entries = [
         (
             *shape_words(use),
@@ -92,11 +92,10 @@ def _plan(plan: PlanUse, console: Console) -> None:
             f"{use.steps:,}",
             f"{use.fraction:.1%}" if use.steps else "–",
         )
-        for use in plan.uses
+        for use in schedule.uses
     ]
-    head = ("rows x [P | C | R]", "pairs a row", "at most", "steps", "real tokens")
-    _table(console, f"Plan of the first epoch: {plan.where}", head, entries)
-    say(console, plan_words(plan) + "\n")
+    _table(console, f"Schedule of the first epoch: {schedule.where}", SHAPE_HEAD, entries)
+    say(console, schedule_words(schedule) + "\n")
 
 
 def _example(example: Example, console: Console, coloured: bool) -> None:
@@ -112,15 +111,15 @@ def _example(example: Example, console: Console, coloured: bool) -> None:
     console.print()
 
 
-def _coloured(found: Sequence[Piece], part: str, *, marks: bool) -> Text:
+def _coloured(pieces: Sequence[Piece], part: str, *, marks: bool) -> Text:
     text = Text(LOSS_MARKS[0] if marks else "")
-    for piece in found:
-        text.append(visible(piece), style=STYLES[part] + (" bold" if piece.special else ""))
+    for piece in pieces:
+        text.append(visible_text(piece), style=STYLES[part] + (" bold" if piece.special else ""))
     return text.append(LOSS_MARKS[1] if marks else "")
 
 
-def _counts(found: Mapping[str, int]) -> str:
-    return ", ".join(f"{number:,} {name}" for name, number in found.items() if number) or "–"
+def _counts(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{number:,} {name}" for name, number in reasons.items() if number) or "–"
 
 
 def _table(

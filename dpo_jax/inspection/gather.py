@@ -1,4 +1,4 @@
-"""A run's data in numbers and in tokens: gathered here, shown by `inspection_text` and `inspection_page`."""
+"""A run's data in numbers and in tokens: gathered here, shown by `console` and `page`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ShapeUse:
-    """How often an epoch's plan uses a compiled row shape, for how many pairs and real tokens."""
+    """How many of an epoch's steps have a compiled row shape, with how many pairs and real tokens."""
 
     shape: RowShape
     steps: int
@@ -55,10 +55,12 @@ class ShapeUse:
 
 
 @dataclass(frozen=True)
-class PlanUse:
-    """The plan of the first epoch: `where` says for which batch and devices, `fallback` is the shape that always fits.
+class ScheduleUse:
+    """The schedule of the first epoch: which of its row shapes serve how many steps.
 
-    `steps` are those of the run's DPO phase.
+    where: for which batch and devices, in words.
+    fallback: the shape that every batch fits.
+    steps: of the run's DPO phase.
     """
 
     where: str
@@ -80,14 +82,14 @@ class Inspection:
     dataset, model: as the config names them.
     report: a run's data.json.
     lengths: int [n, 3] of the training pairs, tokens of prompt, chosen, rejected.
-    plan: None where there are too few pairs for a batch; `note` then says so.
+    schedule: None where there are too few pairs for a batch; `note` is then the reason.
     """
 
     dataset: str
     model: str
     report: Mapping[str, Any]
     lengths: np.ndarray
-    plan: PlanUse | None
+    schedule: ScheduleUse | None
     note: str
     examples: tuple[Example, ...]
 
@@ -97,18 +99,17 @@ def length_bias(inspection: Inspection) -> str:
     return length_words(length_report(inspection.lengths)["longer"], "training pairs")
 
 
-def bad_reasons(source: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-    """Reasons that speak against a source's file: (reason, rows, where the first one is)."""
-    first = source.get("examples", {})
-    return [(reason, n, first.get(reason, "")) for reason, n in source["dropped"].items() if reason not in DELIBERATE]
+def bad_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, int, str]]:
+    """What is wrong with the files: (source, split, reason, rows, where the first one is)."""
+    return [
+        (source["name"], source["split"], reason, n, source.get("examples", {}).get(reason, ""))
+        for source in report["sources"]
+        for reason, n in source["dropped"].items()
+        if reason not in DELIBERATE
+    ]
 
 
-def mixture_words(report: Mapping[str, Any]) -> str:
-    """What each part of a mixture gives to an epoch; nothing where nothing is mixed."""
-    return "; ".join(
-        f"{part['name']} {part['weight']:.1%} ({part['epoch']:,} of {part['pairs']:,} pairs an epoch)"
-        for part in report.get("mixture", [])
-    )
+SHAPE_HEAD = ("rows x [P | C | R]", "pairs a row", "at most", "steps", "real tokens")
 
 
 def shape_words(use: ShapeUse) -> tuple[str, str]:
@@ -118,19 +119,19 @@ def shape_words(use: ShapeUse) -> tuple[str, str]:
     )
 
 
-def plan_words(plan: PlanUse) -> str:
-    """The plan as a whole."""
+def schedule_words(use: ScheduleUse) -> str:
+    """The schedule as a whole."""
     words = [
-        f"{plan.steps_per_epoch:,} steps an epoch, {plan.steps:,} in the run",
-        f"{plan.fraction:.1%} of tokens real",
+        f"{use.steps_per_epoch:,} steps an epoch, {use.steps:,} in the run",
+        f"{use.fraction:.1%} of tokens real",
     ]
-    if plan.fallback:
-        words.append(f"the shape that always fits is used {plan.fallback.steps:,} times")
+    if use.fallback:
+        words.append(f"the shape that always fits is used {use.fallback.steps:,} times")
     return "; ".join(words)
 
 
-def plan_use(schedule: Schedule, where: str, steps: int) -> PlanUse:
-    """What the first epoch of a plan does with its shapes."""
+def schedule_use(schedule: Schedule, where: str, steps: int) -> ScheduleUse:
+    """What the first epoch of a schedule does with its shapes."""
     counts = {shape: [0, 0, 0] for shape in schedule.shapes}
     for step in range(schedule.steps_per_epoch):
         shape, placed = schedule.place(step)
@@ -138,25 +139,25 @@ def plan_use(schedule: Schedule, where: str, steps: int) -> PlanUse:
         for i, value in enumerate((1, len(ids), int(schedule.lengths[ids].sum()))):
             counts[shape][i] += value
     uses = tuple(ShapeUse(shape, *counted) for shape, counted in counts.items())
-    return PlanUse(where, uses, uses[-1] if len(uses) > 1 else None, schedule.steps_per_epoch, steps)
+    return ScheduleUse(where, uses, uses[-1] if len(uses) > 1 else None, schedule.steps_per_epoch, steps)
 
 
-def examples(prepared: Prepared, tokenizer: Any, number: int) -> tuple[Example, ...]:
+def pair_examples(prepared: Prepared, tokenizer: Any, number: int) -> tuple[Example, ...]:
     """Training pairs spread evenly over the files, so over the sources too."""
     pairs: Pairs = prepared.train
-    found = []
+    shown = []
     for position in np.linspace(0, len(pairs) - 1, min(number, len(pairs)), dtype=np.int64).tolist():
         prompt, chosen, rejected = (ids.tolist() for ids in pairs[position])
         parts = [pieces(tokenizer, prompt)] + [pieces(tokenizer, ids, before=prompt) for ids in (chosen, rejected)]
-        found.append(Example(position, prepared.report["source_names"][pairs.source[position]], *parts))
-    return tuple(found)
+        shown.append(Example(position, prepared.report["source_names"][pairs.source[position]], *parts))
+    return tuple(shown)
 
 
 def pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> tuple[Piece, ...]:
     """The text that each token adds behind the tokens `before`; all ids in order, each in one piece."""
     known = getattr(tokenizer, "added_tokens_decoder", {})
     special = {*tokenizer.all_special_ids, *(i for i, token in known.items() if token.special)}
-    found: list[Piece] = []
+    shown: list[Piece] = []
     groups = [_whole_characters(tokenizer, before)]  # of a piece's tokens each, so that no character is cut
     waiting: list[int] = []
     for at, token in enumerate(ids):
@@ -166,10 +167,10 @@ def pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> tu
         follows = at + 1 < len(ids) and ids[at + 1] not in special
         if text.endswith("\ufffd") and len(waiting) < _CHARACTER and token not in special and follows:
             continue  # part of a character
-        shown = text or "".join(map(str, tokenizer.convert_ids_to_tokens(waiting)))
-        found.append(Piece(shown, tuple(waiting), token in special))
+        words = text or "".join(map(str, tokenizer.convert_ids_to_tokens(waiting)))
+        shown.append(Piece(words, tuple(waiting), token in special))
         groups, waiting = [*groups, waiting][-_CONTEXT:], []
-    return tuple(found)
+    return tuple(shown)
 
 
 def _whole_characters(tokenizer: Any, ids: Sequence[int]) -> list[int]:
@@ -178,7 +179,7 @@ def _whole_characters(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     return next((list(ids[-n:]) for n in few if not _decode(tokenizer, list(ids[-n:])).startswith("\ufffd")), [])
 
 
-def visible(piece: Piece) -> str:
+def visible_text(piece: Piece) -> str:
     """A piece's text without anything that a reader could overlook: line ends, control characters, blank tokens."""
     text = printable(piece.text)
     if text.isspace():

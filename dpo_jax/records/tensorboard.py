@@ -46,7 +46,7 @@ def _event_times(path: Path) -> dict[tuple[str, int], float]:
     """When each (split, step) of an event file was written."""
     import grain  # slow to import, and only a run that is opened again has such files
 
-    times = {}
+    times: dict[tuple[str, int], float] = {}
     # A file ends in the middle of an event where its writer was killed, and a disk may have damaged it: the times up
     # to there are enough, and the file is about to be replaced.
     with contextlib.suppress(Exception):

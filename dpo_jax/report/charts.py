@@ -1,8 +1,9 @@
-"""Line charts and histograms as HTML and inline SVG: no scripts needed, no assets, light and dark by CSS variables.
+"""Line charts and histograms: their data, which `report/templates/charts.html` draws as HTML and inline SVG.
 
-The SVG holds only the curves and stretches to any width (`preserveAspectRatio="none"`, strokes that do not scale); the
-labels are HTML, placed in percent, so that text keeps its size on a phone and on a wide screen. How a line is drawn
-says what it is, on every chart: training batches are thin, with a running mean; held-out pairs are dots, joined.
+They need no scripts and no assets, and are light or dark by CSS variables. The SVG holds only the curves and stretches
+to any width (`preserveAspectRatio="none"`, strokes that do not scale); the labels are HTML, placed in percent, so that
+text keeps its size on a phone and on a wide screen. How a line is drawn tells what it is, on every chart: training
+batches are thin, with a running mean; held-out pairs are dots, joined.
 """
 
 import json
@@ -10,9 +11,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, groupby
 
-from dpo_jax.report.html import text
+from markupsafe import Markup
 
 MAX_POINTS = 500  # drawn per line; more would not be seen at these widths
 SMOOTH_FROM = 60  # records from which a running mean is drawn over the single values
@@ -41,6 +42,33 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Chart:
+    """A figure, ready to be drawn.
+
+    domain: the horizontal axis's ends, in `unit`.
+    marks: a colour, and (CSS class, SVG path) of what is drawn in it.
+    key: of the legend: colour, class of its mark, name, value.
+    rows, columns: an axis's ticks: percent from the top or the left, text.
+    guide: percent from the top, and its name.
+    readout: JSON of the points of each entry of the legend, for the page's script.
+    note: one line under the chart.
+    small: a lower plot.
+    """
+
+    title: str
+    domain: tuple[float, float]
+    marks: Sequence[tuple[str, Sequence[tuple[str, Markup]]]]
+    key: Sequence[tuple[str, str, str, str]]
+    rows: Sequence[tuple[float, str]]
+    columns: Sequence[tuple[float, str]]
+    readout: Markup
+    guide: tuple[float, str] | None = None
+    note: str = ""
+    small: bool = False
+    unit: str = "step"
+
+
+@dataclass(frozen=True)
 class Scale:
     """Data coordinates to thousandths of the plot, origin at the top left."""
 
@@ -60,7 +88,7 @@ class Scale:
         return 100 * (self.y[1] - y) / (self.y[1] - self.y[0])
 
 
-def chart(
+def line_chart(
     title: str,
     series: Sequence[Series],
     *,
@@ -68,8 +96,8 @@ def chart(
     guide: tuple[float, str] | None = None,
     from_zero: bool = False,
     small: bool = False,
-) -> str:
-    """A figure of the lines; empty if no line has a finite point.
+) -> Chart | None:
+    """A figure of the lines; None if no line has a finite point.
 
     Args:
       title: what is drawn.
@@ -79,25 +107,29 @@ def chart(
       from_zero: the vertical axis starts at zero.
       small: a lower plot.
     """
-    lines = [(s, list(finite(s.points))) for s in series]
-    lines = [(s, points) for s, points in lines if points]
+    lines = [(s, points) for s in series if (points := finite(s.points))]
     if not lines:
-        return ""
+        return None
     xs = [x for _, points in lines for x, _ in points]
     ys = [y + side * s.errors.get(x, 0.0) for s, points in lines for x, y in points for side in (-1, 1)]
     lows = [*ys, *([guide[0]] if guide else []), *([0.0] if from_zero else [])]
     scale = Scale(x=(min(0.0, *xs), max(*xs, min(xs) + 1)), y=_padded(min(lows), max(lows), from_zero))
-    drawn = "".join(_draw(s, points, scale) for s, points in sorted(lines, key=lambda line: line[0].held_out))
-    named = [(s, points) for s, points in lines if s.name is not None]
-    key = "".join(_key(s, label(points[-1][1])) for s, points in named)
-    shown = [points for _, points in named]
-    return _figure(title, drawn, scale, shown, key=key, axes=_axes(scale, guide), note=note, small=small)
+    on_top = sorted(lines, key=lambda line: line[0].held_out)
+    return Chart(
+        title,
+        scale.x,
+        [(s.color, _marks(s, points, scale)) for s, points in on_top],
+        [_key(s, label(points[-1][1])) for s, points in lines if s.name is not None],
+        *_ticks(scale),
+        _readout(lines),
+        (scale.down(guide[0]), guide[1]) if guide else None,
+        note,
+        small,
+    )
 
 
-def histogram(
-    title: str, series: Sequence[Series], width: float, *, unit: str, note: str = "", small: bool = False
-) -> str:
-    """A figure of counts in bins of equal width; empty if nothing is counted.
+def histogram_chart(title: str, series: Sequence[Series], width: float, *, unit: str, note: str = "") -> Chart | None:
+    """A small figure of counts in bins of equal width; None if nothing is counted.
 
     Args:
       title: what is counted.
@@ -105,41 +137,15 @@ def histogram(
       width: of a bin, in `unit`.
       unit: of the horizontal axis, shown under the pointer, such as "tokens".
       note: one line under the chart.
-      small: a lower plot.
     """
-    lines = [(s, list(finite(s.points))) for s in series]
-    lines = [(s, points) for s, points in lines if any(y for _, y in points)]
+    lines = [(s, points) for s in series if (points := finite(s.points)) and any(y for _, y in points)]
     if not lines:
-        return ""
+        return None
     xs, most = [x for _, points in lines for x, _ in points], max(y for _, points in lines for _, y in points)
     scale = Scale(x=(min(xs) - width / 2, max(xs) + width / 2), y=(0.0, most * 1.06))
-    drawn = "".join(f'<g style="color:var(--{s.color})">{_steps(points, width, scale)}</g>' for s, points in lines)
-    key = "".join(_key(s, "") for s, _ in lines if s.name is not None)
-    shown = [points for s, points in lines if s.name is not None]
-    return _figure(title, drawn, scale, shown, key=key, axes=_axes(scale, None), note=note, small=small, unit=unit)
-
-
-def _figure(
-    title: str,
-    drawn: str,
-    scale: Scale,
-    shown: Sequence[Sequence[Point]],
-    *,
-    key: str,
-    axes: str,
-    note: str,
-    small: bool,
-    unit: str = "step",
-) -> str:
-    """The HTML around curves; `shown` is what the page's script reads out under the pointer."""
-    return (
-        f'<figure class="chart{" small" if small else ""}" data-domain="{scale.x[0]:g} {scale.x[1]:g}"'
-        f' data-unit="{text(unit)}" data-series="{_hover_data(shown)}">'
-        f'<figcaption><h3>{text(title)}</h3><p class="key">{key}</p></figcaption>'
-        f'<div class="plot">{axes}'
-        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{text(title)}">'
-        f'{drawn}</svg><i class="rule"></i></div>' + (f'<p class="note">{text(note)}</p>' if note else "") + "</figure>"
-    )
+    marks = [(s.color, [("steps", _steps(points, width, scale))]) for s, points in lines]
+    key = [_key(s, "") for s, _ in lines if s.name is not None]
+    return Chart(title, scale.x, marks, key, *_ticks(scale), _readout(lines), note=note, small=True, unit=unit)
 
 
 def finite(points: Sequence[tuple[float, float | None]]) -> list[Point]:
@@ -197,66 +203,49 @@ def _padded(low: float, high: float, from_zero: bool) -> tuple[float, float]:
     return (0.0 if from_zero and low >= 0 else low - room), high + room
 
 
-def _path(points: Sequence[Point], scale: Scale, style: str) -> str:
-    return f'<path class="{style}" d="M{"L".join(scale.at(x, y) for x, y in points)}"/>'
+def _path(points: Sequence[Point], scale: Scale, end: str = "") -> Markup:
+    return Markup(f"M{'L'.join(scale.at(x, y) for x, y in points)}{end}")
 
 
-def _steps(points: Sequence[Point], width: float, scale: Scale) -> str:
+def _dots(points: Sequence[Point], scale: Scale) -> tuple[str, Markup]:
+    # A line of no length with round ends is a dot that the stretched SVG does not squash.
+    return "dots", Markup("".join(f"M{scale.at(x, y)}h0" for x, y in points))
+
+
+def _steps(points: Sequence[Point], width: float, scale: Scale) -> Markup:
     """The outline of a histogram, filled, from its first bin to its last."""
     corners = [(x + side * width / 2, y) for x, y in points for side in (-1, 1)]
-    ends = [(corners[0][0], 0.0), *corners, (corners[-1][0], 0.0)]
-    return f'<path class="steps" d="M{"L".join(scale.at(x, y) for x, y in ends)}Z"/>'
+    return _path([(corners[0][0], 0.0), *corners, (corners[-1][0], 0.0)], scale, "Z")
 
 
-def _draw(series: Series, points: list[Point], scale: Scale) -> str:
+def _marks(series: Series, points: list[Point], scale: Scale) -> list[tuple[str, Markup]]:
     if series.held_out:
-        whiskers = "".join(
-            f"M{scale.at(x, y - series.errors[x])}L{scale.at(x, y + series.errors[x])}"
-            for x, y in points
-            if x in series.errors
-        )
-        # A line of no length with round ends is a dot that the stretched SVG does not squash.
-        dots = "".join(f"M{scale.at(x, y)}h0" for x, y in points)
-        marks = _path(thin(points), scale, "held") + f'<path class="dots" d="{dots}"/>'
-        marks += f'<path class="whisker" d="{whiskers}"/>' if whiskers else ""
-    elif len(points) >= SMOOTH_FROM and not series.exact:
-        marks = _path(thin(points), scale, "raw") + _path(thin(running_mean(points)), scale, "mean")
-    elif len(points) > 1:
-        marks = "".join(_path(part, scale, "mean") for part in _unbroken(series.points))
-    else:
-        marks = f'<path class="dots" d="M{scale.at(*points[0])}h0"/>'
-    return f'<g style="color:var(--{series.color})">{marks}</g>'
+        ends = [((x, y - e), (x, y + e)) for x, y in points if (e := series.errors.get(x)) is not None]
+        whiskers = Markup("".join(_path(pair, scale) for pair in ends))
+        return [("held", _path(thin(points), scale)), _dots(points, scale)] + [("whisker", whiskers)] * bool(ends)
+    if len(points) >= SMOOTH_FROM and not series.exact:
+        return [("raw", _path(thin(points), scale)), ("mean", _path(thin(running_mean(points)), scale))]
+    if len(points) > 1:
+        return [("mean", _path(part, scale)) for part in _unbroken(series.points)]
+    return [_dots(points, scale)]
 
 
 def _unbroken(points: Sequence[tuple[float, float | None]]) -> list[list[Point]]:
-    parts: list[list[Point]] = [[]]
-    for x, y in points:
-        if y is None or not math.isfinite(y):
-            parts.append([])
-        else:
-            parts[-1].append((x, y))
+    parts = [finite(list(part)) for _, part in groupby(points, lambda p: p[1] is not None and math.isfinite(p[1]))]
     return [part for part in parts if part]
 
 
-def _axes(scale: Scale, guide: tuple[float, str] | None) -> str:
+def _ticks(scale: Scale) -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:
+    """The ticks of the vertical and of the horizontal axis, see `Chart`."""
     rows = [(scale.down(y), label(y)) for y in ticks(*scale.y, 5)]
-    columns = [(scale.across(x), label(x)) for x in ticks(*scale.x, 5) if x == round(x)]
-    marks = [f'<i class="grid" style="top:{at:.2f}%"></i><b class="y" style="top:{at:.2f}%">{t}</b>' for at, t in rows]
-    marks += [f'<b class="x" style="left:{at:.2f}%">{t}</b>' for at, t in columns]
-    if guide:
-        value, name = guide
-        marks.append(f'<i class="guide" style="top:{scale.down(value):.2f}%"><em>{text(name)}</em></i>')
-    return "".join(marks)
+    return rows, [(scale.across(x), label(x)) for x in ticks(*scale.x, 5) if x == round(x)]
 
 
-def _key(series: Series, value: str) -> str:
-    kind = "dot" if series.held_out else "line"
-    return (
-        f'<span><i class="{kind}" style="color:var(--{series.color})"></i>{text(series.name or "")}'
-        f" <output>{value}</output></span>"
-    )
+def _key(series: Series, value: str) -> tuple[str, str, str, str]:
+    return series.color, "dot" if series.held_out else "line", series.name or "", value
 
 
-def _hover_data(lines: Sequence[Sequence[Point]]) -> str:
-    short = [[[x, float(f"{y:.5g}")] for x, y in thin(points)] for points in lines]
-    return text(json.dumps(short, separators=(",", ":")))
+def _readout(lines: Sequence[tuple[Series, Sequence[Point]]]) -> Markup:
+    named = [points for series, points in lines if series.name is not None]
+    short = [[[x, float(f"{y:.5g}")] for x, y in thin(points)] for points in named]
+    return Markup(json.dumps(short, separators=(",", ":")))

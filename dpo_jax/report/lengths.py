@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.data.lengths import PARTS, bin_points
-from dpo_jax.report import charts
-from dpo_jax.report.charts import Series
+from dpo_jax.report.charts import Chart, Series, histogram_chart
 
 
 def length_words(longer: Mapping[str, float], pairs: str) -> str:
@@ -21,26 +20,19 @@ def length_words(longer: Mapping[str, float], pairs: str) -> str:
     )
 
 
-def length_charts(histograms: Mapping[str, Mapping[str, Any]]) -> str:
+def length_charts(histograms: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
     """Figures of the parts' lengths and of chosen − rejected, from `data.lengths.length_report`."""
-    if not histograms:
-        return ""
-    parts = "".join(_part(part, histograms[part], "accent" if part == "prompt" else part) for part in PARTS)
-    return f'<div class="charts">{parts}{_difference(histograms["difference"])}</div>'
-
-
-def _part(part: str, found: Mapping[str, Any], color: str) -> str:
-    points, width = bin_points(found)
-    note = f"Training pairs in bins of {width} tokens." if width > 1 else "Training pairs by tokens."
-    line = Series("pairs", color, points)
-    return charts.histogram(part.capitalize(), [line], width, unit="tokens", note=note, small=True)
-
-
-def _difference(found: Mapping[str, Any]) -> str:
-    points, width = bin_points(found)
-    sides = [
-        Series("rejected longer", "rejected", [p for p in points if p[0] < 0]),
-        Series("chosen longer or as long", "chosen", [p for p in points if p[0] >= 0]),
-    ]
-    title = "Chosen minus rejected"
-    return charts.histogram(title, sides, width, unit="tokens", note="In tokens, by pair.", small=True)
+    charts = []
+    for part in PARTS if histograms else ():
+        points, width = bin_points(histograms[part])
+        note = f"Training pairs in bins of {width} tokens." if width > 1 else "Training pairs by tokens."
+        line = Series("pairs", "accent" if part == "prompt" else part, points)
+        charts.append(histogram_chart(part.capitalize(), [line], width, unit="tokens", note=note))
+    if histograms:
+        points, width = bin_points(histograms["difference"])
+        sides = [
+            Series("rejected longer", "rejected", [p for p in points if p[0] < 0]),
+            Series("chosen longer or as long", "chosen", [p for p in points if p[0] >= 0]),
+        ]
+        charts.append(histogram_chart("Chosen minus rejected", sides, width, unit="tokens", note="In tokens, by pair."))
+    return [chart for chart in charts if chart]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.config.saved import SavedConfig, saved_config
 from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 from dpo_jax.records.length_bias import GROUPS, RATIO
@@ -99,16 +100,17 @@ OTHER_PLOTS = (
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFiles:
     """A run's directory, read; parts that are not there are empty.
 
-    about: run.json, with what the run was made.
+    saved: config.json.
+    about: run.json: versions, devices, shapes.
     checkpoints: bytes of each by its number, the updates of SFT and DPO together.
     exports: bytes of the files of `export` and `export-adapter`, by name.
     """
 
     name: str
-    config: Mapping[str, Any]
+    saved: SavedConfig
     records: Sequence[Record]
     samples: Sequence[Record]
     data: Mapping[str, Any]
@@ -117,20 +119,15 @@ class Run:
     exports: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
-def is_dpo(run: Run) -> bool:
-    """Whether the run minimised DPO's own loss: what is said of ln 2 and of rewards holds for it."""
-    return bool(run.config.get("loss", "sigmoid") == "sigmoid")
-
-
-def main_plots(runs: Sequence[Run]) -> tuple[Plot, ...]:
+def main_plots(runs: Sequence[RunFiles]) -> tuple[Plot, ...]:
     """`MAIN_PLOTS`, without their words on DPO where a run minimised another loss."""
-    if all(is_dpo(run) for run in runs):
+    if all(run.saved.is_dpo for run in runs):
         return MAIN_PLOTS
     told = ("dpo_loss", "chosen_reward")
     return tuple(replace(p, note="", guide=None) if p.names[0] in told else p for p in MAIN_PLOTS)
 
 
-def load(workdir: Path) -> Run:
+def load_run(workdir: Path) -> RunFiles:
     """Read a run's directory.
 
     Raises:
@@ -142,9 +139,9 @@ def load(workdir: Path) -> Run:
         read_json(path) if (path := workdir / name).exists() else {}
         for name in ("config.json", "data.json", "run.json")
     )
-    run = Run(
+    run = RunFiles(
         name=workdir.resolve().name,
-        config=config,
+        saved=saved_config(config),
         records=read_records(workdir / "metrics.jsonl"),
         samples=read_records(workdir / "samples.jsonl"),
         data=data,
@@ -154,7 +151,7 @@ def load(workdir: Path) -> Run:
         ),
         exports={name: found for name in EXPORTS if (found := {p.name: _size(p) for p in _children(workdir / name)})},
     )
-    if not (run.config or run.records):
+    if not (run.saved.table or run.records):
         raise UserError(f"{workdir} holds no run: no config.json, no metrics.jsonl; give the --workdir of a run")
     return run
 
@@ -168,19 +165,24 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def total_steps(run: Run) -> int:
+def total_steps(run: RunFiles) -> int:
     """Updates of DPO that the run was to make; 0 if the files do not say."""
-    return int(run.about.get("steps") or run.config.get("num_steps") or 0)
+    return int(run.about.get("steps") or run.saved.steps)
 
 
-def training_seconds(run: Run) -> float | None:
+def hardware(run: RunFiles) -> str:
+    """Devices that the run used: "8 × TPU v5 lite"; empty if the files do not say."""
+    return f"{run.about['devices']} × {run.about['device']}" if run.about.get("device") else ""
+
+
+def training_seconds(run: RunFiles) -> float | None:
     """Time in DPO's updates, of evaluations and the like none: what each record says of the steps up to it."""
     records = {r["step"]: r["step_seconds"] for r in run.records if r["split"] == "train" and r.get("step_seconds")}
     steps = sorted(records)
     return sum(records[n] * (n - before) for before, n in zip([0, *steps], steps, strict=False)) if steps else None
 
 
-def length_plot(run: Run) -> Plot:
+def length_plot(run: RunFiles) -> Plot:
     """Held-out accuracy of pairs whose chosen answer is the shorter, the longer, or neither."""
     lines = tuple((LENGTH_WORDS[group], f"run-{i}") for i, group in enumerate(GROUPS))
     names = tuple(f"accuracy/{group}" for group in GROUPS)
@@ -188,64 +190,65 @@ def length_plot(run: Run) -> Plot:
     return Plot("Accuracy by length", names, note, guide=(0.5, "chance"), lines=lines)
 
 
-def sources(run: Run) -> list[str]:
+def sources(run: RunFiles) -> list[str]:
     """Prompt sources that evaluations tell apart, in the order of their first record."""
     named = dict.fromkeys(n.partition("/")[2] for r in run.records for n in r if n.startswith("accuracy/"))
     return [name for name in named if name not in GROUPS]
 
 
-def source_plot(run: Run) -> Plot:
+def source_plot(run: RunFiles) -> Plot:
     """Held-out accuracy by the pairs' source."""
     found = sources(run)
     lines = tuple((name, f"run-{i % RUN_COLORS}") for i, name in enumerate(found))
     return Plot("Accuracy by source", tuple(f"accuracy/{n}" for n in found), guide=(0.5, "chance"), lines=lines)
 
 
-def last_step(run: Run) -> int:
+def last_step(run: RunFiles) -> int:
     """The last DPO step on record; the final evaluation may be of a step that `log_every` skipped."""
     return max((r["step"] for r in run.records if r["split"] in ("train", "eval")), default=0)
 
 
-def held_out_pairs(run: Run) -> int:
+def held_out_pairs(run: RunFiles) -> int:
     """How many pairs an evaluation covers; 0 if the files do not say."""
     counts = [r["pairs"] for r in run.records if r["split"] == "eval" and r.get("pairs")]
     return int(counts[-1] if counts else run.data.get("splits", {}).get("eval", {}).get("pairs", 0))
 
 
-def accuracy_error(run: Run, accuracy: float | None, pairs: int | None = None) -> float | None:
+def accuracy_error(run: RunFiles, accuracy: float | None, pairs: int | None = None) -> float | None:
     """The standard error of a held-out accuracy over `pairs` (all of them), sqrt(p(1 − p) / n)."""
     pairs = pairs or held_out_pairs(run)
     return math.sqrt(accuracy * (1 - accuracy) / pairs) if pairs and accuracy is not None else None
 
 
-def median(run: Run, name: str) -> float | None:
+def median(run: RunFiles, name: str) -> float | None:
     """The median of a metric over the training records."""
     values = [r[name] for r in run.records if r["split"] == "train" and r.get(name) is not None]
     return statistics.median(values) if values else None
 
 
-def largest(run: Run, name: str) -> float | None:
+def largest(run: RunFiles, name: str) -> float | None:
     """The largest value of a metric over the training records."""
     return max((r[name] for r in run.records if r["split"] == "train" and r.get(name) is not None), default=None)
 
 
-def training_series(run: Run, plot: Plot, name: str, label: str | None, color: str) -> Series:
+def training_series(run: RunFiles, plot: Plot, name: str, label: str | None, color: str) -> Series:
     """A metric over the plot's training split."""
     return Series(label, color, _points(run, plot.split, name), exact=plot.exact)
 
 
-def held_out_series(run: Run, name: str, label: str, color: str) -> Series:
+def held_out_series(run: RunFiles, name: str, label: str, color: str) -> Series:
     """A metric over the evaluations; accuracy has its standard errors."""
     points = _points(run, "eval", name)
     errors = {}
     if name == "accuracy":
-        errors = {step: error for step, value in points if (error := accuracy_error(run, value))}
+        pairs = held_out_pairs(run)
+        errors = {step: error for step, value in points if (error := accuracy_error(run, value, pairs))}
     if name == "kl":
         errors = {r["step"]: r["kl_error"] for r in run.records if r["split"] == "eval" and r.get("kl_error")}
     return Series(label, color, points, held_out=True, errors=errors)
 
 
-def _points(run: Run, split: str, name: str) -> list[tuple[float, float | None]]:
+def _points(run: RunFiles, split: str, name: str) -> list[tuple[float, float | None]]:
     records = [r for r in run.records if r["split"] == split and name in r]
     if name.startswith("accuracy"):
         # Where policy and reference are equal every pair ties, and the contract counts that as 0: not an accuracy.

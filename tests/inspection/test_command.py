@@ -123,7 +123,7 @@ def test_lengths_are_those_of_the_token_ids(shown):
     assert bias in page
 
 
-def test_the_plan_adds_up(shown):
+def test_the_schedule_adds_up(shown):
     text, _, _, tokenizer = shown
     real = sum(len(part) for row in ROWS[:12] for part in ids(tokenizer, row))  # three steps of four, in file order
     shapes = re.findall(r"(\d+) x \[(\d+) \| (\d+) \| (\d+)\] +(\S+) +(\d+) +(\d+) +(\S+)", text)
@@ -258,9 +258,9 @@ def test_too_few_pairs_for_a_batch_can_be_looked_at(tiny, tmp_path, capsys, monk
     keys = [f"--config.dataset={tmp_path}/few.jsonl", "--config.eval_pairs=0", f"--html={tmp_path}/page.html"]
     assert data_command.main(["data", "inspect", TINY, *keys, "--examples=9"]) == 0
     said = capsys.readouterr().out
-    assert "no plan: batch_size=32 is more than the 3 training pairs" in said
+    assert "no schedule: batch_size=32 is more than the 3 training pairs" in said
     assert said.count("\nchosen: «") == 3
-    assert "no plan: batch_size=32" in (tmp_path / "page.html").read_text()
+    assert "no schedule: batch_size=32" in (tmp_path / "page.html").read_text()
 
 
 def test_progress_is_told_line_by_line_without_a_terminal(tiny, tmp_path, capsys, monkeypatch):
@@ -318,7 +318,7 @@ def test_a_space_that_the_decoder_drops_in_front_is_kept(tiny):
     ("text", "words"), [("\n", "⏎\n"), (" \t", "·⇥"), (" a", " a"), (".\n", ".⏎\n"), ("\x1b[2J", "␛[2J")]
 )
 def test_nothing_blank_stays_invisible(text, words):
-    assert inspection.visible(Piece(text, (0,))) == words
+    assert inspection.visible_text(Piece(text, (0,))) == words
 
 
 @pytest.mark.parametrize("values", [[0], [3, 3, 5], [-7, 0, 200], range(-90, 91), [1000]])

@@ -21,9 +21,9 @@ def pages(tmp_path_factory):
     make_run(base / "a")
     make_run(base / "b", seed=1, strength=1.5, config={"dpo_beta": 0.3, "model": LONG})
     return {
-        "run": report.write(base / "a"),
-        "long": report.write(base / "b"),
-        "compared": report.compare([base / "a", base / "b"], base / "compare.html"),
+        "run": report.write_report(base / "a"),
+        "long": report.write_report(base / "b"),
+        "compared": report.write_comparison([base / "a", base / "b"], base / "compare.html"),
     }
 
 

@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from dpo_jax.records.records import HELD_OUT, show_metric
-from dpo_jax.report import card
-from dpo_jax.report.runs import load
+from dpo_jax.report.card import write_card
+from dpo_jax.report.runs import load_run
 from tests.report.example_run import make_run
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -19,7 +19,7 @@ def _card(run, base=None, name="export", **config):
     directory.mkdir(exist_ok=True)
     if name == "export-adapter":
         (directory / "adapter_config.json").write_text("{}")
-    card.write(load(run), directory, base=base)
+    write_card(load_run(run), directory, base=base)
     return ModelCard.load(directory / "README.md"), records
 
 
@@ -76,7 +76,7 @@ def test_what_the_hub_does_not_know_is_not_claimed(tmp_path):
     data["sources"][0]["name"] = str(tmp_path / "pairs|x.jsonl")
     data["held_out"] = f"eval_path={tmp_path}/held-out.jsonl: 512 of its 600 pairs"
     (tmp_path / "run" / "data.json").write_text(json.dumps(data))
-    card.write(load(tmp_path / "run"), tmp_path / "run" / "export", base=base)
+    write_card(load_run(tmp_path / "run"), tmp_path / "run" / "export", base=base)
     found = ModelCard.load(tmp_path / "run" / "export" / "README.md")
     assert found.data.base_model is None
     assert found.data.datasets is None
@@ -94,7 +94,7 @@ def test_a_mixture_names_its_data_sets(tmp_path):
     data = json.loads((run / "data.json").read_text()) | {"mixture": parts}
     (run / "data.json").write_text(json.dumps(data))
     (run / "metrics.jsonl").unlink()
-    card.write(load(run), run / "export", base=None)
+    write_card(load_run(run), run / "export", base=None)
     found = ModelCard.load(run / "export" / "README.md")
     assert found.data.datasets == ["Anthropic/hh-rlhf", "HuggingFaceH4/ultrafeedback_binarized"]
     assert found.data.eval_results is None

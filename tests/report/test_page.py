@@ -13,8 +13,8 @@ from dpo_jax.records.length_bias import GROUPS
 from dpo_jax.records.records import HELD_OUT
 from dpo_jax.report import charts
 from dpo_jax.report import command as report
-from dpo_jax.report.compare import compare_page
-from dpo_jax.report.runs import LENGTH_WORDS, held_out_series, load, training_seconds
+from dpo_jax.report.html import jinja_environment
+from dpo_jax.report.runs import LENGTH_WORDS, held_out_series, load_run, training_seconds
 from tests.report.example_run import CONFIG, DATA, SOURCES, answers, make_run
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -67,7 +67,7 @@ def edit(path: Path, **changes):
 
 def test_the_page_shows_the_numbers_of_the_files(tmp_path):
     records = make_run(tmp_path / "run")
-    path = report.write(tmp_path / "run")
+    path = report.write_report(tmp_path / "run")
     page = Page(path)
     assert path == tmp_path / "run" / "report.html"
     last = [r for r in records if r["split"] == "eval"][-1]
@@ -89,7 +89,7 @@ def test_the_page_shows_the_numbers_of_the_files(tmp_path):
 
 def test_the_curves_are_those_of_the_files(tmp_path):
     records = make_run(tmp_path / "run")
-    page = Page(report.write(tmp_path / "run"))
+    page = Page(report.write_report(tmp_path / "run"))
     held_out, train = page.curves["0"]
     for split, curve in (("eval", held_out), ("train", train)):
         expected = {r["step"]: r["dpo_loss"] for r in records if r["split"] == split}
@@ -114,7 +114,7 @@ def test_hostile_text_stays_text(tmp_path):
         file.write(json.dumps({"step": 200, "split": "eval", "accuracy": 0.5, "dpo_loss": 0.6} | groups) + "\n")
     edit(run / "run.json", device=EVIL, versions={EVIL: EVIL}, mesh={EVIL: 1}, compute_dtype=EVIL)
     (run / "export" / EVIL.replace("/", "")).write_text("")
-    path = report.write(run)
+    path = report.write_report(run)
     page = Page(path)
     assert [tag for tag, _ in page.tags].count("script") == 1
     assert not any(tag in ("img", "link", "iframe") for tag, _ in page.tags)
@@ -125,7 +125,7 @@ def test_hostile_text_stays_text(tmp_path):
 
 def test_nothing_is_fetched(tmp_path):
     make_run(tmp_path / "run")
-    path = report.write(tmp_path / "run")
+    path = report.write_report(tmp_path / "run")
     page = Page(path)
     assert not any({"src", "href", "srcset", "data", "action"} & attrs.keys() for _, attrs in page.tags)
     assert not re.search(r"https?://|url\(|@import", path.read_text())
@@ -137,7 +137,7 @@ def test_nothing_is_fetched(tmp_path):
 def test_a_missing_file_leaves_out_its_part(tmp_path, missing):
     make_run(tmp_path / "run")
     (tmp_path / "run" / missing).unlink()
-    page = Page(report.write(tmp_path / "run"))
+    page = Page(report.write_report(tmp_path / "run"))
     part = {
         "config.json": "Full config",
         "data.json": "median",
@@ -153,7 +153,7 @@ def test_a_run_that_broke_off_says_so(tmp_path):
     make_run(tmp_path / "run", steps=76, further=bad)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 78, "split": "tra')
-    page = Page(report.write(tmp_path / "run"))
+    page = Page(report.write_report(tmp_path / "run"))
     assert "its last record is of step 77 of 200" in page.text
     assert "numbers that are not finite: 1, the first at train step 77" in page.text
 
@@ -162,14 +162,14 @@ def test_an_early_run_has_a_page(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 0, "split": "eval", "dpo_loss": 0.6931, "accuracy": 0, "margin": 0}\n'
     )
-    page = Page(report.write(tmp_path))
+    page = Page(report.write_report(tmp_path))
     assert "0.6931 → –" in page.text
 
 
 def test_a_further_metric_gets_a_chart(tmp_path):
     further = [{"step": s, "split": "eval", "kl_from_reference": 0.5 * s} for s in (10, 20)]
     make_run(tmp_path / "run", further=further)
-    page = Page(report.write(tmp_path / "run"))
+    page = Page(report.write_report(tmp_path / "run"))
     assert "kl from reference" in page.words
     assert [[10, 5], [20, 10]] in [curve for figure in page.curves.values() for curve in figure]
 
@@ -179,14 +179,14 @@ def test_what_holds_for_dpo_is_not_said_of_another_loss(tmp_path):
         workdir = tmp_path / str(said)
         make_run(workdir)
         edit(workdir / "config.json", loss=name)
-        text = Page(report.write(workdir)).text
+        text = Page(report.write_report(workdir)).text
         assert ("ln 2" in text) == ("reference log-probability" in text) == said
         assert said or "That of simpo<i>." in text
 
 
 def test_wins_by_source_and_length_are_told_apart(tmp_path):
     records = make_run(tmp_path / "run")
-    page = Page(report.write(tmp_path / "run"))
+    page = Page(report.write_report(tmp_path / "run"))
     last = [r for r in records if r["split"] == "eval"][-1]
     for name, words in (*((s, s) for s in SOURCES), *LENGTH_WORDS.items()):
         accuracy, pairs = last[f"accuracy/{name}"], last[f"pairs/{name}"]
@@ -203,24 +203,24 @@ def test_wins_by_source_and_length_are_told_apart(tmp_path):
 
 def test_the_kl_has_its_standard_errors(tmp_path):
     records = make_run(tmp_path / "run")
-    run = load(tmp_path / "run")
+    run = load_run(tmp_path / "run")
     series = held_out_series(run, "kl", "held-out", "accent")
     evals = [r for r in records if r["split"] == "eval"]
     assert series.points == [(r["step"], r["kl"]) for r in evals]
     assert series.errors == {r["step"]: r["kl_error"] for r in evals if r["kl_error"]}
-    assert "kl error" not in Page(report.write(tmp_path / "run")).words
+    assert "kl error" not in Page(report.write_report(tmp_path / "run")).words
 
 
 def test_files_and_time_are_those_of_the_directory(tmp_path):
     make_run(tmp_path / "run")
-    page = Page(report.write(tmp_path / "run"))
+    page = Page(report.write_report(tmp_path / "run"))
     assert {210, 260, 1500, 2500} <= set(page.values)
     assert "60 updates of SFT, 200 of DPO" in page.words
     assert "model.safetensors" in page.words
     assert "5 min 12 s of updates · 8 × TPU v5 lite" in page.text  # 200 steps of 1.56 s
     records = [{"step": s, "split": "train", "step_seconds": 2.0} for s in (1, 10, 15)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert training_seconds(load(tmp_path / "run")) == 30.0
+    assert training_seconds(load_run(tmp_path / "run")) == 30.0
 
 
 def test_runs_are_compared(tmp_path, capsys, monkeypatch):
@@ -241,7 +241,7 @@ def test_runs_are_compared(tmp_path, capsys, monkeypatch):
 
 def test_many_runs_reuse_the_colours(tmp_path):
     make_run(tmp_path / "run")
-    _, body = compare_page([load(tmp_path / "run")] * 9)
+    body = report.write_comparison([tmp_path / "run"] * 9, tmp_path / "compare.html").read_text().partition("<main>")[2]
     assert "run-7" in body
     assert "run-8" not in body.replace("run-8)", "")
 
@@ -274,7 +274,7 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path, capsys, case):
     assert str(tmp_path) in captured.err
     if case in ("missing", "empty"):
         with pytest.raises(UserError):
-            report.write(run)
+            report.write_report(run)
 
 
 def test_ticks_are_round_and_within_the_axis():
@@ -298,9 +298,13 @@ def test_running_mean_keeps_a_straight_line():
     assert charts.running_mean(line) == [(x, pytest.approx(y)) for x, y in line[3:-3]]
 
 
+def figure(chart):
+    return jinja_environment().get_template("report/templates/charts.html").module.figure(chart)
+
+
 def test_whiskers_are_within_the_axis():
     series = charts.Series("kl", "accent", [(0, 1.0), (10, 2.0)], held_out=True, errors={10: 3.0})
-    heights = [float(y) for y in re.findall(r"[ML][\d.-]+ ([\d.-]+)", charts.chart("t", [series]))]
+    heights = [float(y) for y in re.findall(r"[ML][\d.-]+ ([\d.-]+)", figure(charts.line_chart("t", [series])))]
     assert 0 <= min(heights) < max(heights) <= 1000
 
 
@@ -308,6 +312,6 @@ def test_whiskers_are_within_the_axis():
     "values", [[0.5], [0.5, 0.5], [None, None], [None, 1.0], [float("nan"), float("inf"), 2.0], []]
 )
 def test_few_and_broken_values_draw(values):
-    figure = charts.chart("t", [charts.Series("s", "accent", list(enumerate(values)), held_out=len(values) == 2)])
-    assert bool(figure) == any(v is not None and math.isfinite(v) for v in values)
-    assert not re.search(r"nan|inf", figure)
+    chart = charts.line_chart("t", [charts.Series("s", "accent", list(enumerate(values)), held_out=len(values) == 2)])
+    assert bool(chart) == any(v is not None and math.isfinite(v) for v in values)
+    assert not re.search(r"nan|inf", figure(chart) if chart else "")

@@ -1,0 +1,180 @@
+"""What a run's page shows: the values of `report/templates/run.html`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dpo_jax.records.records import before_after
+from dpo_jax.report import sections
+from dpo_jax.report.charts import Chart, line_chart
+from dpo_jax.report.runs import (
+    MAIN_PLOTS,
+    OTHER_PLOTS,
+    Plot,
+    RunFiles,
+    accuracy_error,
+    hardware,
+    held_out_pairs,
+    held_out_series,
+    largest,
+    last_step,
+    length_plot,
+    main_plots,
+    median,
+    metric_label,
+    source_plot,
+    sources,
+    total_steps,
+    training_seconds,
+    training_series,
+)
+
+NOT_CHARTED = {"step", "pairs", "tokens", "kl_error"}  # the last one is the KL's whiskers
+HEADLINE = {
+    "dpo_loss": ("Held-out loss", "A policy equal to its reference has ln 2 = 0.6931."),
+    "accuracy": ("Held-out accuracy", "Pairs whose chosen answer has the higher reward."),
+    "margin": ("Held-out margin", "Chosen reward minus rejected reward."),
+    "kl": ("KL from the reference", "Nats an answer, on the policy's own answers."),
+}
+
+
+def run_page(run: RunFiles) -> dict[str, Any]:
+    """The values of the page's template."""
+    model, dataset = run.saved.title
+    return {
+        "title": f"{model}: DPO on {dataset}" if model and dataset else f"DPO run {run.name}",
+        "run": run,
+        "progress": _progress(run),
+        "warnings": _warnings(run),
+        "headline": _headline(run),
+        "facts": _facts(run),
+        "curves": _curves(run),
+        "held_out": sections.held_out_rows(run),
+        "groups": sections.group_tables(run),
+        "samples": sections.samples_by_prompt(run),
+        "lengths": sections.data_lengths(run),
+        "checkpoints": sections.checkpoint_words(run),
+    }
+
+
+def _progress(run: RunFiles) -> str:
+    steps, total = last_step(run), total_steps(run)
+    pairs, seconds = held_out_pairs(run), training_seconds(run)
+    words = [
+        run.name,
+        f"step {steps:,}" + (f" of {total:,}" if total else ""),
+        f"{pairs:,} held-out pairs" if pairs else "",
+        f"{duration(seconds)} of updates" if seconds else "",
+        hardware(run),
+    ]
+    return " · ".join(filter(None, words))
+
+
+def _warnings(run: RunFiles) -> list[str]:
+    steps, total = last_step(run), total_steps(run)
+    warnings = []
+    if total and steps < total:
+        warnings.append(f"The run has not reached its end: its last record is of step {steps} of {total}.")
+    bad = [r for r in run.records if any(v is None for v in r.values())]
+    if bad:
+        warnings.append(
+            f"Records with numbers that are not finite: {len(bad)}, the first at {bad[0].get('split')} step "
+            f"{bad[0].get('step')}; the curves leave them out."
+        )
+    return warnings
+
+
+def _headline(run: RunFiles) -> list[dict[str, Any]]:
+    rows = {name: (before, after) for name, before, after in before_after(run.records)}
+    blocks = []
+    for name, (title, note) in HEADLINE.items():
+        if name not in rows:
+            continue
+        before, after = rows[name]
+        # Before training all pairs tie and the KL is 0: neither is a number to start from.
+        compared = before is not None if name == "accuracy" else bool(before) if name == "kl" else True
+        if name == "accuracy" and not compared:
+            note += " Chance is 0.5; before training all pairs tie."
+        if name == "dpo_loss" and not run.saved.is_dpo:
+            note = f"That of {run.saved.loss}."
+        error = accuracy_error(run, after) if name == "accuracy" else None
+        blocks.append({"name": name, "title": title, "note": note, "compared": compared, "before": before}
+                      | {"after": after, "error": error})  # fmt: skip
+    return blocks
+
+
+def _facts(run: RunFiles) -> list[tuple[str, str]]:
+    """What a reader asks first: (name, text); settings that are off, or not known, are left out."""
+    about, words = run.about, run.saved.words
+
+    def typical(form: str, name: str) -> str:
+        value = median(run, name)
+        return "" if value is None else form.format(value)
+
+    shapes = [f"{s['rows']} × [{' | '.join(map(str, s['widths']))}] tokens" for s in about.get("rows", [])[:1]]
+    facts: dict[str, Sequence[str | None]] = {
+        "Model": [run.saved.model, f"{about['parameters']:,} parameters" if "parameters" in about else ""],
+        "Reference": words["Reference"],
+        "Dataset": [run.saved.dataset],
+        "Mixture": sections.mixture_parts(run.data),
+        "Prompt format": [run.data.get("prompt_format")],
+        "Held out": [run.data.get("held_out")],
+        "Loss": words["Loss"],
+        "Learning rate": words["Learning rate"],
+        "Optimizer": words["Optimizer"],
+        "Batch": words["Batch"],
+        "Row shapes": shapes,
+        "SFT first": words["SFT first"],
+        "Trained": [
+            *words["Trained"],
+            f"{about['trained_parameters']:,} parameters" if run.saved.lora and about else "",
+        ],
+        "Precision": words["Precision"] + ([f"{about['compute_dtype']} compute"] if about else words["Compute"]),
+        "Longest, in tokens": words["Longest, in tokens"],
+        "Devices": [hardware(run), f"{about['processes']} processes" if about.get("processes", 1) > 1 else ""],
+        "Mesh": [f"{axis} {size}" for axis, size in about.get("mesh", {}).items()] or words["Mesh"],
+        "Speed (median)": [typical("{:.1f} pairs/s", "pairs_per_second"), typical("{:.3g} s a step", "step_seconds")],
+        "Computed tokens that are real": [typical("{:.1%}", "useful_token_fraction")],
+        "Peak memory": [f"{peak:.2f} GB" if (peak := largest(run, "memory_gb")) else ""],
+    }
+    return [(name, ", ".join(filter(None, parts))) for name, parts in facts.items() if any(parts)]
+
+
+def duration(seconds: float) -> str:
+    """Time for a person.
+
+    >>> duration(42.4), duration(194), duration(7322)
+    ('42 s', '3 min 14 s', '2 h 2 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600:,} h {whole // 60 % 60} min"
+
+
+def _curves(run: RunFiles) -> dict[str, list[Chart]]:
+    grouped = [source_plot(run)] * bool(sources(run)) + [length_plot(run)]
+    charted = {name for plot in (*MAIN_PLOTS, *OTHER_PLOTS) for name in plot.names} | NOT_CHARTED
+    numeric = dict.fromkeys(name for r in run.records for name, value in r.items() if isinstance(value, int | float))
+    others = [Plot(metric_label(name), (name,)) for name in numeric if name not in charted and "/" not in name]
+    return {
+        "main": _figures(run, main_plots([run]), small=False),
+        "small": _figures(run, (*grouped, *OTHER_PLOTS), small=True),
+        "further": _figures(run, others, small=True),
+    }
+
+
+def _figures(run: RunFiles, plots: Sequence[Plot], *, small: bool) -> list[Chart]:
+    figures = []
+    for plot in plots:
+        series = []
+        for name, (line, color) in zip(plot.names, plot.lines or (("", "accent"),), strict=True):
+            held_out = held_out_series(run, name, line or "held-out", color)
+            label: str | None = line
+            if plot.split == "train" and held_out.points:
+                series.append(held_out)
+                label = None if line else "train"  # of several metrics each is named once in the legend
+            series.append(training_series(run, plot, name, label, color))
+        figure = line_chart(plot.title, series, note=plot.note, guide=plot.guide, from_zero=plot.from_zero, small=small)
+        if figure:
+            figures.append(figure)
+    return figures
