@@ -1,0 +1,81 @@
+"""The table of keys: its names are those of the real tables, its defaults are legal, its refusals say why."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from configs import common
+from dpo_jax.config import keys, values
+from dpo_jax.config.keys import KEYS, SECTIONS, Key, Legal
+from dpo_jax.errors import UserError
+from dpo_jax.model import lora
+from dpo_jax.model.placement import ATTENTION
+from dpo_jax.model.remat import REMAT_POLICIES
+from dpo_jax.objective.objective import DIVERGENCES
+from dpo_jax.training.optimizer import OPTIMIZERS, SCHEDULES
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("f_divergence", DIVERGENCES),
+        ("remat", REMAT_POLICIES),
+        ("optimizer", OPTIMIZERS),
+        ("lr_schedule", SCHEDULES),
+        ("attention", ATTENTION),
+    ],
+)
+def test_choices_are_those_of_the_table_that_is_used(name, table):
+    assert KEYS[name].legal == tuple(table)
+
+
+def test_projections_are_those_of_the_model():
+    assert (*lora.ATTENTION, *lora.MLP) == values.PROJECTIONS
+    assert values.parse_targets("all-linear") == (lora.ALL,)
+
+
+def test_a_config_is_the_table():
+    assert common.get_config().to_dict() == {key.name: key.default for key in KEYS.values()}
+    assert len(KEYS) == sum(map(len, SECTIONS.values())), "a name stands twice"
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_a_key_has_a_meaning_and_a_legal_default(key):
+    assert len(key.meaning) > 10
+    assert key.values
+    if key.name != "model":  # nothing is trained unless it is asked for
+        key.check(key.default)
+
+
+def test_every_key_is_in_the_help_with_its_meaning():
+    words = " ".join(keys.describe().split())
+    for key in KEYS.values():
+        assert f"{key.name}={key.default}: {key.meaning}" in words
+
+
+@pytest.mark.parametrize(
+    ("default", "legal", "value", "words"),
+    [
+        (1, Legal(), 1.5, "k=1.5: must be a int, such as 1"),
+        (1, Legal(), True, "k=True: must be a int"),
+        (False, Legal(), 1, "k=1: must be a bool"),
+        (1.0, Legal(), "1", "k='1': must be a float"),
+        (1.0, Legal(), float("nan"), "k=nan: must be finite"),
+        (1.0, keys.FRACTION, 1.5, "k=1.5: must be in [0, 1]"),
+        (1, keys.from_0("off"), -1, "k=-1: must be 0 (off) or more"),
+        ("a", ("a", "b"), "c", "k='c' does not exist; choose from a, b"),
+    ],
+)
+def test_a_value_is_refused_with_the_reason(default, legal, value, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        Key("k", default, "a key of this test", legal).check(value)
+
+
+def test_a_whole_number_is_a_number():
+    Key("k", 1.0, "a key of this test", keys.FRACTION).check(1)
+
+
+def test_no_second_list_of_keys():
+    """Defaults stand in the table alone."""
+    assert "c." not in Path("configs/common.py").read_text().replace("c.update", "")
