@@ -65,7 +65,8 @@ class Key:
         given = f"{self.name}={value!r}"
         kinds = (int, float) if self.type is float else self.type
         if not isinstance(value, kinds) or isinstance(value, bool) != (self.type is bool):
-            raise UserError(f"{given}: must be a {self.type.__name__}, such as {self.default!r}")
+            an = "an" if self.type is int else "a"
+            raise UserError(f"{given}: must be {an} {self.type.__name__}, such as {self.default!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{given}: must be finite")
         if isinstance(self.legal, tuple):

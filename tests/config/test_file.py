@@ -46,8 +46,8 @@ def test_a_file_of_ones_own_builds_on_ours(tmp_path):
     ("text", "words"),
     [
         (
-            "def get_config(arg=''):\n    return undefined_name\n",
-            "NameError: name 'undefined_name' is not defined (line 2)",
+            "def get_config(arg=''):\n    return missing\n",
+            "NameError: name 'missing' is not defined (line 2)",
         ),
         ("def get_config(\n", "SyntaxError: '(' was never closed (mine.py, line 1)"),
         ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module' (line 1)"),
@@ -85,9 +85,7 @@ def test_an_unknown_preset_is_said_without_a_traceback(file):
 
 
 def test_what_is_no_file_is_refused_with_those_that_are(tmp_path):
-    with pytest.raises(
-        UserError, match=r"configs: a directory, not a file; there are configs/helpsteer3.py, configs/hhh"
-    ):
+    with pytest.raises(UserError, match=r"configs: a directory, not a file; there are configs/helpsteer3.py"):
         get_config("configs")
     with pytest.raises(UserError, match=r"configs/none.py:tiny: no such file; there are configs/helpsteer3.py"):
         get_config("configs/none.py:tiny")

@@ -57,8 +57,8 @@ def test_every_key_is_in_the_help_with_its_meaning():
 @pytest.mark.parametrize(
     ("default", "legal", "value", "words"),
     [
-        (1, Legal(), 1.5, "k=1.5: must be a int, such as 1"),
-        (1, Legal(), True, "k=True: must be a int"),
+        (1, Legal(), 1.5, "k=1.5: must be an int, such as 1"),
+        (1, Legal(), True, "k=True: must be an int"),
         (False, Legal(), 1, "k=1: must be a bool"),
         (1.0, Legal(), "1", "k='1': must be a float"),
         (1.0, Legal(), float("nan"), "k=nan: must be finite"),
