@@ -1,4 +1,7 @@
-"""`python -m dpo_jax.data inspect` and `prepare`: look at a config's data, or tokenise it ahead; no weights needed."""
+"""`python -m dpo_jax.data inspect` and `prepare`: look at a config's data, or tokenise it ahead; no weights needed.
+
+What takes seconds to import (JAX, transformers, grain) is imported when the command line is checked.
+"""
 
 import contextlib
 import importlib.util
@@ -7,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from rich.console import Console
@@ -15,17 +18,19 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 
 from dpo_jax.config.command_line import Command, read_flags
+from dpo_jax.config.paths import check_paths
 from dpo_jax.config.values import check_workdir
 from dpo_jax.data.cache.shared import shared_address
 from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.prepare import Prepared, Progress, Reading
 from dpo_jax.errors import UserError
 from dpo_jax.inspection.console import print_inspection, print_rows, say
-from dpo_jax.inspection.gather import Inspection, pair_examples, schedule_use
 from dpo_jax.inspection.page import write_inspection
-from dpo_jax.model import placement as policy
-from dpo_jax.training import inputs
 
+if TYPE_CHECKING:
+    from dpo_jax.model.placement import Policy
+
+Config = Mapping[str, Any]
 LINE_SECONDS = 10.0  # between two lines about progress, where there is no terminal
 _USAGE = "python -m dpo_jax.data {} --config=configs/hhh.py[:PRESET] [--config.KEY=VALUE ...]"
 
@@ -76,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}; use {' or '.join(COMMANDS)}")
         config, options = read_flags([program, *rest], COMMANDS[name])
+        check_paths(config)
         c = config.to_dict()
         (_inspect if name == "inspect" else _prepare)(c, options)
     except UserError as error:
@@ -84,7 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _inspect(c: inputs.Config, options: Mapping[str, Any]) -> None:
+def _inspect(c: Config, options: Mapping[str, Any]) -> None:
+    from dpo_jax.inspection.gather import Inspection, pair_examples, schedule_use
+    from dpo_jax.model import placement as policy
+    from dpo_jax.training import inputs
+
     shards, micro, platform = options["shards"], c["microbatches"], options["platform"]
     inputs.check_division(c["batch_size"], shards, micro)
     found, prepared, _ = _pairs(c, options["workdir"])
@@ -112,7 +122,7 @@ def _inspect(c: inputs.Config, options: Mapping[str, Any]) -> None:
         print(f"page {write_inspection(shown, Path(options['html']))}")
 
 
-def _prepare(c: inputs.Config, options: Mapping[str, Any]) -> None:
+def _prepare(c: Config, options: Mapping[str, Any]) -> None:
     start, console = time.monotonic(), _console()
     _, prepared, shared = _pairs(c, options["workdir"])
     print_rows(prepared.report, console)
@@ -123,8 +133,11 @@ def _prepare(c: inputs.Config, options: Mapping[str, Any]) -> None:
     say(console, f"cache {place}: {len(cache):,} pairs, {size / 1e6:,.1f} MB, {made}")
 
 
-def _pairs(c: inputs.Config, given: str) -> tuple[policy.Policy, Prepared, str]:
+def _pairs(c: Config, given: str) -> "tuple[Policy, Prepared, str]":
     """The model's numbers and tokenizer, the pairs, and the address of the shared cache, if it is one."""
+    from dpo_jax.model import placement as policy
+    from dpo_jax.training import inputs
+
     workdir = Path(check_workdir(given)) if given else cache_root(c["cache_dir"]) / f"tiny-{c['seed']}"
     quarantine = workdir / "quarantine.jsonl" if given else None
     if c["model"] == "tiny" or c["dataset"] == "synthetic":

@@ -30,16 +30,9 @@ def resolve_model(model: str, *, what: str = "model", with_weights: bool = True)
     Raises:
       UserError: no such directory, no config.json in it, or the hub cannot give it; says what to do instead.
     """
-    given = f"{what}={model!r}"
-    path = Path(model).expanduser()
-    if model and path.is_dir():
-        if not (path / CONFIG).is_file():
-            raise UserError(f"{given}: the directory has no {CONFIG}; give a Hugging Face model directory")
-        return path
-    looks_like_path = model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1
-    if not model or looks_like_path or "://" in model or path.exists():
-        found = "is a file, not a directory" if path.is_file() else "no such directory"
-        raise UserError(f"{given}: {found}; give a local Hugging Face directory or a hub id (OWNER/NAME)")
+    given, local = f"{what}={model!r}", local_model(model, what=what)
+    if local is not None:
+        return local
     files = HUB_FILES if with_weights else (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
     try:
         path = Path(huggingface_hub.snapshot_download(model, allow_patterns=list(files)))
@@ -48,6 +41,25 @@ def resolve_model(model: str, *, what: str = "model", with_weights: bool = True)
     if not (path / CONFIG).is_file():
         raise UserError(f"{given}: the hub's repository has no {CONFIG}; is it a transformers model?")
     return path
+
+
+def local_model(model: str, *, what: str = "model") -> Path | None:
+    """`model` as a directory; None if it is not one but may be a hub id.
+
+    Raises:
+      UserError: no such directory, or no config.json in it.
+    """
+    given = f"{what}={model!r}"
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise UserError(f"{given}: the directory has no {CONFIG}; give a Hugging Face model directory")
+        return path
+    looks_like_path = model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1
+    if not model or looks_like_path or "://" in model or path.exists():
+        problem = "is a file, not a directory" if path.is_file() else "no such directory"
+        raise UserError(f"{given}: {problem}; give a local Hugging Face directory or a hub id (OWNER/NAME)")
+    return None
 
 
 def _hub_problem(model: str, error: Exception, what: str) -> str:
