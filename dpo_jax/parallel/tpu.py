@@ -161,8 +161,7 @@ class Topology:
                     platform="tpu", topology_name=f"{self.generation.name}:{self.slice_shape}", **options
                 )
         except Exception as e:  # plugin errors are of many kinds
-            missing = importlib.util.find_spec("libtpu") is None
-            if missing and any(word in str(e) for word in ("libtpu", "not found", "not installed")):
+            if importlib.util.find_spec("libtpu") is None:
                 raise UserError(
                     f"{self.name}: the TPU compiler is not installed; pip install 'dpo_jax[tpu]' (Linux, x86-64)"
                 ) from None

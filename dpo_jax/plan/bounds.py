@@ -1,7 +1,6 @@
-"""What a slice's chips could do at best with a compiled program: the three time bounds, and which one binds."""
+"""What a slice's chips could do at best with a compiled program: its time bounds, and which of them is the largest."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,17 +46,15 @@ def bounds(costs: Costs, topology: Topology, devices: Sequence[Any], *, passes: 
       costs: what one device does.
       topology: where.
       devices: in the order of the mesh that the program was compiled for.
-      passes: products of bfloat16 numbers that make one product, see `policy.passes`.
+      passes: products of bfloat16 numbers that make one product, see `tuning.passes`.
     """
     chip = topology.generation
     inside = network = 0.0
     for it in costs.collectives:
-        if it.received_bytes == 0:
-            continue
-        if _slices(it, devices) > 1:
+        if _between_slices(it, devices):
             network += it.times * it.received_bytes / chip.dcn_bandwidth
-        elif received := _over_links(it, topology, devices):
-            inside += it.times * received / (_links(it, topology, devices) * chip.link_bandwidth)
+        else:
+            inside += _seconds(it, topology, devices)
     return Bounds(
         compute=passes * (costs.flops + costs.kernel_flops) / chip.peak_flops,
         hbm=costs.hbm_bytes / chip.hbm_bandwidth,
@@ -71,7 +68,7 @@ def by_kind(costs: Costs, devices: Sequence[Any]) -> tuple[dict[str, float], dic
     """Bytes that one device receives in a run of the program, by kind of collective: in its slice; between slices."""
     totals: tuple[dict[str, float], dict[str, float]] = ({}, {})
     for it in costs.collectives:
-        of = totals[_slices(it, devices) > 1]
+        of = totals[_between_slices(it, devices)]
         of[it.kind] = of.get(it.kind, 0.0) + it.times * it.received_bytes
     return totals
 
@@ -87,41 +84,29 @@ def _members(it: Collective) -> list[set[int]]:
     return chains
 
 
-def _slices(it: Collective, devices: Sequence[Any]) -> int:
-    if it.slices > 1:
-        return it.slices
-    return max(len({getattr(devices[i], "slice_index", None) or 0 for i in group}) for group in _members(it))
+def _between_slices(it: Collective, devices: Sequence[Any]) -> bool:
+    slices = ({getattr(devices[i], "slice_index", None) or 0 for i in group} for group in _members(it))
+    return it.slices > 1 or any(len(group) > 1 for group in slices)
 
 
-def _over_links(it: Collective, topology: Topology, devices: Sequence[Any]) -> float:
-    """Bytes that a device must receive over its share of its chip's links.
+def _seconds(it: Collective, topology: Topology, devices: Sequence[Any]) -> float:
+    """Time of a collective inside a slice: of the group that takes longest, over the links of its worst placed chip.
 
     The devices of a chip hand each other what one of them has: what both want comes to the chip once (and an all-reduce
     is summed on the chip before it leaves), over the links of both.
     """
-    shared = topology.generation.devices
-    if shared == 1:
-        return it.received_bytes
-    most = 0.0
+    longest = 0.0
     for group in _members(it):
-        chips = len({tuple(devices[i].coords) for i in group})
+        at = [tuple(devices[i].coords) for i in group]
+        chips = len(set(at))
         if chips == 1:
             continue
         if it.kind.startswith("collective-"):
-            most = max(most, it.payload_bytes)
-            continue
-        received = it.payload_bytes * (chips - 1) / chips * (2 if it.kind == "all-reduce" else 1)
-        each = len(group) / chips if it.kind != "all-to-all" else 1.0
-        most = max(most, received / each)
-    return most
-
-
-def _links(it: Collective, topology: Topology, devices: Sequence[Any]) -> float:
-    """Links of the worst placed chip in the group that has fewest; the two devices of one chip have one's worth."""
-    fewest = math.inf
-    for group in _members(it):
-        at = [devices[i].coords[: len(topology.shape)] for i in group]
-        lengths = tuple(len(set(axis)) for axis in zip(*at, strict=True))
-        if len(group) > 1:
-            fewest = min(fewest, max(1, topology.links(lengths)))
-    return fewest
+            received = float(it.payload_bytes)
+        else:
+            received = it.payload_bytes * ((chips - 1) / chips) * (2 if it.kind == "all-reduce" else 1)
+            received /= len(group) / chips if it.kind != "all-to-all" else 1
+        axes = zip(*(coords[: len(topology.shape)] for coords in at), strict=True)
+        links = max(1, topology.links(tuple(len(set(axis)) for axis in axes)))
+        longest = max(longest, it.times * received / (links * topology.generation.link_bandwidth))
+    return longest

@@ -19,7 +19,7 @@ class Chip:
 
 
 def _collective(kind, size, groups, times=1.0):
-    return Collective(kind, kind, "", size, groups, times, True)
+    return Collective(kind, "", size, groups, times, True)
 
 
 def _costs(*collectives, flops=0.0, hbm=0.0, kernels=0.0):

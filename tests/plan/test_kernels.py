@@ -25,7 +25,7 @@ def test_attention_counts_the_products_of_the_tiles():
 
 
 def _call(name, *operands, estimate=None):
-    return KernelCall(name, "tpu_custom_call", operands, (), "", estimate)
+    return KernelCall(name, "tpu_custom_call", operands, (), estimate)
 
 
 def test_a_kernel_of_the_step_by_its_name():

@@ -21,7 +21,7 @@ class Collective:
 
     Attributes:
       kind: a name in `COLLECTIVES`.
-      name, op_name: the instruction's, and where in the program it was traced.
+      op_name: where in the program it was traced.
       payload_bytes: of the whole array: what all-gather gives out, what the others take in.
       groups: the devices that exchange with each other; of a permute its (source, target) pairs.
       times: how often it runs.
@@ -30,7 +30,6 @@ class Collective:
     """
 
     kind: str
-    name: str
     op_name: str
     payload_bytes: int
     groups: tuple[tuple[int, ...], ...]
@@ -88,7 +87,7 @@ def _collective(
     if kind == "ragged-all-to-all" or slices > 1:  # the others are the result's place, offsets and sizes, or a token
         data = data[:1]
     payload = sum(array.bytes for array in data) * (len(groups[0]) if kind == "all-gather" else 1)
-    return Collective(kind, it.name, it.quoted("op_name"), payload, groups, times, asynchronous, slices)
+    return Collective(kind, it.quoted("op_name"), payload, groups, times, asynchronous, slices)
 
 
 def _only_sliced(inside: Computation, name: str) -> bool:

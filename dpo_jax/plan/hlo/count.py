@@ -13,7 +13,7 @@ from dpo_jax.plan.hlo.bytes import CALLS_WITHOUT_PRODUCTS, continues_collective,
 from dpo_jax.plan.hlo.collectives import BETWEEN_SLICES, COLLECTIVES, Collective, read_between_slices, read_collective
 from dpo_jax.plan.hlo.flops import FLOPS
 from dpo_jax.plan.hlo.loops import trip_count
-from dpo_jax.plan.hlo.text import HBM, HOST, Computation, Instruction, Module, Shape, arrays, parse_hlo
+from dpo_jax.plan.hlo.text import HBM, Computation, Instruction, Module, Shape, arrays, parse_hlo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,6 @@ class KernelCall:
       name: the kernel's: of a `pallas_call` the name that it was given, else the last part of `op_name`.
       target: what it calls.
       operands, results: arrays as they are on one device.
-      op_name: where in the program it was traced.
       cost_estimate: FLOPs that the kernel's author states, if any.
     """
 
@@ -32,7 +31,6 @@ class KernelCall:
     target: str
     operands: tuple[Shape, ...]
     results: tuple[Shape, ...]
-    op_name: str
     cost_estimate: float | None
 
 
@@ -64,12 +62,6 @@ class Costs:
     def hbm_bytes(self) -> float:
         """Read and written in HBM."""
         return float(self.read[HBM] + self.written[HBM])
-
-    @property
-    def chip_bytes(self) -> float:
-        """Read and written in memories on the chip (VMEM, SMEM)."""
-        moved = (*self.read.items(), *self.written.items())
-        return float(sum(size for space, size in moved if space not in (HBM, HOST)))
 
     def add(self, other: "Costs") -> None:
         self.flops += other.flops
@@ -198,6 +190,5 @@ def _kernel_call(inside: Computation, it: Instruction) -> KernelCall:
         target=it.quoted("custom_call_target"),
         operands=tuple(arrays(tuple(inside.operand_shapes(it)))),
         results=tuple(arrays(it.shape)),
-        op_name=op_name,
         cost_estimate=float(estimate[1]) if estimate else None,
     )

@@ -21,7 +21,7 @@ _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.-]+) = ")
 _BITS = re.compile(r"(?:bf|[sufc])(1|2|4|8|16|32|64|128)(?!\d)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _GAP = re.compile(r"[ ,]*")
-_OPCODE = re.compile(r"\s*([a-z][\w-]*)\(")
+_OPERATION = re.compile(r"\s*([a-z][\w-]*)\(([^()]*(?:\([^()]*\)[^()]*)*)\)")
 _OPERAND = re.compile(r"%([\w.-]+)")
 _SECTION = re.compile(r"HloModule |(FileNames|FunctionNames|FileLocations|StackFrames)$|\d+ |\s*$")
 
@@ -240,15 +240,14 @@ def _instruction(number: int, line: str, lines: Iterator[tuple[int, str]]) -> In
     if not head:
         raise _error(number, "not an instruction", text)
     shape, at = _shape(scrubbed, head.end(), number)
-    opcode = _OPCODE.match(scrubbed, at)
-    if not opcode:
-        raise _error(number, "no opcode after the shape", text)
-    end = _closing(scrubbed, opcode.end(), number)
-    literal = scrubbed[opcode.end() : end].strip()
-    names = () if opcode[1] in ("constant", "parameter") else tuple(_OPERAND.findall(literal))
-    if literal and not names and opcode[1] not in ("constant", "parameter", "iota"):
+    operation = _OPERATION.match(scrubbed, at)
+    if not operation:
+        raise _error(number, "no opcode and operands after the shape", text)
+    opcode, literal = operation[1], operation[2].strip()
+    names = () if opcode in ("constant", "parameter") else tuple(_OPERAND.findall(literal))
+    if literal and not names and opcode not in ("constant", "parameter", "iota"):
         raise _error(number, "operands without names", text)
-    return Instruction(head[2], opcode[1], shape, names, scrubbed[end + 1 :], text, literal, number)
+    return Instruction(head[2], opcode, shape, names, scrubbed[operation.end() :], text, literal, number)
 
 
 def _scrub(line: str) -> str:
@@ -271,13 +270,3 @@ def _shape(text: str, at: int, number: int) -> tuple[Tree, int]:
         raise _error(number, "no shape", text[at:])
     dims = tuple(int(size.lstrip("<=")) for size in array[2].split(",") if size)
     return Shape(array[1], dims, array[3] or ""), array.end()
-
-
-def _closing(text: str, at: int, number: int) -> int:
-    """Where the parenthesis is closed that was opened before `at`."""
-    depth = 1
-    for parenthesis in re.compile(r"[()]").finditer(text, at):
-        depth += 1 if parenthesis[0] == "(" else -1
-        if depth == 0:
-            return parenthesis.start()
-    raise _error(number, "a parenthesis is never closed", text)
