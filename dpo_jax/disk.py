@@ -13,10 +13,13 @@ from dpo_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def whole_file(path: Path, *, exclusive: bool = False) -> Iterator[IO[bytes]]:
     """A file to write that appears at `path` when the block ends, in one step and with its content on disk.
 
     Until then, and after an error or a kill, what was at `path` before is still there. The directory must exist.
+
+    Raises:
+      FileExistsError: `exclusive`, and there is a file at `path` by now; of several writers only the first succeeds.
     """
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # several processes may write the same file
     try:
@@ -24,11 +27,13 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        scratch.replace(path)
-    except BaseException:
+        if exclusive:
+            os.link(scratch, path)
+        else:
+            scratch.replace(path)
+    finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
-        raise
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

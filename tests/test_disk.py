@@ -1,9 +1,11 @@
 """Files on disk are whole or not there, and JSON that cannot be used is one line that says how to mend it."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -35,6 +37,25 @@ def test_an_error_leaves_what_was_there(tmp_path):
     with pytest.raises(ValueError, match="half way"):
         fail()
     assert (tmp_path / "file").read_text() == "before"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_of_several_exclusive_writers_the_first_succeeds(tmp_path):
+    together, won = threading.Barrier(8), []
+
+    def write(name):
+        together.wait(30)
+        with contextlib.suppress(FileExistsError), whole_file(tmp_path / "file", exclusive=True) as file:
+            file.write(name)
+        if (tmp_path / "file").read_bytes() == name:
+            won.append(name)
+
+    threads = [threading.Thread(target=write, args=(bytes([65 + n]),)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(won) == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 

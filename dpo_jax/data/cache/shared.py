@@ -1,24 +1,71 @@
 """A cache that machines share, at any address fsspec knows (gs://bucket/dir, s3://...): built once, copied by all.
 
-    ADDRESS/KEY/manifest.json   written last: without it nothing here is taken for a cache; it names ID and all sizes
-    ADDRESS/KEY/ID/...          the files of one build, under a name of its own: two writers never mix theirs
-    ADDRESS/KEY/lock.json       the builder's name and the time (see `shared_store`)
+    ADDRESS/KEY/ID/...          the files of one build, in a directory of its own: two builders never mix theirs
+    ADDRESS/KEY/manifest.json   created last, by one builder only: the ID, and the size of every file
+
+A machine that finds no manifest, or one whose files are not all there, builds. There is no lock: machines that build at
+the same time do the work twice at worst, and all but the first to create the manifest discard their own build.
 
 ArrayRecord reads files, so every machine has a copy below its local cache root under the same KEY. It is used if its ID
-is the shared one's, for which every run asks once: so all machines of a run read the very same build.
+is the shared one's, which every run looks up once: so all machines of a run read the very same build.
 """
 
 import contextlib
 import json
 import os
-import time
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.data.cache import lock as shared_store
-from dpo_jax.data.cache.lock import LOCK, Store, ask
-from dpo_jax.data.cache.store import MANIFEST, PairCache, Produce, cache_key, cache_root, find_or_build, holds, install
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from dpo_jax.data.cache.store import (
+    MANIFEST,
+    PairCache,
+    Produce,
+    cache_key,
+    cache_root,
+    file_sizes,
+    find_or_build,
+    holds,
+    install,
+)
+from dpo_jax.disk import whole_file, write_json
 from dpo_jax.errors import UserError
+
+# Where directories come into being with their files; makedirs would create a bucket for a misspelt name.
+_BUCKETS = {"gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "adl", "oss"}
+
+
+@dataclass(frozen=True)
+class _Store:
+    """fsspec's file system, a directory's path in it, and the address for messages."""
+
+    filesystem: Any
+    path: str
+    address: str
+
+    def ask(self, operation: str, *args: Any, answers: tuple[type[Exception], ...] = (), **options: Any) -> Any:
+        """One call of the file system; `answers` are exceptions that tell something, every other one is a UserError."""
+        try:
+            return getattr(self.filesystem, operation)(*args, **options)
+        except answers:
+            raise
+        except Exception as error:  # OSError, and each cloud library's own classes
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"cache_dir={self.address}: cannot be reached or written ({reason[:200]}); check the address, the "
+                "network and the credentials, or give a local --config.cache_dir"
+            ) from error
+
+    def manifest(self) -> bytes | None:
+        """The manifest as it is stored; None if there is none."""
+        try:
+            return self.ask("cat_file", f"{self.path}/{MANIFEST}", answers=(FileNotFoundError,))
+        except FileNotFoundError:
+            return None
 
 
 def shared_address(cache_dir: str = "") -> str:
@@ -36,58 +83,83 @@ def open_or_build(cache_dir: str, fingerprint: dict[str, Any], produce: Produce)
     address, root, key = shared_address(cache_dir), cache_root(cache_dir), cache_key(fingerprint)
     if not address:
         return find_or_build(root, fingerprint, produce)
-    store, waiting = shared_store.open_store(address, key), shared_store.begin()
-    written = False
-    while (manifest := _whole(store, fingerprint)) is None:
-        taken, waiting = shared_store.take(store, waiting)
-        if not taken:
-            time.sleep(shared_store.POLL_SECONDS)
-            continue
-        with shared_store.held(store, waiting.me):
-            manifest = _whole(store, fingerprint)  # there if it was finished between our look and the lock
-            if manifest is None:
-                cache, _ = find_or_build(root, fingerprint, produce)
-                manifest, written = _publish(store, cache, fingerprint), True
-        break
-    return _copy_here(store, manifest, root, key), written
-
-
-def _whole(store: Store, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest, if all files that it names are there and as long as they were written."""
     try:
-        manifest = json.loads(shared_store.read(store, MANIFEST))
-        paths = {f"{store.path}/{manifest['id']}/{name}": size for name, size in manifest["bytes"].items()}
-        ask(store, "invalidate_cache")  # of listings: another machine may have written since
-        sizes = {path: ask(store, "size", path, answers=(FileNotFoundError,)) for path in paths}
+        filesystem, inner = fsspec.core.url_to_fs(address)
+    except Exception as error:  # a missing library, an unknown protocol, credentials: no common class
+        raise UserError(f"cache_dir={address}: {error}; for gs:// run pip install 'dpo_jax[gcs]'") from error
+    store, written = _Store(filesystem, f"{inner.rstrip('/')}/{key}", address), False
+    if (manifest := _whole(store, fingerprint)) is None:
+        _check_writable(store)  # before an hour of work
+        built, _ = find_or_build(root, fingerprint, produce)
+        manifest = _publish(store, built, fingerprint)
+        written = manifest["id"] == built.manifest["id"]
+
+    def copy(directory: Path) -> None:
+        for name in manifest["bytes"]:
+            store.ask("get_file", f"{store.path}/{manifest['id']}/{name}", str(directory / name))
+        write_json(directory / MANIFEST, manifest)
+
+    return install(root, key, lambda mine: mine["id"] == manifest["id"], copy)[0], written
+
+
+def _whole(store: _Store, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest, if it is this cache's and all files that it names are there and as long as they were written."""
+    try:
+        manifest = json.loads(store.manifest() or b"")
+        paths = {f"{store.path}/{manifest['id']}/{name}": size for name, size in file_sizes(manifest).items()}
+        store.ask("invalidate_cache")  # of listings: another machine may have written since
+        sizes = {path: store.ask("size", path, answers=(FileNotFoundError,)) for path in paths}
     except (ValueError, KeyError, TypeError, FileNotFoundError):  # no manifest, half of one, or a file is missing
         return None
     return manifest if sizes == paths and holds(manifest, fingerprint) else None
 
 
-def _copy_here(store: Store, manifest: dict[str, Any], root: Path, key: str) -> PairCache:
-    """The local copy of exactly this build."""
-
-    def copy(directory: Path) -> None:
-        for name in manifest["bytes"]:
-            ask(store, "get_file", f"{store.path}/{manifest['id']}/{name}", str(directory / name))
-        (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
-
-    return install(root, key, lambda mine: mine["id"] == manifest["id"], copy)[0]
-
-
-def _publish(store: Store, cache: PairCache, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Upload a local cache's files, the manifest last; returns the manifest that is there then, in general this one."""
-    place = f"{store.path}/{cache.manifest['id']}"
-    shared_store.make_directory(store, place)
-    for name in cache.manifest["bytes"]:
-        ask(store, "put_file", str(Path(cache.directory) / name), f"{place}/{name}")
-    if (theirs := _whole(store, fingerprint)) is not None:  # we slept, lost the lock, and another was quicker
-        return theirs
-    ask(store, "pipe_file", f"{store.path}/{MANIFEST}", json.dumps(cache.manifest, indent=1).encode())
-    if (mine := _whole(store, fingerprint)) is None:
+def _publish(store: _Store, cache: PairCache, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Upload a local cache's files, the manifest last; returns the manifest that counts, of this build or another's."""
+    damaged, directory = store.manifest(), f"{store.path}/{cache.manifest['id']}"
+    _make_directory(store, directory)
+    try:
+        for name in cache.manifest["bytes"]:
+            store.ask("put_file", str(Path(cache.directory) / name), f"{directory}/{name}")
+    except UserError:
+        if (shared := _whole(store, fingerprint)) is not None:  # another was quicker, and cleared ours away
+            return shared
+        raise
+    if (shared := _whole(store, fingerprint)) is None:
+        if damaged is not None and store.manifest() == damaged:
+            store.ask("rm", f"{store.path}/{MANIFEST}")
+        _create_manifest(store, cache.manifest)
+        shared = _whole(store, fingerprint)
+    if shared is None:
         raise UserError(f"cache_dir={store.address}: what was just written is not there; is it being deleted?")
-    with contextlib.suppress(Exception):  # what killed builders left harms nobody
+    with contextlib.suppress(Exception):  # what killed builders left, and ours if another was first, harms no run
         for path in store.filesystem.ls(store.path, detail=False):
-            if path.rstrip("/").rsplit("/", 1)[-1] not in (MANIFEST, LOCK, cache.manifest["id"]):
+            if path.rstrip("/").rsplit("/", 1)[-1] not in (MANIFEST, shared["id"]):
                 store.filesystem.rm(path, recursive=True)
-    return mine
+    return shared
+
+
+def _check_writable(store: _Store) -> None:
+    _make_directory(store, store.path)
+    probe = f"{store.path}/{uuid.uuid4().hex}"
+    store.ask("pipe_file", probe, b"")
+    with contextlib.suppress(FileNotFoundError):  # another builder has finished and cleared up
+        store.ask("rm", probe, answers=(FileNotFoundError,))
+
+
+def _make_directory(store: _Store, path: str) -> None:
+    protocols = store.filesystem.protocol
+    if not _BUCKETS & set([protocols] if isinstance(protocols, str) else protocols):
+        store.ask("makedirs", path, exist_ok=True)
+
+
+def _create_manifest(store: _Store, manifest: dict[str, Any]) -> None:
+    """Write the manifest unless there is one: of several builders at once only one does."""
+    path, content = f"{store.path}/{MANIFEST}", json.dumps(manifest, indent=1).encode()
+    # FileNotFoundError: of the file before it gets its name; another builder has finished and cleared up.
+    with contextlib.suppress(FileExistsError, FileNotFoundError):
+        if isinstance(store.filesystem, LocalFileSystem):  # its pipe_file looks first and then writes: two could
+            with whole_file(Path(path), exclusive=True) as file:
+                file.write(content)
+        else:
+            store.ask("pipe_file", path, content, mode="create", answers=(FileExistsError,))

@@ -2,7 +2,8 @@
 
 A cache directory is `ROOT/KEY`, where KEY is a hash of the fingerprint: of everything that decides its content. It is
 written under another name and renamed when whole, so a writer that is killed leaves nothing that is taken for a cache.
-One writer at a time holds `ROOT/KEY.lock`; the others wait and then read what it wrote.
+One writer at a time holds `ROOT/KEY.lock`, which the system frees when its process ends; the others wait and then read
+what it wrote.
 
 Nothing here imports JAX: a `PairCache` is opened again in every data-loading process.
 """
@@ -13,6 +14,7 @@ import fcntl
 import functools
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -32,6 +34,7 @@ FORMAT = 2  # raise it when the files below change; older caches are then built 
 QUARANTINE, MANIFEST = "quarantine.jsonl", "manifest.json"
 _RECORDS = "pairs.array_record"
 _LEFT_OVER_SECONDS = 3600
+_PLAIN = re.compile(r"\w[\w.-]*")  # a file's name: no directory, and nothing hidden
 
 
 class Pair(NamedTuple):
@@ -81,7 +84,7 @@ class PairCache:
         return ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :]
 
     def row(self, index: int) -> dict[str, Any]:
-        """Where pair `index` is from: the source's name, its file (as it lay when the cache was built), the line."""
+        """Where pair `index` is from: the source's name, its file (where it was when the cache was built), the line."""
         entry = next(e for e in self.manifest["sources"] if e["start"] <= index < e["stop"])
         file, line = (int(number) for number in self.origin[index])
         return {"source": entry["name"], "file": entry["files"][file], "line": line}
@@ -91,9 +94,9 @@ class PairCache:
 
 
 def cache_root(cache_dir: str = "") -> Path:
-    """The local directory where caches lie: `cache_dir`, else $DPO_JAX_CACHE, else ~/.cache/dpo_jax.
+    """The local directory of all caches: `cache_dir`, else $DPO_JAX_CACHE, else ~/.cache/dpo_jax.
 
-    An address such as gs://bucket/dir is passed over: see `remote_cache` for those.
+    An address such as gs://bucket/dir is passed over: it names a shared cache, of which this directory has copies.
     """
     named = (cache_dir, os.environ.get("DPO_JAX_CACHE", ""))
     return Path(next((path for path in named if path and "://" not in path), "~/.cache/dpo_jax")).expanduser()
@@ -102,6 +105,17 @@ def cache_root(cache_dir: str = "") -> Path:
 def cache_key(fingerprint: dict[str, Any]) -> str:
     """The name of the directory of the cache with this fingerprint."""
     return digest(_canonical(fingerprint))
+
+
+def file_sizes(manifest: dict[str, Any]) -> dict[str, int]:
+    """The size of every file of a cache with this manifest, by name.
+
+    Raises:
+      ValueError, KeyError, TypeError: this is no manifest, or it names a file that is elsewhere.
+    """
+    if not isinstance(manifest["bytes"], dict) or not all(map(_PLAIN.fullmatch, (manifest["id"], *manifest["bytes"]))):
+        raise ValueError("the manifest names what is no plain file name")
+    return manifest["bytes"]
 
 
 def holds(manifest: dict[str, Any], fingerprint: dict[str, Any]) -> bool:
@@ -129,7 +143,7 @@ def install(
     """The cache `root/key` if it is whole and its manifest is accepted, else what `write` puts there.
 
     Args:
-      root, key: where it lies.
+      root, key: where it is kept.
       accepts: whether the manifest of a whole cache is the wanted one.
       write: fills an empty directory with the files of a cache; called by one process at a time.
 
@@ -173,8 +187,8 @@ def open_cache(directory: str) -> PairCache:
         lengths, source, prompt_hash, origin = (
             np.load(path / f"{name}.npy", mmap_mode="r") for name in ("lengths", "source", "prompt_hash", "origin")
         )
-        sizes = {name: (path / name).stat().st_size for name in manifest["bytes"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        sizes = {name: (path / name).stat().st_size for name in file_sizes(manifest)}
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{directory}: no cache of pairs, or a damaged one ({error}); delete it to build it anew"
         ) from error

@@ -1,28 +1,25 @@
-"""The shared cache: one process builds it, all copy it, and what is not whole is nobody's cache."""
+"""The shared cache: one build of it counts, all copy that one, and what is not whole is built anew."""
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
-import time
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from dpo_jax.data.cache import lock as shared_store
+from dpo_jax.data.cache import shared
 from dpo_jax.data.cache.shared import open_or_build, shared_address
 from dpo_jax.data.cache.store import cache_key
 from dpo_jax.errors import UserError
+from tests import places
 from tests.data.cache.test_store import FINGERPRINT, assert_holds_the_pairs, build_and_be_killed, forbidden, produce
 from tests.processes import run_all
 
 KEY = cache_key(FINGERPRINT)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    for name, seconds in (("BEAT_SECONDS", 0.1), ("STALE_SECONDS", 1.0), ("POLL_SECONDS", 0.05)):
-        monkeypatch.setattr(shared_store, name, seconds)
 
 
 @pytest.fixture
@@ -48,6 +45,23 @@ def remote(address, name):
     return filesystem, f"{path.rstrip('/')}/{KEY}/{name}"
 
 
+def names(address):
+    """What there is of the cache at the address."""
+    filesystem, path = remote(address, "")
+    filesystem.invalidate_cache()
+    return {one.rstrip("/").rsplit("/", 1)[-1] for one in filesystem.ls(path.rstrip("/"), detail=False)}
+
+
+def assert_one_sound_cache(address, machine):
+    """A machine that has nothing yet copies the one whole build that there is; returns its ID."""
+    machine("a machine that comes later")
+    cache, written = open_or_build(address, FINGERPRINT, forbidden)
+    assert not written
+    assert_holds_the_pairs(cache)
+    assert names(address) == {"manifest.json", cache.manifest["id"]}
+    return cache.manifest["id"]
+
+
 def test_built_once_and_copied_by_other_machines(address, machine):
     here = machine("first")
     cache, written = open_or_build(address, FINGERPRINT, produce)
@@ -60,8 +74,7 @@ def test_built_once_and_copied_by_other_machines(address, machine):
     for found in (cache, copy):
         assert_holds_the_pairs(found)
     assert copy.manifest == cache.manifest
-    filesystem, lock = remote(address, shared_store.LOCK)
-    assert not filesystem.exists(lock)
+    assert names(address) == {"manifest.json", cache.manifest["id"]}
 
 
 def test_a_copy_that_is_there_is_not_copied_again(address, machine):
@@ -106,96 +119,173 @@ def test_a_partial_upload_is_not_taken_for_whole(address, machine, name, damage)
     again, written = open_or_build(address, FINGERPRINT, produce)
     assert written
     assert_holds_the_pairs(again)
-    machine("third")
-    assert_holds_the_pairs(open_or_build(address, FINGERPRINT, forbidden)[0])
-    assert len(filesystem.ls(remote(address, "")[1].rstrip("/"))) == 2  # one build and its manifest
+    assert assert_one_sound_cache(address, machine) == again.manifest["id"]
 
 
-def build_slowly(address, root, calls):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bytes": {"../outside": 3}},
+        {"bytes": {"/outside": 3}},
+        {"bytes": {"in/side": 3}},
+        {"bytes": {".hidden": 3}},
+        {"bytes": ["pairs.array_record"]},
+        {"id": ".."},
+    ],
+)
+def test_a_manifest_names_plain_files_only(address, machine, change):
+    """Whoever can write to the bucket must not choose where files are written on every machine."""
+    cache, _ = open_or_build(address, FINGERPRINT, produce)
+    filesystem, path = remote(address, "manifest.json")
+    filesystem.pipe_file(path, json.dumps({**cache.manifest, **change}).encode())
+    for outside in ("outside", f"{cache.manifest['id']}/in/side", f"{cache.manifest['id']}/.hidden"):
+        filesystem.makedirs(os.path.dirname(remote(address, outside)[1]), exist_ok=True)
+        filesystem.pipe_file(remote(address, outside)[1], b"bad")
+    root = machine("second")
+    assert open_or_build(address, FINGERPRINT, produce)[1]
+    assert {path.name for path in root.iterdir()} == {KEY, f"{KEY}.lock"}
+    assert_one_sound_cache(address, machine)
+
+
+def build_at_once(address, root, calls):
     os.environ["DPO_JAX_CACHE"] = root
-    shared_store.BEAT_SECONDS, shared_store.STALE_SECONDS, shared_store.POLL_SECONDS = 0.1, 1.0, 0.05
 
-    def slow(quarantine):
+    def counted(quarantine):
         with open(calls, "a") as stream:
             stream.write("built\n")
-        time.sleep(2.0)  # longer than a lock lives that is not renewed
         return (yield from produce(quarantine))
 
-    assert_holds_the_pairs(open_or_build(address, FINGERPRINT, slow)[0])
+    assert_holds_the_pairs(open_or_build(address, FINGERPRINT, counted)[0])
 
 
-@pytest.mark.parametrize("writers", [2, 4])
-def test_of_several_machines_one_builds_and_the_others_wait(tmp_path, writers):
-    address, calls = f"file://{tmp_path}/shared", str(tmp_path / "calls")
-    run_all(build_slowly, [(address, str(tmp_path / str(n)), calls) for n in range(writers)])
-    assert (tmp_path / "calls").read_text() == "built\n"
+@pytest.mark.slow
+@pytest.mark.parametrize("machines", [2, 4])
+def test_processes_on_several_machines_end_with_one_sound_cache(tmp_path, machine, machines):
+    address, calls = f"file://{tmp_path}/shared", tmp_path / "calls"
+    run_all(build_at_once, [(address, str(tmp_path / str(n // 2)), str(calls)) for n in range(2 * machines)])
+    assert 1 <= len(calls.read_text().splitlines()) <= machines  # of two on one machine, one waits for the other
+    shared_id = assert_one_sound_cache(address, machine)
+    for n in range(machines):
+        here = machine(str(n)) / KEY / "manifest.json"
+        assert json.loads(here.read_text())["id"] == shared_id
 
 
-def test_one_of_many_creates_the_lock(tmp_path):
-    """Many times, and all at the same moment: what fsspec's own `pipe_file(mode="create")` of local files fails at."""
-    for attempt in range(20):
-        store = shared_store.open_store(f"file://{tmp_path}", str(attempt))
-        os.mkdir(store.path)
-        ready, taken = threading.Barrier(8), []
+@pytest.mark.parametrize("machines", [2, 8])
+def test_machines_that_build_at_the_same_time_end_with_one_sound_cache(tmp_path, machine, monkeypatch, machines):
+    """Threads stand for machines; all are building before the first one has finished."""
+    address = f"file://{tmp_path}/shared"  # fsspec's memory has one position for all who read a file
+    monkeypatch.setattr(shared, "cache_root", lambda _: tmp_path / threading.current_thread().name)
+    together, results = threading.Barrier(machines), {}
 
-        def race(store=store, ready=ready, taken=taken):
-            waiting = shared_store.begin()
-            ready.wait()
-            taken.append(shared_store.take(store, waiting)[0])
+    def slow(quarantine):
+        together.wait(30)
+        return (yield from produce(quarantine))
 
-        threads = [threading.Thread(target=race) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert taken.count(True) == 1
+    def build():
+        results[threading.current_thread().name] = open_or_build(address, FINGERPRINT, slow)
+
+    threads = [threading.Thread(target=build) for _ in range(machines)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == machines
+    monkeypatch.undo()
+    shared_id = assert_one_sound_cache(address, machine)
+    assert sum(written for _, written in results.values()) == 1
+    for cache, _ in results.values():
+        assert_holds_the_pairs(cache)
+        assert cache.manifest["id"] == shared_id
 
 
-def test_a_killed_builder_leaves_a_lock_that_is_taken_over(tmp_path, machine):
-    address = f"file://{tmp_path}/shared"
-    build_and_be_killed(address, DPO_JAX_CACHE=str(machine("killed")))
-    filesystem, lock = remote(address, shared_store.LOCK)
-    assert set(json.loads(filesystem.cat_file(lock))) == {"owner", "time"}
-    assert not filesystem.exists(remote(address, "manifest.json")[1])
+KILLED_LATER = """
+import os, signal, sys
+from fsspec.implementations.local import LocalFileSystem
+from dpo_jax.data.cache import shared
+from tests.data.cache.test_store import FINGERPRINT, produce
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+put = LocalFileSystem.put_file
+def half(self, source, target):
+    put(self, source, target)
+    os.truncate(target, 100)
+    die()
+def half_a_manifest(store, manifest):
+    with open(f"{store.path}/manifest.json", "xb") as file:
+        file.write(b'{"format": 2, "id"')  # where writing is not one step
+    die()
+moment = sys.argv[2]
+if moment == "during the upload":
+    LocalFileSystem.put_file = half
+else:
+    shared._create_manifest = die if moment == "before the manifest" else half_a_manifest
+shared.open_or_build(sys.argv[1], FINGERPRINT, produce)
+"""
+
+
+@pytest.mark.parametrize(
+    "moment", ["while building", "during the upload", "before the manifest", "in the middle of the manifest"]
+)
+def test_a_killed_builder_leaves_nothing_that_counts(tmp_path, machine, moment):
+    address, home = f"file://{tmp_path}/shared", str(machine("killed"))
+    if moment == "while building":
+        build_and_be_killed(address, DPO_JAX_CACHE=home)
+    else:
+        command = [sys.executable, "-c", KILLED_LATER, address, moment]
+        done = subprocess.run(
+            command, cwd=places.ROOT, env=os.environ | {"DPO_JAX_CACHE": home}, timeout=60, check=False
+        )
+        assert done.returncode == -signal.SIGKILL
     machine("second")
     cache, written = open_or_build(address, FINGERPRINT, produce)
     assert written
     assert_holds_the_pairs(cache)
-    assert not filesystem.exists(lock)
+    assert assert_one_sound_cache(address, machine) == cache.manifest["id"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"owner": "x", "time": 9e9}'])
-def test_a_lock_that_nobody_renews_is_taken_over_whatever_it_holds(tmp_path, machine, content):
-    address = f"file://{tmp_path}/shared"
-    filesystem, lock = remote(address, shared_store.LOCK)
-    filesystem.makedirs(os.path.dirname(lock))
-    filesystem.pipe_file(lock, content)
-    assert open_or_build(address, FINGERPRINT, produce)[1]
+def test_of_two_builds_the_first_to_finish_counts(address, machine):
+    machine("slow")
 
-
-def test_a_builder_that_slept_does_not_replace_the_build_of_its_heir(address, machine):
-    machine("sleeper")
-
-    def slow(quarantine):
-        machine("heir")
-        filesystem, lock = remote(address, shared_store.LOCK)
-        filesystem.rm(lock)  # as if it had not been renewed
-        slow.heir, _ = open_or_build(address, FINGERPRINT, produce)
-        machine("sleeper")
+    def overtaken(quarantine):
+        machine("quick")
+        overtaken.first, _ = open_or_build(address, FINGERPRINT, produce)
+        machine("slow")
         return (yield from produce(quarantine))
 
-    sleeper, _ = open_or_build(address, FINGERPRINT, slow)
-    assert sleeper.manifest["id"] == slow.heir.manifest["id"]
-    assert_holds_the_pairs(sleeper)
+    cache, written = open_or_build(address, FINGERPRINT, overtaken)
+    assert not written
+    assert cache.manifest["id"] == overtaken.first.manifest["id"]
+    assert_holds_the_pairs(cache)
+    assert assert_one_sound_cache(address, machine) == cache.manifest["id"]
 
 
-def test_an_error_while_building_frees_the_lock(address, machine):
+def test_an_upload_that_another_build_cleared_away(address, machine, monkeypatch):
+    machine("slow")
+    put = type(fsspec.core.url_to_fs(address)[0]).put_file
+
+    def overtaken(self, source, target, *args, **options):
+        monkeypatch.undo()
+        machine("quick")
+        open_or_build(address, FINGERPRINT, produce)
+        machine("slow")
+        raise FileNotFoundError(target)
+
+    monkeypatch.setattr(type(fsspec.core.url_to_fs(address)[0]), "put_file", overtaken)
+    cache, written = open_or_build(address, FINGERPRINT, produce)
+    assert not written
+    assert type(fsspec.core.url_to_fs(address)[0]).put_file == put
+    assert assert_one_sound_cache(address, machine) == cache.manifest["id"]
+
+
+def test_an_error_while_building_leaves_nothing(address, machine):
     def failing(quarantine):
         yield from ()
         raise UserError("data.jsonl: damaged")
 
     with pytest.raises(UserError, match="damaged"):
         open_or_build(address, FINGERPRINT, failing)
+    filesystem, path = remote(address, "")
+    assert filesystem.find(path.rstrip("/")) == []
     assert open_or_build(address, FINGERPRINT, produce)[1]
 
 
