@@ -18,7 +18,8 @@ from dpo_jax.errors import UserError
 from dpo_jax.model.attention.cpu_tiles import Skipping
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.attention.tpu_splash import Tiling
-from dpo_jax.model.config import ModelConfig, hf_config
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.families import hf_config
 from dpo_jax.model.forward import RowTiling, init_params
 from dpo_jax.model.lora import Lora, init_adapters
 from dpo_jax.model.params import Params

@@ -22,7 +22,8 @@ from absl import flags
 from dpo_jax.config.command_line import Command, read_flags
 from dpo_jax.errors import UserError
 from dpo_jax.model import placement as policy
-from dpo_jax.model.config import ModelConfig, config_from_hf
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.families import config_from_hf
 from dpo_jax.model.placement import Layout
 from dpo_jax.objective.objective import Objective
 from dpo_jax.parallel.mesh import make_mesh, row_shards

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_jax.errors import UserError
 from dpo_jax.model import tensors
-from dpo_jax.model.config import FAMILIES, config_from_hf, hf_config
+from dpo_jax.model.families import FAMILIES, config_from_hf, hf_config
 from dpo_jax.model.forward import init_params
 from dpo_jax.weights import huggingface as weights
 from tests.model.families import GOLDEN, load
@@ -148,6 +148,37 @@ def test_what_is_refused_is_named(model_type, keys, words):
     with pytest.raises(UserError, match=words) as caught:
         read(model_type, **keys)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "phi3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"hidden_size": "wide"}, {"num_attention_heads": 0}, {"num_hidden_layers": None}, {"vocab_size": [64]},
+        {"rope_scaling": "linear"}, {"rope_parameters": 3}, {"rope_theta": "high\n"}, {"hidden_size": {"a": "b\nc"}},
+        {"rope_scaling": {"rope_type": {"x": 1}}}, {"rms_norm_eps": "0"}, {"head_dim": []},
+    ],
+)  # fmt: skip
+def test_a_senseless_value_ends_in_one_line(model_type, keys):
+    with pytest.raises(UserError, match=r"^config.json: ") as caught:
+        read(model_type, **keys)
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_stand_for_floats_and_null_for_what_is_derived():
+    config = read("mixtral", router_aux_loss_coef=0, num_key_value_heads=None, head_dim=None)
+    assert (config.router_aux_loss_coef, config.num_key_value_heads, config.head_dim) == (0.0, 4, 8)
+    assert read("gemma2", query_pre_attn_scalar=144.0, final_logit_softcapping=30).query_pre_attn_scalar == 144
+
+
+def test_code_of_the_checkpoint_never_runs(monkeypatch):
+    """`auto_map` names a module of the repository, which transformers would load if it were trusted."""
+    loaded = []
+    monkeypatch.setattr("transformers.dynamic_module_utils.get_class_from_dynamic_module", loaded.append)
+    assert read("llama", auto_map={"AutoConfig": "evil.Config"}, per_layer_config={}, dtype="os.system") == read(
+        "llama"
+    )
+    assert not loaded
 
 
 @pytest.mark.parametrize(

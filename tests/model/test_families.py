@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dpo_jax.model.config import hf_config
 from dpo_jax.model.experts import balance_loss
+from dpo_jax.model.families import hf_config
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
 from dpo_jax.objective.logps import pair_logps
 from dpo_jax.objective.token_logps import LogpOptions

@@ -17,7 +17,7 @@ from configs import hhh
 from dpo_jax.errors import UserError
 from dpo_jax.model import placement as policy
 from dpo_jax.model.attention.dense import Slots
-from dpo_jax.model.config import config_from_hf
+from dpo_jax.model.families import config_from_hf
 from dpo_jax.parallel.mesh import make_mesh, replicated
 from dpo_jax.parallel.tpu import GENERATIONS, parse_topology, quiet
 from dpo_jax.plan import command as plan

@@ -25,7 +25,8 @@ from safetensors.numpy import load_file, save_file
 from dpo_jax.errors import UserError
 from dpo_jax.model import tensors
 from dpo_jax.model.attention.dense import Slots
-from dpo_jax.model.config import ModelConfig, hf_config
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.families import hf_config
 from dpo_jax.model.forward import ModelOptions, hidden_states, init_params, unembedding
 from dpo_jax.parallel.mesh import host_shardings
 from dpo_jax.weights import hub as hub_module

@@ -1,0 +1,273 @@
+"""Model families: a Hugging Face `config.json` ↔ `ModelConfig`.
+
+`FAMILIES` says per `model_type` what the family fixes and which keys of its file set which numbers; reading and writing
+use the same table. What an absent key means, and what older files call it, is left to transformers' config class of the
+family. What cannot be computed exactly is refused by name.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.errors import UserError
+from dpo_jax.model.config import ACTIVATIONS, ModelConfig
+
+_ORIGINAL = "original_max_position_embeddings"
+# Rope types and the keys that they need.
+ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
+    "longrope": ("short_factor", "long_factor", _ORIGINAL, "attention_factor"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One `model_type`.
+
+    Attributes:
+      architecture: the transformers class of a model of this family.
+      fixed: fields of `ModelConfig` that the family fixes.
+      keys: keys of its config.json and the fields (several: with blanks between) that they set.
+      aliases: other names that some versions write for a key.
+      refused: keys that must be absent, null or this value.
+      windows: which layers have a sliding window where the file switches one on: "all", those that "layer_types" names,
+        or "none".
+      partial_rotary: only the first part of a head may be rotated.
+    """
+
+    architecture: str
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refused: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    windows: str = "none"
+    partial_rotary: bool = False
+
+
+_ACT = {"hidden_act": "hidden_act"}
+_BIAS = {"attention_bias": "attention_bias output_bias"}
+_EXPERTS = {"num_experts_per_tok": "num_experts_per_tok", "router_aux_loss_coef": "router_aux_loss_coef"}
+_GEMMA_KEYS = _BIAS | {
+    "hidden_activation": "hidden_act",
+    "query_pre_attn_scalar": "query_pre_attn_scalar",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_GEMMA_FIXED = {"norms": "both", "unit_offset": True, "scale_embeddings": True}
+_NO_BIAS = {"attention_bias": False, "mlp_bias": False}
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", keys=_ACT | _BIAS, refused={"mlp_bias": False}),
+    "mistral": Family("MistralForCausalLM", keys=_ACT, refused=_NO_BIAS, windows="all"),
+    "qwen2": Family("Qwen2ForCausalLM", fixed={"attention_bias": True}, keys=_ACT, windows="layer_types"),
+    "qwen3": Family("Qwen3ForCausalLM", fixed={"qk_norm": "head"}, keys=_ACT | _BIAS, windows="layer_types"),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        fixed=_GEMMA_FIXED,
+        keys=_GEMMA_KEYS | {"attn_logit_softcapping": "attn_logit_softcapping"},
+        refused={"use_bidirectional_attention": False},
+        windows="layer_types",
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        fixed=_GEMMA_FIXED | {"qk_norm": "head"},
+        keys=_GEMMA_KEYS,
+        refused={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
+        windows="layer_types",
+    ),
+    "olmo2": Family("Olmo2ForCausalLM", fixed={"norms": "post", "qk_norm": "projection"}, keys=_ACT | _BIAS),
+    "phi3": Family("Phi3ForCausalLM", keys=_ACT, refused=_NO_BIAS, windows="all", partial_rotary=True),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        keys=_ACT | _EXPERTS | {"num_local_experts": "num_experts"},
+        refused=_NO_BIAS,
+        windows="all",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        fixed={"qk_norm": "head"},
+        keys=_BIAS
+        | _EXPERTS
+        | {"moe_intermediate_size": "intermediate_size", "hidden_act": "hidden_act"}
+        | {"num_experts": "num_experts", "norm_topk_prob": "norm_topk_prob"},
+        aliases={"num_local_experts": "num_experts"},  # transformers 5
+        # Layers of different parameters cannot be scanned as one: all have experts, as in every published checkpoint.
+        refused={"decoder_sparse_step": 1, "mlp_only_layers": []},
+        windows="all",
+    ),
+}
+
+# Keys of every family that are fields of `ModelConfig` too; a file without the first five is not complete.
+_NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_COMMON = (
+    *_NEEDED, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
+)  # fmt: skip
+_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern", "layer_types")
+_ROPES = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
+
+
+def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
+    """Read a Hugging Face `config.json`.
+
+    Args:
+      hf: the parsed file.
+      where: the file's name, for messages.
+
+    Raises:
+      UserError: what is not supported (`model_type`, activation, rope type, ...), a missing key, or a senseless value.
+    """
+    model_type = hf.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(f"{where}: model_type={model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow to import
+
+    family = FAMILIES[model_type]
+    hf = {family.aliases.get(key, key): value for key, value in hf.items()}
+    try:
+        _refuse(hf, family)
+        c = _as_transformers(hf, family, CONFIG_MAPPING[model_type])
+        values = {key: getattr(c, key) for key in _COMMON}
+        values |= {field: getattr(c, key) for key, fields in family.keys.items() for field in fields.split()}
+        values |= {"model_type": model_type, **family.fixed, **_windows(hf, c, family), **_rope(hf, c, family)}
+        if values["hidden_act"] not in ACTIVATIONS:
+            able = ", ".join(ACTIVATIONS)
+            raise UserError(f"hidden_act={values['hidden_act']!r} is not supported; supported: {able}")
+        return ModelConfig(**values)
+    except Exception as e:  # a value of a wrong type or size, met here or in transformers
+        words = str(e) if isinstance(e, UserError) else f"not a {model_type} model's numbers ({type(e).__name__}: {e})"
+        raise UserError(f"{where}: {' '.join(words.split())}") from None
+
+
+def _refuse(hf: Mapping[str, Any], family: Family) -> None:
+    kind = f"for model_type={hf['model_type']!r}"
+    for key, accepted in family.refused.items():
+        if hf.get(key) is not None and hf[key] != accepted:
+            raise UserError(f"{key}={hf[key]!r} is not supported {kind}; supported: {accepted!r}")
+    if hf.get("quantization_config"):
+        raise UserError("quantization_config: quantized checkpoints are not supported; use the unquantized one")
+    for key in _NEEDED:
+        if key not in hf and not (key == "intermediate_size" and "moe_intermediate_size" in family.keys):
+            raise UserError(f"key {key!r} is missing; is this a complete Hugging Face config.json?")
+    names = hf.get("layer_types") or [] if family.windows == "layer_types" else []
+    unknown = set(names) - {"sliding_attention", "full_attention"}
+    if unknown or (names and len(names) != hf["num_hidden_layers"]):
+        found = repr(sorted(unknown)[0]) if unknown else f"{len(names)} entries for {hf['num_hidden_layers']} layers"
+        raise UserError(f"layer_types: {found}; needs sliding_attention or full_attention for every layer")
+
+
+def _as_transformers(hf: Mapping[str, Any], family: Family, make: Any) -> Any:
+    """The file as transformers' config class `make` reads it: absent keys filled in, a rope of any version in one form.
+
+    Only keys that are used here reach the class, and no code of the checkpoint's author ever runs.
+    """
+    hf = copy.deepcopy(dict(hf))  # transformers writes into what it is given
+    taken = (*_COMMON, *_WINDOWS, *family.keys, *((_ORIGINAL,) if family.partial_rotary else ()))
+    values = {key: _as_number(hf[key], getattr(make, key, None)) for key in taken if key in hf}
+    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    for key, value in (("num_key_value_heads", heads), ("head_dim", width // heads)):  # not every class derives them
+        if values.get(key, getattr(make, key, None)) is None:
+            values[key] = value
+    c = make(**values, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    # Afterwards, as the class would refuse ropes that lack a key with words of its own.
+    c.rope_parameters, ropes = hf.get("rope_parameters"), {key: hf[key] for key in _ROPES if hf.get(key) is not None}
+    if "rope_scaling" in ropes:
+        ropes["rope_scaling"].setdefault("rope_type", ropes["rope_scaling"].get("type", "default"))
+    c.convert_rope_params_to_dict(**ropes)
+    return c
+
+
+def _as_number(value: Any, like: Any) -> Any:
+    """A whole number as a float and the other way round, as the class asks for the one or the other."""
+    same = {type(value), type(like)} == {int, float} and type(like)(value) == value
+    return type(like)(value) if same else value
+
+
+def _windows(hf: Mapping[str, Any], c: Any, family: Family) -> dict[str, Any]:
+    """Which layers slide, and how far they see."""
+    if family.windows == "none":
+        return {}
+    kinds = c.layer_types if family.windows == "layer_types" else ["sliding_attention"] * c.num_hidden_layers
+    layers = tuple(kind == "sliding_attention" for kind in kinds)
+    if any(layers) and not c.sliding_window and family.windows == "layer_types" and hf.get("layer_types"):
+        raise UserError("layer_types names sliding_attention but sliding_window is off; set it")
+    return {"sliding_window": c.sliding_window, "sliding_layers": layers} if any(layers) and c.sliding_window else {}
+
+
+def _rope(hf: Mapping[str, Any], c: Any, family: Family) -> dict[str, Any]:
+    """Rotary embedding of all layers, and of the sliding ones where they have their own (Gemma 3)."""
+    rope: dict[str, Any] = c.rope_parameters
+    values: dict[str, Any] = {}
+    if c.model_type == "gemma3_text":
+        local, rope = rope["sliding_attention"], rope["full_attention"]
+        if local["rope_type"] != "default":
+            raise UserError(
+                f"rope type {local['rope_type']!r} of sliding_attention is not supported; supported: default"
+            )
+        values["rope_local_theta"] = float(local["rope_theta"])
+    kind = rope["rope_type"]
+    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+    if kind not in ROPE_KEYS:
+        raise UserError(f"rope type {kind!r} is not supported; supported: {', '.join(ROPE_KEYS)}")
+    if partial != 1 and not family.partial_rotary:
+        able = ", ".join(name for name, one in FAMILIES.items() if one.partial_rotary)
+        raise UserError(f"partial_rotary_factor={partial} is not supported; supported for: {able}")
+    if kind == "longrope":
+        rope = _longrope(c, rope, int(c.head_dim * partial) // 2)
+    missing = [key for key in ROPE_KEYS[kind] if rope.get(key) is None]
+    if missing:
+        raise UserError(f"rope type {kind!r} needs {', '.join(missing)} beside it")
+    kept = {key: tuple(rope[key]) if isinstance(rope[key], list) else rope[key] for key in ROPE_KEYS[kind]}
+    values["rope_scaling"] = () if kind == "default" else tuple(sorted({**kept, "rope_type": kind}.items()))
+    return values | {"rope_theta": float(rope["rope_theta"]), "partial_rotary_factor": float(partial)}
+
+
+def _longrope(c: Any, rope: Mapping[str, Any], pairs: int) -> dict[str, Any]:
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753) with its attention factor worked out."""
+    original = getattr(c, _ORIGINAL, None) or rope[_ORIGINAL]
+    for key in ("short_factor", "long_factor"):
+        if len(rope.get(key, [0.0] * pairs)) != pairs:
+            raise UserError(f"{key} has {len(rope[key])} numbers, the model's heads need {pairs}")
+    factor, attention = rope.get("factor") or c.max_position_embeddings / original, rope.get("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {**rope, _ORIGINAL: original, "attention_factor": attention}
+
+
+def hf_config(
+    config: ModelConfig, *, bos_token_id: int | None = None, eos_token_id: int | None = None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """The config.json of a model made from scratch, with the keys that every version of transformers reads.
+
+    Generation ends at `eos_token_id`: give the tokenizer's, also to a `save_weights` of this model.
+    """
+    c, family = config, FAMILIES[config.model_type]
+    hf: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": c.model_type,
+        "initializer_range": 0.02,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": None,
+        "torch_dtype": dtype,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": {k: list(v) if isinstance(v, tuple) else v for k, v in c.rope_scaling} or None,
+    }
+    hf |= {key: getattr(c, key) for key in _COMMON}
+    hf |= {key: getattr(c, fields.split()[0]) for key, fields in family.keys.items()}
+    hf |= {key: accepted for key, accepted in family.refused.items() if accepted is not None}
+    if family.windows != "none":
+        hf["sliding_window"] = c.sliding_window or None  # left out, some have one
+    if c.model_type.startswith("qwen"):
+        hf["use_sliding_window"] = bool(c.sliding_window)
+    if family.windows == "layer_types":
+        slides = c.sliding_layers or (False,) * c.num_hidden_layers
+        hf["layer_types"] = ["sliding_attention" if s else "full_attention" for s in slides]
+    if c.rope_local_theta is not None:
+        hf["rope_local_base_freq"] = c.rope_local_theta
+    if family.partial_rotary:
+        hf["partial_rotary_factor"] = c.partial_rotary_factor
+        hf[_ORIGINAL] = dict(c.rope_scaling).get(_ORIGINAL, c.max_position_embeddings)
+    return hf
