@@ -34,21 +34,26 @@ import jax
 import numpy as np
 
 from dpo_jax.config.command_line import parse
+from dpo_jax.config.settings import Settings, read_settings
 from dpo_jax.errors import UserError
-from dpo_jax.model import placement as policy
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
 from dpo_jax.model.placement import Layout
+from dpo_jax.model.sharding import axis_rules
 from dpo_jax.objective.logps import pair_logps
 from dpo_jax.objective.policy_logps import logp_options, logps_fn
 from dpo_jax.objective.token_logps import LogpOptions
-from dpo_jax.parallel.mesh import axis_rules, make_mesh, to_global
-from dpo_jax.rows.pipeline import PairSource, Schedule, build_rows
+from dpo_jax.parallel.mesh import make_mesh, to_global
+from dpo_jax.rows.pipeline import PairSource, Schedule, build_rows, make_schedule
 from dpo_jax.rows.schedule import RowShape
 from dpo_jax.training import inputs
-from dpo_jax.training.loop import slots_of
-from dpo_jax.training.setup import make_objective, plan_of, transformation
+from dpo_jax.training.batches import slots_of
+from dpo_jax.training.reference import read_reference
+from dpo_jax.training.setup import make_layout, make_objective, make_optimizer
+from dpo_jax.training.state import start_state
 from dpo_jax.training.step import LogpsFn, make_logps_step, make_train_step
+from dpo_jax.weights.find import Policy, find_policy
+from dpo_jax.weights.load import load_params
 
 Rows = dict[str, np.ndarray]
 WHOLE = 10**9  # tokens: more than there are, so one chunk
@@ -191,14 +196,15 @@ def main() -> None:
     a = parser.parse_args()
     try:
         config, workdir, _ = parse(["dpo_jax.train", *a.flags])
-        c = dict(config)
-        mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"])
-        found = policy.find(c["model"], workdir, c["seed"])
-        layout = policy.lay_out(found.config, mesh, param_dtype=c["param_dtype"], compute_dtype=c["compute_dtype"])
+        s = read_settings(config)
+        mesh = make_mesh(*s.mesh)
+        policy = find_policy(s.model, workdir, s.seed)
+        layout = make_layout(s, policy.config, mesh)
         with jax.set_mesh(mesh):
-            plan = plan_of(c, inputs.prepare_pairs(c, found.tokenizer, workdir, None).train, layout, None)
+            pairs = inputs.prepare_pairs(s, policy.tokenizer, workdir, None).train
+            plan = make_schedule(pairs, s.batch.size, layout.row_limits(s.batch.microbatches), s.batch.order)
             steps = [i for i in range(plan.steps_per_epoch) if plan.place(i)[0] == plan.shapes[0]][: a.steps]
-            measure(c, found, layout, plan, steps, a.out)
+            measure(s, policy, layout, plan, steps, a.out)
     except UserError as e:
         parser.error(str(e))
 
@@ -209,14 +215,12 @@ def variant_batch(rows: Rows, parts: int, layout: Layout) -> dict[str, jax.Array
     return to_global({k: x.reshape(parts, n, *x.shape[1:]) for k, x in rows.items()}, layout.mesh, n)
 
 
-def measure(
-    c: dict[str, Any], found: policy.Policy, layout: Layout, plan: Schedule, steps: list[int], file: Path
-) -> None:
+def measure(s: Settings, policy: Policy, layout: Layout, plan: Schedule, steps: list[int], file: Path) -> None:
     """Seconds of every variant at every step, XLA's temporaries, and real tokens of computed ones; kept in `file`."""
-    tx, rate = transformation(c, c["learning_rate"], c["lr_schedule"], len(steps))
-    objective = make_objective(c)
-    fresh = lambda: policy.start_state(policy.load_params(found, layout, c["seed"]), tx, layout)
-    reference = policy.load_reference(found.directory, layout, moves=False)
+    tx, rate = make_optimizer(s.optimizer, len(steps))
+    objective = make_objective(s.objective)
+    fresh = lambda: start_state(load_params(policy, layout, s.seed), tx, layout)
+    reference = read_reference(policy.directory, layout, moves=False)
     state = fresh()
     runs: dict[str, list[Callable[[Any], Any]]] = {}
     out: dict[str, Any] = {}

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import numpy as np
 from benchmarks.gate import Gate
 from dpo_jax import train
 from dpo_jax.rows.pipeline import StepSource
-from dpo_jax.training.loop import Phase, run_phase
+from dpo_jax.training import phases
+from dpo_jax.training.loop import Item, Phase
 
 LOGGED = ("dpo_loss", "chosen_logp", "rejected_logp", "grad_norm")
 
@@ -40,30 +42,31 @@ def write_steps(source: StepSource, path: Path, steps: int) -> None:
             f.write(json.dumps(pairs) + "\n")
 
 
-def gated(phase: Phase, gate: Gate) -> Phase:
-    """The phase with a step that takes its turn."""
-    lengths = phase.source.schedule.lengths
-    facts: dict[str, Any] = {"longest": [int(lengths[:, 0].max()), int(lengths[:, 1:].max())], "pairs": len(lengths)}
+def gated(phase: Phase[Any], batches: Iterator[Item], gate: Gate, longest: list[int]) -> tuple[Any, Iterator[Item]]:
+    """The phase with a step that takes its turn, and its batches."""
+    facts: dict[str, Any] = {"longest": longest[:2], "pairs": longest[2]}
     compiled: set[Any] = set()
-    count = 0
     running: dict[str, Any] = {}  # the metrics of the step before
+    current: list[Item] = []
 
-    def step(state: Any, reference: Any, batch: Any, slots: Any) -> Any:
-        nonlocal count
+    def passed() -> Iterator[Item]:
+        for item in batches:
+            current[:] = [item]
+            yield item
+
+    def step(state: Any, batch: Any, shape: Any) -> Any:
         jax.block_until_ready((state, running))
         facts.update({name: float(running[name]) for name in LOGGED if running})
         gate.boundary(**facts)
-        state, metrics = phase.train_step(state, reference, batch, slots)
-        shape = (slots, batch["tokens"].shape)
-        info = phase.source[count]["info"]
+        state, metrics = phase.step(state, batch, shape)
         facts.clear()
-        facts.update(compiled=shape not in compiled, fill=info["fraction"], shape=dataclasses.astuple(info["shape"]))
+        fill = current[0].facts["useful_token_fraction"]
+        facts.update(compiled=shape not in compiled, fill=fill, shape=dataclasses.astuple(shape))
         running.update(metrics)
         compiled.add(shape)
-        count += 1
         return state, metrics
 
-    return dataclasses.replace(phase, train_step=step)
+    return dataclasses.replace(phase, step=step), passed()
 
 
 def main() -> int:
@@ -75,11 +78,18 @@ def main() -> int:
     a = parser.parse_args()
     gate = Gate(a.gate)
 
-    def run_gated(phase: Phase, *args: Any, **kwargs: Any) -> Any:
-        write_steps(phase.source, a.steps_file, a.steps)
-        return run_phase(gated(phase, gate), *args, **kwargs)
+    load, run_phase, longest = phases.loaded, phases.run_phase, []
 
-    train.run_phase = run_gated
+    def loaded(source: StepSource, *rest: Any) -> Iterator[Item]:
+        write_steps(source, a.steps_file, a.steps)
+        lengths = source.schedule.lengths
+        longest[:] = [int(lengths[:, 0].max()), int(lengths[:, 1:].max()), len(lengths)]
+        return load(source, *rest)
+
+    def run_gated(phase: Phase[Any], batches: Iterator[Item], *args: Any, **kwargs: Any) -> Any:
+        return run_phase(*gated(phase, batches, gate, longest), *args, **kwargs)
+
+    phases.loaded, phases.run_phase = loaded, run_gated
     return train.main(["dpo_jax.train", *a.flags])
 
 

@@ -33,14 +33,17 @@ import dpo_jax.train
 from configs import hhh
 from dpo_jax.data.comparison import Comparison, LabeledComparison
 from dpo_jax.data.render import make_renderer, render_batch
-from dpo_jax.model import placement as policy
 from dpo_jax.model.attention.dense import Slots
+from dpo_jax.model.options import LayoutOptions
+from dpo_jax.model.placement import place_model
 from dpo_jax.objective.losses import Scored, sigmoid
 from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.rows.pipeline import build_rows
 from dpo_jax.rows.schedule import RowShape
 from dpo_jax.sampling import engine as sample
+from dpo_jax.weights.find import find_policy
+from dpo_jax.weights.load import load_params
 
 SMALL = bool(os.environ.get("DPO_JAX_SMALL"))  # short runs, for tests
 
@@ -91,14 +94,14 @@ START = Path("runs/tutorial-sft/export")
 
 # %%
 mesh = make_mesh(1, -1, 1)
-model = policy.find(str(START), Path("runs"), 0)
-layout = policy.lay_out(model.config, mesh, param_dtype="float32", compute_dtype="float32")
+model = find_policy(str(START), Path("runs"), 0)
+layout = place_model(model.config, mesh, LayoutOptions(compute_dtype="float32"))
 logps_of = jax.jit(logps_fn(layout, remat="none"), static_argnums=2)
 
 
 def load(directory):
     with jax.set_mesh(mesh):
-        return policy.load_params(policy.find(str(directory), Path("runs"), 0), layout, 0)
+        return load_params(find_policy(str(directory), Path("runs"), 0), layout, 0)
 
 
 def completion_logps(params, triples):

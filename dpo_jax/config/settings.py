@@ -45,7 +45,7 @@ class ObjectiveOptions:
       balance: weight of the experts' load-balancing loss; 0 is off.
       ld_alpha: weight of tokens beyond the shorter completion's length; 1 is off.
       wpo: weigh pairs by the policy's own likelihood of them.
-      divergence: `f_divergence` and its `f_alpha`.
+      f_divergence, f_alpha: from the reference.
       hyperparameters: of single losses, by name.
     """
 
@@ -54,7 +54,8 @@ class ObjectiveOptions:
     balance: float
     ld_alpha: float
     wpo: bool
-    divergence: Mapping[str, Any]
+    f_divergence: str
+    f_alpha: float
     hyperparameters: Mapping[str, float]
 
 
@@ -183,7 +184,8 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             balance=c["router_aux_loss_coef"],
             ld_alpha=c["ld_alpha"],
             wpo=c["wpo"],
-            divergence={name: c[name] for name in ("f_divergence", "f_alpha")},
+            f_divergence=c["f_divergence"],
+            f_alpha=c["f_alpha"],
             hyperparameters={n: c[n] for n in ("label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau")},
         ),
         reference=ReferenceOptions(

@@ -19,6 +19,7 @@ from rich.progress import Progress as Bar
 
 from dpo_jax.config.command_line import Command, read_flags
 from dpo_jax.config.paths import check_paths
+from dpo_jax.config.settings import Settings, read_settings
 from dpo_jax.config.values import check_workdir
 from dpo_jax.data.cache.shared import shared_address
 from dpo_jax.data.cache.store import cache_root
@@ -28,9 +29,8 @@ from dpo_jax.inspection.console import print_inspection, print_rows, say
 from dpo_jax.inspection.page import write_inspection
 
 if TYPE_CHECKING:
-    from dpo_jax.model.placement import Policy
+    from dpo_jax.weights.find import Policy
 
-Config = Mapping[str, Any]
 LINE_SECONDS = 10.0  # between two lines about progress, where there is no terminal
 _USAGE = "python -m dpo_jax.data {} --config=configs/hhh.py[:PRESET] [--config.KEY=VALUE ...]"
 
@@ -82,49 +82,49 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"unknown command {name!r}; use {' or '.join(COMMANDS)}")
         config, options = read_flags([program, *rest], COMMANDS[name])
         check_paths(config)
-        c = config.to_dict()
-        (_inspect if name == "inspect" else _prepare)(c, options)
+        (_inspect if name == "inspect" else _prepare)(read_settings(config), options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _inspect(c: Config, options: Mapping[str, Any]) -> None:
+def _inspect(s: Settings, options: Mapping[str, Any]) -> None:
     from dpo_jax.inspection.gather import Inspection, pair_examples, schedule_use
-    from dpo_jax.model import placement as policy
+    from dpo_jax.model.tuning import row_limits
+    from dpo_jax.rows.pipeline import make_schedule
     from dpo_jax.training import inputs
 
-    shards, micro, platform = options["shards"], c["microbatches"], options["platform"]
-    inputs.check_division(c["batch_size"], shards, micro)
-    found, prepared, _ = _pairs(c, options["workdir"])
-    where = f"{c['batch_size']} pairs a step over {shards} data shards x {micro} microbatches ({platform})"
+    shards, micro, platform = options["shards"], s.batch.microbatches, options["platform"]
+    inputs.check_division(s.batch, shards)
+    policy, prepared, _ = _pairs(s, options["workdir"])
+    where = f"{s.batch.size} pairs a step over {shards} data shards x {micro} microbatches ({platform})"
     use, note = None, ""
     try:
-        inputs.check_enough(c, len(prepared.train))
-        limits = policy.limits_on(found.config, shards * micro, platform)
-        schedule = inputs.plan(c, prepared.train, limits, prepared.split.mixture)
+        inputs.check_enough(s.batch, len(prepared.train))
+        limits = row_limits(policy.config, shards * micro, platform)
+        schedule = make_schedule(prepared.train, s.batch.size, limits, s.batch.order, prepared.split.mixture)
     except UserError as error:  # what there is can still be looked at
         note = f"no schedule: {error}"
     else:
-        use = schedule_use(schedule, where, inputs.run_steps(c, schedule.steps_per_epoch))
+        use = schedule_use(schedule, where, inputs.run_steps(s, schedule.steps_per_epoch))
     shown = Inspection(
-        dataset=c["dataset"],
-        model=c["model"],
+        dataset=s.data.dataset,
+        model=s.model,
         report=prepared.report,
         lengths=prepared.train.lengths,
         schedule=use,
         note=note,
-        examples=pair_examples(prepared, found.tokenizer, options["examples"]),
+        examples=pair_examples(prepared, policy.tokenizer, options["examples"]),
     )
     print_inspection(shown, _console())
     if options["html"]:
         print(f"page {write_inspection(shown, Path(options['html']))}")
 
 
-def _prepare(c: Config, options: Mapping[str, Any]) -> None:
+def _prepare(s: Settings, options: Mapping[str, Any]) -> None:
     start, console = time.monotonic(), _console()
-    _, prepared, shared = _pairs(c, options["workdir"])
+    _, prepared, shared = _pairs(s, options["workdir"])
     print_rows(prepared.report, console)
     cache = prepared.train.cache
     size = sum(file.stat().st_size for file in Path(cache.directory).iterdir())
@@ -133,22 +133,22 @@ def _prepare(c: Config, options: Mapping[str, Any]) -> None:
     say(console, f"cache {place}: {len(cache):,} pairs, {size / 1e6:,.1f} MB, {made}")
 
 
-def _pairs(c: Config, given: str) -> "tuple[Policy, Prepared, str]":
+def _pairs(s: Settings, given: str) -> "tuple[Policy, Prepared, str]":
     """The model's numbers and tokenizer, the pairs, and the address of the shared cache, if it is one."""
-    from dpo_jax.model import placement as policy
     from dpo_jax.training import inputs
+    from dpo_jax.weights.find import find_policy
 
-    workdir = Path(check_workdir(given)) if given else cache_root(c["cache_dir"]) / f"tiny-{c['seed']}"
+    workdir = Path(check_workdir(given)) if given else cache_root(s.data.cache_dir) / f"tiny-{s.seed}"
     quarantine = workdir / "quarantine.jsonl" if given else None
-    if c["model"] == "tiny" or c["dataset"] == "synthetic":
+    if s.model == "tiny" or s.data.dataset == "synthetic":
         try:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{workdir} cannot be written ({error.strerror}); give a writable --workdir") from error
-    found = policy.find(c["model"], workdir, c["seed"], with_weights=False)
+    policy = find_policy(s.model, workdir, s.seed, with_weights=False)
     with _progress(Console(stderr=True)) as progress:
-        prepared = inputs.prepare_pairs(c, found.tokenizer, workdir, quarantine, progress)
-    return found, prepared, shared_address(c["cache_dir"])
+        prepared = inputs.prepare_pairs(s, policy.tokenizer, workdir, quarantine, progress)
+    return policy, prepared, shared_address(s.data.cache_dir)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+ATTENTION = ("auto", "splash", "tiles", "dense")
+
 
 @dataclasses.dataclass(frozen=True)
 class LayoutOptions:
@@ -13,7 +15,7 @@ class LayoutOptions:
       compute_dtype: of activations, products and the reference; auto is bfloat16, and float32 on CPU, which is faster
         there.
       base_dtype: of the frozen base under adapters; auto is the compute dtype.
-      attention: auto, splash, tiles or dense.
+      attention: one of `ATTENTION`.
       optimizer_offload, reference_offload: keep the optimiser's moments, or the reference, in the host's memory.
       compiler_options: XLA's, on top of those of the TPU generation.
       longest: no sequence of a prompt and a completion has more tokens; None: unknown.

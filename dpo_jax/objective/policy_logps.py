@@ -11,9 +11,9 @@ from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
 from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout
 from dpo_jax.model.remat import to_device
+from dpo_jax.model.sharding import axis_rules
 from dpo_jax.objective.logps import Logps, LogpsFn, pair_logps
 from dpo_jax.objective.token_logps import LogpOptions, on_platform
-from dpo_jax.parallel.mesh import axis_rules
 
 
 def logp_options(layout: Layout) -> LogpOptions:

@@ -1,4 +1,4 @@
-"""The mesh, the logical-axis rules, and host arrays → global arrays. Mesh axis names occur here and nowhere else."""
+"""The mesh, and host arrays → global arrays. Mesh axis names occur here and in `model/sharding.py`, nowhere else."""
 
 import contextlib
 import functools
@@ -6,19 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.errors import UserError
-from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.forward import init_params
-from dpo_jax.model.lora import Lora, init_adapters
 
 AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")
@@ -69,82 +64,6 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
 def row_shards(mesh: Mesh) -> int:
     """Over how many parts the rows of a batch divide."""
     return math.prod(mesh.shape[a] for a in ROW_AXES)
-
-
-def axis_rules(config: ModelConfig, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
-    """Logical axis → mesh axis for one model.
-
-    Raises:
-      UserError: a dimension of the model does not divide over its mesh axis.
-    """
-    tensor = mesh.shape["tensor"]
-    spread_experts = config.num_experts > 0 and config.num_experts % tensor == 0
-    for name, size, axis in (
-        ("hidden_size", config.hidden_size, "fsdp"),
-        ("num_attention_heads", config.num_attention_heads, "tensor"),
-        # Whole experts are spread over the tensor shards where they divide, else the ffn of every expert.
-        ("intermediate_size", 0 if spread_experts else config.intermediate_size, "tensor"),
-    ):
-        if size % mesh.shape[axis]:
-            raise UserError(f"mesh_{axis}={mesh.shape[axis]} does not divide the model's {name}={size}; use a divisor")
-    vocab, table = _table_axes(config, mesh)
-    return (
-        ("rows", ROW_AXES),
-        ("tokens", None),
-        ("activation", None),
-        ("embed", "fsdp"),
-        ("vocab", vocab),
-        ("table", table),
-        ("vocab_parts", VOCAB_AXES),
-        ("heads", "tensor"),
-        # Fewer kv-heads than tensor shards: each shard keeps them all, as it needs some of each.
-        ("kv_heads", "tensor" if config.num_key_value_heads % tensor == 0 else None),
-        ("head_dim", None),
-        ("mlp", "tensor"),
-        ("router", None),
-        ("experts", "tensor" if spread_experts else None),
-        ("expert_mlp", None if spread_experts else "tensor"),
-        ("norm", None),
-        ("layers", None),
-        ("rank", None),
-    )
-
-
-def _table_axes(config: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """How the vocabulary's tables lie: by tokens, as they are computed with, or, if those do not divide, by width.
-
-    `vocabulary.py` makes parts of whole rows of the latter when it needs them.
-    """
-    parts = math.prod(mesh.shape[a] for a in VOCAB_AXES)
-    if config.vocab_size % parts == 0:
-        return VOCAB_AXES, None
-    return None, VOCAB_AXES if config.hidden_size % parts == 0 else "fsdp"
-
-
-def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
-    """A tree of `NamedSharding` shaped like the parameters."""
-    return _shardings(jax.eval_shape(lambda: init_params(jax.random.key(0), config)), config, mesh)
-
-
-def adapter_shardings(config: ModelConfig, lora: Lora, mesh: Mesh) -> Any:
-    """As `param_shardings`: A and B lie as their kernel does, whole along the rank."""
-    return _shardings(jax.eval_shape(lambda: init_adapters(jax.random.key(0), config, lora)), config, mesh)
-
-
-def _shardings(abstract: Any, config: ModelConfig, mesh: Mesh) -> Any:
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, axis_rules(config, mesh))
-
-
-def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of `tx.init(params)`: every moment lies like its parameter, every scalar is replicated."""
-    replicated = NamedSharding(mesh, P())
-    return optax.tree_map_params(
-        tx,
-        lambda _, sharding: sharding,
-        jax.eval_shape(tx.init, params),
-        shardings,
-        transform_non_params=lambda _: replicated,
-    )
 
 
 def host_shardings(shardings: Any) -> Any:

@@ -20,11 +20,12 @@ import numpy as np
 from absl import flags
 
 from dpo_jax.config.command_line import Command, read_flags
+from dpo_jax.config.settings import Settings, read_settings
 from dpo_jax.errors import UserError
-from dpo_jax.model import placement as policy
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families import config_from_hf
 from dpo_jax.model.placement import Layout
+from dpo_jax.model.tuning import passes
 from dpo_jax.objective.objective import Objective
 from dpo_jax.parallel.mesh import make_mesh, row_shards
 from dpo_jax.parallel.tpu import Topology, parse_topology
@@ -34,13 +35,14 @@ from dpo_jax.plan.known import MODELS
 from dpo_jax.plan.lengths import Lengths, find_lengths
 from dpo_jax.plan.search import largest_batch
 from dpo_jax.plan.text import lines, search_line, tried_line
-from dpo_jax.rows.pipeline import Schedule
+from dpo_jax.rows.pipeline import Schedule, make_schedule
 from dpo_jax.rows.schedule import RowShape, efficiency
 from dpo_jax.training import inputs
-from dpo_jax.training.loop import slots_of
-from dpo_jax.training.setup import Config, lay_out, make_objective, plan_of, transformation
+from dpo_jax.training.batches import slots_of
+from dpo_jax.training.setup import make_layout, make_objective, make_optimizer
 from dpo_jax.weights import hub
 from dpo_jax.weights import huggingface as weights
+from dpo_jax.weights.find import check_reference, find_policy
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -64,14 +66,14 @@ class Draft:
     """A run on a topology, before anything is compiled.
 
     Attributes:
-      c: the config.
+      settings: of the run.
       topology: where it would run.
       layout: the model on the topology's mesh.
       schedule: every step of an epoch, in rows that it takes.
       steps: updates of the run.
     """
 
-    c: Config
+    settings: Settings
     topology: Topology
     layout: Layout
     schedule: Schedule
@@ -79,11 +81,11 @@ class Draft:
 
     @property
     def objective(self) -> Objective:
-        return make_objective(self.c)
+        return make_objective(self.settings.objective)
 
     @property
     def optimizer(self) -> tuple[Any, Any]:
-        return transformation(self.c, self.c["learning_rate"], self.c["lr_schedule"], self.steps)
+        return make_optimizer(self.settings.optimizer, self.steps)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,16 +96,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not values["topology"]:
             raise UserError(f"--topology is missing; usage: {COMMAND.usage}")
         topologies = [parse_topology(name) for name in values["topology"].split(",")]
-        c, file = dict(config), values["json"]
+        file = values["json"]
+        s = read_settings(config)
         _check_file(file)
-        model, lengths = find_model(c), find_lengths(c, values["lengths"])
-        drafts = [draft(c, model, lengths, topology) for topology in topologies]  # all, before minutes go to compiling
-        print(f"{c['model']}: {model.parameter_count():,} parameters; {lengths.source}", flush=True)
+        model, lengths = find_model(s.model, seed=s.seed), find_lengths(s, values["lengths"])
+        drafts = [draft(s, model, lengths, topology) for topology in topologies]  # all, before minutes go to compiling
+        print(f"{s.model}: {model.parameter_count():,} parameters; {lengths.source}", flush=True)
         reports: list[dict[str, Any]] = []
         for it in drafts:
             reports.append(plan(it, lengths))
             print("\n" + "\n".join(lines(reports[-1])), flush=True)
-            whole = {"config": c, "lengths": lengths.source, "topologies": reports}
+            whole = {"config": s.whole, "lengths": lengths.source, "topologies": reports}
             _keep(file, whole)
             if values["search"]:
                 reports[-1]["largest_batch"] = search(it, model, lengths, reports[-1])
@@ -126,46 +129,47 @@ def _keep(file: str, whole: Any) -> None:
         Path(file).write_text(json.dumps(whole, indent=1) + "\n")
 
 
-def find_model(c: Config, key: str = "model") -> ModelConfig:
+def find_model(name: str, key: str = "model", seed: int = 0) -> ModelConfig:
     """A model's numbers: of a directory, of a published model by name, or of the hub; no weights.
 
     Args:
-      c: the config.
+      settings: of the run.
       key: where it names the model: `model` or `reference`.
 
     Raises:
       UserError: there is no such model.
     """
-    name = c[key]
     if name in MODELS and not Path(name).is_dir():
         return config_from_hf(MODELS[name], name)
     if name != "tiny" or key != "model":
         return weights.read_config(hub.resolve_model(name, what=key, with_weights=False))[0]
     with tempfile.TemporaryDirectory() as work:  # as large as the vocabulary that its tokenizer learns
-        return policy.find(name, Path(work), c["seed"]).config
+        return find_policy(name, Path(work), seed).config
 
 
-def draft(c: Config, model: ModelConfig, lengths: Lengths, topology: Topology) -> Draft:
+def draft(s: Settings, model: ModelConfig, lengths: Lengths, topology: Topology) -> Draft:
     """What training would refuse is refused here too.
 
     Raises:
       UserError: the config does not fit the topology, the model or the pairs, or the compiler is not installed.
     """
-    mesh = make_mesh(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"], topology.devices())
-    inputs.check_division(c["batch_size"], row_shards(mesh), c["microbatches"])
-    inputs.check_experts(c, model.num_experts)
-    inputs.check_enough(c, len(lengths))
-    layout = lay_out(c, model, mesh)
-    if c["reference"]:
-        policy.check_reference(find_model(c, "reference"), layout, c["reference"])
-    whole, rest = divmod(lengths.pairs, c["batch_size"])
-    steps = inputs.run_steps(c, whole if c["drop_remainder"] else whole + bool(rest))
-    return Draft(c, topology, layout, plan_of(c, lengths, layout, lengths.mixture), steps)
+    mesh = make_mesh(*s.mesh, topology.devices())
+    inputs.check_division(s.batch, row_shards(mesh))
+    inputs.check_experts(s, model.num_experts)
+    inputs.check_enough(s.batch, len(lengths))
+    layout = make_layout(s, model, mesh)
+    if s.reference.name:
+        check_reference(find_model(s.reference.name, "reference"), layout.config, s.reference.name)
+    whole, rest = divmod(lengths.pairs, s.batch.size)
+    steps = inputs.run_steps(s, whole if s.batch.order.drop_remainder else whole + bool(rest))
+    limits = layout.row_limits(s.batch.microbatches)
+    schedule = make_schedule(lengths, s.batch.size, limits, s.batch.order, lengths.mixture)
+    return Draft(s, topology, layout, schedule, steps)
 
 
 def plan(it: Draft, lengths: Lengths) -> dict[str, Any]:
     """Compile for one topology and report; see `plan_text.lines` for what the keys mean."""
-    c, topology, layout, schedule = it.c, it.topology, it.layout, it.schedule
+    s, topology, layout, schedule = it.settings, it.topology, it.layout, it.schedule
     shapes = shares(schedule)
     report: dict[str, Any] = {
         "topology": topology.name,
@@ -173,50 +177,52 @@ def plan(it: Draft, lengths: Lengths) -> dict[str, Any]:
         "chips": topology.chips,
         "devices_per_chip": topology.generation.devices,
         "mesh": dict(layout.mesh.shape),
-        "batch_size": c["batch_size"],
-        "microbatches": c["microbatches"],
+        "batch_size": s.batch.size,
+        "microbatches": s.batch.microbatches,
         "rows": [
             {
-                **dataclasses.asdict(s),
+                **dataclasses.asdict(shape),
                 "share": share,
-                "attention": "splash" if policy.uses_kernel(layout, slots_of(s)) else "dense",
+                "attention": "splash" if layout.uses_kernel(slots_of(shape)) else "dense",
             }
-            for s, share in shapes.items()
+            for shape, share in shapes.items()
         ],
         "useful_token_fraction": efficiency(schedule.epoch(0), lengths.lengths),
         "compute_dtype": str(layout.dtype),
-        "remat": c["remat"],
+        "remat": s.remat,
         "hbm_available": topology.generation.hbm_bytes,
     }
     try:
         return report | _measured(it, shapes, lengths)
     except TooLargeError as e:
-        held = held_by(c, layout, it.objective, it.optimizer[0])
+        held = held_by(s, layout, it.objective, it.optimizer[0])
         return report | {"fits": False, "why": str(e), "memory": dataclasses.asdict(held)}
 
 
 def _measured(it: Draft, shapes: Mapping[RowShape, float], lengths: Lengths) -> dict[str, Any]:
-    c, layout, schedule, topology, objective = it.c, it.layout, it.schedule, it.topology, it.objective
-    main = max(shapes, key=lambda s: shapes[s])
-    program = train_program(c, layout, objective, it.optimizer, main)
-    held = held_by(c, layout, objective, it.optimizer[0])
-    widest = max(shapes, key=lambda s: s.tokens)
-    largest = program if widest == main else train_program(c, layout, objective, it.optimizer, widest)
-    evaluation = eval_program(c, layout, objective, main)
+    s, layout, schedule, topology, objective = it.settings, it.layout, it.schedule, it.topology, it.objective
+    main = max(shapes, key=lambda shape: shapes[shape])
+    program = train_program(s, layout, objective, it.optimizer, main)
+    held = held_by(s, layout, objective, it.optimizer[0])
+    widest = max(shapes, key=lambda shape: shape.tokens)
+    largest = program if widest == main else train_program(s, layout, objective, it.optimizer, widest)
+    evaluation = eval_program(s, layout, objective, main)
     devices = list(layout.mesh.devices.flat)
-    train, held_out = (bounds(p.costs, topology, devices, passes=policy.passes(layout)) for p in (program, evaluation))
+    train, held_out = (
+        bounds(p.costs, topology, devices, passes=passes(layout.dtype, layout.platform)) for p in (program, evaluation)
+    )
     inside, between = by_kind(program.costs, devices)
     # The other shapes take time as they have tokens.
     scale = sum(share * shape.tokens for shape, share in shapes.items()) / main.tokens
     seconds = train.step * scale
-    speed, evaluation_speed = c["batch_size"] / seconds, c["batch_size"] / (held_out.step * scale)
-    epochs = c["num_steps"] * c["batch_size"] / lengths.pairs if c["num_steps"] else c["num_epochs"]
+    speed, evaluation_speed = s.batch.size / seconds, s.batch.size / (held_out.step * scale)
+    epochs = s.length.steps * s.batch.size / lengths.pairs if s.length.steps else s.length.epochs
     hours = epochs * lengths.pairs / speed / 3600
-    if objective.needs_reference and c["reference_cache"]:
+    if objective.needs_reference and s.reference.cache:
         hours += min(epochs, 1) * lengths.pairs / evaluation_speed / 3600
     a_token = layout.config.active_parameter_count()
-    real = a_token * float(schedule.lengths[schedule.members(0)].sum(1).mean()) * c["batch_size"]
-    needed = operations(c, layout, objective)
+    real = a_token * float(schedule.lengths[schedule.members(0)].sum(1).mean()) * s.batch.size
+    needed = operations(s, layout, objective)
     peak = topology.generation.peak_flops * len(devices)
     total, largest_total = program.total_bytes, largest.total_bytes
     flops = (program.costs.flops + program.costs.kernel_flops) * len(devices) * scale
@@ -248,13 +254,13 @@ def _measured(it: Draft, shapes: Mapping[RowShape, float], lengths: Lengths) -> 
     }
 
 
-def operations(c: Config, layout: Layout, objective: Objective) -> int:
+def operations(s: Settings, layout: Layout, objective: Objective) -> int:
     """What a step needs at least for each parameter that a token meets.
 
     The policy's forward pass 2, its backward pass 2 for what flows on and, unless they are frozen, 2 for the
     parameters; the reference's forward pass 2 if the step has one.
     """
-    in_step = objective.needs_reference and not c["reference_cache"]
+    in_step = objective.needs_reference and not s.reference.cache
     return (6 if layout.lora is None else 4) + (2 if in_step else 0)
 
 
@@ -282,13 +288,13 @@ def search(it: Draft, model: ModelConfig, lengths: Lengths, first: Mapping[str, 
     """
 
     def need(batch: int) -> float | None:
-        if batch == it.c["batch_size"]:
+        if batch == it.settings.batch.size:
             return first["memory"]["largest_shape_total"] if first["fits"] else None
-        c = dict(it.c) | {"batch_size": batch}
-        other = draft(c, model, find_lengths(c) if lengths.drawn else lengths, it.topology)
-        widest = max(shares(other.schedule), key=lambda s: s.tokens)
+        s = it.settings.with_batch_size(batch)
+        other = draft(s, model, find_lengths(s) if lengths.drawn else lengths, it.topology)
+        widest = max(shares(other.schedule), key=lambda shape: shape.tokens)
         try:
-            found = train_program(other.c, other.layout, other.objective, other.optimizer, widest).total_bytes
+            found = train_program(other.settings, other.layout, other.objective, other.optimizer, widest).total_bytes
         except TooLargeError:
             found = None
         # As a plan's headroom: parts that are never alive together make the sum more than what the compiler needs.
@@ -296,5 +302,5 @@ def search(it: Draft, model: ModelConfig, lengths: Lengths, first: Mapping[str, 
         print(tried_line(batch, found), flush=True)
         return found
 
-    room, unit = it.topology.generation.hbm_bytes, row_shards(it.layout.mesh) * it.c["microbatches"]
-    return largest_batch(need, it.c["batch_size"], unit, lengths.pairs, room)
+    room, unit = it.topology.generation.hbm_bytes, row_shards(it.layout.mesh) * it.settings.batch.microbatches
+    return largest_batch(need, it.settings.batch.size, unit, lengths.pairs, room)

@@ -10,18 +10,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpo_jax.config.settings import Settings
 from dpo_jax.errors import UserError
-from dpo_jax.model import placement as policy
-from dpo_jax.model.placement import Layout
+from dpo_jax.model.placement import Layout, abstract_trained, abstract_whole
+from dpo_jax.model.sharding import axis_rules
+from dpo_jax.model.tuning import exact_products
 from dpo_jax.objective.objective import Objective
-from dpo_jax.parallel.mesh import axis_rules, batch_sharding, replicated
+from dpo_jax.parallel.mesh import batch_sharding
 from dpo_jax.parallel.tpu import quiet
 from dpo_jax.plan.hlo.count import Costs, count_costs
 from dpo_jax.plan.kernels import kernel_formula
 from dpo_jax.rows.schedule import RowShape
-from dpo_jax.training.loop import slots_of
-from dpo_jax.training.setup import Config, make_models
-from dpo_jax.training.step import REFERENCE_FIELDS, make_eval_step, make_train_step
+from dpo_jax.training.batches import slots_of
+from dpo_jax.training.reference import abstract_reference
+from dpo_jax.training.setup import eval_step_on, make_models, train_step_on
+from dpo_jax.training.state import abstract_state
+from dpo_jax.training.step import REFERENCE_FIELDS
 
 
 class TooLargeError(Exception):
@@ -70,30 +74,30 @@ def abstract_batch(shape: RowShape, layout: Layout, microbatches: int, given: in
     return {n: jax.ShapeDtypeStruct((M, B, *rest), dtype, sharding=sharding) for n, (rest, dtype) in sizes.items()}
 
 
-def _frozen(c: Config, objective: Objective, layout: Layout) -> tuple[Any, Any, int]:
+def _frozen(s: Settings, objective: Objective, layout: Layout) -> tuple[Any, Any, int]:
     """Abstract reference parameters and base, and how many of the reference's values come with the batch."""
-    base = policy.abstract_whole(layout, layout.base_dtype) if layout.lora is not None else None
+    base = abstract_whole(layout, layout.base_dtype) if layout.lora is not None else None
     if not objective.needs_reference:
         return None, base, 0
-    if c["reference_cache"]:
-        return None, base, 2 if c["ld_alpha"] != 1 else 1
-    if c["reference_sync_steps"]:
-        return policy.abstract_reference(layout), base, 0
-    if base is None or c["reference"]:
-        return policy.abstract_whole(layout, layout.dtype), base, 0
+    if s.reference.cache:
+        return None, base, 2 if s.objective.ld_alpha != 1 else 1
+    if s.reference.moves:
+        return abstract_reference(layout), base, 0
+    if base is None or s.reference.name:
+        return abstract_whole(layout, layout.dtype), base, 0
     # Over a frozen base, only what differs from it: nothing, or the adapters after the SFT phase.
-    return policy.abstract_trained(layout, layout.dtype) if c["sft_steps"] else {}, base, 0
+    return abstract_trained(layout, layout.dtype) if s.length.sft_steps else {}, base, 0
 
 
-def held_by(c: Config, layout: Layout, objective: Objective, tx: optax.GradientTransformation) -> Held:
+def held_by(s: Settings, layout: Layout, objective: Objective, tx: optax.GradientTransformation) -> Held:
     """What the run holds on each device all the time."""
-    state = policy.abstract_state(tx, layout)
-    reference, base, _ = _frozen(c, objective, layout)
+    state = abstract_state(tx, layout)
+    reference, base, _ = _frozen(s, objective, layout)
     return Held(local_bytes(state.params), local_bytes(state.opt_state), local_bytes((reference, base)))
 
 
 def train_program(
-    c: Config,
+    s: Settings,
     layout: Layout,
     objective: Objective,
     optimizer: tuple[optax.GradientTransformation, Any],
@@ -105,11 +109,11 @@ def train_program(
       TooLargeError: it needs more memory than a device has.
       UserError: a part of it needs more of the memory on the chip than there is.
     """
-    return _compile("step", *train_step_of(c, layout, objective, optimizer, shape), shape, layout)
+    return _compile("step", *train_step_of(s, layout, objective, optimizer, shape), shape, layout)
 
 
 def train_step_of(
-    c: Config,
+    s: Settings,
     layout: Layout,
     objective: Objective,
     optimizer: tuple[optax.GradientTransformation, Any],
@@ -117,44 +121,27 @@ def train_step_of(
 ) -> tuple[Any, tuple[Any, ...]]:
     """The training step of the run, and its abstract arguments for rows of one shape."""
     tx, rate = optimizer
-    logps, reference_logps = make_models(c, layout)
-    step = make_train_step(
-        logps,
-        objective,
-        tx,
-        rate,
-        compute_dtype=layout.dtype,
-        reference_logps=reference_logps,
-        optimizer_offload=layout.optimizer_offload,
-        compiler_options=layout.compiler_options,
-    )
-    state = policy.abstract_state(tx, layout)
-    reference, base, given = _frozen(c, objective, layout)
-    return step, (state, reference, abstract_batch(shape, layout, c["microbatches"], given), slots_of(shape), base)
+    step = train_step_on(layout, make_models(s, layout), objective, tx, rate)
+    state = abstract_state(tx, layout)
+    reference, base, given = _frozen(s, objective, layout)
+    return step, (state, reference, abstract_batch(shape, layout, s.batch.microbatches, given), slots_of(shape), base)
 
 
-def eval_program(c: Config, layout: Layout, objective: Objective, shape: RowShape) -> Program:
+def eval_program(s: Settings, layout: Layout, objective: Objective, shape: RowShape) -> Program:
     """The evaluation for rows of one shape: the policy alone, as the reference's values are known."""
-    logps, _ = make_models(c, layout)
-    step = make_eval_step(
-        logps,
-        objective,
-        compute_dtype=layout.dtype,
-        out_shardings=replicated(layout.mesh),
-        compiler_options=layout.compiler_options,
-    )
-    params = policy.abstract_trained(layout, layout.param_dtype)
-    reference, base, given = _frozen(c, objective, layout)
-    if objective.needs_reference and not c["reference_sync_steps"]:
-        reference, given = None, max(given, 2 if c["ld_alpha"] != 1 else 1)
-    batch = abstract_batch(shape, layout, c["microbatches"], given)
+    step = eval_step_on(layout, make_models(s, layout)[0], objective)
+    params = abstract_trained(layout, layout.param_dtype)
+    reference, base, given = _frozen(s, objective, layout)
+    if objective.needs_reference and not s.reference.moves:
+        reference, given = None, max(given, 2 if s.objective.ld_alpha != 1 else 1)
+    batch = abstract_batch(shape, layout, s.batch.microbatches, given)
     return _compile("evaluation", step, (params, reference, batch, slots_of(shape), base), shape, layout)
 
 
 def _compile(what: str, step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Layout) -> Program:
     began = time.perf_counter()
     try:
-        with jax.set_mesh(layout.mesh), policy.exact_products(layout), quiet():
+        with jax.set_mesh(layout.mesh), exact_products(layout.dtype, layout.platform), quiet():
             compiled = step.trace(*arguments).lower().compile()
     except Exception as e:  # XLA's errors have no class of their own for this
         if "RESOURCE_EXHAUSTED" not in str(e):

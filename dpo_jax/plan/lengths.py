@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from dpo_jax.config.settings import Settings
 from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.sources import parse_mixture
 from dpo_jax.errors import UserError
-from dpo_jax.model import placement as policy
 from dpo_jax.plan.known import draw_lengths, published_pairs
 from dpo_jax.training import inputs
-from dpo_jax.training.inputs import Config
+from dpo_jax.weights.find import find_policy
 
 DRAWN_PAIRS = 20_480  # at least, of datasets that are known by their quantiles only; enough for the plan of row shapes
 
@@ -43,11 +43,11 @@ class Lengths:
         raise AssertionError("a plan reads no tokens")
 
 
-def find_lengths(c: Config, file: str = "") -> Lengths:
+def find_lengths(s: Settings, file: str = "") -> Lengths:
     """Lengths of the config's training pairs, cut at its limits.
 
     Args:
-      c: the config.
+      s: of the run.
       file: a `lengths.npy`; empty: as published, where the data is known by name and no `dataset_path` is given, else
         the data itself, prepared as training would.
 
@@ -55,20 +55,20 @@ def find_lengths(c: Config, file: str = "") -> Lengths:
       UserError: nothing tells them, or what does is not usable.
     """
     if file:
-        return _of_file(c, file)
-    parts = parse_mixture(c["dataset"])
+        return _of_file(s, file)
+    parts = parse_mixture(s.data.dataset)
     sizes = [published_pairs(name) for name, _ in parts]
-    if not c["dataset_path"] and None not in sizes:
-        return _published(c, parts, [size for size in sizes if size is not None])
+    if not s.data.dataset_path and None not in sizes:
+        return _published(s, parts, [size for size in sizes if size is not None])
     with tempfile.TemporaryDirectory() as work:
-        found = policy.find(c["model"], Path(work), c["seed"], with_weights=False)
-        data = inputs.prepare_pairs(c, found.tokenizer, Path(work), None)
+        policy = find_policy(s.model, Path(work), s.seed, with_weights=False)
+        data = inputs.prepare_pairs(s, policy.tokenizer, Path(work), None)
         lengths, mixture = np.asarray(data.train.lengths), data.split.mixture
-    pairs = len(lengths) if mixture is None else mixture.epoch_size(c["batch_size"], c["drop_remainder"])
-    return Lengths(lengths, pairs, f"{pairs:,} pairs of {c['dataset']} by the model's tokenizer", mixture)
+    pairs = len(lengths) if mixture is None else mixture.epoch_size(s.batch.size, s.batch.order.drop_remainder)
+    return Lengths(lengths, pairs, f"{pairs:,} pairs of {s.data.dataset} by the model's tokenizer", mixture)
 
 
-def _of_file(c: Config, file: str) -> Lengths:
+def _of_file(s: Settings, file: str) -> Lengths:
     try:
         with open(file, "rb") as f:
             lengths = np.load(f)
@@ -80,21 +80,21 @@ def _of_file(c: Config, file: str) -> Lengths:
         raise UserError(f"--lengths={file} holds {lengths.dtype} {lengths.shape}; needed are integers [pairs, 3]")
     if (least := lengths.min()) < 1:
         raise UserError(f"--lengths={file} holds {least}; prompts and completions have one token or more")
-    kept = _some(_kept(c, lengths.astype(np.int64)), f"--lengths={file}")
+    kept = _some(_kept(s, lengths.astype(np.int64)), f"--lengths={file}")
     return Lengths(kept, len(kept), f"{len(kept):,} pairs of {file}")
 
 
-def _published(c: Config, parts: list[tuple[str, float]], sizes: list[int]) -> Lengths:
+def _published(s: Settings, parts: list[tuple[str, float]], sizes: list[int]) -> Lengths:
     """A sample that is large enough for several batches of the config, or all there are."""
     weights = tuple(weight for _, weight in parts)
     mixed = lambda counts: Mixture(np.repeat(np.arange(len(parts)), counts), weights) if len(parts) > 1 else None
     epoch = lambda counts: counts[0] if (mixture := mixed(counts)) is None else mixture.epoch_size(1, False)
-    share, wanted = DRAWN_PAIRS / sum(sizes), 8 * c["batch_size"]
+    share, wanted = DRAWN_PAIRS / sum(sizes), 8 * s.batch.size
     while True:
         share = min(1.0, share)
         asked = [max(1, round(size * share)) for size in sizes]
         drawn = [
-            _kept(c, draw_lengths(name.partition("/")[0], count, c["seed"] + number))
+            _kept(s, draw_lengths(name.partition("/")[0], count, s.seed + number))
             for number, ((name, _), count) in enumerate(zip(parts, asked, strict=True))
         ]
         found = epoch([len(x) for x in drawn])
@@ -105,17 +105,17 @@ def _published(c: Config, parts: list[tuple[str, float]], sizes: list[int]) -> L
         _some(lengths, f"dataset={name}")
     kept = [size * len(x) // count for size, x, count in zip(sizes, drawn, asked, strict=True)]
     whole = mixed(kept)
-    pairs = kept[0] if whole is None else whole.epoch_size(c["batch_size"], c["drop_remainder"])
+    pairs = kept[0] if whole is None else whole.epoch_size(s.batch.size, s.batch.order.drop_remainder)
     lengths = np.concatenate(drawn)
     means = " + ".join(f"{mean:.0f}" for mean in lengths.mean(0))
-    source = f"{pairs:,} pairs of {c['dataset']} with lengths as published ({means} tokens)"
+    source = f"{pairs:,} pairs of {s.data.dataset} with lengths as published ({means} tokens)"
     return Lengths(lengths, pairs, source, mixed([len(x) for x in drawn]), drawn=True)
 
 
-def _kept(c: Config, lengths: np.ndarray) -> np.ndarray:
+def _kept(s: Settings, lengths: np.ndarray) -> np.ndarray:
     """As preparing does it: longer texts are cut, or their pairs dropped."""
-    limits = [c["max_prompt_length"], c["max_completion_length"], c["max_completion_length"]]
-    return np.minimum(lengths, limits) if c["overlong"] != "drop" else lengths[(lengths <= limits).all(1)]
+    limits = [s.data.max_prompt_length, s.data.max_completion_length, s.data.max_completion_length]
+    return np.minimum(lengths, limits) if s.data.overlong != "drop" else lengths[(lengths <= limits).all(1)]
 
 
 def _some(lengths: np.ndarray, what: str) -> np.ndarray:

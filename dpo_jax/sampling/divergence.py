@@ -17,9 +17,11 @@ import numpy as np
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
 from dpo_jax.model.params import Params
-from dpo_jax.model.placement import Layout, limits_on
+from dpo_jax.model.placement import Layout
+from dpo_jax.model.sharding import axis_rules
+from dpo_jax.model.tuning import row_limits
 from dpo_jax.objective.token_logps import token_kl
-from dpo_jax.parallel.mesh import axis_rules, local_rows, replicated, row_shards, to_global
+from dpo_jax.parallel.mesh import local_rows, replicated, row_shards, to_global
 from dpo_jax.parallel.watchdog import LONGER, beat
 from dpo_jax.rows.pipeline import build_rows
 from dpo_jax.rows.schedule import RowShape
@@ -59,7 +61,7 @@ def make_divergence(layout: Layout, new_tokens: int) -> Callable[[Params, Params
         return jax.lax.map(lambda micro: rows_of(both, micro, slots), batch)  # few rows at a time
 
     compiled = jax.jit(step, static_argnames="slots", out_shardings=replicated(mesh))
-    multiple = limits_on(config, shards, layout.platform).width_multiple
+    multiple = row_limits(config, shards, layout.platform).width_multiple
 
     def divergence(params: Params, ref_params: Params, answers: Sequence[Triple]) -> np.ndarray:
         longest = (max(len(parts[0]) for parts in answers), new_tokens, new_tokens)

@@ -4,21 +4,22 @@ import importlib.metadata
 import json
 import platform
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from dpo_jax.model import placement as policy
 from dpo_jax.model.placement import Layout
 from dpo_jax.rows.pipeline import Schedule
 
 PACKAGES = ("dpo_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
 
 
-def about(layout: Layout, plan: Schedule, steps: int) -> dict[str, Any]:
-    """What run.json holds: versions, devices, the model's size, and the plan that the devices ask for."""
+def write_about(path: Path, layout: Layout, schedule: Schedule, steps: int) -> None:
+    """Write run.json: versions, devices, the model's size, and the rows that these devices ask for.
+
+    A run that is resumed elsewhere writes that of where it is now.
+    """
     first = layout.mesh.devices.flat[0]
-    return {
+    about = {
         "versions": {"python": platform.python_version()} | _versions(),
         "platform": first.platform,
         "device": first.device_kind,
@@ -26,26 +27,23 @@ def about(layout: Layout, plan: Schedule, steps: int) -> dict[str, Any]:
         "processes": jax.process_count(),
         "mesh": dict(layout.mesh.shape),
         "parameters": layout.config.parameter_count(),
-        "trained_parameters": policy.trained_count(layout),
+        "trained_parameters": layout.trained_count,
         "compute_dtype": layout.dtype.name,
         "steps": steps,
-        "steps_per_epoch": plan.steps_per_epoch,
+        "steps_per_epoch": schedule.steps_per_epoch,
         "rows": [
-            {"rows": shape.rows, "widths": list(shape.widths), "pairs_per_row": shape.pairs} for shape in plan.shapes
+            {"rows": shape.rows, "widths": list(shape.widths), "pairs_per_row": shape.pairs}
+            for shape in schedule.shapes
         ],
     }
-
-
-def write(path: Path, values: dict[str, Any]) -> None:
-    """Write run.json; a run that goes on elsewhere writes that of where it is now."""
-    path.write_text(json.dumps(values, indent=1) + "\n")
+    path.write_text(json.dumps(about, indent=1) + "\n")
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # libtpu away from a TPU; ours if it is not installed
             continue
-    return found
+    return versions

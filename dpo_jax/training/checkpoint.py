@@ -53,7 +53,7 @@ def open_checkpoints(directory: Path, keep: int) -> Iterator[Checkpoints]:
 
     def add_checksums() -> None:  # by the first process, when all have written their share and before the rename
         for unfinished in directory.glob(f"*{_UNFINISHED}"):
-            integrity.write(unfinished, leave_out=(_METADATA,))
+            integrity.write_checksums(unfinished, leave_out=(_METADATA,))
 
     context = ocp.Context()
     context.async_options.post_finalization_callback = add_checksums
@@ -118,7 +118,7 @@ def latest_step(checkpoints: Checkpoints) -> int | None:
     return None if newest is None else int(newest.step)
 
 
-def save(checkpoints: Checkpoints, step: int, state: Any) -> None:
+def save_checkpoint(checkpoints: Checkpoints, step: int, state: Any) -> None:
     """Save `state` as checkpoint `step`, unless it is there already. Writing goes on in the background.
 
     Raises:
@@ -182,7 +182,7 @@ def save_tree(directory: Path, tree: Any) -> None:
     with _saving(directory):
         ocp.save(directory.absolute(), tree, overwrite=True)
         if jax.process_index() == 0:
-            integrity.write(directory)
+            integrity.write_checksums(directory)
         any_process(False)  # the others read the checksums next
 
 
@@ -206,8 +206,3 @@ def restore_tree(directory: Path, abstract: Any) -> Any:
 
 def _first_line(e: BaseException) -> str:
     return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-
-
-def abstract(tree: Any, shardings: Any) -> Any:
-    """A tree's shapes and dtypes with shardings: what restoring needs."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

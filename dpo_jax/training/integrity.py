@@ -13,7 +13,7 @@ THREADS = 4  # hashing leaves Python's lock, so files are read and hashed next t
 _CHUNK = 4 << 20  # bytes
 
 
-def write(directory: Path, leave_out: tuple[str, ...] = ()) -> None:
+def write_checksums(directory: Path, leave_out: tuple[str, ...] = ()) -> None:
     """Write `checksums.json`: size and SHA-256 of every file in `directory`, each on disk before it is listed.
 
     Args:

@@ -18,10 +18,9 @@ from jax.sharding import Mesh
 from dpo_jax.data.cache.store import PairCache
 from dpo_jax.data.files import fingerprint
 from dpo_jax.disk import digest, whole_file
-from dpo_jax.model.attention.dense import Slots
-from dpo_jax.parallel.watchdog import LONGER, awaited, beat
-from dpo_jax.rows.pipeline import StepSource, batches
-from dpo_jax.training.loop import place
+from dpo_jax.parallel.watchdog import LONGER, beat
+from dpo_jax.rows.pipeline import StepSource
+from dpo_jax.training.batches import loaded
 from dpo_jax.training.step import REFERENCE_FIELDS
 
 
@@ -63,25 +62,24 @@ def find_place(
     decides = {"model": who, "pairs": cache.manifest["id"], "dtypes": dtypes, "ld_alpha": ld_alpha}
     key = digest(json.dumps(decides, sort_keys=True))
     directory = workdir if model is None else Path(cache.directory)
-    found = Place(directory / f"reference-{key}.npy", len(cache), 1 if ld_alpha == 1 else len(REFERENCE_FIELDS))
+    place = Place(directory / f"reference-{key}.npy", len(cache), 1 if ld_alpha == 1 else len(REFERENCE_FIELDS))
     if model is None and start_anew and jax.process_index() == 0:
-        found.path.unlink(missing_ok=True)
-    return found
+        place.path.unlink(missing_ok=True)
+    return place
 
 
-def load(where: Place) -> np.ndarray:
+def read_values(where: Place) -> np.ndarray:
     """What is known, `[pairs, 2, F]`; NaN for the rest. A file that is cut off or of another shape counts as none."""
     shape = (where.pairs, 2, where.fields)
     try:
-        found = np.load(where.path, allow_pickle=False)
+        values = np.load(where.path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
-        found = None
-    if found is None or found.shape != shape or found.dtype != np.float32:
-        return np.full(shape, np.nan, np.float32)
-    return found
+        values = None
+    known = values is not None and values.shape == shape and values.dtype == np.float32
+    return values if known else np.full(shape, np.nan, np.float32)
 
 
-def save(where: Place, values: np.ndarray) -> bool:
+def write_values(where: Place, values: np.ndarray) -> bool:
     """Keep the values, whole or not at all; False where the directory cannot be written."""
     try:
         with whole_file(where.path) as file:
@@ -91,14 +89,13 @@ def save(where: Place, values: np.ndarray) -> bool:
     return True
 
 
-def compute(
-    logps_step: Callable[..., Any], params: Any, source: StepSource, mesh: Mesh
+def computed_values(
+    logps_step: Callable[[Any, Any], Any], source: StepSource, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the values of one pass, step by step: the next step runs while one is taken.
 
     Args:
-      logps_step: from `step.make_logps_step`.
-      params: the reference's.
+      logps_step: (batch, shape) → the values, see `step.make_logps_step`.
       source: the rows of the pass.
       mesh: where they are computed.
 
@@ -111,12 +108,11 @@ def compute(
         result, placed = pending.pop(0)
         return placed[placed >= 0], np.stack(jax.device_get(result), axis=-1)[placed >= 0]
 
-    compiled: set[Slots] = set()
-    for item in awaited(batches(source, 0), "rows for the reference"):
-        batch, slots = place(item, mesh)
-        beat("computing the reference", 1.0 if slots in compiled else LONGER)
-        compiled.add(slots)
-        pending.append((logps_step(params, batch, slots), item["info"]["placed"]))
+    compiled: set[Any] = set()
+    for item in loaded(source, mesh, "rows for the reference"):
+        beat("computing the reference", 1.0 if item.shape in compiled else LONGER)
+        compiled.add(item.shape)
+        pending.append((logps_step(item.batch, item.shape), item.examples))
         if len(pending) > 1:
             yield fetched()
     yield fetched()

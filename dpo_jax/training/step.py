@@ -22,11 +22,11 @@ from dpo_jax.model.experts import balance_loss
 from dpo_jax.model.remat import to_device, to_host
 from dpo_jax.objective.logps import Logps, LogpsFn
 from dpo_jax.objective.objective import Objective
+from dpo_jax.training.health import SKIPPED
 from dpo_jax.training.optimizer import apply_updates
 
 # A reference that was computed before comes with the batch, float32 `[M, B, K, 2]` each; the second for LD-DPO only.
 REFERENCE_FIELDS = ("ref_logps", "ref_whole")
-SKIPPED = "skipped"  # the metric that is 1 where the update was not made
 
 Params = Any
 Batch = dict[str, jax.Array]

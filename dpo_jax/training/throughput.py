@@ -33,10 +33,10 @@ class Throughput:
             self._paused += self._clock() - start
 
     def take(self) -> dict[str, float]:
-        """`pairs_per_second` and `step_seconds` of the steps counted since the last call; empty if there were none."""
+        """`pairs_per_second` (if there were any) and `step_seconds` since the last call; empty without a step."""
         seconds = self._clock() - self._start - self._paused
         steps, pairs = self._steps, self._pairs
         self._reset()
         if not steps or seconds <= 0:
             return {}
-        return {"pairs_per_second": pairs / seconds, "step_seconds": seconds / steps}
+        return ({"pairs_per_second": pairs / seconds} if pairs else {}) | {"step_seconds": seconds / steps}

@@ -1,4 +1,4 @@
-"""A run's directory is one run's: a lock while it runs, and what it was begun with, compared when it goes on."""
+"""A run's directory is one run's: a lock while it runs, and what it was begun with, compared when it is resumed."""
 
 import contextlib
 import errno
@@ -128,15 +128,15 @@ def _sampled(path: Path) -> dict[str, Any]:
         return {"bytes": size, "digest": digest(pieces())}
 
 
-def compare(workdir: Path, identity: Mapping[str, Any], *, goes_on: bool) -> None:
-    """Keep what the run is begun with; where it goes on, refuse anything else.
+def keep_identity(workdir: Path, identity: Mapping[str, Any], *, resumed: bool) -> None:
+    """Keep what the run is begun with; where it is resumed, refuse anything else.
 
     Raises:
       UserError: with the first differences; or it cannot be written.
     """
     path = workdir / IDENTITY
     mine = json.loads(json.dumps(identity))
-    theirs = read_json(path, "restore it, or delete it to resume unchecked") if goes_on and path.exists() else mine
+    theirs = read_json(path, "restore it, or delete it to resume unchecked") if resumed and path.exists() else mine
     changed = list(_differences(theirs, mine))
     if changed:
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""

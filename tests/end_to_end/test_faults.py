@@ -29,8 +29,10 @@ FAST = {
 # The same run with something done to it first.
 BROKEN = """
 import os, signal, sys, time
-from dpo_jax import checkpoint, integrity, loop, train
-from dpo_jax.data.cache import PairCache
+import dataclasses
+from dpo_jax import train
+from dpo_jax.data.cache.store import PairCache
+from dpo_jax.training import checkpoint, integrity, phases
 {fault}
 sys.exit(train.main(sys.argv))
 """
@@ -101,12 +103,12 @@ def _small_disk(path, size):
 def test_killed_during_a_save_goes_on_from_the_one_before_on_other_devices(whole, environment, work):  # noqa: F811
     """All of checkpoint 4 is written, only the rename is missing: it does not count, and 2 is there."""
     fault = """
-write = integrity.write
+write = integrity.write_checksums
 def kill(directory, **options):
     write(directory, **options)
     if directory.name.startswith("4."):
         os.kill(os.getpid(), signal.SIGKILL)
-integrity.write = kill
+integrity.write_checksums = kill
 """
     code, _, err = _run(_broken(fault, work), environment)
     assert code == -signal.SIGKILL, err
@@ -158,17 +160,16 @@ def test_a_full_disk_at_a_save_ends_the_run_in_a_line_and_going_on_needs_only_ro
 
 # Some batches are made bad: the reference said something that is no number, or was sure of the wrong answer.
 SPOILT = """
-place = loop.place
-def spoil(item, mesh):
+loaded = phases.loaded
+def spoil(*arguments):
     import jax
-    batch, slots = place(item, mesh)
-    step = item["info"]["step"] + 1
-    factor = {factors}.get(step)
-    if factor is not None:
-        with jax.transfer_guard("allow"):
-            batch["ref_logps"] = batch["ref_logps"] * factor
-    return batch, slots
-loop.place = spoil
+    for item in loaded(*arguments):
+        factor = {factors}.get(item.update)
+        if factor is not None:
+            with jax.transfer_guard("allow"):
+                item.batch["ref_logps"] = item.batch["ref_logps"] * factor
+        yield item
+phases.loaded = spoil
 """
 NAN = "float('nan')"
 
@@ -239,13 +240,13 @@ PairCache.__getitem__ = never_answers
 def test_two_runs_in_one_directory_and_a_second_sigterm(environment, work):  # noqa: F811
     """The first run hangs in its save; a second is refused; two signals end the first at once; a third goes on."""
     fault = """
-save = checkpoint.save
+save = checkpoint.save_checkpoint
 def slow(checkpoints, step, state):
     save(checkpoints, step, state)
     print("saving", flush=True)
     if step == 4:
         time.sleep(1000)
-checkpoint.save = slow
+checkpoint.save_checkpoint = slow
 """
     hangs = subprocess.Popen(_broken(fault, work), env=environment, stdout=subprocess.PIPE, text=True)
     _wait_for(lambda: (work / "checkpoints" / "4").exists(), hangs)

@@ -1,8 +1,8 @@
 """What stands for `python -m dpo_jax.train` on the fake workers of `fake_gcloud.py`.
 
-It counts steps in its workdir and continues where the last run there stopped. The first of `trainers` in world.json says what
-happens: `lines` steps, a `change` of the slice, then `exit` with a code, or `end`: "hang" until a signal, "killed" with
-nobody left to write an exit code, "rebooted" with its machine.
+It counts steps in its workdir and continues where the last run there stopped. The first of `trainers` in world.json
+says what happens: `lines` steps, a `change` of the slice, then `exit` with a code, or `end`: "hang" until a signal,
+"killed" with nobody left to write an exit code, "rebooted" with its machine.
 """
 
 import json

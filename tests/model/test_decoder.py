@@ -13,9 +13,10 @@ from flax import linen as nn
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
+from dpo_jax.model.sharding import axis_rules, param_shardings
 from dpo_jax.objective.logps import pair_logps
 from dpo_jax.objective.objective import preference_objective
-from dpo_jax.parallel.mesh import axis_rules, make_mesh, param_shardings
+from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.sampling.engine import generate
 from dpo_jax.training.step import init_state, make_train_step
 from dpo_jax.weights import huggingface as weights

@@ -16,17 +16,19 @@ import pytest
 
 from dpo_jax.config.values import parse_targets
 from dpo_jax.errors import UserError
-from dpo_jax.model import placement as policy
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.forward import init_params
 from dpo_jax.model.lora import Lora, init_adapters, on_model
+from dpo_jax.model.options import LayoutOptions
+from dpo_jax.model.placement import place_model
 from dpo_jax.model.remat import REMAT_POLICIES
 from dpo_jax.objective.objective import preference_objective
 from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import make_mesh, to_global
 from dpo_jax.rows.schedule import RowShape
 from dpo_jax.training.optimizer import optimizer, schedule
+from dpo_jax.training.state import abstract_state, start_state
 from dpo_jax.training.step import make_eval_step, make_train_step
 from tests.oracles import oracle
 from tests.oracles.oracle import CONFIG
@@ -70,9 +72,7 @@ def _merged(base, adapters, scale):
 
 def _layout(sizes=(1, 1, 1), lora=LORA, config=CONFIG, **changed):
     mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-    return policy.lay_out(
-        config, mesh, **{"param_dtype": "float32", "compute_dtype": "float32", "lora": lora} | changed
-    )
+    return place_model(config, mesh, LayoutOptions(**{"compute_dtype": "float32"} | changed), lora)
 
 
 def _run(sizes=(1, 1, 1), adapters=None, reference=None, steps=2, microbatches=1, remat="dots", **changed):
@@ -80,7 +80,7 @@ def _run(sizes=(1, 1, 1), adapters=None, reference=None, steps=2, microbatches=1
     layout = _layout(sizes, **changed)
     with jax.set_mesh(layout.mesh):
         base = jax.device_put(jax.tree.map(lambda x: x.astype(layout.base_dtype), _fresh()), layout.shardings)
-        state = policy.start_state(jax.device_put(adapters or _adapters(), layout.trained), TX, layout)
+        state = start_state(jax.device_put(adapters or _adapters(), layout.trained), TX, layout)
         step = make_train_step(logps_fn(layout, remat=remat), OBJECTIVE, TX, RATE, compute_dtype=layout.dtype)
         batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE, microbatches), layout.mesh, 8 // microbatches)
         metrics = []
@@ -273,8 +273,8 @@ def test_the_state_of_rank_16_is_a_third_of_full_fine_tunings(compute):
     for name, lora in (("full", None), ("lora", on_model(SMOLLM2_135M, 16, 32.0, ("all",), rslora=False))):
         layout = _layout(lora=lora, config=SMOLLM2_135M, compute_dtype=compute)
         model = SMOLLM2_135M.parameter_count() * layout.dtype.itemsize  # the reference, or the base that stands for it
-        held[name] = size(policy.abstract_state(TX, layout)) + model
-    assert policy.trained_count(layout) == 4_884_480  # as PEFT counts them
+        held[name] = size(abstract_state(TX, layout)) + model
+    assert layout.trained_count == 4_884_480  # as PEFT counts them
     ratio = held["lora"] / held["full"]
     print(f"{compute}: full {held['full'] / 1e6:.0f} MB, LoRA {held['lora'] / 1e6:.0f} MB, {ratio:.3f}x")
     assert ratio < 0.35

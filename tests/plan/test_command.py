@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,13 @@ import numpy as np
 import pytest
 
 from configs import hhh
+from dpo_jax.config.settings import read_settings
 from dpo_jax.errors import UserError
-from dpo_jax.model import placement as policy
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.families import config_from_hf
+from dpo_jax.model.options import LayoutOptions
+from dpo_jax.model.placement import abstract_whole, place_model
+from dpo_jax.model.tuning import exact_products, passes
 from dpo_jax.parallel.mesh import make_mesh, replicated
 from dpo_jax.parallel.tpu import GENERATIONS, parse_topology, quiet
 from dpo_jax.plan import command as plan
@@ -26,7 +28,7 @@ from dpo_jax.plan.known import LENGTHS, MODELS, PAIRS, draw_lengths
 from dpo_jax.plan.lengths import DRAWN_PAIRS, find_lengths
 from dpo_jax.plan.search import largest_batch
 from dpo_jax.rows.schedule import RowShape
-from dpo_jax.training.setup import lay_out, make_models, make_objective, transformation
+from dpo_jax.training.setup import make_layout, make_models, make_objective, make_optimizer
 from dpo_jax.training.step import make_logps_step
 from tests import processes
 from tests.oracles import oracle
@@ -204,7 +206,7 @@ def test_a_pass_of_a_reference_in_host_memory_compiles():
 def _compile_a_pass():
     c = _config(reference_offload=True, batch_size=8, compute_dtype="bfloat16")
     mesh = make_mesh(1, -1, 1, parse_topology("v5e:2x2").devices())
-    layout = lay_out(c, config_from_hf(SMALL, "small"), mesh)
+    layout = make_layout(c, config_from_hf(SMALL, "small"), mesh)
     step = make_logps_step(
         make_models(c, layout)[1],
         compute_dtype=layout.dtype,
@@ -213,12 +215,12 @@ def _compile_a_pass():
     )
     batch = compile_only.abstract_batch(RowShape(4, 128, 64, 64, 2), layout, 1)
     with jax.set_mesh(mesh), quiet():
-        compiled = step.trace(policy.abstract_whole(layout, layout.dtype), batch, Slots(128, 64, 64)).lower().compile()
+        compiled = step.trace(abstract_whole(layout, layout.dtype), batch, Slots(128, 64, 64)).lower().compile()
     assert compiled.memory_analysis().host_argument_size_in_bytes > 0
 
 
 def _config(**changed):
-    return dict(hhh.get_config("smollm2-135m")) | changed
+    return read_settings(dict(hhh.get_config("smollm2-135m")) | changed)
 
 
 def test_drawn_lengths_are_those_of_the_quantiles():
@@ -326,7 +328,7 @@ def _lay_out_every_mesh():
 
 
 def _layout(c):
-    return lay_out(c, plan.find_model(c), make_mesh(1, 1, 1, jax.devices()[:1]))
+    return make_layout(c, plan.find_model(c.model), make_mesh(1, 1, 1, jax.devices()[:1]))
 
 
 ADAPTERS = 4_884_480  # of rank 16, as PEFT counts them
@@ -347,9 +349,9 @@ LORA = {"lora_rank": 16, "lora_alpha": 32.0}
     ],
 )
 def test_what_a_run_holds_all_the_time(changed, parameters, optimizer, reference):
-    c = _config(sft_steps=0) | changed
-    tx, _ = transformation(c, 1e-6, "constant", 10)
-    held = compile_only.held_by(c, _layout(c), make_objective(c), tx)
+    c = _config(**{"sft_steps": 0} | changed)
+    tx, _ = make_optimizer(c.optimizer, 10)
+    held = compile_only.held_by(c, _layout(c), make_objective(c.objective), tx)
     assert (held.parameters, held.reference) == (parameters, reference)
     assert held.optimizer == pytest.approx(optimizer, abs=16)  # and a count or two
 
@@ -359,8 +361,8 @@ def test_what_a_run_holds_all_the_time(changed, parameters, optimizer, reference
     [({}, 8), ({"reference_cache": True}, 6), ({"loss": "simpo"}, 6), (LORA, 6), (LORA | {"reference_cache": True}, 4)],
 )
 def test_what_a_step_needs_at_least(changed, needed):
-    c = _config() | changed
-    assert plan.operations(c, _layout(c), make_objective(c)) == needed
+    c = _config(**changed)
+    assert plan.operations(c, _layout(c), make_objective(c.objective)) == needed
 
 
 @pytest.mark.parametrize(("experts", "tensor", "share"), [(8, 4, 1 / 4), (6, 4, 1.0), (8, 1, 1.0), (0, 4, 1.0)])
@@ -368,7 +370,7 @@ def test_a_device_has_its_share_of_the_experts_rows(experts, tensor, share):
     """Whole experts are spread where their number divides, else a part of each: then every device has all rows."""
     config = dataclasses.replace(oracle.CONFIG, num_attention_heads=4, intermediate_size=32, num_experts=experts)
     mesh = make_mesh(1, 8 // tensor, tensor)
-    layout = policy.lay_out(config, mesh, param_dtype="float32", compute_dtype="float32")
+    layout = place_model(config, mesh, LayoutOptions(compute_dtype="float32"))
     assert compile_only.experts_share(layout) == share
 
 
@@ -376,23 +378,22 @@ def test_a_device_has_its_share_of_the_experts_rows(experts, tensor, share):
 def test_the_kernel_attends_unless_a_sequence_goes_beyond_a_window(limits, kernel):
     """Not because rows of several pairs are wide."""
     c = _config(attention="splash", max_prompt_length=limits[0], max_completion_length=limits[1])
-    model = dataclasses.replace(plan.find_model(c), sliding_window=2047, sliding_layers=(True,) * 30)
-    layout = lay_out(c, model, make_mesh(1, 1, 1, jax.devices()[:1]))
-    assert policy.uses_kernel(layout, Slots(4096, 2048, 2048)) is kernel
-    assert policy.uses_kernel(dataclasses.replace(layout, config=plan.find_model(c)), Slots(4096, 2048, 2048))
+    model = dataclasses.replace(plan.find_model(c.model), sliding_window=2047, sliding_layers=(True,) * 30)
+    layout = make_layout(c, model, make_mesh(1, 1, 1, jax.devices()[:1]))
+    assert layout.uses_kernel(Slots(4096, 2048, 2048)) is kernel
+    assert dataclasses.replace(layout, config=plan.find_model(c.model)).uses_kernel(Slots(4096, 2048, 2048))
 
 
 def test_float32_products_are_not_rounded_on_accelerators():
     product = jax.make_jaxpr(lambda x: x @ x)
     for platform, dtype, exact in (("tpu", "float32", True), ("tpu", "bfloat16", False), ("cpu", "float32", False)):
-        layout = types.SimpleNamespace(dtype=jnp.dtype(dtype), platform=platform)
-        with policy.exact_products(layout):
+        with exact_products(jnp.dtype(dtype), platform):
             assert ("HIGHEST" in str(product(jnp.ones((2, 2))))) is exact
-        assert policy.passes(layout) == (6 if exact else 1)
+        assert passes(jnp.dtype(dtype), platform) == (6 if exact else 1)
 
 
 def test_known_models_have_their_published_sizes():
-    sizes = {name.split("/")[1]: plan.find_model({"model": name}).parameter_count() for name in MODELS}
+    sizes = {name.split("/")[1]: plan.find_model(name).parameter_count() for name in MODELS}
     assert sizes == {
         "SmolLM2-135M-Instruct": 134_515_008,
         "SmolLM2-1.7B-Instruct": 1_711_376_384,

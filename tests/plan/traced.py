@@ -41,19 +41,21 @@ def grouped_flops(operands) -> float | None:
 def _flops(c, values, topology_name):
     import jax
 
-    from dpo_jax.model import placement as policy
+    from dpo_jax.model.tuning import exact_products
     from dpo_jax.parallel.tpu import parse_topology, quiet
     from dpo_jax.plan import command as plan
     from dpo_jax.plan.compile import experts_share, train_step_of
     from dpo_jax.plan.lengths import find_lengths
-    from dpo_jax.training.loop import slots_of
+    from dpo_jax.training.batches import slots_of
     from tests.oracles import jaxpr_costs
 
-    draft = plan.draft(c, plan.find_model(c), find_lengths(c, values["lengths"]), parse_topology(topology_name))
+    draft = plan.draft(
+        c, plan.find_model(c.model, seed=c.seed), find_lengths(c, values["lengths"]), parse_topology(topology_name)
+    )
     layout, shapes = draft.layout, plan.shares(draft.schedule)
     main = max(shapes, key=lambda s: shapes[s])
     step, arguments = train_step_of(c, layout, draft.objective, draft.optimizer, main)
-    with jax.set_mesh(layout.mesh), policy.exact_products(layout), quiet():
+    with jax.set_mesh(layout.mesh), exact_products(layout.dtype, layout.platform), quiet():
         jaxpr = step.trace(*arguments).jaxpr
     formula, share = kernel_flops(slots_of(main), layout.tiling), experts_share(layout)
     flops = jaxpr_costs.flops(jaxpr, formula, grouped_share=share)
@@ -64,11 +66,13 @@ def main() -> None:
     import jax
 
     from dpo_jax.config.command_line import read_flags
+    from dpo_jax.config.settings import read_settings
     from dpo_jax.plan.command import COMMAND
 
     jax.config.update("jax_platforms", "cpu")
     config, values = read_flags(sys.argv, COMMAND)
-    print(json.dumps([_flops(dict(config), values, name) for name in values["topology"].split(",")]))
+    settings = read_settings(config)
+    print(json.dumps([_flops(settings, values, name) for name in values["topology"].split(",")]))
 
 
 if __name__ == "__main__":

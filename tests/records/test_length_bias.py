@@ -11,8 +11,8 @@ from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.records.length_bias import GROUPS, length_correlation, length_groups
 from dpo_jax.rows.pipeline import make_schedule
 from dpo_jax.rows.schedule import Order, RowLimits
-from dpo_jax.training.loop import evaluate
-from dpo_jax.training.setup import step_source
+from dpo_jax.training.batches import step_source
+from dpo_jax.training.evaluate import evaluate
 from tests.oracles import oracle
 
 PAIRS = oracle.RandomPairs(np.random.default_rng(0).integers(1, 9, (21, 3)))
@@ -54,11 +54,11 @@ def _evaluate(prefers):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     plan = make_schedule(PAIRS, 6, RowLimits(1), Order(drop_remainder=False))
 
-    def eval_step(params, ref_params, batch, slots):
+    def eval_step(batch, shape):
         margin = jnp.asarray(prefers(*jnp.moveaxis(batch["completion_tokens"].astype(jnp.float32), -1, 0)))
         return {"accuracy": (margin > 0).astype(jnp.float32), "margin": margin}
 
-    return evaluate(eval_step, None, None, step_source(plan, mesh, plan.steps_per_epoch, 1), mesh)
+    return evaluate(eval_step, step_source(plan, mesh, plan.steps_per_epoch, 1), mesh)
 
 
 def test_an_evaluation_tells_wins_by_length_apart():

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dpo_jax.model import placement as policy
 from dpo_jax.model.forward import init_params
+from dpo_jax.model.options import LayoutOptions
+from dpo_jax.model.placement import place_model
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.sampling.divergence import make_divergence, make_on_policy_kl
 from tests.oracles import oracle
@@ -27,7 +28,7 @@ POLICY, REFERENCE = _fresh(0), _fresh(1)
 
 def _layout(sizes=(1, 1, 1), config=CONFIG):
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-    return policy.lay_out(config, mesh, param_dtype="float32", compute_dtype="float32")
+    return place_model(config, mesh, LayoutOptions(compute_dtype="float32"))
 
 
 def _log_probs(params, ids):

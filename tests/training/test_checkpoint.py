@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from dpo_jax.errors import UserError
-from dpo_jax.model import placement as policy
 from dpo_jax.model.forward import init_params
+from dpo_jax.model.options import LayoutOptions
+from dpo_jax.model.placement import place_model
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.training import checkpoint
 from dpo_jax.training.optimizer import optimizer
+from dpo_jax.training.reference import own_reference
+from dpo_jax.training.state import abstract_state, start_state
 from tests.oracles.oracle import CONFIG
 
 TX = optimizer("adamw", lambda _: 0.1, weight_decay=0.0, max_grad_norm=0.0)
@@ -22,12 +25,12 @@ TX = optimizer("adamw", lambda _: 0.1, weight_decay=0.0, max_grad_norm=0.0)
 
 def _layout(sizes, param_dtype="float32"):
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-    return policy.lay_out(CONFIG, mesh, param_dtype=param_dtype, compute_dtype="float32")
+    return place_model(CONFIG, mesh, LayoutOptions(param_dtype, "float32"))
 
 
 def _state(layout):
     fresh = jax.jit(lambda k: nn.meta.unbox(init_params(k, CONFIG)), out_shardings=layout.shardings)
-    return policy.start_state(fresh(jax.random.key(0)), TX, layout)
+    return start_state(fresh(jax.random.key(0)), TX, layout)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -47,20 +50,20 @@ def test_states_come_back_on_another_mesh_although_the_next_step_took_their_memo
         for n in (1, 2, 3):
             state = _changed(state)
             kept[n] = _host(state)
-            checkpoint.save(checkpoints, n, state)  # goes on while the next step donates the arrays
+            checkpoint.save_checkpoint(checkpoints, n, state)  # goes on while the next step donates the arrays
     other = _layout((2, 1, 1))
     with checkpoint.open_checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoint.latest_step(checkpoints) == 3
         assert [int(c.step) for c in checkpoints.orbax.checkpoints] == [2, 3]
         for n in (2, 3):
-            restored = checkpoint.restore(checkpoints, n, policy.abstract_state(TX, other))
+            restored = checkpoint.restore(checkpoints, n, abstract_state(TX, other))
             jax.tree.map(np.testing.assert_array_equal, _host(restored), kept[n])
             assert restored.params["embedding"].sharding.mesh.devices.size == 2
 
 
 def test_a_save_that_was_cut_off_is_not_there(tmp_path):
     with checkpoint.open_checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoint.save(checkpoints, 1, _state(_layout((1, 1, 1))))
+        checkpoint.save_checkpoint(checkpoints, 1, _state(_layout((1, 1, 1))))
     (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
     with checkpoint.open_checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoint.latest_step(checkpoints) == 1
@@ -69,24 +72,24 @@ def test_a_save_that_was_cut_off_is_not_there(tmp_path):
 def test_another_models_checkpoint_is_refused_in_one_line(tmp_path):
     layout = _layout((1, 1, 1))
     with checkpoint.open_checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoint.save(checkpoints, 1, {"something": jnp.ones(3)})
+        checkpoint.save_checkpoint(checkpoints, 1, {"something": jnp.ones(3)})
     with (
         checkpoint.open_checkpoints(tmp_path, keep=2) as checkpoints,
         pytest.raises(UserError, match=r"checkpoint 1 in .* cannot be restored") as caught,
     ):
-        checkpoint.restore(checkpoints, 1, policy.abstract_state(TX, layout))
+        checkpoint.restore(checkpoints, 1, abstract_state(TX, layout))
     assert "\n" not in str(caught.value)
 
 
 def test_the_reference_is_saved_once_and_missed_when_gone(tmp_path):
     layout = _layout((1, 2, 1))
     params = _state(layout).params
-    reference = policy.own_reference(tmp_path / "reference", params, layout)
+    reference = own_reference(tmp_path / "reference", params, layout)
     jax.tree.map(np.testing.assert_array_equal, _host(reference), _host(params))
-    again = policy.own_reference(tmp_path / "reference", None, layout)
+    again = own_reference(tmp_path / "reference", None, layout)
     jax.tree.map(np.testing.assert_array_equal, _host(again), _host(params))
     with pytest.raises(UserError, match="is gone; start again"):
-        policy.own_reference(tmp_path / "elsewhere", None, layout)
+        own_reference(tmp_path / "elsewhere", None, layout)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,7 @@ def three(tmp_path_factory):
         for n in (1, 2, 3):
             state = _changed(state)
             kept[n] = _host(state)
-            checkpoint.save(checkpoints, n, state)
+            checkpoint.save_checkpoint(checkpoints, n, state)
     return work, kept
 
 
@@ -114,7 +117,7 @@ def _files(directory):
 
 def test_whatever_file_is_damaged_the_newest_sound_checkpoint_is_found_and_read(three, tmp_path):
     saved, kept = three
-    abstract = policy.abstract_state(TX, _layout((1, 1, 1)))
+    abstract = abstract_state(TX, _layout((1, 1, 1)))
     restored = 0
     for name in _files(saved / "checkpoints" / "3"):
         for damage in (_flip, lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.unlink()):
@@ -144,14 +147,14 @@ def test_damaged_checkpoints_do_not_push_out_the_last_sound_one(three, tmp_path)
     assert [line.split(" is damaged")[0] for line in told] == ["checkpoint 3", "checkpoint 2"]
     with checkpoint.open_checkpoints(work / "checkpoints", keep=2) as checkpoints:
         assert checkpoint.latest_step(checkpoints) == 1
-        checkpoint.save(checkpoints, 2, _state(_layout((1, 1, 1))))
+        checkpoint.save_checkpoint(checkpoints, 2, _state(_layout((1, 1, 1))))
     assert sorted(p.name for p in (work / "checkpoints").iterdir()) == ["1", "2"]
     assert checkpoint.set_aside_damaged(work / "checkpoints") == []
 
 
 def test_a_damaged_reference_is_named(tmp_path):
     layout = _layout((1, 1, 1))
-    policy.own_reference(tmp_path / "reference", _state(layout).params, layout)
+    own_reference(tmp_path / "reference", _state(layout).params, layout)
     _flip(max((tmp_path / "reference").rglob("*"), key=lambda p: p.stat().st_size))
     with pytest.raises(UserError, match=r"reference is damaged \(.* is not what was written\)"):
-        policy.own_reference(tmp_path / "reference", None, layout)
+        own_reference(tmp_path / "reference", None, layout)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import hhh
+from dpo_jax.config.settings import OptimizerOptions
 from dpo_jax.training.optimizer import apply_updates, optimizer, schedule
-from dpo_jax.training.setup import transformation
+from dpo_jax.training.setup import make_optimizer
 
 PARAMS = {"w": jnp.asarray([1.0, -2.0, 3.0]), "norm": {"scale": jnp.asarray([1.0, 1.0])}}
 
@@ -122,5 +122,5 @@ def test_what_is_a_bfloat16_number_stays_what_it_is():
     ],
 )
 def test_warm_up_by_updates_or_by_their_share(warmup, steps, rates):
-    _, rate = transformation(dict(hhh.get_config("tiny")) | {"warmup_steps": warmup}, 1.0, "linear", steps)
+    _, rate = make_optimizer(OptimizerOptions("adamw", 1.0, "linear", warmup, 0.0, 1.0), steps)
     np.testing.assert_allclose([rate(n) for n in range(len(rates))], rates, rtol=1e-6)

@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.model import placement as policy
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.forward import init_params
+from dpo_jax.model.options import LayoutOptions
+from dpo_jax.model.placement import place_model
 from dpo_jax.model.remat import REMAT_POLICIES
 from dpo_jax.objective.objective import preference_objective
 from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import host_shardings, make_mesh, to_global
 from dpo_jax.rows.schedule import RowShape
 from dpo_jax.training.optimizer import optimizer, schedule
+from dpo_jax.training.state import start_state
 from dpo_jax.training.step import make_train_step
 from tests.oracles import oracle
 
@@ -42,10 +44,10 @@ def _fresh(seed):
 def _run(sizes=(1, 1, 1), remat="dots", steps=3, microbatches=1, **options):
     """Three updates; the metrics of each, the final parameters and the final state's shardings."""
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-    layout = policy.lay_out(CONFIG, mesh, param_dtype="float32", compute_dtype="float32", **options)
+    layout = place_model(CONFIG, mesh, LayoutOptions(compute_dtype="float32", **options))
     with jax.set_mesh(mesh):
         fresh = [jax.tree.map(jnp.array, _fresh(seed)) for seed in (0, 1)]
-        state = policy.start_state(jax.device_put(fresh[0], layout.shardings), TX, layout)
+        state = start_state(jax.device_put(fresh[0], layout.shardings), TX, layout)
         reference = jax.device_put(fresh[1], layout.reference_shardings)
         from_host = layout.reference_offload
         step = make_train_step(

@@ -12,11 +12,13 @@ import pytest
 
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.forward import ModelOptions, hidden_states, init_params, unembedding
+from dpo_jax.model.sharding import axis_rules, param_shardings
 from dpo_jax.objective.logps import Logps, pair_logps
 from dpo_jax.objective.objective import preference_objective, sft_objective
-from dpo_jax.parallel.mesh import axis_rules, make_mesh, param_shardings, state_shardings, to_global
+from dpo_jax.parallel.mesh import make_mesh, to_global
 from dpo_jax.rows.schedule import RowShape
 from dpo_jax.training.optimizer import optimizer, schedule
+from dpo_jax.training.state import moment_shardings
 from dpo_jax.training.step import TrainState, init_state, make_eval_step, make_reference_sync, make_train_step
 from tests.oracles import oracle
 from tests.oracles.oracle import CONFIG
@@ -70,7 +72,7 @@ def _run(sizes, microbatches=1, steps=2, objective=OBJECTIVE, devices=None, plac
 
 def _state_shardings(params, shardings, mesh):
     replicated = jax.NamedSharding(mesh, jax.P())
-    return TrainState(replicated, shardings, state_shardings(TX, params, shardings, mesh))
+    return TrainState(replicated, shardings, moment_shardings(TX, params, shardings, mesh))
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,15 @@ from flax import traverse_util
 from safetensors.numpy import load_file
 
 from dpo_jax.config.values import parse_targets
-from dpo_jax.model import placement as policy
 from dpo_jax.model.lora import init_adapters, on_model
+from dpo_jax.model.options import LayoutOptions
+from dpo_jax.model.placement import place_model
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.records.records import read_records
 from dpo_jax.weights import huggingface as weights
+from dpo_jax.weights import load
 from dpo_jax.weights import peft as peft_files
+from dpo_jax.weights.find import Policy
 from tests.end_to_end import test_train
 from tests.model import families
 from tests.model.families import GOLDEN, TextPairs, difference, sequence_logits
@@ -112,13 +115,13 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits_and_gradients(name, tm
 
 def test_a_fresh_base_is_the_same_on_every_mesh():
     """Nobody saves it: a run that goes on, perhaps elsewhere, draws it again."""
-    made = policy.Policy(CONFIG, None, GOLDEN, None)
+    made = Policy(CONFIG, None, GOLDEN, None)
     lora = on_model(CONFIG, 2, 4.0, ("all",), rslora=False)
     trees = []
     for sizes in ((1, 1, 1), (2, 2, 2)):
         mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-        layout = policy.lay_out(CONFIG, mesh, param_dtype="float32", compute_dtype="float32", lora=lora)
-        trees.append([jax.device_get(load(made, layout, 7)) for load in (policy.load_base, policy.load_params)])
+        layout = place_model(CONFIG, mesh, LayoutOptions(compute_dtype="float32"), lora)
+        trees.append([jax.device_get(of(made, layout, 7)) for of in (load.load_base, load.load_params)])
     jax.tree.map(np.testing.assert_array_equal, *trees)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax.errors import UserError
-from dpo_jax.model import placement as policy
+from dpo_jax.model import tuning
 from dpo_jax.model.attention import cpu_tiles as tiles
 from dpo_jax.model.attention.cpu_tiles import Skipping, tiled_attention
 from dpo_jax.model.attention.dense import Slots, pair_row_attention
@@ -168,7 +168,7 @@ def test_tiles_are_for_cpu():
         platform = "gpu"
 
     with pytest.raises(UserError, match="attention=tiles is for CPU, and this is gpu"):
-        policy._tiling("tiles", Elsewhere())
-    assert policy._tiling("auto", Elsewhere()) is None
-    assert policy._tiling("auto", jax.devices()[0]) == Skipping()
-    assert policy._tiling("dense", jax.devices()[0]) is None
+        tuning.choose_tiling("tiles", Elsewhere())
+    assert tuning.choose_tiling("auto", Elsewhere()) is None
+    assert tuning.choose_tiling("auto", jax.devices()[0]) == Skipping()
+    assert tuning.choose_tiling("dense", jax.devices()[0]) is None

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from dpo_jax.training.spikes import ENOUGH, Losses
+from dpo_jax.training.health import ENOUGH, Losses
 
 
 def _spikes(losses):

@@ -1,0 +1,120 @@
+"""Whether a phase is well: updates that are skipped because they are not finite, and losses far above those before.
+
+Many skipped updates in a row end the run; a spike is only reported.
+"""
+
+import collections
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dpo_jax.errors import NOT_FINITE, UserError
+from dpo_jax.records.writer import MetricsWriter
+
+SKIPPED = "skipped"  # the metric that is 1 where the update was not made
+WINDOW = 64  # finite losses that one is compared with
+ENOUGH = 16  # before there are so many, nothing is a spike
+SIGMAS = 6.0  # how far above their median
+FLOOR = 0.05  # of the median: where losses hardly differ (at the start all are ln 2), the least that counts as a sigma
+
+
+@dataclasses.dataclass
+class Losses:
+    """The last losses of a phase."""
+
+    last: collections.deque[float] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=WINDOW))
+
+    def spike_over(self, loss: float) -> float | None:
+        """The median of the losses before if `loss` is a spike over them, else None. `loss` is then one of them.
+
+        A sigma is estimated by 1.4826 times the median distance from the median: a spike does not hide the next one.
+        """
+        if not math.isfinite(loss):  # its update is skipped and reported as such
+            return None
+        spiked = None
+        if len(self.last) >= ENOUGH:
+            median = statistics.median(self.last)
+            spread = 1.4826 * statistics.median(abs(x - median) for x in self.last)
+            if loss > median + SIGMAS * max(spread, FLOOR * abs(median)):
+                spiked = median
+        self.last.append(loss)
+        return spiked
+
+
+@dataclasses.dataclass
+class Health:
+    """What the updates of a phase were like so far.
+
+    Attributes:
+      split: of the phase's records.
+      max_bad_steps: more skipped updates in a row than this end the run.
+      keep_bad_batch: (split, update, examples of its batch) → the file that names them.
+      in_a_row: skipped updates up to now, without a good one between them.
+      since_record: updates skipped since the last record.
+    """
+
+    split: str
+    max_bad_steps: int
+    keep_bad_batch: Callable[[str, int, np.ndarray], Path]
+    losses: Losses = dataclasses.field(default_factory=Losses)
+    in_a_row: int = 0
+    since_record: int = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether too many updates in a row were skipped."""
+        return self.in_a_row > self.max_bad_steps
+
+    def check(self, n: int, loss: float, values: Mapping[str, float], examples: np.ndarray, log: MetricsWriter) -> None:
+        """Count and report a skipped update and a loss spike of update `n`.
+
+        Raises:
+          UserError: too many updates in a row were skipped; the batch is written out.
+        """
+        event = {"step": n, "split": self.split, "loss": loss, "grad_norm": values["grad_norm"]}
+        median = self.losses.spike_over(loss)
+        if median is not None:
+            log.event(
+                {**event, "event": "spike", "median": median, "pairs": examples.tolist()},
+                f"warning: {self.split} step {n}: the loss is {loss:.4g}, the median before it {median:.4g} (a spike)",
+            )
+        if not values.get(SKIPPED):
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        self.since_record += 1
+        update = f"{self.split} step {n}: loss {loss:.4g}, gradient norm {values['grad_norm']:.4g}"
+        log.event(
+            {**event, "event": "skipped", "pairs": examples.tolist()},
+            f"warning: {update}: not finite, the update is skipped ({self.in_a_row} in a row)",
+        )
+        if self.over:
+            where = self.keep_bad_batch(self.split, n, examples)
+            raise UserError(
+                f"{update}: not finite {self.in_a_row} times in a row, more than max_bad_steps={self.max_bad_steps}; "
+                f"the pairs of the last batch are in {where}; mend them, or lower the learning rate in a new workdir; "
+                "checkpoints from before are kept",
+                code=NOT_FINITE,
+            )
+
+    def take(self) -> int:
+        """Updates skipped since the last call."""
+        skipped, self.since_record = self.since_record, 0
+        return skipped
+
+
+def check_first_evaluation(values: Mapping[str, float]) -> None:
+    """Refuse to train from numbers that are not finite before any update.
+
+    Raises:
+      UserError: with the likely causes.
+    """
+    if not all(map(math.isfinite, values.values())):
+        raise UserError(
+            "the evaluation before any update is not finite: the weights of the model or the reference are damaged, "
+            "or compute_dtype is too narrow for them"
+        )

@@ -1,0 +1,154 @@
+"""The two phases of a run: a light SFT on chosen completions, if any, then DPO."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.model.params import Params
+from dpo_jax.objective.objective import Objective, sft_objective
+from dpo_jax.rows.pipeline import ChosenOnly, Schedule, StepSource, make_schedule
+from dpo_jax.training import checkpoint
+from dpo_jax.training.batches import loaded, once_through, slots_of, step_source
+from dpo_jax.training.evaluate import evaluate
+from dpo_jax.training.loop import Phase, run_phase
+from dpo_jax.training.reference import (
+    abstract_reference,
+    given_reference,
+    held_out_reference,
+    kept_reference,
+    moving_step,
+    reference_params,
+)
+from dpo_jax.training.setup import (
+    Run,
+    eval_step_on,
+    keep_bad_batch,
+    make_kl,
+    make_objective,
+    make_optimizer,
+    train_step_on,
+    write_answers,
+)
+from dpo_jax.training.state import abstract_state, start_state
+from dpo_jax.training.step import TrainState
+from dpo_jax.weights.load import load_params
+
+
+def params_after_sft(run: Run) -> Params:
+    """What is trained, when DPO starts: as loaded or fresh, after what is left of the SFT phase."""
+    s, layout, steps = run.settings, run.layout, run.settings.length.sft_steps
+    if not steps:
+        return load_params(run.policy, layout, s.seed)
+    tx, rate = make_optimizer(s.sft_optimizer, steps)
+    if run.done:
+        state = checkpoint.restore(run.checkpoints, run.done, abstract_state(tx, layout))
+    else:
+        state = start_state(load_params(run.policy, layout, s.seed), tx, layout)
+    if run.done < steps:
+        pairs, limits = ChosenOnly(run.data.train), layout.row_limits(s.batch.microbatches)
+        schedule = make_schedule(pairs, s.batch.size, limits, s.batch.order, run.data.split.mixture)
+        source = step_source(schedule, layout.mesh, steps, s.batch.microbatches)
+        objective = sft_objective()
+        update = functools.partial(train_step_on(layout, run.models, objective, tx, rate), base=run.base)
+        step = lambda state, batch, shape: update(state, None, batch, slots_of(shape))
+        state = _run_phase(run, "sft", objective.loss, source, step, state)
+    return state.params
+
+
+def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
+    """What is trained, after `steps` updates of DPO over the schedule's pairs, begun or resumed."""
+    s, layout = run.settings, run.layout
+    sft_steps, moves = s.length.sft_steps, s.reference.moves
+    tx, rate = make_optimizer(s.optimizer, steps)
+    objective = make_objective(s.objective)
+    in_step = objective.needs_reference and not s.reference.cache
+    begins = run.done <= sft_steps
+    reference = None
+    if begins:
+        state = start_state(params_after_sft(run), tx, layout)
+    elif moves:
+        both = {"state": abstract_state(tx, layout), "reference": abstract_reference(layout)}
+        both = checkpoint.restore(run.checkpoints, run.done, both)
+        state, reference = both["state"], both["reference"]
+    else:
+        state = checkpoint.restore(run.checkpoints, run.done, abstract_state(tx, layout))
+    if in_step and reference is None:
+        reference = reference_params(run, state.params if begins else None)
+    values = kept_reference(run, schedule, steps, state.params if begins else None)
+    if begins:
+        write_answers(run, state.params, "before", 0)
+
+    source = step_source(schedule, layout.mesh, steps, s.batch.microbatches, given_reference(values, run.data.train))
+    train_step = functools.partial(train_step_on(layout, run.models, objective, tx, rate), base=run.base)
+    update = lambda state, reference, batch, shape: train_step(state, reference, batch, slots_of(shape))
+    if moves:  # the reference is a part of the state, here and in checkpoints
+        tree: Any = {"state": state, "reference": reference}
+        parts = lambda tree: (tree["state"], tree["reference"])
+        step = moving_step(s.reference, layout, update, start=max(0, run.done - sft_steps))
+    else:
+        tree = state
+        parts = lambda state: (state, reference)
+        step = lambda state, batch, shape: update(state, reference, batch, shape)
+    at: Callable[[Any], dict[str, Any]] | None = None
+    if len(run.data.evaluation):
+        held_out = _evaluator(run, objective, values)
+        at = lambda tree: held_out(*parts(tree))
+    return parts(_run_phase(run, "train", objective.loss, source, step, tree, sft_steps, at))[0].params
+
+
+def _run_phase(
+    run: Run,
+    split: str,
+    loss: str,
+    source: StepSource,
+    step: Callable[..., Any],
+    state: Any,
+    before: int = 0,
+    evaluate: Callable[[Any], dict[str, Any]] | None = None,
+) -> Any:
+    """The loop over a source's steps, from where the run is; checkpoints count the updates `before` this phase too."""
+    output, faults, start = run.settings.output, run.settings.faults, max(0, run.done - before)
+    phase = Phase(
+        split=split,
+        loss=loss,
+        updates=len(source),
+        step=step,
+        log_every=output.log_every,
+        eval_every=output.eval_every if evaluate else 0,
+        checkpoint_every=output.checkpoint_every,
+        evaluate=evaluate,
+        save=lambda n, state: checkpoint.save_checkpoint(run.checkpoints, before + n, state),
+        check_save=functools.partial(checkpoint.check_save, run.checkpoints),
+        max_bad_steps=faults.max_bad_steps,
+        keep_bad_batch=functools.partial(keep_bad_batch, run),
+        stuck_after=faults.stuck_after,
+    )
+    mesh = run.layout.mesh
+    batches = loaded(source, mesh, f"the rows of a {split} step", start)
+    return run_phase(phase, batches, state, start, mesh=mesh, writer=run.writer, stop=run.stop)
+
+
+def _evaluator(
+    run: Run, objective: Objective, values: np.ndarray | None
+) -> Callable[[TrainState, Params | None], dict[str, Any]]:
+    """(state, reference) → the values of an evaluation.
+
+    A reference that stays is asked once; `values` are its values, where they are known.
+    """
+    pairs, batch, layout = run.data.evaluation, run.settings.batch, run.layout
+    eval_step = eval_step_on(layout, run.models[0], objective)
+    moves, estimate_kl = run.settings.reference.moves, make_kl(run)
+    source = once_through(pairs, batch.size, batch.microbatches, layout, given_reference(values, pairs))
+
+    def held_out(state: TrainState, reference: Params | None) -> dict[str, Any]:
+        nonlocal source
+        if objective.needs_reference and not moves and not source.given:
+            source = dataclasses.replace(source, given=held_out_reference(run, reference))
+        asked = reference if moves else None
+        step = lambda batch, shape: eval_step(state.params, asked, batch, slots_of(shape), base=run.base)
+        return evaluate(step, source, layout.mesh, run.data.split.groups) | estimate_kl(state.params, reference)
+
+    return held_out

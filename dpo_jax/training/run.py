@@ -1,0 +1,176 @@
+"""A run from its settings to its report: everything is found and checked, then trained, then written down."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dpo_jax.config.command_line import claim_workdir
+from dpo_jax.config.settings import Settings
+from dpo_jax.data.prepare import Prepared
+from dpo_jax.model.params import Params
+from dpo_jax.model.tuning import exact_products
+from dpo_jax.parallel.mesh import agreed, first_process_first, make_mesh, row_shards
+from dpo_jax.records import trackers
+from dpo_jax.records.records import EVENTS, before_after, read_records, truncate_records
+from dpo_jax.records.writer import MetricsWriter
+from dpo_jax.report.card import write_card
+from dpo_jax.report.command import write_report
+from dpo_jax.report.runs import EXPORTS, load_run
+from dpo_jax.rows.pipeline import Schedule, make_schedule
+from dpo_jax.sampling import answers
+from dpo_jax.training import checkpoint, inputs
+from dpo_jax.training import workdir as claim
+from dpo_jax.training.loop import stop_signal
+from dpo_jax.training.phases import params_after_dpo
+from dpo_jax.training.setup import Run, introduce, keep_compiled, make_layout, make_models, write_answers
+from dpo_jax.weights.find import check_reference, find_policy
+from dpo_jax.weights.hub import resolve_model
+from dpo_jax.weights.huggingface import read_config, save_weights
+from dpo_jax.weights.load import load_base
+from dpo_jax.weights.peft import save_adapters
+
+
+def train_policy(settings: Settings, workdir: Path) -> dict[str, float]:
+    """Train in `workdir`, or resume the run that is there; returns the held-out metrics at the end.
+
+    Raises:
+      UserError: bad input, in one line.
+      Stopped: SIGTERM came; the state is saved and the same call resumes it.
+    """
+    keep_compiled(settings)
+    with claim.locked(workdir):
+        return _train(settings, workdir)
+
+
+def _train(settings: Settings, workdir: Path) -> dict[str, float]:
+    s, main_process = settings, jax.process_index() == 0
+    # What a person can have wrong is refused first, the cheapest to check before the rest.
+    mesh = make_mesh(*s.mesh)
+    inputs.check_division(s.batch, row_shards(mesh))
+    with first_process_first("dpo_jax model files"):
+        policy = find_policy(s.model, workdir, s.seed)
+    inputs.check_experts(s, policy.config.num_experts)
+    layout = make_layout(s, policy.config, mesh)
+    reference = resolve_model(s.reference.name, what="reference") if s.reference.name else None
+    if reference is not None:
+        check_reference(read_config(reference)[0], layout.config, str(reference))
+    with first_process_first("dpo_jax data"):  # with a cache that all share, the others find it whole
+        data = _prepare(s, policy.tokenizer, workdir)
+    inputs.check_enough(s.batch, len(data.train))
+    damaged = checkpoint.set_aside_damaged(workdir / "checkpoints")
+    with (
+        jax.set_mesh(mesh),
+        exact_products(layout.dtype, layout.platform),
+        stop_signal() as stop,
+        checkpoint.open_checkpoints(workdir / "checkpoints", s.output.keep_checkpoints) as checkpoints,
+        contextlib.ExitStack() as stack,
+    ):
+        limits = layout.row_limits(s.batch.microbatches)
+        schedule = make_schedule(data.train, s.batch.size, limits, s.batch.order, data.split.mixture)
+        steps = inputs.run_steps(s, schedule.steps_per_epoch)
+        identity = _identify(s, {"model": policy.directory, "reference": reference}, data, schedule)
+        claim_workdir(workdir, s.whole, write=main_process)  # only now: a refused command leaves no config behind
+        done = checkpoint.latest_step(checkpoints) or 0
+        claim.first_only(lambda: claim.keep_identity(workdir, identity, resumed=done > 0))
+        logs = []
+        if main_process:
+            _forget_after(workdir, s.length.sft_steps, done)
+            logs = stack.enter_context(trackers.open_trackers(workdir, s.output.projects, s.whole))
+        writer = MetricsWriter(
+            workdir if main_process else None,
+            total_steps={"sft": s.length.sft_steps, "train": steps},
+            quiet=not main_process,
+            logs=logs,
+        )
+        with writer:
+            for line in damaged:
+                writer.message(f"warning: {line}")
+            run = Run(
+                settings=s,
+                workdir=workdir,
+                policy=policy,
+                layout=layout,
+                reference_directory=reference,
+                data=data,
+                models=make_models(s, layout),
+                base=load_base(policy, layout, s.seed),
+                checkpoints=checkpoints,
+                writer=writer,
+                stop=stop,
+                done=done,
+            )
+            introduce(run, schedule, steps)
+            return _finish(run, params_after_dpo(run, schedule, steps), steps)
+
+
+def _prepare(settings: Settings, tokenizer: Any, workdir: Path) -> Prepared:
+    main_process = jax.process_index() == 0
+    quarantine = workdir / "quarantine.jsonl" if main_process else None
+    prepared = inputs.prepare_pairs(settings, tokenizer, workdir, quarantine)
+    if main_process:
+        (workdir / "data.json").write_text(json.dumps(prepared.report, indent=1, ensure_ascii=False) + "\n")
+    return prepared
+
+
+def _identify(settings: Settings, models: dict[str, Path | None], data: Prepared, schedule: Schedule) -> dict[str, Any]:
+    """What the run is begun with, the same in all processes; `models` are directories by their config key."""
+    identity = claim.identify(data.split, models)
+    claim.same_everywhere(
+        {
+            "config": settings.same_on_all_hosts,
+            "training or held-out pairs": identity["data"]["pairs"],
+            "row shapes": [dataclasses.asdict(shape) for shape in schedule.shapes],
+            "model files": [identity.get(key) for key in models],
+        }
+    )
+    return identity
+
+
+def _forget_after(workdir: Path, sft_steps: int, done: int) -> None:
+    """Drop the records of what the newest checkpoint does not hold: it comes again.
+
+    At the boundary of SFT and DPO, DPO starts anew, with its answers and its evaluation at step 0.
+    """
+
+    def keep(record: dict[str, Any]) -> bool:
+        if record.get("split") == "sft":
+            return record["step"] <= done
+        return done > sft_steps and record["step"] <= done - sft_steps
+
+    for name in ("metrics.jsonl", "samples.jsonl", EVENTS):
+        truncate_records(workdir / name, keep)
+
+
+def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
+    """Answers after training, the export, the report and the final table. Done again, it changes nothing."""
+    s, workdir, layout, samples = run.settings, run.workdir, run.layout, run.workdir / "samples.jsonl"
+    if not agreed(any(r["when"] == "after" for r in read_records(samples))):
+        write_answers(run, params, "after", steps)
+    export = workdir / "export"
+    if s.output.export and not agreed((export / "config.json").exists()):
+        if layout.lora is not None:
+            save_adapters(params, layout.config, layout.lora, workdir / "export-adapter", base=s.model)
+        save_weights(
+            run.base | params,
+            run.policy.hf_config(),
+            export,
+            dtype=s.layout.param_dtype,
+            tokenizer_from=run.policy.tokenizer_directory,
+            lora_scale=layout.config.lora_scale,
+        )
+    records = read_records(workdir / "metrics.jsonl")
+    if jax.process_index() == 0:
+        for name in EXPORTS:
+            if (workdir / name).is_dir():
+                write_card(load_run(workdir), workdir / name, base=run.policy.directory)
+        write_report(workdir)
+        answers.show_answers(read_records(samples), run.writer)
+        if held_out := before_after(records):
+            run.writer.console.before_after_table("Held-out pairs", held_out)
+        run.writer.message(f"report {workdir / 'report.html'}" + (f", policy {export}" if s.output.export else ""))
+    last = [r for r in records if r["split"] == ("eval" if len(run.data.evaluation) else "train")]
+    return {k: v for k, v in last[-1].items() if k != "split"} if last else {}

@@ -1,0 +1,75 @@
+"""Find the model to train: its numbers, its files and its tokenizer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from dpo_jax.errors import UserError
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.families import hf_config
+from dpo_jax.weights import hub, tiny
+from dpo_jax.weights import huggingface as weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The model to train: its numbers, the directory of its files (None: made from scratch), and its tokenizer."""
+
+    config: ModelConfig
+    directory: Path | None
+    tokenizer_directory: Path
+    tokenizer: Any
+
+    def hf_config(self) -> dict[str, Any]:
+        """What its Hugging Face `config.json` holds."""
+        if self.directory is not None:
+            return weights.read_config(self.directory)[1]
+        tokens = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
+        return hf_config(self.config, **tokens)
+
+
+def find_policy(model: str, workdir: Path, seed: int, *, with_weights: bool = True) -> Policy:
+    """Find the model's files, or make the tokenizer of the model that starts from scratch (`tiny`).
+
+    Without weights, a model of the hub has only its config and tokenizer downloaded.
+
+    Raises:
+      UserError: there is no such model, or it is not supported, or its tokenizer does not belong to it.
+    """
+    if model == "tiny":
+        dialogues = tiny.write_dialogues(workdir, seed)
+        directory = tiny.write_tokenizer(workdir / f"tokenizer-{seed}", dialogues)
+        tokenizer = _tokenizer(directory)
+        return Policy(tiny.model_config(len(tokenizer)), None, directory, tokenizer)
+    directory = hub.resolve_model(model, with_weights=with_weights)
+    config, _ = weights.read_config(directory)
+    policy = Policy(config, directory, directory, _tokenizer(directory))
+    if len(policy.tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} has {len(policy.tokenizer)} tokens and its model only {config.vocab_size}; "
+            "put the tokenizer there that the model was trained with"
+        )
+    return policy
+
+
+def _tokenizer(directory: Path) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as e:  # transformers and huggingface_hub validate the files with errors of many kinds
+        first = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(f"no tokenizer can be read from {directory} ({first}); put its tokenizer.json there") from None
+
+
+def check_reference(reference: ModelConfig, policy: ModelConfig, name: str) -> None:
+    """Refuse a reference of another architecture than the policy's.
+
+    Raises:
+      UserError: with the numbers that differ; `name` is the reference's.
+    """
+    theirs, ours = dataclasses.asdict(reference), dataclasses.asdict(policy)
+    irrelevant = ("model_type", "lora_scale", "max_position_embeddings", "router_aux_loss_coef")
+    changed = [f"{k}: {theirs[k]!r}, policy {ours[k]!r}" for k in ours if k not in irrelevant and theirs[k] != ours[k]]
+    if changed:
+        raise UserError(f"reference {name} is another architecture than the policy ({'; '.join(changed)})")
