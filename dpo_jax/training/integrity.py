@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from dpo_jax.disk import write_json
+from dpo_jax.disk import write_whole
 
 NAME = "checksums.json"
 THREADS = 4  # hashing leaves Python's lock, so files are read and hashed next to each other
@@ -23,7 +23,8 @@ def write_checksums(directory: Path, leave_out: tuple[str, ...] = ()) -> None:
     names = [name for name in _files(directory) if name != NAME and name not in leave_out]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         held = dict(zip(names, pool.map(lambda name: _digest(directory / name, sync=True), names), strict=True))
-    write_json(directory / NAME, {name: {"bytes": size, "sha256": digest} for name, (size, digest) in held.items()})
+    listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in held.items()}
+    write_whole(directory / NAME, json.dumps(listed, indent=1))  # no newline: every byte that is lost tells
 
 
 def damage(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
