@@ -10,7 +10,7 @@ from dpo_jax.config import keys, values
 from dpo_jax.config.keys import KEYS, SECTIONS, Key, Legal
 from dpo_jax.errors import UserError
 from dpo_jax.model import lora
-from dpo_jax.model.placement import ATTENTION
+from dpo_jax.model.options import ATTENTION
 from dpo_jax.model.remat import REMAT_POLICIES
 from dpo_jax.objective.objective import DIVERGENCES
 from dpo_jax.training.optimizer import OPTIMIZERS, SCHEDULES
