@@ -29,9 +29,8 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-import dpo_jax.train
-from configs import hhh
-from dpo_jax.data.comparison import Comparison, LabeledComparison
+import dpo_jax
+from dpo_jax import Comparison, LabeledComparison
 from dpo_jax.data.render import make_renderer, render_batch
 from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.options import LayoutOptions
@@ -80,13 +79,13 @@ except ValueError as error:
 # with a learning rate of zero follows, which changes nothing: `export/` is the SFT model, start and reference of all below.
 
 # %%
-base = hhh.get_config("tiny")
+base = dpo_jax.get_config("configs/hhh.py:tiny")
 base.log_every = 1
 if SMALL:
     base.update(batch_size=8, eval_pairs=64, sft_steps=60, sample_prompts=2, sample_tokens=24)
 sft = base.copy_and_resolve_references()
 sft.update(num_steps=1, learning_rate=0.0, warmup_steps=0.0)
-dpo_jax.train.run(sft, "runs/tutorial-sft")
+dpo_jax.run(sft, "runs/tutorial-sft")
 START = Path("runs/tutorial-sft/export")
 
 # %% [markdown]
@@ -190,7 +189,7 @@ for beta in BETAS:
     if SMALL:
         config.update(num_steps=30, eval_every=15)
     workdir = Path(f"runs/tutorial-beta-{beta}")
-    dpo_jax.train.run(config, workdir)
+    dpo_jax.run(config, workdir)
     runs[beta] = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
 
 # %% [markdown]
@@ -283,7 +282,7 @@ wild = base.copy_and_resolve_references()
 wild.update(
     model=str(START), dataset="synthetic", sft_steps=0, num_steps=8, learning_rate=0.05, export=False, eval_every=0
 )
-dpo_jax.train.run(wild, "runs/tutorial-wild")
+dpo_jax.run(wild, "runs/tutorial-wild")
 wild_losses = [
     r["dpo_loss"]
     for r in map(json.loads, Path("runs/tutorial-wild/metrics.jsonl").read_text().splitlines())

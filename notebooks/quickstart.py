@@ -26,24 +26,23 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-import dpo_jax.train
-from configs import hhh
+import dpo_jax
 
 SMALL = bool(os.environ.get("DPO_JAX_SMALL"))  # a short run, for tests
 
 # %% [markdown]
 # ## Train
-# A config is a flat table of keys; `configs/common.py` says what each means. `run` checks it, prepares the data, trains and
+# A config is a flat table of keys; docs/configuration.md says what each means. `run` checks it, prepares the data, trains and
 # writes everything into one directory. Calling it again with the same arguments continues where it stopped.
 
 # %%
-config = hhh.get_config("tiny")
+config = dpo_jax.get_config("configs/hhh.py:tiny")
 config.log_every = 2
 if SMALL:
     config.update(batch_size=8, sft_steps=60, num_steps=16, eval_every=8, eval_pairs=64)
     config.update(sample_prompts=2, sample_tokens=24)
 workdir = Path("runs/quickstart")
-final = dpo_jax.train.run(config, workdir)
+final = dpo_jax.run(config, workdir)
 final
 
 # %% [markdown]
@@ -86,4 +85,4 @@ sorted(p.name for p in (workdir / "export").iterdir())
 
 # %% [markdown]
 # Next: `dpo_tutorial.ipynb` (what is computed and how to read it), `your_data.ipynb` (your own pairs). For a real model take
-# another preset, such as `hhh.get_config("smollm2-135m")`.
+# another preset, such as `dpo_jax.get_config("configs/hhh.py:smollm2-135m")`.

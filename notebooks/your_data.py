@@ -23,8 +23,7 @@ import os
 import random
 from pathlib import Path
 
-import dpo_jax.train
-from configs import hhh
+import dpo_jax
 from dpo_jax.inspection import command as data_command
 
 SMALL = bool(os.environ.get("DPO_JAX_SMALL"))  # a short run, for tests
@@ -65,20 +64,19 @@ print(pairs.open().readline())
 
 # %%
 options = ["--config.dataset=pairs.jsonl", "--config.eval_pairs=64"]
-config_file = Path(hhh.__file__)
-data_command.main(["data", "inspect", f"--config={config_file}:tiny", *options])
+data_command.main(["data", "inspect", "--config=configs/hhh.py:tiny", *options])
 
 # %% [markdown]
 # ## Train
 # No evaluation file was given (`eval_path`), so 64 pairs are held out, none of whose prompts is trained on.
 
 # %%
-config = hhh.get_config("tiny")
+config = dpo_jax.get_config("configs/hhh.py:tiny")
 config.update(dataset=str(pairs), eval_pairs=64, sft_steps=100, num_steps=40, batch_size=32)
 if SMALL:
     config.update(sft_steps=40, num_steps=12, sample_prompts=2, sample_tokens=24)
 workdir = Path("runs/your_data")
-final = dpo_jax.train.run(config, workdir)
+final = dpo_jax.run(config, workdir)
 
 # %% [markdown]
 # What became of the rows: `data.json` has the counts by reason, `quarantine.jsonl` the malformed rows themselves.

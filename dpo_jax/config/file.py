@@ -14,6 +14,8 @@ import ml_collections
 from dpo_jax.config.keys import KEYS
 from dpo_jax.errors import UserError
 
+OURS = "configs/common.py"
+
 
 def get_config(file: str = "") -> ml_collections.ConfigDict:
     """A config to change and run: every key at its default, or as a config file sets it.
@@ -48,23 +50,29 @@ def get_config(file: str = "") -> ml_collections.ConfigDict:
 
 
 def _find(name: str) -> Path:
-    """The file itself, or else one of ours: of the checkout that is imported, or of a wheel, which has them as data."""
-    path, checkout = Path(name), Path(__file__).parents[2] / name
-    if path.exists() or path.is_absolute():
-        return path
-    if checkout.is_file():
-        return checkout
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        for file in importlib.metadata.files("dpo_jax") or ():
-            if file.as_posix().endswith(f"share/dpo_jax/{name}"):
-                return Path(str(file.locate())).resolve()
-    return path
+    """The file itself, or else the one of ours that has this name."""
+    path = Path(name)
+    ours = _home() / path
+    return path if path.exists() or not ours.is_file() else ours
+
+
+def _home() -> Path:
+    """The directory that holds our `configs/`: a checkout, or where a wheel puts them as data."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / OURS).is_file():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            for file in importlib.metadata.files("dpo_jax") or ():
+                if file.as_posix().endswith(OURS):
+                    return Path(str(file.locate())).resolve().parents[1]
+    return checkout
 
 
 def _refuse_path(path: Path, given: str) -> None:
     directory = path if path.is_dir() else path.parent
-    files = sorted(str(p) for p in directory.glob("*.py") if p.name not in ("__init__.py", "common.py"))
-    hint = f"there are {', '.join(files)}" if files else "give FILE.py or FILE.py:PRESET"
+    home = Path() if directory.is_dir() or path.is_absolute() else _home()
+    files = sorted(p.relative_to(home) if home != Path() else p for p in (home / directory).glob("*.py"))
+    names = ", ".join(str(p) for p in files if p.name not in ("__init__.py", "common.py"))
+    hint = f"there are {names}" if names else "give FILE.py or FILE.py:PRESET"
     raise UserError(f"{given}: {'a directory, not a file' if path.is_dir() else 'no such file'}; {hint}")
 
 

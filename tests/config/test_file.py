@@ -84,10 +84,15 @@ def test_an_unknown_preset_is_said_without_a_traceback(file):
     assert "\n" not in said
 
 
-def test_what_is_no_file_is_refused_with_those_that_are(tmp_path):
+def test_what_is_no_file_is_refused_with_those_that_are(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"configs: a directory, not a file; there are configs/helpsteer3.py"):
         get_config("configs")
     with pytest.raises(UserError, match=r"configs/none.py:tiny: no such file; there are configs/helpsteer3.py"):
         get_config("configs/none.py:tiny")
     with pytest.raises(UserError, match=r"no such file; give FILE.py or FILE.py:PRESET"):
         get_config(str(tmp_path / "none.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"configs/none.py: no such file; there are configs/helpsteer3.py, configs/hhh.py"
+    ):
+        get_config("configs/none.py")
