@@ -7,6 +7,7 @@ family. What cannot be computed exactly is refused by name.
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -129,7 +130,8 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
     try:
         _refuse(hf, family)
         c = _as_transformers(hf, family, CONFIG_MAPPING[model_type])
-        values = {key: getattr(c, key) for key in _COMMON}
+        kinds = {"rms_norm_eps": float, "tie_word_embeddings": bool}
+        values: dict[str, Any] = {key: kinds.get(key, int)(getattr(c, key)) for key in _COMMON}
         values |= {field: getattr(c, key) for key, fields in family.keys.items() for field in fields.split()}
         values |= {"model_type": model_type, **family.fixed, **_windows(hf, c, family), **_rope(hf, c, family)}
         if values["hidden_act"] not in ACTIVATIONS:
@@ -165,14 +167,16 @@ def _as_transformers(hf: Mapping[str, Any], family: Family, make: Any) -> Any:
     """
     hf = copy.deepcopy(dict(hf))  # transformers writes into what it is given
     taken = (*_COMMON, *_WINDOWS, *family.keys, *((_ORIGINAL,) if family.partial_rotary else ()))
-    values = {key: _as_number(hf[key], getattr(make, key, None)) for key in taken if key in hf}
+    default = functools.partial(getattr, make())
+    values = {key: _as_number(hf[key], default(key, None)) for key in taken if key in hf}
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
     for key, value in (("num_key_value_heads", heads), ("head_dim", width // heads)):  # not every class derives them
-        if values.get(key, getattr(make, key, None)) is None:
+        if values.get(key, default(key, None)) is None:
             values[key] = value
     c = make(**values, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     # Afterwards, as the class would refuse ropes that lack a key with words of its own.
-    c.rope_parameters, ropes = hf.get("rope_parameters"), {key: hf[key] for key in _ROPES if hf.get(key) is not None}
+    ropes = {"partial_rotary_factor": 1.0} | {key: hf[key] for key in _ROPES if hf.get(key) is not None}
+    c.rope_parameters = hf.get("rope_parameters")
     if "rope_scaling" in ropes:
         ropes["rope_scaling"].setdefault("rope_type", ropes["rope_scaling"].get("type", "default"))
     c.convert_rope_params_to_dict(**ropes)
