@@ -5,13 +5,13 @@ TRACKIO_DIR, TRACKIO_SPACE_ID and so on. metrics.jsonl stays the truth.
 """
 
 import importlib.util
-import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.disk import read_json, write_json
 from dpo_jax.errors import UserError
 from dpo_jax.records.records import Record
 
@@ -37,7 +37,7 @@ def check_packages(projects: Mapping[str, str]) -> None:
 
 @contextmanager
 def open_trackers(workdir: Path, projects: Mapping[str, str], config: Mapping[str, Any]) -> Iterator[list[Log]]:
-    """The trackers that are asked for; a run that goes on continues the one it began.
+    """The trackers that are asked for; a resumed run continues the tracker's run that it began.
 
     Its records since the checkpoint are sent again, with the values they had: they fall on the same points.
 
@@ -54,11 +54,11 @@ def open_trackers(workdir: Path, projects: Mapping[str, str], config: Mapping[st
     """
     wanted = {package: project for package, project in projects.items() if project}
     path = workdir / "trackers.json"
-    ids = json.loads(path.read_text()) if path.exists() else {}
+    ids = read_json(path) if path.exists() else {}
     new = {package: secrets.token_hex(4) for package in wanted if package not in ids}
     if new:
         ids |= new
-        path.write_text(json.dumps(ids) + "\n")
+        write_json(path, ids)
     with ExitStack() as stack:
         logs = []
         for package, project in wanted.items():

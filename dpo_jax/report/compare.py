@@ -12,13 +12,12 @@ from dpo_jax.report.runs import (
     Plot,
     RunFiles,
     accuracy_error,
-    held_out_series,
-    largest,
     last_step,
     main_plots,
     median,
     metric_label,
-    training_series,
+    metric_series,
+    training_values,
 )
 
 AFTER = ("after", "greedy")
@@ -67,7 +66,7 @@ def _finals(runs: Sequence[RunFiles]) -> list[tuple[str, str, float | None, list
     alone = {
         ("step", "Last step"): map(last_step, runs),
         ("pairs_per_second", "Pairs per second (median)"): (median(run, "pairs_per_second") for run in runs),
-        ("memory_gb", "Peak memory, GB"): (largest(run, "memory_gb") for run in runs),
+        ("memory_gb", "Peak memory, GB"): (max(training_values(run, "memory_gb"), default=None) for run in runs),
     }
     return rows + [(*names, None, [(value, None) for value in values]) for names, values in alone.items()]
 
@@ -83,12 +82,6 @@ def _answers(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
 
 
 def _figure(runs: Sequence[RunFiles], names: Sequence[str], plot: Plot, name: str) -> Chart | None:
-    series = []
-    for i, run in enumerate(runs):
-        label: str | None = names[i]
-        held_out = held_out_series(run, name, names[i], _color(i))
-        if plot.split == "train" and held_out.points:
-            series.append(held_out)
-            label = None  # one entry of the legend for each run
-        series.append(training_series(run, plot, name, label, _color(i)))
+    each = [metric_series(run, plot, name, names[i], _color(i)) for i, run in enumerate(runs)]
+    series = [s for of_run in each for s in of_run]
     return line_chart(metric_label(name), series, guide=plot.guide, from_zero=plot.from_zero)

@@ -14,18 +14,17 @@ from dpo_jax.report.runs import (
     accuracy_error,
     hardware,
     held_out_pairs,
-    held_out_series,
-    largest,
     last_step,
     length_plot,
     main_plots,
     median,
     metric_label,
+    metric_series,
     source_plot,
     sources,
     total_steps,
     training_seconds,
-    training_series,
+    training_values,
 )
 
 NOT_CHARTED = {"step", "pairs", "tokens", "kl_error"}  # the last one is the KL's whiskers
@@ -134,7 +133,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         "Mesh": [f"{axis} {size}" for axis, size in about.get("mesh", {}).items()] or words["Mesh"],
         "Speed (median)": [typical("{:.1f} pairs/s", "pairs_per_second"), typical("{:.3g} s a step", "step_seconds")],
         "Computed tokens that are real": [typical("{:.1%}", "useful_token_fraction")],
-        "Peak memory": [f"{peak:.2f} GB" if (peak := largest(run, "memory_gb")) else ""],
+        "Peak memory": [f"{peak:.2f} GB" if (peak := max(training_values(run, "memory_gb"), default=0)) else ""],
     }
     return [(name, ", ".join(filter(None, parts))) for name, parts in facts.items() if any(parts)]
 
@@ -166,14 +165,8 @@ def _curves(run: RunFiles) -> dict[str, list[Chart]]:
 def _figures(run: RunFiles, plots: Sequence[Plot], *, small: bool) -> list[Chart]:
     figures = []
     for plot in plots:
-        series = []
-        for name, (line, color) in zip(plot.names, plot.lines or (("", "accent"),), strict=True):
-            held_out = held_out_series(run, name, line or "held-out", color)
-            label: str | None = line
-            if plot.split == "train" and held_out.points:
-                series.append(held_out)
-                label = None if line else "train"  # of several metrics each is named once in the legend
-            series.append(training_series(run, plot, name, label, color))
+        lines = zip(plot.names, plot.lines or (("", "accent"),), strict=True)
+        series = [s for name, (label, color) in lines for s in metric_series(run, plot, name, label, color)]
         figure = line_chart(plot.title, series, note=plot.note, guide=plot.guide, from_zero=plot.from_zero, small=small)
         if figure:
             figures.append(figure)

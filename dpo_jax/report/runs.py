@@ -149,7 +149,7 @@ def load_run(workdir: Path) -> RunFiles:
         checkpoints=dict(
             sorted((int(p.name), _size(p)) for p in _children(workdir / "checkpoints") if p.name.isdigit())
         ),
-        exports={name: found for name in EXPORTS if (found := {p.name: _size(p) for p in _children(workdir / name)})},
+        exports={name: files for name in EXPORTS if (files := {p.name: _size(p) for p in _children(workdir / name)})},
     )
     if not (run.saved.table or run.records):
         raise UserError(f"{workdir} holds no run: no config.json, no metrics.jsonl; give the --workdir of a run")
@@ -198,9 +198,9 @@ def sources(run: RunFiles) -> list[str]:
 
 def source_plot(run: RunFiles) -> Plot:
     """Held-out accuracy by the pairs' source."""
-    found = sources(run)
-    lines = tuple((name, f"run-{i % RUN_COLORS}") for i, name in enumerate(found))
-    return Plot("Accuracy by source", tuple(f"accuracy/{n}" for n in found), guide=(0.5, "chance"), lines=lines)
+    names = sources(run)
+    lines = tuple((name, f"run-{i % RUN_COLORS}") for i, name in enumerate(names))
+    return Plot("Accuracy by source", tuple(f"accuracy/{name}" for name in names), guide=(0.5, "chance"), lines=lines)
 
 
 def last_step(run: RunFiles) -> int:
@@ -220,20 +220,24 @@ def accuracy_error(run: RunFiles, accuracy: float | None, pairs: int | None = No
     return math.sqrt(accuracy * (1 - accuracy) / pairs) if pairs and accuracy is not None else None
 
 
+def training_values(run: RunFiles, name: str) -> list[float]:
+    """A metric's values in the training records."""
+    return [r[name] for r in run.records if r["split"] == "train" and r.get(name) is not None]
+
+
 def median(run: RunFiles, name: str) -> float | None:
     """The median of a metric over the training records."""
-    values = [r[name] for r in run.records if r["split"] == "train" and r.get(name) is not None]
+    values = training_values(run, name)
     return statistics.median(values) if values else None
 
 
-def largest(run: RunFiles, name: str) -> float | None:
-    """The largest value of a metric over the training records."""
-    return max((r[name] for r in run.records if r["split"] == "train" and r.get(name) is not None), default=None)
-
-
-def training_series(run: RunFiles, plot: Plot, name: str, label: str | None, color: str) -> Series:
-    """A metric over the plot's training split."""
-    return Series(label, color, _points(run, plot.split, name), exact=plot.exact)
+def metric_series(run: RunFiles, plot: Plot, name: str, label: str, color: str) -> list[Series]:
+    """A metric over the plot's training split and, below DPO's, over the evaluations; named once in the legend."""
+    held_out = held_out_series(run, name, label or "held-out", color)
+    beside = plot.split == "train" and bool(held_out.points)
+    of_training = (None if label else "train") if beside else label
+    training = Series(of_training, color, _points(run, plot.split, name), exact=plot.exact)
+    return [held_out, training] if beside else [training]
 
 
 def held_out_series(run: RunFiles, name: str, label: str, color: str) -> Series:
