@@ -25,7 +25,7 @@ from tests import processes
 from tests.data.test_render import bpe_tokenizer
 
 TINY = "--config=configs/hhh.py:tiny"
-EVIL = "<script>alert(1)</script>"
+EVIL = "<script>alert(1)</script>{{7*7}}&\"'"
 ROWS = [
     {"prompt": f"question {i}? {EVIL}", "chosen": "yes " * 5 + "\n\nbye", "rejected": "no " * (3 * i + 1)}
     for i in range(13)

@@ -10,7 +10,10 @@ from dpo_jax.report import command as report
 from tests.report import browser
 from tests.report.example_run import make_run
 
-pytestmark = pytest.mark.skipif(browser.BINARY is None, reason="needs chromium on PATH: apt-get install -y chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(browser.BINARY is None, reason="needs chromium on PATH: apt-get install -y chromium"),
+]
 LONG = "a/very/long/path/" * 12 + "model"
 
 

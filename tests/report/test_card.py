@@ -99,3 +99,20 @@ def test_a_mixture_names_its_data_sets(tmp_path):
     assert found.data.datasets == ["Anthropic/hh-rlhf", "HuggingFaceH4/ultrafeedback_binarized"]
     assert found.data.eval_results is None
     assert "No pairs were held out." in found.text
+
+
+def test_hostile_words_stay_in_their_cells(tmp_path):
+    """What a run holds is no instruction to the template, and breaks no table."""
+    evil = "{{ 7*7 }}{% raw %}|a\nb\x1b[31m"
+    run = tmp_path / "run"
+    make_run(run, config={"model": evil, "loss": evil, "lora_targets": evil})
+    data = json.loads((run / "data.json").read_text())
+    data["sources"] = [data["sources"][0] | {"name": evil, "split": evil, "dropped": {evil: 3}}]
+    (run / "data.json").write_text(json.dumps(data | {"held_out": evil}))
+    write_card(load_run(run), run / "export", base=None)
+    text = (run / "export" / "README.md").read_text()
+    assert text.count("{{ 7*7 }}{% raw %}") >= 8
+    assert "\x1b" not in text
+    tables = [line for line in text.splitlines() if line.startswith(("| {{", "| `lora_targets`"))]
+    assert [line.replace("\\|", "").count("|") for line in tables] == [3, 7]
+    assert ModelCard.load(run / "export" / "README.md").data.model_name.startswith("{{ 7*7 }}")

@@ -19,7 +19,10 @@ from tests.report.example_run import CONFIG, DATA, SOURCES, answers, make_run
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-EVIL = '<script>alert("owned")</script><img src=http://evil.example/x.png onerror=alert(1)>\x1b[31m & "quotes"'
+EVIL = (
+    '<script>alert("owned")</script><img src=http://evil.example/x.png onerror=alert(1)>\x1b[31m & "quotes" \''
+    "{{ 7*7 }}{% raw %}{# note #}</style></title>"
+)
 
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "path"}
@@ -121,6 +124,60 @@ def test_hostile_text_stays_text(tmp_path):
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
     assert '<script>alert("owned")</script>' in page.text
     assert "\x1b" not in path.read_text()  # an escape code is shown, not sent
+
+
+def poisoned(value):
+    """The value with `EVIL` behind every string in it, keys too."""
+    if isinstance(value, dict):
+        return {f"{key}{EVIL}": poisoned(v) for key, v in value.items()}
+    return (
+        [poisoned(v) for v in value] if isinstance(value, list) else value + EVIL if isinstance(value, str) else value
+    )
+
+
+def assert_harmless(path: Path):
+    """Nothing of `EVIL` became a tag, an attribute or a template's instruction; all of it can be read."""
+    page = Page(path)
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert not any(tag in ("img", "link", "iframe", "style") for tag, _ in page.tags[page.tags.index(("main", {})) :])
+    names = {name for _, attrs in page.tags for name in attrs}
+    assert names <= {
+        "lang", "charset", "http-equiv", "content", "name", "class", "style", "scope", "value", "d", "viewbox", "role",
+        "preserveaspectratio", "aria-label", "data-domain", "data-unit", "data-series", "data-ids", "title",
+    }  # fmt: skip
+    for tag, attrs in page.tags:  # what a run holds stands in no attribute but a chart's label
+        assert not any("alert" in (value or "") for name, value in attrs.items() if name != "aria-label"), tag
+    assert EVIL.replace("\x1b", "␛") in page.text
+    assert "\x1b" not in path.read_text()  # an escape code is shown, not sent
+
+
+def test_every_string_of_a_run_stays_text(tmp_path):
+    """Hostile words as values of every key that pages know, and as keys that they do not."""
+    run = tmp_path / f"run {EVIL.replace('/', '')}"[:200]
+    make_run(run)
+    for name in ("config.json", "data.json", "run.json"):
+        table = json.loads((run / name).read_text())
+        if name == "data.json":
+            table["mixture"] = [{"name": "hhh", "weight": 0.5, "pairs": 10, "epoch": 5}]
+        table = {key: poisoned(value) if not isinstance(value, dict | list) else value for key, value in table.items()}
+        for nested in ("versions", "mesh"):
+            table |= {nested: poisoned(table[nested])} if nested in table else {}
+        for source in table.get("sources", ()):
+            source |= {key: poisoned(value) for key, value in source.items()}
+        for part in table.get("mixture", ()):
+            part["name"] += EVIL
+        (run / name).write_text(json.dumps(table | {EVIL: EVIL}))
+    (run / "samples.jsonl").write_text(
+        "".join(json.dumps({k: v if k == "when" else poisoned(v) for k, v in s.items()}) + "\n" for s in answers())
+    )
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "split": "train", EVIL: 1.0, "note": EVIL}) + "\n")
+        groups = {f"{name}/{EVIL}": 0.5 for name in ("accuracy", "margin", "pairs")}
+        file.write(json.dumps({"step": 200, "split": "eval", "accuracy": 0.5, "dpo_loss": 0.6} | groups) + "\n")
+    (run / "export" / EVIL.replace("/", "")).write_text("")
+    assert_harmless(report.write_report(run))
+    make_run(tmp_path / "other")
+    assert_harmless(report.write_comparison([run, tmp_path / "other"], tmp_path / "compare.html"))
 
 
 def test_nothing_is_fetched(tmp_path):

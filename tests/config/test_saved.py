@@ -1,0 +1,47 @@
+"""A run's config.json is read whatever it holds: of older runs, of later ones, damaged."""
+
+import json
+
+import pytest
+
+from dpo_jax.config.saved import differing_keys, saved_config
+from tests.report.example_run import CONFIG
+
+
+def test_what_is_set_is_said_in_words():
+    saved = saved_config(CONFIG)
+    assert (saved.model, saved.dataset) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "hhh")
+    assert saved.title == ("SmolLM2-135M-Instruct", "hhh")
+    assert (saved.loss, saved.steps, saved.sft_steps, saved.lora, saved.is_dpo) == ("sigmoid", 200, 60, False, True)
+    assert saved.words["Loss"] == ["sigmoid", "β 0.1"]  # no label smoothing: it is off
+    assert saved.words["Learning rate"] == ["5e-07", "linear", "20 warm-up steps"]
+    assert saved.words["Batch"] == ["64 pairs", "4 microbatches"]
+    assert saved.words["Reference"] == ["the policy as DPO found it"]
+    assert saved.words["Trained"] == ["all parameters"]
+    recipe = dict(saved.recipe)
+    assert recipe["dpo_beta"] == 0.1
+    assert not {"label_smoothing", "seed", "cache_dir", "mesh_data"} & recipe.keys()  # off, 0, or of the machine
+    assert list(saved.table.items()) == list(CONFIG.items())
+
+
+@pytest.mark.parametrize("absent", [*CONFIG, None])
+def test_a_key_that_is_missing_or_unknown_is_no_error(absent):
+    table = {key: value for key, value in CONFIG.items() if key != absent and absent is not None}
+    saved = saved_config(table | {"a_key_of_tomorrow": [1, {"x": None}]})
+    assert saved.is_dpo
+    assert "a_key_of_tomorrow" in saved.table
+    if absent is None:
+        assert (saved.model, saved.steps, saved.recipe) == ("", 0, [])
+        assert not any(saved.words.values())
+
+
+@pytest.mark.parametrize("value", [None, "", "words", 7, 0.5, True, [1], {"a": 1}])
+def test_values_of_any_type_are_no_error(value):
+    saved = saved_config(dict.fromkeys(CONFIG, value))
+    assert all(isinstance(word, str) for words in saved.words.values() for word in words)
+    json.dumps([saved.model, saved.dataset, saved.loss, saved.steps, saved.sft_steps, saved.lora])
+
+
+def test_keys_that_differ():
+    assert differing_keys([CONFIG, CONFIG | {"seed": 1, "new": 2}]) == ["seed", "new"]
+    assert differing_keys([CONFIG, dict(CONFIG)]) == []
