@@ -17,35 +17,33 @@ import jax
 
 from benchmarks import tables
 from dpo_jax.config.command_line import read_flags
+from dpo_jax.config.settings import Settings, read_settings
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.tpu import GIB, Topology, parse_topology
-from dpo_jax.plan import command as plan
+from dpo_jax.plan.command import COMMAND
 from dpo_jax.plan.compile import TooLargeError, train_program
+from dpo_jax.plan.draft import find_model, make_draft
 from dpo_jax.plan.lengths import find_lengths
 from dpo_jax.rows.schedule import RowShape
 
 LAYOUTS = ("pair rows", "padded 512+512, prompt twice")
 
 
-def measure(c: dict[str, Any], topology: Topology, layout_name: str) -> dict[str, Any]:
+def measure(s: Settings, topology: Topology, layout_name: str) -> dict[str, Any]:
     """One compiled step; `error` in place of what it costs where it does not fit.
 
     Args:
-      c: the config, its `batch_size` and `remat` those to compile with.
+      s: of the run, its batch size and `remat` those to compile with.
       topology: the slice.
       layout_name: one of `LAYOUTS`.
     """
-    model, lengths, pairs = plan.find_model(c), find_lengths(c), c["batch_size"]
-    draft = plan.draft(c, model, lengths, topology)
-    if layout_name == LAYOUTS[0]:
-        shapes = plan.shares(draft.schedule)
-        shape = max(shapes, key=lambda s: shapes[s])
-    else:
-        shape = RowShape(2 * pairs, 512, 512, 0, 1)
-    row = {"topology": f"{topology.name} ({topology.accelerator_type})", "layout": layout_name, "remat": c["remat"]}
+    model, lengths, pairs = find_model(s.model), find_lengths(s), s.batch.size
+    draft = make_draft(s, model, lengths, topology)
+    shape = draft.main_shape if layout_name == LAYOUTS[0] else RowShape(2 * pairs, 512, 512, 0, 1)
+    row = {"topology": f"{topology.name} ({topology.accelerator_type})", "layout": layout_name, "remat": s.remat}
     row |= {"pairs": pairs}
     try:
-        program = train_program(c, draft.layout, draft.objective, draft.optimizer, shape)
+        program = train_program(draft, shape)
     except TooLargeError as e:
         return row | {"error": str(e)}
     flops = (program.costs.flops + program.costs.kernel_flops) * draft.layout.mesh.size / pairs
@@ -69,12 +67,12 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     rows = []
     try:
-        config, _ = read_flags(["tpu", f"--config={a.config}"], plan.COMMAND)
+        config, _ = read_flags(["tpu", f"--config={a.config}"], COMMAND)
         for topology in (parse_topology(name) for name in a.topology.split(",")):
             for remat in a.remat.split(","):
                 for name, pairs in zip(LAYOUTS, (a.pairs, a.padded_pairs), strict=True):
-                    c = dict(config) | {"remat": remat, "batch_size": pairs}
-                    rows.append(measure(c, topology, name) | {"config": a.config})
+                    s = read_settings(dict(config) | {"remat": remat, "batch_size": pairs})
+                    rows.append(measure(s, topology, name) | {"config": a.config})
                     print(tables.tpu_line(rows[-1]), flush=True)
     except UserError as e:
         parser.error(str(e))

@@ -8,16 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from dpo_jax.config.settings import Settings
 from dpo_jax.errors import UserError
 from dpo_jax.model.placement import Layout, abstract_trained, abstract_whole
 from dpo_jax.model.sharding import axis_rules
 from dpo_jax.model.tuning import exact_products
-from dpo_jax.objective.objective import Objective
 from dpo_jax.parallel.mesh import batch_sharding
 from dpo_jax.parallel.tpu import quiet
+from dpo_jax.plan.draft import Draft
 from dpo_jax.plan.hlo.count import Costs, count_costs
 from dpo_jax.plan.kernels import kernel_formula
 from dpo_jax.rows.schedule import RowShape
@@ -29,7 +27,7 @@ from dpo_jax.training.step import REFERENCE_FIELDS
 
 
 class TooLargeError(Exception):
-    """The compiler found that a program does not fit."""
+    """The compiler refused a program that does not fit the memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Program:
     """A compiled program; bytes are per device.
 
     Attributes:
-      costs: what it does, see `Costs`.
+      costs: what it does.
       total_bytes: arguments, results and temporaries together, what is donated once.
       host_bytes: in the host's memory.
       seconds: that compiling took.
@@ -47,15 +45,6 @@ class Program:
     total_bytes: float
     host_bytes: float
     seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Held:
-    """Bytes per device of what a run holds all the time, by what it is."""
-
-    parameters: float
-    optimizer: float
-    reference: float
 
 
 def abstract_batch(shape: RowShape, layout: Layout, microbatches: int, given: int = 0) -> dict[str, Any]:
@@ -74,13 +63,14 @@ def abstract_batch(shape: RowShape, layout: Layout, microbatches: int, given: in
     return {n: jax.ShapeDtypeStruct((M, B, *rest), dtype, sharding=sharding) for n, (rest, dtype) in sizes.items()}
 
 
-def _frozen(s: Settings, objective: Objective, layout: Layout) -> tuple[Any, Any, int]:
+def _frozen(draft: Draft) -> tuple[Any, Any, int]:
     """Abstract reference parameters and base, and how many of the reference's values come with the batch."""
+    s, layout = draft.settings, draft.layout
     base = abstract_whole(layout, layout.base_dtype) if layout.lora is not None else None
-    if not objective.needs_reference:
+    if not draft.objective.needs_reference:
         return None, base, 0
     if s.reference.cache:
-        return None, base, 2 if s.objective.ld_alpha != 1 else 1
+        return None, base, _given(draft)
     if s.reference.moves:
         return abstract_reference(layout), base, 0
     if base is None or s.reference.name:
@@ -89,53 +79,47 @@ def _frozen(s: Settings, objective: Objective, layout: Layout) -> tuple[Any, Any
     return abstract_trained(layout, layout.dtype) if s.length.sft_steps else {}, base, 0
 
 
-def held_by(s: Settings, layout: Layout, objective: Objective, tx: optax.GradientTransformation) -> Held:
-    """What the run holds on each device all the time."""
-    state = abstract_state(tx, layout)
-    reference, base, _ = _frozen(s, objective, layout)
-    return Held(local_bytes(state.params), local_bytes(state.opt_state), local_bytes((reference, base)))
+def _given(draft: Draft) -> int:
+    """How many values of a reference that was computed before come with the batch."""
+    return 2 if draft.settings.objective.ld_alpha != 1 else 1
 
 
-def train_program(
-    s: Settings,
-    layout: Layout,
-    objective: Objective,
-    optimizer: tuple[optax.GradientTransformation, Any],
-    shape: RowShape,
-) -> Program:
+def held_by(draft: Draft) -> dict[str, float]:
+    """Bytes per device of what the run holds all the time: parameters, optimizer, reference (and base)."""
+    state = abstract_state(draft.optimizer[0], draft.layout)
+    parts = {"parameters": state.params, "optimizer": state.opt_state, "reference": _frozen(draft)[:2]}
+    return {name: local_bytes(tree) for name, tree in parts.items()}
+
+
+def train_step_of(draft: Draft, shape: RowShape) -> tuple[Any, tuple[Any, ...]]:
+    """The run's training step, and its abstract arguments for rows of one shape."""
+    layout, (tx, rate) = draft.layout, draft.optimizer
+    step = train_step_on(layout, make_models(draft.settings, layout), draft.objective, tx, rate)
+    reference, base, given = _frozen(draft)
+    batch = abstract_batch(shape, layout, draft.settings.batch.microbatches, given)
+    return step, (abstract_state(tx, layout), reference, batch, slots_of(shape), base)
+
+
+def train_program(draft: Draft, shape: RowShape) -> Program:
     """The training step for rows of one shape.
 
     Raises:
       TooLargeError: it needs more memory than a device has.
       UserError: a part of it needs more of the memory on the chip than there is.
     """
-    return _compile("step", *train_step_of(s, layout, objective, optimizer, shape), shape, layout)
+    return _compile("step", *train_step_of(draft, shape), shape, draft.layout)
 
 
-def train_step_of(
-    s: Settings,
-    layout: Layout,
-    objective: Objective,
-    optimizer: tuple[optax.GradientTransformation, Any],
-    shape: RowShape,
-) -> tuple[Any, tuple[Any, ...]]:
-    """The training step of the run, and its abstract arguments for rows of one shape."""
-    tx, rate = optimizer
-    step = train_step_on(layout, make_models(s, layout), objective, tx, rate)
-    state = abstract_state(tx, layout)
-    reference, base, given = _frozen(s, objective, layout)
-    return step, (state, reference, abstract_batch(shape, layout, s.batch.microbatches, given), slots_of(shape), base)
-
-
-def eval_program(s: Settings, layout: Layout, objective: Objective, shape: RowShape) -> Program:
+def eval_program(draft: Draft, shape: RowShape) -> Program:
     """The evaluation for rows of one shape: the policy alone, as the reference's values are known."""
-    step = eval_step_on(layout, make_models(s, layout)[0], objective)
+    layout, batch = draft.layout, draft.settings.batch
+    step = eval_step_on(layout, make_models(draft.settings, layout)[0], draft.objective)
+    reference, base, given = _frozen(draft)
+    if draft.objective.needs_reference and not draft.settings.reference.moves:
+        reference, given = None, _given(draft)
+    arguments = abstract_batch(shape, layout, batch.microbatches, given), slots_of(shape), base
     params = abstract_trained(layout, layout.param_dtype)
-    reference, base, given = _frozen(s, objective, layout)
-    if objective.needs_reference and not s.reference.moves:
-        reference, given = None, max(given, 2 if s.objective.ld_alpha != 1 else 1)
-    batch = abstract_batch(shape, layout, s.batch.microbatches, given)
-    return _compile("evaluation", step, (params, reference, batch, slots_of(shape), base), shape, layout)
+    return _compile("evaluation", step, (params, reference, *arguments), shape, layout)
 
 
 def _compile(what: str, step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Layout) -> Program:
@@ -144,15 +128,16 @@ def _compile(what: str, step: Any, arguments: tuple[Any, ...], shape: RowShape, 
         with jax.set_mesh(layout.mesh), exact_products(layout.dtype, layout.platform), quiet():
             compiled = step.trace(*arguments).lower().compile()
     except Exception as e:  # XLA's errors have no class of their own for this
-        if "RESOURCE_EXHAUSTED" not in str(e):
+        message = str(e)
+        if "RESOURCE_EXHAUSTED" not in message:
             raise
-        if on_chip := re.search(r"memory space (?!hbm)(\w+)", str(e)):
+        if on_chip := re.search(r"memory space (?!hbm)(\w+)", message):
             raise UserError(
-                f"rows of {list(shape.widths)} do not compile: one operation {_memory_words(str(e))} of the chip's "
+                f"rows of {list(shape.widths)} do not compile: one operation {_needed(message)} of the chip's "
                 f"{on_chip[1]}; attention=dense has no kernel, and compiler_options may give it more"
             ) from None
         rows = "|".join(map(str, shape.widths))
-        raise TooLargeError(f"{what} with rows of [{rows}]: {_memory_words(str(e))}") from None
+        raise TooLargeError(f"{what} with rows of [{rows}]: {_needed(message)}") from None
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     formula = kernel_formula(slots_of(shape), layout.tiling, experts_share(layout))
@@ -173,16 +158,15 @@ def experts_share(layout: Layout) -> float:
     return 1 / layout.mesh.shape[axis] if axis else 1.0
 
 
-def _memory_words(message: str) -> str:
+def _needed(message: str) -> str:
     """The compiler's own numbers, in one line."""
-    found = re.search(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT])", message)
-    if found:
-        return f"needs {found[1]} of {found[2]}"
-    found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
-    return f"needs {found[1]} of {found[2]}" if found else message.strip().splitlines()[0][:200]
+    for pattern in (r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT])", r"\(([\d.]+[KMGT])\) exceeds .*?\(([\d.]+[KMGT])\)"):
+        if numbers := re.search(pattern, message):
+            return f"needs {numbers[1]} of {numbers[2]}"
+    return message.strip().splitlines()[0][:200]
 
 
 def local_bytes(tree: Any) -> float:
-    """Bytes of abstract arrays in the memory of one device; what lies in the host's memory does not count."""
+    """Bytes of abstract arrays in the memory of one device; what is kept in the host's memory does not count."""
     leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != "pinned_host"]
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))

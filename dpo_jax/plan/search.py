@@ -1,15 +1,49 @@
 """The largest batch that fits, by as few compiles as the memory's growth allows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.parallel.mesh import row_shards
+from dpo_jax.plan.compile import TooLargeError, train_program
+from dpo_jax.plan.draft import Draft, make_draft
+from dpo_jax.plan.lengths import Lengths, find_lengths
+from dpo_jax.plan.text import tried_line
 
 Need = Callable[[int], float | None]  # what a batch needs in bytes; None: it does not fit
+
+
+def search_batches(draft: Draft, model: ModelConfig, lengths: Lengths, first: Mapping[str, Any]) -> int:
+    """The largest batch that fits, in steps of what rows divide by, up to all pairs of an epoch; 0 if none does.
+
+    Args:
+      draft, first: what was planned, and its report.
+      model, lengths: what it was planned for.
+    """
+    s, room = draft.settings, draft.topology.generation.hbm_bytes
+
+    def need(batch: int) -> float | None:
+        if batch == s.batch.size:
+            return first["memory"]["largest_shape_total"] if first["fits"] else None
+        larger = s.with_batch_size(batch)
+        other = make_draft(larger, model, find_lengths(larger) if lengths.drawn else lengths, draft.topology)
+        try:
+            needed: float | None = train_program(other, other.widest_shape).total_bytes
+        except TooLargeError:
+            needed = None
+        # As a plan's headroom: buffers that are never live together make the sum more than what the compiler needs.
+        needed = None if needed is None or needed > room else needed
+        print(tried_line(batch, needed), flush=True)
+        return needed
+
+    return largest_batch(need, s.batch.size, row_shards(draft.layout.mesh) * s.batch.microbatches, lengths.pairs, room)
 
 
 def largest_batch(need: Need, start: int, unit: int, most: int, room: float) -> int:
     """The largest batch that fits, a multiple of `unit`; 0 if none does.
 
     Memory grows by the pair nearly evenly, so what two batches need tells which one to try next. Where that is wrong,
-    halving takes over: what is found fits, and the next larger one does not.
+    halving takes over: the batch that is returned fits, and the next larger one does not.
 
     Args:
       need: what a batch needs; asked once for each that is tried.
@@ -19,23 +53,21 @@ def largest_batch(need: Need, start: int, unit: int, most: int, room: float) -> 
       room: bytes that there are.
     """
     fitting, too_large = _bracket(need, start, unit, most)
-    failed = False
+    missed = False
     while fitting and too_large - max(fitting) > unit:
-        known = sorted(fitting)
-        guess = middle = (known[-1] + too_large) / 2
-        if len(known) > 1:
-            slope = (fitting[known[-1]] - fitting[known[-2]]) / (known[-1] - known[-2])
-            if slope > 0:
-                guess = known[-1] + (room - fitting[known[-1]]) / slope
-        # Not far beyond what is known: where little grew, a slope says nothing.
-        guess = min(guess, middle if failed else 4 * known[-1])
-        guess = int(min(max(guess, known[-1] + unit), too_large - unit) // unit * unit)
-        found = need(guess)
-        failed = found is None
-        if found is None:
+        *_, below, largest = [0, *sorted(fitting)]
+        guess = middle = (largest + too_large) / 2
+        if below and (slope := (fitting[largest] - fitting[below]) / (largest - below)) > 0:
+            guess = largest + (room - fitting[largest]) / slope
+        # Not far beyond what fits: where little grew, a slope tells nothing.
+        guess = min(guess, middle if missed else 4 * largest)
+        guess = int(min(max(guess, largest + unit), too_large - unit) // unit * unit)
+        needed = need(guess)
+        missed = needed is None
+        if needed is None:
             too_large = guess
         else:
-            fitting[guess] = found
+            fitting[guess] = needed
     return max(fitting, default=0)
 
 
@@ -43,17 +75,14 @@ def _bracket(need: Need, start: int, unit: int, most: int) -> tuple[dict[int, fl
     """Batches that fit with what they need, and the smallest known one that does not (or there are no more pairs)."""
     fitting: dict[int, float] = {}
     batch, limit = start, most // unit * unit + unit
-    while batch >= unit:
-        found = need(batch)
-        if found is not None:
-            fitting[batch] = found
-            break
-        limit, batch = batch, batch // 2 // unit * unit
-    while fitting and len(fitting) < 3 and 2 * max(fitting) < limit:
-        batch = 2 * max(fitting)
-        found = need(batch)
-        if found is None:
+    while batch >= unit and len(fitting) < 3 and (not fitting or batch < limit):
+        needed = need(batch)
+        if needed is None:
             limit = batch
-            break
-        fitting[batch] = found
+            if fitting:
+                break
+            batch = batch // 2 // unit * unit
+        else:
+            fitting[batch] = needed
+            batch *= 2
     return fitting, limit

@@ -1,4 +1,4 @@
-"""What a plan found, as text."""
+"""An estimate as text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from dpo_jax.parallel.tpu import GIB
 
 
-def lines(r: Mapping[str, Any]) -> list[str]:
-    """A report as text. What is said of memory and bytes is of one JAX device, the rest of the whole topology."""
+def report_lines(r: Mapping[str, Any]) -> list[str]:
+    """An estimate as text. Memory and bytes are those of one JAX device, the rest of the whole topology."""
     mesh = " x ".join(f"{name} {size}" for name, size in r["mesh"].items())
     rows = "; ".join(
         f"{s['rows']} x [{s['prompt']}|{s['chosen']}|{s['rejected']}] ({s['share']:.0%} of steps)" for s in r["rows"]
@@ -17,7 +17,7 @@ def lines(r: Mapping[str, Any]) -> list[str]:
     held = ", ".join(f"{name} {memory[name]:.2f}" for name in ("parameters", "optimizer", "reference"))
     one = "chip" if r["devices_per_chip"] == 1 else f"device, {r['devices_per_chip']} a chip"
     head = f"{r['topology']} ({r['accelerator_type']}, {r['chips']} chips, {mesh})"
-    said = [
+    lines = [
         f"{head}: {'fits' if r['fits'] else 'DOES NOT FIT'}",
         f"  rows          {rows}; {r['batch_size']} pairs, {r['useful_token_fraction']:.1%} of tokens real",
     ]
@@ -25,21 +25,19 @@ def lines(r: Mapping[str, Any]) -> list[str]:
         largest = max(("parameters", "optimizer", "reference"), key=lambda name: memory[name])
         alone = "more than there is before any activation" if sum(memory.values()) > available else "with activations"
         return [
-            *said,
+            *lines,
             f"  too large     {r['why']} ({alone})",
             f"  held          {held} GiB of {available:.2f} (a {one}); {largest} most",
             "  to mend       more chips, remat=full, microbatches, optimizer_offload, reference_offload, lora_rank",
         ]
-    seconds, share = r["seconds"], r["share_of_peak"]
+    share, compiled, headroom = r["share_of_peak"], r["compile_seconds"], r["headroom"] / GIB
     moved, sent = (
         ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in sorted(r[by].items()))
         for by in ("interconnect_bytes", "network_bytes")
     )
-    headroom = r["headroom"] / GIB
-    clocks = ", ".join(f"{name} {s:.3f} s" for name, s in seconds.items() if s)
-    compiled, needed = r["compile_seconds"], r["needed_per_parameter_and_token"]
+    clocks = ", ".join(f"{name} {time:.3f} s" for name, time in r["seconds"].items() if time)
     attention = ", ".join(dict.fromkeys(s["attention"] for s in r["rows"]))
-    said += [
+    lines += [
         f"  HBM           {held}, activations {memory['activations']:.2f}, total {memory['total']:.2f} (widest rows "
         f"{memory['largest_shape_total']:.2f}) of {available:.2f} GiB (a {one}), "
         + (f"headroom {headroom:.2f}" if headroom >= 0 else "which the compiler accepts: not all are alive together")
@@ -50,15 +48,15 @@ def lines(r: Mapping[str, Any]) -> list[str]:
         + (f"; network between slices: {sent} GB" if sent else ""),
         f"  time bounds   {clocks}; {r['binds']} binds",
         f"  at the bound  {r['pairs_per_second']:.1f} pairs/s ({r['pairs_per_second_per_chip']:.2f} a chip), "
-        f"{share['at_the_bound']:.0%} of peak at {needed}N a real token "
+        f"{share['at_the_bound']:.0%} of peak at {r['needed_per_parameter_and_token']}N a real token "
         f"({share['if_compute_bound']:.0%} if compute bound it)",
         f"  run           {r['epochs']:g} epochs in {r['hours']:.2f} h at the bound; evaluation "
         f"{r['evaluation_pairs_per_second']:.0f} pairs/s",
         f"  compiled in   {compiled['train']:.0f} s (step), {compiled['evaluation']:.0f} s (evaluation)",
     ]
     if r["not_counted"]:
-        said.append(f"  not counted   {', '.join(r['not_counted'])}: FLOPs and times above are too low")
-    return said
+        lines.append(f"  not counted   {', '.join(r['not_counted'])}: FLOPs and times above are too low")
+    return lines
 
 
 def tried_line(batch: int, need: float | None) -> str:
@@ -67,8 +65,7 @@ def tried_line(batch: int, need: float | None) -> str:
 
 
 def search_line(r: Mapping[str, Any], pairs: int) -> str:
-    """What the search for the largest batch found, among the `pairs` of an epoch."""
-    found, unit = r["largest_batch"], r["mesh"]["data"] * r["mesh"]["fsdp"] * r["microbatches"]
-    return f"  largest batch {found} pairs fit" + (
-        f"; an epoch has no more ({pairs:,})" if found + unit > pairs else ""
-    )
+    """The result of the search for the largest batch, among the `pairs` of an epoch."""
+    largest, unit = r["largest_batch"], r["mesh"]["data"] * r["mesh"]["fsdp"] * r["microbatches"]
+    all_of_them = f"; an epoch has no more ({pairs:,})" if largest + unit > pairs else ""
+    return f"  largest batch {largest} pairs fit{all_of_them}"

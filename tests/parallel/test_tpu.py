@@ -9,6 +9,8 @@ import pytest
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.parallel.tpu import GENERATIONS, generation_of, parse_topology
+from tests import processes
+from tests.plan.runs import compiler
 
 
 @pytest.mark.parametrize(
@@ -95,3 +97,23 @@ def test_slices_lie_along_the_data_axis():
 def test_parameters_are_not_spread_over_slices():
     with pytest.raises(UserError, match=r"2 slices .* make mesh_data a multiple of 2"):
         make_mesh(1, -1, 1, _slices(2, 4))
+
+
+@compiler
+def test_every_slice_takes_every_mesh():
+    """Also those for which an axis of the torus must be cut, as four chips in a line into two and two."""
+    processes.run_all(_make_every_mesh, [()])  # of its own: libtpu puts handlers on signals
+
+
+def _make_every_mesh():
+    for generation in GENERATIONS.values():
+        for shape in generation.shapes:
+            topology = parse_topology(f"{generation.name}:{shape}")
+            if topology.chips * generation.devices > 256:
+                continue
+            for several in (topology, dataclasses.replace(topology, slices=2)):
+                devices = several.devices()
+                for tensor in (2, 4, 8):
+                    if len(devices) // several.slices % tensor == 0:
+                        mesh = make_mesh(several.slices, -1, tensor, devices)
+                        assert {d.id for d in mesh.devices.flat} == {d.id for d in devices}, (several.name, tensor)

@@ -38,28 +38,26 @@ def grouped_flops(operands) -> float | None:
     return 2.0 * x[0] * x[1] * grad[1] if len(x) == len(grad) == 2 else None
 
 
-def _flops(c, values, topology_name):
+def _flops(s, values, topology_name):
     import jax
 
     from dpo_jax.model.tuning import exact_products
     from dpo_jax.parallel.tpu import parse_topology, quiet
-    from dpo_jax.plan import command as plan
     from dpo_jax.plan.compile import experts_share, train_step_of
+    from dpo_jax.plan.draft import find_model, make_draft
     from dpo_jax.plan.lengths import find_lengths
     from dpo_jax.training.batches import slots_of
     from tests.oracles import jaxpr_costs
 
-    draft = plan.draft(
-        c, plan.find_model(c.model, seed=c.seed), find_lengths(c, values["lengths"]), parse_topology(topology_name)
-    )
-    layout, shapes = draft.layout, plan.shares(draft.schedule)
-    main = max(shapes, key=lambda s: shapes[s])
-    step, arguments = train_step_of(c, layout, draft.objective, draft.optimizer, main)
+    model, lengths = find_model(s.model, seed=s.seed), find_lengths(s, values["lengths"])
+    draft = make_draft(s, model, lengths, parse_topology(topology_name))
+    layout, main = draft.layout, draft.main_shape
+    step, arguments = train_step_of(draft, main)
     with jax.set_mesh(layout.mesh), exact_products(layout.dtype, layout.platform), quiet():
         jaxpr = step.trace(*arguments).jaxpr
     formula, share = kernel_flops(slots_of(main), layout.tiling), experts_share(layout)
     flops = jaxpr_costs.flops(jaxpr, formula, grouped_share=share)
-    return flops * sum(part * shape.tokens for shape, part in shapes.items()) / main.tokens
+    return flops * sum(part * shape.tokens for shape, part in draft.shares.items()) / main.tokens
 
 
 def main() -> None:

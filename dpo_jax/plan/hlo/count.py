@@ -171,14 +171,14 @@ class _Counter:
         if call.target in CALLS_WITHOUT_PRODUCTS:
             return Costs()
         flops = self.kernel_flops(call)
-        runs: Counter[str] = Counter({call.name: times})  # type: ignore[dict-item]
+        runs: Counter[str] = Counter({call.name: times})
         if flops is None:
             return Costs(kernels=runs, unknown_kernels=(call.name,))
         return Costs(kernels=runs, kernel_flops=times * flops)
 
 
 def _scaled(moved: Counter[int], times: float) -> Counter[int]:
-    return Counter({space: times * size for space, size in moved.items()})  # type: ignore[misc]
+    return Counter({space: times * size for space, size in moved.items()})
 
 
 def _kernel_call(inside: Computation, it: Instruction) -> KernelCall:

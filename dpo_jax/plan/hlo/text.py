@@ -263,7 +263,7 @@ def _shape(text: str, at: int, number: int) -> tuple[Tree, int]:
         while text[at] != ")":
             part, at = _shape(text, at, number)
             parts.append(part)
-            at = _GAP.match(text, at).end()  # type: ignore[union-attr] (it matches nothing too)
+            at = _GAP.match(text, at).end()  # type: ignore[union-attr]
         return tuple(parts), at + 1
     array = _ARRAY.match(text, at)
     if not array:
