@@ -42,7 +42,7 @@ class SavedConfig:
 
     @property
     def title(self) -> tuple[str, str]:
-        """The last names of model and data set: of a path on somebody's machine, enough."""
+        """Model and data set for a title: of a path, its last name."""
         return Path(self.model).name, Path(self.dataset).name
 
 
@@ -69,26 +69,27 @@ def differing_keys(tables: list[Mapping[str, Any]]) -> list[str]:
 
 
 def _words(table: Mapping[str, Any]) -> dict[str, list[str]]:
+    """By topic, what is set, in words; empty parts are of keys that are off or missing."""
     get = table.get
 
-    def say(form: str, key: str) -> str:
+    def fill(form: str, key: str) -> str:
         return form.format(get(key)) if get(key) else ""
 
     return {
-        "Reference": [say("{}", "reference") or ("the policy as DPO found it" if "reference" in table else "")],
-        "Loss": [say("{}", "loss"), say("β {}", "dpo_beta"), say("label smoothing {}", "label_smoothing")],
-        "Learning rate": [say("{}", "learning_rate"), say("{}", "lr_schedule"), warm_up(get("warmup_steps"))],
-        "Optimizer": [say("{}", "optimizer"), say("decay {}", "weight_decay"), say("clip at {}", "max_grad_norm")],
+        "Reference": [fill("{}", "reference") or ("the policy when DPO starts" if "reference" in table else "")],
+        "Loss": [fill("{}", "loss"), fill("β {}", "dpo_beta"), fill("label smoothing {}", "label_smoothing")],
+        "Learning rate": [fill("{}", "learning_rate"), fill("{}", "lr_schedule"), warm_up(get("warmup_steps"))],
+        "Optimizer": [fill("{}", "optimizer"), fill("decay {}", "weight_decay"), fill("clip at {}", "max_grad_norm")],
         "Batch": [
-            say("{} pairs", "batch_size"),
-            say("{} microbatches", "microbatches") if get("microbatches") != 1 else "",
+            fill("{} pairs", "batch_size"),
+            fill("{} microbatches", "microbatches") if get("microbatches") != 1 else "",
         ],
-        "SFT first": [say("{} steps", "sft_steps"), say("{}", "sft_learning_rate")] if get("sft_steps") else [],
-        "Trained": [say("LoRA of rank {}", "lora_rank") or ("all parameters" if "lora_rank" in table else "")],
-        "Precision": [say("{} parameters", "param_dtype")],
-        "Compute": [say("{} compute", "compute_dtype")],
-        "Longest, in tokens": [say("prompt {}", "max_prompt_length"), say("completion {}", "max_completion_length")],
-        "Mesh": [say("data {}", "mesh_data"), say("fsdp {}", "mesh_fsdp"), say("tensor {}", "mesh_tensor")],
+        "SFT first": [fill("{} steps", "sft_steps"), fill("{}", "sft_learning_rate")] if get("sft_steps") else [],
+        "Trained": [fill("LoRA of rank {}", "lora_rank") or ("all parameters" if "lora_rank" in table else "")],
+        "Precision": [fill("{} parameters", "param_dtype")],
+        "Compute": [fill("{} compute", "compute_dtype")],
+        "Longest, in tokens": [fill("prompt {}", "max_prompt_length"), fill("completion {}", "max_completion_length")],
+        "Mesh": [fill("data {}", "mesh_data"), fill("fsdp {}", "mesh_fsdp"), fill("tensor {}", "mesh_tensor")],
     }
 
 

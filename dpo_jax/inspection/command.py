@@ -155,12 +155,12 @@ def _pairs(s: Settings, given: str) -> "tuple[Policy, Prepared, str]":
 def _progress(console: Console) -> Iterator[Progress]:
     """A bar on a terminal, elsewhere a line now and then; nothing if nothing is built."""
     if not console.is_terminal:
-        told = time.monotonic()
+        last_line = time.monotonic()
 
         def line(reading: Reading) -> None:
-            nonlocal told
-            if time.monotonic() - told >= LINE_SECONDS:
-                told = time.monotonic()
+            nonlocal last_line
+            if time.monotonic() - last_line >= LINE_SECONDS:
+                last_line = time.monotonic()
                 say(console, _words(reading))
 
         yield line

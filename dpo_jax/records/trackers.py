@@ -1,6 +1,6 @@
 """Copies of a run's records for Weights & Biases and for trackio: off unless the config names a project.
 
-Where they go, and whether over a network, is the packages' own business: WANDB_MODE=offline, WANDB_BASE_URL,
+The packages themselves decide where they go, and whether over a network: WANDB_MODE=offline, WANDB_BASE_URL,
 TRACKIO_DIR, TRACKIO_SPACE_ID and so on. metrics.jsonl stays the truth.
 """
 

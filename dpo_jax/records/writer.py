@@ -75,7 +75,7 @@ class MetricsWriter:
         for log in list(self._logs):
             try:
                 log(values)
-            except Exception as error:  # somebody else's service: training goes on without it
+            except Exception as error:  # a service that may fail in any way: training continues without it
                 self._logs.remove(log)
                 self.message(f"warning: a tracker failed and gets no more records ({error})")
         self.console.record(values)

@@ -87,7 +87,7 @@ def _base_card(base: Path | None) -> Mapping[str, Any]:
         return {}
     try:
         return metadata_load(path) or {}
-    except Exception:  # somebody else's file; a card of ours needs nothing of it
+    except Exception:  # another project's file, which may hold anything; our card can do without it
         return {}
 
 
@@ -131,7 +131,7 @@ def _licences(run: RunFiles) -> list[str]:
 
 
 def _without_paths(text: str) -> str:
-    """The text with the last names of paths alone: the others are of the machine that trained, and nobody's business.
+    """The text with only the last name of every path: the directories are private to the machine that trained.
 
     >>> _without_paths("512 pairs of /home/me/pairs.jsonl")
     '512 pairs of pairs.jsonl'

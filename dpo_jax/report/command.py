@@ -1,7 +1,7 @@
 """A run's page, `report.html`, and the command line for it.
 
 `python -m dpo_jax.report DIR` writes DIR/report.html again; with several directories it writes compare.html. Both read
-only what a run leaves in its directory, and do with what is there.
+only the files in a run's directory, and leave out the parts whose files are missing. No JAX is needed.
 """
 
 import argparse
@@ -10,24 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_jax.errors import UserError
+from dpo_jax.report.compare import compare_page
+from dpo_jax.report.html import write_page
+from dpo_jax.report.page import run_page
+from dpo_jax.report.runs import load_run
 
 
 def write_report(workdir: Path, out: Path | None = None) -> Path:
     """Write the run's page, WORKDIR/report.html unless `out` is given, and return its path."""
-    from dpo_jax.report.html import write_page
-    from dpo_jax.report.page import run_page
-    from dpo_jax.report.runs import load_run
-
     values = run_page(load_run(workdir))
     return write_page(out or workdir / "report.html", "report/templates/run.html", option="--out", **values)
 
 
 def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
     """Write one page for several runs: differences of their configs, final numbers, curves over one another."""
-    from dpo_jax.report.compare import compare_page
-    from dpo_jax.report.html import write_page
-    from dpo_jax.report.runs import load_run
-
     values = compare_page([load_run(workdir) for workdir in workdirs])
     return write_page(out, "report/templates/compare.html", option="--out", **values)
 

@@ -72,13 +72,13 @@ def _finals(runs: Sequence[RunFiles]) -> list[tuple[str, str, float | None, list
 
 
 def _answers(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
-    """What every run says in the end to the same prompts."""
-    said = [
+    """Prompts that every run answered after training, with each run's answer."""
+    by_run = [
         {s.get("prompt", ""): s.get("answer", "") for s in run.samples if (s.get("when"), s.get("mode")) == AFTER}
         for run in runs
     ]
-    shared = [prompt for prompt in said[0] if all(prompt in answers for answers in said)]
-    return [(prompt, [answers[prompt] for answers in said]) for prompt in shared[:ANSWERED]]
+    shared = [prompt for prompt in by_run[0] if all(prompt in answers for answers in by_run)]
+    return [(prompt, [answers[prompt] for answers in by_run]) for prompt in shared[:ANSWERED]]
 
 
 def _figure(runs: Sequence[RunFiles], names: Sequence[str], plot: Plot, name: str) -> Chart | None:

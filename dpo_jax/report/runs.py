@@ -120,11 +120,11 @@ class RunFiles:
 
 
 def main_plots(runs: Sequence[RunFiles]) -> tuple[Plot, ...]:
-    """`MAIN_PLOTS`, without their words on DPO where a run minimised another loss."""
+    """`MAIN_PLOTS`, without notes that hold for DPO alone where a run minimised another loss."""
     if all(run.saved.is_dpo for run in runs):
         return MAIN_PLOTS
-    told = ("dpo_loss", "chosen_reward")
-    return tuple(replace(p, note="", guide=None) if p.names[0] in told else p for p in MAIN_PLOTS)
+    of_dpo = ("dpo_loss", "chosen_reward")
+    return tuple(replace(p, note="", guide=None) if p.names[0] in of_dpo else p for p in MAIN_PLOTS)
 
 
 def load_run(workdir: Path) -> RunFiles:
@@ -166,17 +166,17 @@ def _size(path: Path) -> int:
 
 
 def total_steps(run: RunFiles) -> int:
-    """Updates of DPO that the run was to make; 0 if the files do not say."""
+    """Updates of DPO that the run was to make; 0 if no file has them."""
     return int(run.about.get("steps") or run.saved.steps)
 
 
 def hardware(run: RunFiles) -> str:
-    """Devices that the run used: "8 × TPU v5 lite"; empty if the files do not say."""
+    """Devices that the run used: "8 × TPU v5 lite"; empty if no file has them."""
     return f"{run.about['devices']} × {run.about['device']}" if run.about.get("device") else ""
 
 
 def training_seconds(run: RunFiles) -> float | None:
-    """Time in DPO's updates, of evaluations and the like none: what each record says of the steps up to it."""
+    """Time spent in DPO's updates, without evaluations and the like: each record has the mean of the steps up to it."""
     records = {r["step"]: r["step_seconds"] for r in run.records if r["split"] == "train" and r.get("step_seconds")}
     steps = sorted(records)
     return sum(records[n] * (n - before) for before, n in zip([0, *steps], steps, strict=False)) if steps else None
@@ -209,7 +209,7 @@ def last_step(run: RunFiles) -> int:
 
 
 def held_out_pairs(run: RunFiles) -> int:
-    """How many pairs an evaluation covers; 0 if the files do not say."""
+    """How many pairs an evaluation covers; 0 if no file has it."""
     counts = [r["pairs"] for r in run.records if r["split"] == "eval" and r.get("pairs")]
     return int(counts[-1] if counts else run.data.get("splits", {}).get("eval", {}).get("pairs", 0))
 

@@ -16,7 +16,7 @@ def test_what_is_set_is_said_in_words():
     assert saved.words["Loss"] == ["sigmoid", "β 0.1"]  # no label smoothing: it is off
     assert saved.words["Learning rate"] == ["5e-07", "linear", "20 warm-up steps"]
     assert saved.words["Batch"] == ["64 pairs", "4 microbatches"]
-    assert saved.words["Reference"] == ["the policy as DPO found it"]
+    assert saved.words["Reference"] == ["the policy when DPO starts"]
     assert saved.words["Trained"] == ["all parameters"]
     recipe = dict(saved.recipe)
     assert recipe["dpo_beta"] == 0.1

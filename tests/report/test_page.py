@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -309,6 +311,14 @@ def test_one_directory_writes_its_page_again(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "report.html")
     assert report.main([str(tmp_path / "run"), "--out", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").read_bytes() == (tmp_path / "run" / "report.html").read_bytes()
+
+
+def test_a_page_needs_no_jax(tmp_path):
+    make_run(tmp_path / "run")
+    code = "import sys; from dpo_jax.report.command import main; print(main(sys.argv[1:]), 'jax' in sys.modules)"
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.endswith("\n0 False\n")
 
 
 @pytest.mark.parametrize("case", ["missing", "empty", "damaged", "damaged records", "nowhere"])

@@ -8,9 +8,9 @@ for (const figure of document.querySelectorAll("figure[data-series]")) {
   plot.addEventListener("pointermove", event => {
     const box = plot.getBoundingClientRect();
     const x = low + (high - low) * (event.clientX - box.left) / box.width;
-    const found = lines.map(points => nearest(points, x));
-    const at = found.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a)[0];
-    found.forEach(([, y], i) => { outputs[i].textContent = String(Number(y.toPrecision(4))).replace("-", "−"); });
+    const shown = lines.map(points => nearest(points, x));
+    const at = shown.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a)[0];
+    shown.forEach(([, y], i) => { outputs[i].textContent = String(Number(y.toPrecision(4))).replace("-", "−"); });
     rule.dataset.at = figure.dataset.unit + " " + at;
     rule.style.left = 100 * (at - low) / (high - low) + "%";
     figure.classList.add("hover");
