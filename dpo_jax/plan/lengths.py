@@ -60,12 +60,7 @@ def find_lengths(s: Settings, file: str = "", completions: int = 2) -> Lengths:
     sizes = [published_pairs(name) for name, _ in parts]
     if not s.data.dataset_path and None not in sizes:
         return _published(s, parts, [size for size in sizes if size is not None], completions)
-    return _prepared(s)
-
-
-def _prepared(s: Settings) -> Lengths:
-    """Those of the data itself, which brings libraries along that take seconds to import."""
-    from dpo_jax.training import inputs
+    from dpo_jax.training import inputs  # takes seconds to import, as what it needs does
     from dpo_jax.weights.find import find_policy
 
     with tempfile.TemporaryDirectory() as work:

@@ -52,37 +52,30 @@ def largest_batch(need: Need, start: int, unit: int, most: int, room: float) -> 
       most: pairs that there are.
       room: bytes that there are.
     """
-    fitting, too_large = _bracket(need, start, unit, most)
-    missed = False
-    while fitting and too_large - max(fitting) > unit:
-        *_, below, largest = [0, *sorted(fitting)]
-        guess = middle = (largest + too_large) / 2
-        if below and (slope := (fitting[largest] - fitting[below]) / (largest - below)) > 0:
-            guess = largest + (room - fitting[largest]) / slope
-        # Not far beyond what fits: where little grew, a slope tells nothing.
-        guess = min(guess, middle if missed else 4 * largest)
-        guess = int(min(max(guess, largest + unit), too_large - unit) // unit * unit)
-        needed = need(guess)
-        missed = needed is None
+    fitting: dict[int, float] = {}
+    batch, too_large = start, most // unit * unit + unit
+    while batch >= unit:
+        needed = need(batch)
         if needed is None:
-            too_large = guess
+            too_large = batch
         else:
-            fitting[guess] = needed
+            fitting[batch] = needed
+        if fitting and too_large - max(fitting) <= unit:
+            break
+        batch = _next_batch(fitting, too_large, unit, room, missed=needed is None)
     return max(fitting, default=0)
 
 
-def _bracket(need: Need, start: int, unit: int, most: int) -> tuple[dict[int, float], int]:
-    """Batches that fit with what they need, and the smallest known one that does not (or there are no more pairs)."""
-    fitting: dict[int, float] = {}
-    batch, limit = start, most // unit * unit + unit
-    while batch >= unit and len(fitting) < 3 and (not fitting or batch < limit):
-        needed = need(batch)
-        if needed is None:
-            limit = batch
-            if fitting:
-                break
-            batch = batch // 2 // unit * unit
-        else:
-            fitting[batch] = needed
-            batch *= 2
-    return fitting, limit
+def _next_batch(fitting: dict[int, float], too_large: int, unit: int, room: float, *, missed: bool) -> int:
+    """The batch to try next; `missed`: the one before did not fit."""
+    *_, below, largest = (0, 0, *sorted(fitting))
+    if not largest:
+        return too_large // 2 // unit * unit
+    if len(fitting) < 3 and 2 * largest < too_large:
+        return 2 * largest
+    guess = middle = (largest + too_large) / 2
+    if below and (slope := (fitting[largest] - fitting[below]) / (largest - below)) > 0:
+        guess = largest + (room - fitting[largest]) / slope
+    # Not far beyond what fits: where little grew, a slope tells nothing.
+    guess = min(guess, middle if missed and too_large != 2 * largest else 4 * largest)
+    return int(min(max(guess, largest + unit), too_large - unit) // unit * unit)

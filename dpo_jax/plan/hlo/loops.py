@@ -52,11 +52,8 @@ def trip_count(module: Module, inside: Computation, loop: Instruction) -> int | 
     if first is None or last is None or item != counter[0] or step == 0:
         return None
     last += {"LE": 1, "GE": -1}.get(relation, 0)
-    if relation == "EQ" or (relation == "NE" and (last - first) % step):
-        return None
-    if relation in (("GT", "GE") if step > 0 else ("LT", "LE")):
-        return None
-    return max(0, -(-(last - first) // step))
+    ends = {"LT": step > 0, "LE": step > 0, "GT": step < 0, "GE": step < 0, "NE": (last - first) % step == 0}
+    return len(range(first, last, step)) if ends.get(relation) else None
 
 
 def _at_start(module: Module, start: _Value, number: _Affine) -> int | None:

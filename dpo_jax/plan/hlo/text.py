@@ -257,10 +257,10 @@ def _scrub(line: str) -> str:
 
 def _shape(text: str, at: int, number: int) -> tuple[Tree, int]:
     """A shape that begins at `at`, and where it ends."""
-    if text[at] == "(":
+    if text.startswith("(", at):
         parts: list[Tree] = []
         at += 1
-        while text[at] != ")":
+        while not text.startswith(")", at):
             part, at = _shape(text, at, number)
             parts.append(part)
             at = _GAP.match(text, at).end()  # type: ignore[union-attr]
