@@ -15,15 +15,18 @@ from typing import Any
 
 from dpo_jax.config.check import check
 from dpo_jax.config.command_line import claim_workdir, parse
+from dpo_jax.config.paths import check_paths
+from dpo_jax.config.settings import Settings, read_settings
 from dpo_jax.config.values import check_workdir
 from dpo_jax.errors import SAVE_FAILED, SIGTERM, UserError
+from dpo_jax.records.trackers import check_packages
 
 
 def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> dict[str, float]:
     """Run one config to its end in `workdir`, or resume the run that is there.
 
     Args:
-      config: the keys of `configs/common.py`, such as `configs.hhh.get_config("tiny")`.
+      config: its keys, such as `dpo_jax.get_config("configs/hhh.py:tiny")`.
       workdir: the run's directory.
 
     Returns:
@@ -33,23 +36,30 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> dict[str,
       UserError: bad input, in one line.
       Stopped: SIGTERM came; the state is saved and the same call resumes it.
     """
-    keys, directory = dict(config), Path(check_workdir(os.fspath(workdir)))
-    check(keys)
-    from dpo_jax.config.settings import read_settings
-    from dpo_jax.records.trackers import check_packages
-
-    settings = read_settings(keys)
-    check_packages(settings.output.projects)
-    claim_workdir(directory, keys, write=False)
+    directory = Path(check_workdir(os.fspath(workdir)))
+    settings = _checked(config, directory)
     from dpo_jax.training.run import train_policy  # what is slow to import comes after all that is quick to refuse
 
     return train_policy(settings, directory)
+
+
+def _checked(config: Mapping[str, Any], workdir: Path) -> Settings:
+    """All that can be refused without JAX: keys, packages, paths, a workdir of another run."""
+    keys = dict(config)
+    check(keys)
+    settings = read_settings(keys)
+    check_packages(settings.output.projects)
+    check_paths(keys)
+    claim_workdir(workdir, keys, write=False)
+    return settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     try:
         config, workdir, distributed = parse(sys.argv if argv is None else argv)
+        if not distributed:  # one of several processes must join the others first, which wait for it
+            _checked(config, workdir)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         return e.code

@@ -1,0 +1,128 @@
+"""What is refused, and what only helps, is there at once: no JAX is imported for it.
+
+Times are those that the process itself computed, so that a busy machine does not matter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Runs a module as `python -m` would, then tells the seconds it computed and which slow packages it imported.
+DRIVER = """
+import atexit, json, resource, runpy, sys
+def tell():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    slow = [name for name in ("jax", "transformers", "grain", "orbax", "torch") if name in sys.modules]
+    print(json.dumps([used.ru_utime + used.ru_stime, slow]), file=sys.stderr)
+atexit.register(tell)
+"""
+RUN = DRIVER + "module, *sys.argv[1:] = sys.argv[1:]\nrunpy.run_module(module, run_name='__main__', alter_sys=True)\n"
+SECONDS = 2.0
+
+TRAIN, TINY, DIRECTORY = "dpo_jax.train", "--config=configs/hhh.py:tiny", "--workdir=run"
+PLAN, TOPOLOGY = "dpo_jax.plan", "--topology=v6e:2x4"
+
+
+def _python(program, *args, cwd=None):
+    """(exit code, standard output, what is on standard error, seconds, slow imports) of a Python program."""
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *args], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    *lines, told = done.stderr.splitlines()
+    return done.returncode, done.stdout, lines, *json.loads(told)
+
+
+@pytest.mark.parametrize(
+    ("module", "limit"),
+    [
+        ("dpo_jax", 0.3),
+        ("dpo_jax.config.command_line", 1.0),
+        ("dpo_jax.config.settings", 1.0),
+        ("dpo_jax.config.paths", 1.0),
+        ("dpo_jax.objective.table", 0.3),
+        ("dpo_jax.train", 1.0),
+    ],
+)
+def test_modules_are_imported_at_once_and_without_jax(module, limit):
+    _, _, _, seconds, slow = _python(f"{DRIVER}\nimport {module}")
+    assert slow == []
+    assert seconds < limit
+
+
+def test_public_names_without_arrays_need_no_jax():
+    names = "Comparison, LabeledComparison, Skip, UserError, get_config, run"
+    _, _, _, seconds, slow = _python(f"{DRIVER}\nfrom dpo_jax import {names}\nget_config('configs/hhh.py:tiny')")
+    assert slow == []
+    assert seconds < SECONDS
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[TRAIN], ["dpo_jax.data"], ["dpo_jax.data", "inspect"], ["dpo_jax.data", "prepare"], ["dpo_jax.report"], [PLAN]],
+    ids=" ".join,
+)
+def test_help_is_there_at_once(command):
+    code, out, errors, seconds, slow = _python(RUN, *command, "--help")
+    assert code == 0, errors
+    assert f"python -m {command[0]}" in out
+    assert slow == []
+    assert seconds < SECONDS
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([TRAIN], "--config is missing"),
+        ([TRAIN, TINY], "--workdir is missing"),
+        ([TRAIN, TINY, "--workdir=gs://bucket/run"], "remote directories are not supported"),
+        ([TRAIN, TINY, "--workdir=file/run"], "cannot be written"),
+        ([TRAIN, TINY, "--workdir=other"], "holds a run of another config (seed: 3 there, 0 asked)"),
+        ([TRAIN, TINY, DIRECTORY, "--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
+        ([TRAIN, TINY, DIRECTORY, "extra"], "unexpected argument 'extra'"),
+        ([TRAIN, TINY, DIRECTORY, "--config.batchsize=3"], "did you mean batch_size"),
+        ([TRAIN, TINY, DIRECTORY, "--config.batch_size=many"], "--config.batch_size=many"),
+        ([TRAIN, TINY, DIRECTORY, "--config.loss=dpo"], "'dpo' does not exist"),
+        ([TRAIN, TINY, DIRECTORY, "--config.lora_rank=8", "--config.lora_targets=x"], "'x' is no projection"),
+        ([TRAIN, TINY, DIRECTORY, "--config.dataset=hhhh"], "dataset=hhhh is unknown"),
+        ([TRAIN, TINY, DIRECTORY, "--config.dataset=/nowhere/pairs.jsonl"], "/nowhere/pairs.jsonl: no such file"),
+        ([TRAIN, TINY, DIRECTORY, "--config.model=/nowhere/model"], "model='/nowhere/model': no such directory"),
+        ([TRAIN, TINY, DIRECTORY, "--config.reference=/nowhere"], "reference='/nowhere': no such directory"),
+        ([TRAIN, TINY, DIRECTORY, "--config.trackio_project=x"], "needs the package trackio"),
+        ([TRAIN, "--config=configs/hhh.py:huge", DIRECTORY], "preset 'huge' does not exist; there are configs/hhh.py"),
+        ([TRAIN, "--config=configs/none.py", DIRECTORY], "no such file; there are configs/helpsteer3.py"),
+        ([TRAIN, "--config=broken.py", DIRECTORY], "SyntaxError"),
+        (["dpo_jax.data"], "a command is missing; use inspect or prepare"),
+        (["dpo_jax.data", "look"], "unknown command 'look'"),
+        (["dpo_jax.data", "inspect", "--config=configs/hhh.py:huge"], "preset 'huge' does not exist"),
+        (["dpo_jax.data", "inspect", TINY, "--shards=0"], "--shards=0"),
+        (["dpo_jax.data", "prepare", TINY, "--config.dataset=/nowhere"], "/nowhere: no such file or directory"),
+        (["dpo_jax.data", "prepare", TINY, "--config.model=/nowhere"], "model='/nowhere': no such directory"),
+        (["dpo_jax.report", "/nowhere"], "/nowhere is not a directory"),
+        (["dpo_jax.report", "--nothing"], "usage: python -m dpo_jax.report"),
+        ([PLAN, "--config=configs/hhh.py"], "--topology is missing"),
+        ([PLAN, "--config=configs/hhh.py", "--topology=v7:2x2"], "topology 'v7:2x2' does not exist"),
+        ([PLAN, "--config=configs/hhh.py:huge", TOPOLOGY], "preset 'huge' does not exist"),
+        ([PLAN, "--config=configs/hhh.py", TOPOLOGY, "--config.batch_size=0"], "batch_size=0: must be at least 1"),
+        ([PLAN, "--config=configs/hhh.py", TOPOLOGY, "--json=missing/a.json"], "--json=missing/a.json cannot"),
+    ],
+    ids=lambda x: " ".join(x)[8:60] if isinstance(x, list) else "",
+)
+def test_a_refusal_is_one_line_at_once(args, words, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    (tmp_path / "other").mkdir()
+    program = f"{DRIVER}import dpo_jax; print(json.dumps(dpo_jax.get_config('configs/hhh.py:tiny').to_dict()))"
+    if "--workdir=other" in args:
+        saved = json.loads(_python(program, cwd=tmp_path)[1])
+        (tmp_path / "other/config.json").write_text(json.dumps(saved | {"seed": 3}))
+    code, _, errors, seconds, slow = _python(RUN, *args, cwd=tmp_path)
+    assert code == 2
+    assert words in "\n".join(errors)
+    assert "Traceback" not in "\n".join(errors)
+    assert len(errors) == 1 or args[-1] == "--nothing"  # argparse's own
+    assert slow == []
+    assert seconds < SECONDS
