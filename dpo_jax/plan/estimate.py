@@ -26,6 +26,7 @@ def estimate(draft: Draft, lengths: Lengths) -> dict[str, Any]:
         "rows": [
             {
                 **dataclasses.asdict(shape),
+                "widths": shape.widths,
                 "share": share,
                 "attention": "splash" if layout.uses_kernel(slots_of(shape)) else "dense",
             }

@@ -10,7 +10,7 @@ def report_lines(r: Mapping[str, Any]) -> list[str]:
     """An estimate as text. Memory and bytes are those of one JAX device, the rest of the whole topology."""
     mesh = " x ".join(f"{name} {size}" for name, size in r["mesh"].items())
     rows = "; ".join(
-        f"{s['rows']} x [{s['prompt']}|{s['chosen']}|{s['rejected']}] ({s['share']:.0%} of steps)" for s in r["rows"]
+        f"{s['rows']} x [{'|'.join(map(str, s['widths']))}] ({s['share']:.0%} of steps)" for s in r["rows"]
     )
     memory = {name: size / GIB for name, size in r["memory"].items()}
     available = r["hbm_available"] / GIB
