@@ -29,8 +29,8 @@ def test_what_fits():
     lines = report_lines(FITS)
     assert lines == [
         "v6e:2x4 (v6e-8, 8 chips, data 1 x fsdp 8 x tensor 1): fits",
-        "  rows          8 x [512|128|128] (75% of steps); 8 x [1024|256|256] (25% of steps); 64 pairs, 93.4% of tokens "
-        "real",
+        "  rows          8 x [512|128|128] (75% of steps); 8 x [1024|256|256] (25% of steps); 64 pairs, 93.4% of "
+        "tokens real",
         "  HBM           parameters 4.00, optimizer 8.00, reference 2.00, activations 10.00, total 24.00 (widest rows "
         "28.00) of 31.25 GiB (a chip), headroom 3.25",
         "  FLOPs a step  1.500e+15, 1.01x of 8N a real token; remat dots, attention splash",
