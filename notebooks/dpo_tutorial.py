@@ -33,6 +33,7 @@ import dpo_jax
 from dpo_jax import Comparison, LabeledComparison
 from dpo_jax.data.render import make_renderer, render_batch
 from dpo_jax.model.attention.dense import Slots
+from dpo_jax.model.forward import ModelOptions
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.model.placement import place_model
 from dpo_jax.objective.losses import Scored, sigmoid
@@ -40,7 +41,8 @@ from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.rows.pipeline import build_rows
 from dpo_jax.rows.schedule import RowShape
-from dpo_jax.sampling import engine as sample
+from dpo_jax.sampling.choice import Choice
+from dpo_jax.sampling.engine import generate
 from dpo_jax.weights.find import find_policy
 from dpo_jax.weights.load import load_params
 
@@ -210,8 +212,8 @@ end = model.tokenizer.eos_token_id
 def kl_from_reference(params):
     """Mean and standard error, in nats an answer, of the log-ratio over two sampled answers to every prompt."""
     twice = [ids.tolist() for ids in prompt_ids for _ in range(2)]
-    drawn = sample.generate(
-        params, twice, config=layout.config, stop=[end], new_tokens=LONGEST, temperature=1.0, seed=1
+    drawn = generate(
+        params, twice, ModelOptions(layout.config), stop=[end], new_tokens=LONGEST, choice=Choice(1.0), seed=1
     )
     answers = [np.asarray(ids if len(ids) == LONGEST else [*ids, end], np.int32) for ids in drawn]
     triples = [(ids, answers[2 * i], answers[2 * i + 1]) for i, ids in enumerate(prompt_ids)]

@@ -189,22 +189,23 @@ def _as_number(value: Any, like: Any) -> Any:
     return type(like)(value) if same else value
 
 
-def _windows(hf: Mapping[str, Any], c: Any, family: Family) -> dict[str, Any]:
+def _windows(hf: Mapping[str, Any], theirs: Any, family: Family) -> dict[str, Any]:
     """Which layers slide, and how far they see."""
     if family.windows == "none":
         return {}
-    kinds = c.layer_types if family.windows == "layer_types" else ["sliding_attention"] * c.num_hidden_layers
+    window, named = theirs.sliding_window, family.windows == "layer_types"
+    kinds = theirs.layer_types if named else ["sliding_attention"] * theirs.num_hidden_layers
     layers = tuple(kind == "sliding_attention" for kind in kinds)
-    if any(layers) and not c.sliding_window and family.windows == "layer_types" and hf.get("layer_types"):
+    if any(layers) and not window and named and hf.get("layer_types"):
         raise UserError("layer_types names sliding_attention but sliding_window is off; set it")
-    return {"sliding_window": c.sliding_window, "sliding_layers": layers} if any(layers) and c.sliding_window else {}
+    return {"sliding_window": window, "sliding_layers": layers} if any(layers) and window else {}
 
 
-def _rope(hf: Mapping[str, Any], c: Any, family: Family) -> dict[str, Any]:
+def _rope(hf: Mapping[str, Any], theirs: Any, family: Family) -> dict[str, Any]:
     """Rotary embedding of all layers, and of the sliding ones where they have their own (Gemma 3)."""
-    rope: dict[str, Any] = c.rope_parameters
+    rope: dict[str, Any] = theirs.rope_parameters
     values: dict[str, Any] = {}
-    if c.model_type == "gemma3_text":
+    if theirs.model_type == "gemma3_text":
         local, rope = rope["sliding_attention"], rope["full_attention"]
         if local["rope_type"] != "default":
             raise UserError(
@@ -219,7 +220,7 @@ def _rope(hf: Mapping[str, Any], c: Any, family: Family) -> dict[str, Any]:
         able = ", ".join(name for name, one in FAMILIES.items() if one.partial_rotary)
         raise UserError(f"partial_rotary_factor={partial} is not supported; supported for: {able}")
     if kind == "longrope":
-        rope = _longrope(c, rope, int(c.head_dim * partial) // 2)
+        rope = _longrope(theirs, rope, int(theirs.head_dim * partial) // 2)
     missing = [key for key in ROPE_KEYS[kind] if rope.get(key) is None]
     if missing:
         raise UserError(f"rope type {kind!r} needs {', '.join(missing)} beside it")
@@ -228,13 +229,13 @@ def _rope(hf: Mapping[str, Any], c: Any, family: Family) -> dict[str, Any]:
     return values | {"rope_theta": float(rope["rope_theta"]), "partial_rotary_factor": float(partial)}
 
 
-def _longrope(c: Any, rope: Mapping[str, Any], pairs: int) -> dict[str, Any]:
+def _longrope(theirs: Any, rope: Mapping[str, Any], pairs: int) -> dict[str, Any]:
     """LongRoPE (Ding et al. 2024, arXiv 2402.13753) with its attention factor worked out."""
-    original = getattr(c, _ORIGINAL, None) or rope[_ORIGINAL]
+    original = getattr(theirs, _ORIGINAL, None) or rope[_ORIGINAL]
     for key in ("short_factor", "long_factor"):
         if len(rope.get(key, [0.0] * pairs)) != pairs:
             raise UserError(f"{key} has {len(rope[key])} numbers, the model's heads need {pairs}")
-    factor, attention = rope.get("factor") or c.max_position_embeddings / original, rope.get("attention_factor")
+    factor, attention = rope.get("factor") or theirs.max_position_embeddings / original, rope.get("attention_factor")
     if attention is None:
         attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return {**rope, _ORIGINAL: original, "attention_factor": attention}

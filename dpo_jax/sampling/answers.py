@@ -7,19 +7,22 @@ from typing import Any
 
 import jax
 
+from dpo_jax.model.forward import ModelOptions
+from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.rows.pipeline import PairSource
-from dpo_jax.sampling import engine as sample
+from dpo_jax.sampling.choice import Choice
+from dpo_jax.sampling.engine import generate
 
 
 def answer_prompts(
-    params: Any,
+    params: Params,
     pairs: PairSource,
     tokenizer: Any,
     layout: Layout,
     *,
-    modes: Mapping[str, tuple[float, float]],
+    modes: Mapping[str, Choice],
     new_tokens: int,
     seed: int,
 ) -> list[dict[str, Any]]:
@@ -30,7 +33,7 @@ def answer_prompts(
       pairs: whose prompts are answered; their own answers stand beside.
       tokenizer: the policy's.
       layout: of the model.
-      modes: (temperature, top-p) by name.
+      modes: how tokens are chosen, by name.
       new_tokens: most tokens of an answer.
       seed: of the draws.
 
@@ -39,19 +42,10 @@ def answer_prompts(
     """
     shown = [pairs[i] for i in range(len(pairs))]
     stop = stop_tokens(pairs, tokenizer)
-    records = []
-    for mode, (temperature, top_p) in modes.items():
-        answers = sample.generate(
-            params,
-            [prompt.tolist() for prompt, _, _ in shown],
-            config=layout.config,
-            stop=stop,
-            new_tokens=new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            dtype=layout.dtype,
-        )
+    model, records = ModelOptions(layout.config, layout.dtype), []
+    for mode, choice in modes.items():
+        prompts = [prompt.tolist() for prompt, _, _ in shown]
+        answers = generate(params, prompts, model, stop=stop, new_tokens=new_tokens, choice=choice, seed=seed)
         for (prompt, chosen, rejected), ids in zip(shown, answers, strict=True):
             parts = {"prompt": prompt, "answer": ids, "chosen": chosen, "rejected": rejected}
             texts = {name: tokenizer.decode(x, skip_special_tokens=True).strip() for name, x in parts.items()}

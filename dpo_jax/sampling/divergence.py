@@ -25,7 +25,8 @@ from dpo_jax.parallel.mesh import local_rows, replicated, row_shards, to_global
 from dpo_jax.parallel.watchdog import LONGER, beat
 from dpo_jax.rows.pipeline import build_rows
 from dpo_jax.rows.schedule import RowShape
-from dpo_jax.sampling import engine as sample
+from dpo_jax.sampling.choice import Choice
+from dpo_jax.sampling.engine import generate
 
 # Answers drawn to a prompt: they lie in the two completion slots of a row, and the prompt is computed once for both.
 DRAWS = 2
@@ -101,9 +102,9 @@ def make_on_policy_kl(
     def estimate(params: Params, ref_params: Params) -> dict[str, float]:
         beat("drawing answers for the KL divergence", LONGER)
         with jax.transfer_guard_host_to_device("allow"):  # the prompts' few tokens
-            drawn = sample.generate(
-                params, asked, config=layout.config, stop=stop, new_tokens=new_tokens, temperature=1.0, seed=seed,
-                dtype=layout.dtype,
+            drawn = generate(
+                params, asked, ModelOptions(layout.config, layout.dtype), stop=stop, new_tokens=new_tokens,
+                choice=Choice(temperature=1.0), seed=seed,
             )  # fmt: skip
         # Which of the stop tokens ended an answer is not known, nor needed: no distribution is conditioned on it.
         ended = [ids if len(ids) == new_tokens else [*ids, stop[0]] for ids in drawn]

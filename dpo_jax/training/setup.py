@@ -30,6 +30,7 @@ from dpo_jax.parallel.mesh import replicated
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.rows.pipeline import Schedule
 from dpo_jax.sampling import answers, divergence
+from dpo_jax.sampling.choice import Choice
 from dpo_jax.training.about import write_about
 from dpo_jax.training.batches import slots_of
 from dpo_jax.training.checkpoint import Checkpoints
@@ -167,7 +168,7 @@ def write_answers(run: Run, params: Params, when: str, step: int) -> None:
         shown,
         run.policy.tokenizer,
         run.layout,
-        modes={"greedy": (0.0, 1.0), "sampled": (asked.temperature, asked.top_p)},
+        modes={"greedy": Choice(), "sampled": Choice(asked.temperature, asked.top_p)},
         new_tokens=asked.tokens,
         seed=run.settings.seed,
     )

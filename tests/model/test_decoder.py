@@ -47,7 +47,7 @@ def test_packed_rows_are_plain_sequences(name):
 def test_the_sampler_is_the_whole_model_run_again(name):
     config, params = golden(name)
     prompts = [PAIRS.ids[0][0][:n].tolist() for n in (30, 3, 26)]
-    answers = generate(params, prompts, config=config, stop=[config.vocab_size], new_tokens=8)
+    answers = generate(params, prompts, ModelOptions(config), stop=[config.vocab_size], new_tokens=8)
     whole = sequence_logits(params, config, [np.array(p + a) for p, a in zip(prompts, answers, strict=True)])
     for prompt, answer, logits in zip(prompts, answers, whole, strict=True):
         assert answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()

@@ -157,7 +157,7 @@ def test_greedy_answers(family):
     """Prompts shorter and longer than the window, and than the original context of longrope."""
     name, model, _, config, _, params = family
     prompts = [ids[:n].tolist() for ids, n in zip(TextPairs(VOCAB).sequences()[::2], (5, 17, 30), strict=True)]
-    ours = generate(params, prompts, config=config, stop=[VOCAB], new_tokens=12)
+    ours = generate(params, prompts, ModelOptions(config), stop=[VOCAB], new_tokens=12)
     model.generation_config.eos_token_id = model.generation_config.bos_token_id = None
     for prompt, answer in zip(prompts, ours, strict=True):
         if name == "phi3_longrope" and len(prompt) < 24 < len(prompt) + 12:
