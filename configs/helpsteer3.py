@@ -1,16 +1,16 @@
 """NVIDIA HelpSteer3 preferences (38,459 pairs before ties are dropped): general, STEM, code and multilingual prompts.
 
     python -m dpo_jax.train --config=configs/helpsteer3.py --workdir=runs/helpsteer3
-        SmolLM2-1.7B-Instruct (ungated), one epoch on a TPU slice: fsdp over all its chips. Parameters, AdamW, gradient
-        and reference are 18 bytes a parameter: 31 GB in all, and activations on top (eight v5e chips have 128 GB).
+        SmolLM2-1.7B-Instruct (ungated), one epoch on a TPU slice, fsdp over all its chips. Parameters, AdamW, gradient
+        and reference take 18 bytes a parameter: 31 GB in all, plus activations (eight v5e chips have 128 GB).
 
     python -m dpo_jax.train --config=configs/helpsteer3.py:smollm2-135m --workdir=runs/helpsteer3-135m
-        SmolLM2-135M-Instruct: a laptop, Colab or one TPU chip; 2.4 GB and activations. Two CPU cores train less than a
-        pair of this length a second: bound it with --config.num_steps=50.
+        SmolLM2-135M-Instruct, for a laptop, Colab or one TPU chip; 2.4 GB plus activations. Two CPU cores train less
+        than one pair of this length a second; limit the run there with --config.num_steps=50.
 
-Raw files on disk: --config.dataset_path=DIR with DIR/preference/{train,validation}.jsonl.gz as on the hub.
-No recipe is published for DPO on it; rates are those of models of this size on UltraFeedback. Contexts are long
-(several turns): prompts keep their last 1,024 tokens.
+If the raw files are on disk: --config.dataset_path=DIR, with DIR/preference/{train,validation}.jsonl.gz as on the hub.
+No DPO recipe is published for this dataset; learning rates are those of models of this size on UltraFeedback. Contexts
+are long (several turns), so prompts keep their last 1,024 tokens.
 """
 
 import ml_collections

@@ -1,20 +1,20 @@
 """UltraFeedback, binarized (61,135 pairs): instructions with answers scored by GPT-4.
 
     python -m dpo_jax.train --config=configs/ultrafeedback.py --workdir=runs/ultrafeedback
-        SmolLM2-1.7B-Instruct (ungated) on a TPU slice (31 GB at 18 bytes a parameter, and activations), with SmolLM2's
-        own recipe: beta 0.5, rate 1e-6, batch 128, lengths 1024/1024. Published for it: held-out accuracy 0.675 (loss
-        0.588) after two to three epochs.
+        SmolLM2-1.7B-Instruct (ungated) on a TPU slice (31 GB at 18 bytes a parameter, plus activations), with SmolLM2's
+        own recipe: beta 0.5, learning rate 1e-6, batch 128, lengths 1024/1024. Its published result is a held-out
+        accuracy of 0.675 (loss 0.588) after two to three epochs.
 
     python -m dpo_jax.train --config=configs/ultrafeedback.py:smollm2-135m --workdir=runs/ultrafeedback-135m
-        The same for SmolLM2-135M-Instruct (published: 0.615, loss 0.674); bound it with --config.num_steps=50 on a
-        laptop.
+        The same for SmolLM2-135M-Instruct (published: 0.615, loss 0.674). On a laptop, limit the run with
+        --config.num_steps=50.
 
     python -m dpo_jax.train --config=configs/ultrafeedback.py:zephyr-7b --workdir=runs/zephyr
-        zephyr-7b-dpo-full's recipe on its SFT model: beta 0.01, rate 5e-7, batch 128, lengths 1024/512, one epoch.
-        Published: held-out accuracy 0.766 (loss 0.503), 11.5 pairs/s on 8 GPUs of 80 GB. A slice with at least 256 GB
-        of HBM in all.
+        zephyr-7b-dpo-full's recipe on its SFT model: beta 0.01, learning rate 5e-7, batch 128, lengths 1024/512, one
+        epoch. Published: held-out accuracy 0.766 (loss 0.503), 11.5 pairs/s on 8 GPUs of 80 GB. It needs a slice with
+        at least 256 GB of HBM in all.
 
-Raw files on disk: --config.dataset_path=DIR; the four published variants are told apart by their columns.
+If the raw files are on disk: --config.dataset_path=DIR; the four published variants are told apart by their columns.
 """
 
 import ml_collections
