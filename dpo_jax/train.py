@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.config.check import check
-from dpo_jax.config.command_line import claim_workdir, parse
+from dpo_jax.config.command_line import parse
 from dpo_jax.config.paths import check_paths
+from dpo_jax.config.saved import claim_workdir
 from dpo_jax.config.settings import Settings, read_settings
 from dpo_jax.config.values import check_workdir
 from dpo_jax.errors import SAVE_FAILED, SIGTERM, UserError

@@ -1,4 +1,4 @@
-"""Imports go one way, and only the trainer reads the config."""
+"""Imports go one way. That only one package reads the config: tests/config/test_one_room.py."""
 
 import ast
 from pathlib import Path
@@ -73,8 +73,3 @@ def test_the_step_knows_no_model_and_the_core_no_mesh():
         text = FILES[module].read_text()
         assert not {'"fsdp"', '"tensor"', '"data"'} & set(text.split()), module
         assert "parallel.mesh" not in set(_imports(FILES[module]))
-
-
-@pytest.mark.parametrize("module", [m for m in sorted(FILES) if m not in ("train", "config.command_line")])
-def test_only_the_trainer_reads_the_config(module):
-    assert "ml_collections" not in FILES[module].read_text()

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from dpo_jax.config.check import check, unknown_key
 from dpo_jax.config.file import get_config
 from dpo_jax.config.keys import describe
 from dpo_jax.config.values import check_workdir
-from dpo_jax.disk import read_json, write_json
 from dpo_jax.errors import UserError
 
 
@@ -99,29 +98,3 @@ def _print(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None:
-    """Compare `workdir` with this config, or (`write`) make it this config's by its config.json.
-
-    Raises:
-      UserError: the directory belongs to another config, or cannot be written.
-    """
-    path = workdir / "config.json"
-    mine = dict(config)
-    if path.exists():
-        theirs = read_json(path, "delete it to start the run anew")
-        changed = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
-        if changed:
-            difference = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} asked" for k in changed)
-            raise UserError(
-                f"{workdir} holds a run of another config ({difference}); use another --workdir or its config"
-            )
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not write:
-            return
-        write_json(path, mine, sort_keys=True)
-    except OSError as e:
-        raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); choose another --workdir") from None

@@ -1,10 +1,17 @@
-"""A run's config.json, read tolerantly: runs of other versions lack keys, and have keys that are unknown here."""
+"""A run's config.json: what makes a directory one config's, and what pages show of it.
+
+Runs of other versions lack keys, and have keys that are unknown here.
+"""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dpo_jax.config.keys import KEYS
+from dpo_jax.disk import read_json, write_json
+from dpo_jax.errors import UserError
 
 # What a reader needs to train a model like it, where it is set at all.
 _RECIPE = """
@@ -106,3 +113,31 @@ def warm_up(steps: float | None) -> str:
 
 def _whole(value: object) -> int:
     return int(value) if isinstance(value, int | float) else 0
+
+
+def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None:
+    """Compare `workdir` with this config, or (`write`) make it this config's by its config.json.
+
+    A key that is not there counts as its default: a version that did not have it yet began the run.
+
+    Raises:
+      UserError: the directory belongs to another config, or cannot be written.
+    """
+    path = workdir / "config.json"
+    mine = dict(config)
+    if path.exists():
+        theirs = {name: key.default for name, key in KEYS.items()} | read_json(path, "delete it to start the run anew")
+        changed = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
+        if changed:
+            difference = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} asked" for k in changed)
+            raise UserError(
+                f"{workdir} holds a run of another config ({difference}); use another --workdir or its config"
+            )
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not write:
+            return
+        write_json(path, mine, sort_keys=True)
+    except OSError as e:
+        raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); choose another --workdir") from None

@@ -166,13 +166,13 @@ class Settings:
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
     """The typed values of a config that `check` has passed."""
-    c = dict(config)
+    c = config
     optimizer = OptimizerOptions(
         c["optimizer"], c["learning_rate"], c["lr_schedule"], c["warmup_steps"], c["weight_decay"], c["max_grad_norm"]
     )
     lora = LoraOptions(c["lora_rank"], c["lora_alpha"], parse_targets(c["lora_targets"]), c["lora_rslora"])
     return Settings(
-        whole=c,
+        whole=dict(config),
         seed=c["seed"],
         model=c["model"],
         data=DataRequest(**{f.name: c[f.name] for f in dataclasses.fields(DataRequest)}),

@@ -36,7 +36,7 @@ def report_lines(r: Mapping[str, Any]) -> list[str]:
         for by in ("interconnect_bytes", "network_bytes")
     )
     clocks = ", ".join(f"{name} {time:.3f} s" for name, time in r["seconds"].items() if time)
-    attention = ", ".join(dict.fromkeys(s["attention"] for s in r["rows"]))
+    attention = ", ".join(dict.fromkeys(row["attention"] for row in r["rows"]))
     lines += [
         f"  HBM           {held}, activations {memory['activations']:.2f}, total {memory['total']:.2f} (widest rows "
         f"{memory['largest_shape_total']:.2f}) of {available:.2f} GiB (a {one}), "

@@ -70,9 +70,9 @@ def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
     if begins:
         state = start_state(params_after_sft(run), tx, layout)
     elif moves:
-        both = {"state": abstract_state(tx, layout), "reference": abstract_reference(layout)}
-        both = checkpoint.restore(run.checkpoints, run.done, both)
-        state, reference = both["state"], both["reference"]
+        tree: Any = {"state": abstract_state(tx, layout), "reference": abstract_reference(layout)}
+        tree = checkpoint.restore(run.checkpoints, run.done, tree)
+        state, reference = tree["state"], tree["reference"]
     else:
         state = checkpoint.restore(run.checkpoints, run.done, abstract_state(tx, layout))
     if in_step and reference is None:
@@ -85,7 +85,7 @@ def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
     train_step = functools.partial(train_step_on(layout, run.models, objective, tx, rate), base=run.base)
     update = lambda state, reference, batch, shape: train_step(state, reference, batch, slots_of(shape))
     if moves:  # the reference is a part of the state, here and in checkpoints
-        tree: Any = {"state": state, "reference": reference}
+        tree = {"state": state, "reference": reference}
         parts = lambda tree: (tree["state"], tree["reference"])
         step = moving_step(s.reference, layout, update, start=max(0, run.done - sft_steps))
     else:

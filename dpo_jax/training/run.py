@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from dpo_jax.config.command_line import claim_workdir
+from dpo_jax.config.saved import claim_workdir
 from dpo_jax.config.settings import Settings
 from dpo_jax.data.prepare import Prepared
 from dpo_jax.model.params import Params

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from dpo_jax.config.saved import differing_keys, saved_config
+from configs import common
+from dpo_jax.config.saved import claim_workdir, differing_keys, saved_config
+from dpo_jax.errors import UserError
 from tests.report.example_run import CONFIG
 
 
@@ -45,3 +47,34 @@ def test_values_of_any_type_are_no_error(value):
 def test_keys_that_differ():
     assert differing_keys([CONFIG, CONFIG | {"seed": 1, "new": 2}]) == ["seed", "new"]
     assert differing_keys([CONFIG, dict(CONFIG)]) == []
+
+
+DEFAULTS = common.get_config().to_dict()
+
+
+def _begun(directory, config):
+    claim_workdir(directory, config, write=True)
+    return directory / "config.json"
+
+
+def test_the_same_config_may_come_back_and_another_may_not(tmp_path):
+    path = _begun(tmp_path, DEFAULTS)
+    assert json.loads(path.read_text()) == DEFAULTS
+    claim_workdir(tmp_path, DEFAULTS, write=True)
+    with pytest.raises(UserError, match=r"another config \(dpo_beta: 0.1 there, 0.2 asked\)"):
+        claim_workdir(tmp_path, DEFAULTS | {"dpo_beta": 0.2}, write=False)
+
+
+def test_a_key_that_an_older_run_does_not_have_is_at_its_default(tmp_path):
+    path = _begun(tmp_path, {key: value for key, value in DEFAULTS.items() if key != "microbatches"})
+    before = path.read_text()
+    claim_workdir(tmp_path, DEFAULTS, write=True)
+    assert path.read_text() == before
+    with pytest.raises(UserError, match=r"microbatches: 1 there, 2 asked"):
+        claim_workdir(tmp_path, DEFAULTS | {"microbatches": 2}, write=False)
+
+
+def test_a_key_that_only_the_run_has_is_a_difference(tmp_path):
+    _begun(tmp_path, DEFAULTS | {"newer": 1})
+    with pytest.raises(UserError, match="newer: 1 there, None asked"):
+        claim_workdir(tmp_path, DEFAULTS, write=False)
