@@ -13,8 +13,9 @@ OTHERS = {"record", "r", "first", "last", "row", "values", "entry", "source", "d
 CONFIGS = {"c", "cfg", "conf", "config", "configs"}  # what a config is called where one is at hand
 MAPPINGS = {"Any", "Config", "ConfigDict", "Dict", "Mapping", "MutableMapping", "dict"}
 # A config passes through these without being read: from the command line or a notebook, to where it is shown.
-WHOLE = {("dpo_jax/train.py", "run")} | {
-    ("dpo_jax/records/trackers.py", name) for name in ("open_trackers", "_wandb", "_trackio")
+WHOLE = {
+    "dpo_jax/train.py": {"run", "_checked"},
+    "dpo_jax/records/trackers.py": {"open_trackers", "_wandb", "_trackio"},
 }
 
 
@@ -58,7 +59,7 @@ def reads(source, file=""):
             if outer & {"Config", "ConfigDict"}:
                 yield node.lineno, f"{name} is annotated as a config"
             elif name in CONFIGS and outer & MAPPINGS and not outer - MAPPINGS - {""}:
-                if (file, getattr(node, "name", "")) not in WHOLE:
+                if getattr(node, "name", "") not in WHOLE.get(file, ()):
                     yield node.lineno, f"{name} is annotated as a mapping"
             elif name in CONFIGS and outer:
                 typed.add(name)
