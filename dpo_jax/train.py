@@ -49,7 +49,7 @@ def _checked(config: Mapping[str, Any], workdir: Path) -> Settings:
     keys = dict(config)
     check(keys)
     settings = read_settings(keys)
-    check_packages(settings.output.projects)
+    check_packages(settings.trackers)
     check_paths(keys)
     claim_workdir(workdir, keys, write=False)
     return settings

@@ -27,15 +27,6 @@ class BatchOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class LengthOptions:
-    """How long a run is: `steps` updates of DPO (0: `epochs` passes over the pairs), after `sft_steps` of SFT."""
-
-    steps: int
-    epochs: float
-    sft_steps: int
-
-
-@dataclasses.dataclass(frozen=True)
 class ObjectiveOptions:
     """What DPO minimises.
 
@@ -93,54 +84,18 @@ class OptimizerOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class FaultOptions:
-    """More than `max_bad_steps` skipped updates in a row end the run, as do `stuck_after` seconds without progress."""
-
-    max_bad_steps: int
-    stuck_after: float
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputOptions:
-    """What is written and how often, in updates; 0 is only at the end (evaluations: and at the start)."""
-
-    log_every: int
-    eval_every: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    export: bool
-    projects: Mapping[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class AnswerOptions:
-    """Answers of the policy: `shown` prompts before and after, `kl_prompts` at every evaluation, `tokens` at most."""
-
-    shown: int
-    kl_prompts: int
-    tokens: int
-    temperature: float
-    top_p: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Settings:
-    """A run as its config asks for it.
+    """A run as its config asks for it: keys that belong together as groups, the others by their own names.
 
     Attributes:
       whole: the config itself, to be written down and shown.
-      model: a Hugging Face id, a directory or `tiny`.
       mesh: sizes of the axes data, fsdp and tensor; -1: what is left.
-      remat: what the backward pass computes again.
-      compilation_cache: a directory, `off`, or empty: beside the cache of pairs.
+      trackers: the project in each of `records.trackers.TRACKERS`; empty is off.
     """
 
     whole: Mapping[str, Any]
-    seed: int
-    model: str
     data: DataRequest
     batch: BatchOptions
-    length: LengthOptions
     objective: ObjectiveOptions
     reference: ReferenceOptions
     optimizer: OptimizerOptions
@@ -148,11 +103,26 @@ class Settings:
     lora: LoraOptions | None
     layout: LayoutOptions
     mesh: tuple[int, int, int]
+    trackers: Mapping[str, str]
+    seed: int
+    model: str
+    num_steps: int
+    num_epochs: float
+    sft_steps: int
     remat: str
     compilation_cache: str
-    faults: FaultOptions
-    output: OutputOptions
-    answers: AnswerOptions
+    max_bad_steps: int
+    stuck_after_seconds: float
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    export: bool
+    kl_prompts: int
+    sample_prompts: int
+    sample_tokens: int
+    sample_temperature: float
+    sample_top_p: float
 
     @property
     def same_on_all_hosts(self) -> dict[str, Any]:
@@ -167,18 +137,14 @@ class Settings:
 def read_settings(config: Mapping[str, Any]) -> Settings:
     """The typed values of a config that `check` has passed."""
     c = config
+    lora = LoraOptions(c["lora_rank"], c["lora_alpha"], parse_targets(c["lora_targets"]), c["lora_rslora"])
     optimizer = OptimizerOptions(
         c["optimizer"], c["learning_rate"], c["lr_schedule"], c["warmup_steps"], c["weight_decay"], c["max_grad_norm"]
     )
-    lora = LoraOptions(c["lora_rank"], c["lora_alpha"], parse_targets(c["lora_targets"]), c["lora_rslora"])
-    return Settings(
-        whole=dict(config),
-        seed=c["seed"],
-        model=c["model"],
-        data=DataRequest(**{f.name: c[f.name] for f in dataclasses.fields(DataRequest)}),
-        batch=BatchOptions(c["batch_size"], c["microbatches"], Order(c["seed"], c["shuffle"], c["drop_remainder"])),
-        length=LengthOptions(c["num_steps"], c["num_epochs"], c["sft_steps"]),
-        objective=ObjectiveOptions(
+    groups: dict[str, Any] = {
+        "data": DataRequest(**{f.name: c[f.name] for f in dataclasses.fields(DataRequest)}),
+        "batch": BatchOptions(c["batch_size"], c["microbatches"], Order(c["seed"], c["shuffle"], c["drop_remainder"])),
+        "objective": ObjectiveOptions(
             parts=parse_loss(c["loss"]),
             beta=c["dpo_beta"],
             balance=c["router_aux_loss_coef"],
@@ -188,13 +154,13 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             f_alpha=c["f_alpha"],
             hyperparameters={n: c[n] for n in ("label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau")},
         ),
-        reference=ReferenceOptions(
+        "reference": ReferenceOptions(
             c["reference"], c["reference_cache"], c["reference_sync_steps"], c["reference_sync_alpha"]
         ),
-        optimizer=optimizer,
-        sft_optimizer=dataclasses.replace(optimizer, peak=c["sft_learning_rate"], schedule="constant"),
-        lora=lora if lora.rank else None,
-        layout=LayoutOptions(
+        "optimizer": optimizer,
+        "sft_optimizer": dataclasses.replace(optimizer, peak=c["sft_learning_rate"], schedule="constant"),
+        "lora": lora if lora.rank else None,
+        "layout": LayoutOptions(
             param_dtype=c["param_dtype"],
             compute_dtype=c["compute_dtype"],
             base_dtype=c["lora_base_dtype"],
@@ -204,15 +170,8 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             compiler_options=parse_options(c["compiler_options"]),
             longest=c["max_prompt_length"] + c["max_completion_length"],
         ),
-        mesh=(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"]),
-        remat=c["remat"],
-        compilation_cache=c["compilation_cache"],
-        faults=FaultOptions(c["max_bad_steps"], c["stuck_after_seconds"]),
-        output=OutputOptions(
-            c["log_every"], c["eval_every"], c["checkpoint_every"], c["keep_checkpoints"], c["export"],
-            {"wandb": c["wandb_project"], "trackio": c["trackio_project"]},
-        ),
-        answers=AnswerOptions(
-            c["sample_prompts"], c["kl_prompts"], c["sample_tokens"], c["sample_temperature"], c["sample_top_p"]
-        ),
-    )  # fmt: skip
+        "mesh": (c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"]),
+        "trackers": {"wandb": c["wandb_project"], "trackio": c["trackio_project"]},
+    }
+    alone = [f.name for f in dataclasses.fields(Settings) if f.name not in ("whole", *groups)]
+    return Settings(whole=dict(config), **groups, **{name: c[name] for name in alone})

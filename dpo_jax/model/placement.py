@@ -71,6 +71,11 @@ class Layout:
         return jax.tree_util.tree_map_with_path(lambda path, s: s if small(path) else host_shardings(s), self.shardings)
 
     @property
+    def step_options(self) -> dict[str, Any]:
+        """What every jitted step of this model takes (`training/step.py`)."""
+        return {"compute_dtype": self.dtype, "compiler_options": self.compiler_options}
+
+    @property
     def trained_count(self) -> int:
         """How many parameters are trained."""
         return sum(leaf.size for leaf in jax.tree.leaves(abstract_trained(self, self.param_dtype)))

@@ -76,7 +76,7 @@ def _frozen(draft: Draft) -> tuple[Any, Any, int]:
     if base is None or s.reference.name:
         return abstract_whole(layout, layout.dtype), base, 0
     # Over a frozen base, only what differs from it: nothing, or the adapters after the SFT phase.
-    return abstract_trained(layout, layout.dtype) if s.length.sft_steps else {}, base, 0
+    return abstract_trained(layout, layout.dtype) if s.sft_steps else {}, base, 0
 
 
 def _given(draft: Draft) -> int:

@@ -60,7 +60,7 @@ def _measured(draft: Draft, lengths: Lengths) -> dict[str, Any]:
     scale = sum(share * shape.tokens for shape, share in shapes.items()) / main.tokens
     seconds = at_best.step * scale
     speed, evaluation_speed = s.batch.size / seconds, s.batch.size / (evaluation_at_best.step * scale)
-    epochs = s.length.steps * s.batch.size / lengths.pairs if s.length.steps else s.length.epochs
+    epochs = s.num_steps * s.batch.size / lengths.pairs if s.num_steps else s.num_epochs
     hours = epochs * lengths.pairs / speed / 3600
     if draft.objective.needs_reference and s.reference.cache:
         hours += min(epochs, 1) * lengths.pairs / evaluation_speed / 3600

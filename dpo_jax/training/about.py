@@ -1,12 +1,12 @@
 """With what a run was made: run.json, for the report and the model card."""
 
 import importlib.metadata
-import json
 import platform
 from pathlib import Path
 
 import jax
 
+from dpo_jax.disk import write_json
 from dpo_jax.model.placement import Layout
 from dpo_jax.rows.pipeline import Schedule
 
@@ -36,7 +36,7 @@ def write_about(path: Path, layout: Layout, schedule: Schedule, steps: int) -> N
             for shape in schedule.shapes
         ],
     }
-    path.write_text(json.dumps(about, indent=1) + "\n")
+    write_json(path, about)
 
 
 def _versions() -> dict[str, str]:

@@ -74,7 +74,7 @@ def run_steps(settings: Settings, steps_per_epoch: int) -> int:
     Raises:
       UserError: all of them would be warm-up.
     """
-    steps = settings.length.steps or max(1, round(settings.length.epochs * steps_per_epoch))
+    steps = settings.num_steps or max(1, round(settings.num_epochs * steps_per_epoch))
     warmup = settings.optimizer.warmup
     if steps > 1 and warmup >= steps:
         raise UserError(f"warmup_steps={warmup:g} leaves nothing of the {steps} updates; use 0.1 (a fraction)")

@@ -39,7 +39,7 @@ from dpo_jax.weights.load import load_params
 
 def params_after_sft(run: Run) -> Params:
     """What is trained, when DPO starts: as loaded or fresh, after what is left of the SFT phase."""
-    s, layout, steps = run.settings, run.layout, run.settings.length.sft_steps
+    s, layout, steps = run.settings, run.layout, run.settings.sft_steps
     if not steps:
         return load_params(run.policy, layout, s.seed)
     tx, rate = make_optimizer(s.sft_optimizer, steps)
@@ -61,7 +61,7 @@ def params_after_sft(run: Run) -> Params:
 def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
     """What is trained, after `steps` updates of DPO over the schedule's pairs, begun or resumed."""
     s, layout = run.settings, run.layout
-    sft_steps, moves = s.length.sft_steps, s.reference.moves
+    sft_steps, moves = s.sft_steps, s.reference.moves
     tx, rate = make_optimizer(s.optimizer, steps)
     objective = make_objective(s.objective)
     in_step = objective.needs_reference and not s.reference.cache
@@ -110,21 +110,21 @@ def _run_phase(
     evaluate: Callable[[Any], dict[str, Any]] | None = None,
 ) -> Any:
     """The loop over a source's steps, from where the run is; checkpoints count the updates `before` this phase too."""
-    output, faults, start = run.settings.output, run.settings.faults, max(0, run.done - before)
+    s, start = run.settings, max(0, run.done - before)
     phase = Phase(
         split=split,
         loss=loss,
         updates=len(source),
         step=step,
-        log_every=output.log_every,
-        eval_every=output.eval_every if evaluate else 0,
-        checkpoint_every=output.checkpoint_every,
+        log_every=s.log_every,
+        eval_every=s.eval_every if evaluate else 0,
+        checkpoint_every=s.checkpoint_every,
         evaluate=evaluate,
         save=lambda n, state: checkpoint.save_checkpoint(run.checkpoints, before + n, state),
         check_save=functools.partial(checkpoint.check_save, run.checkpoints),
-        max_bad_steps=faults.max_bad_steps,
+        max_bad_steps=s.max_bad_steps,
         keep_bad_batch=functools.partial(keep_bad_batch, run),
-        stuck_after=faults.stuck_after,
+        stuck_after=s.stuck_after_seconds,
     )
     mesh = run.layout.mesh
     batches = loaded(source, mesh, f"the rows of a {split} step", start)

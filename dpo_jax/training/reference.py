@@ -36,7 +36,7 @@ def reference_params(run: Run, start: Params | None) -> Params:
 
     Over a frozen base only what differs from it is needed: nothing, or the adapters after the SFT phase.
     """
-    moves, after_sft = run.settings.reference.moves, run.settings.length.sft_steps > 0
+    moves, after_sft = run.settings.reference.moves, run.settings.sft_steps > 0
     if run.base and not after_sft and run.reference_directory is None:
         return {}
     directory = run.reference_directory or (None if after_sft else run.policy.directory)
@@ -121,7 +121,7 @@ def kept_reference(run: Run, schedule: Schedule, steps: int, start: Params | Non
         return None
     where = reference_cache.find_place(
         train.cache,
-        run.reference_directory or (None if s.length.sft_steps else run.policy.directory),
+        run.reference_directory or (None if s.sft_steps else run.policy.directory),
         run.workdir,
         dtypes=f"{run.layout.dtype} over {run.layout.base_dtype}",
         ld_alpha=s.objective.ld_alpha,
@@ -170,12 +170,7 @@ def given_reference(values: np.ndarray | None, pairs: Pairs) -> Given:
 
 def _computed(run: Run, params: Params | None, pairs: Pairs) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     layout, batch = run.layout, run.settings.batch
-    step = make_logps_step(
-        run.models[1],
-        compute_dtype=layout.dtype,
-        out_shardings=replicated(layout.mesh),
-        compiler_options=layout.compiler_options,
-    )
+    step = make_logps_step(run.models[1], out_shardings=replicated(layout.mesh), **layout.step_options)
     source = once_through(pairs, batch.size, batch.microbatches, layout)
     logps = lambda batch, shape: step(params, batch, slots_of(shape), base=run.base)
     return reference_cache.computed_values(logps, source, layout.mesh)

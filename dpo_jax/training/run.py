@@ -11,6 +11,7 @@ import jax
 from dpo_jax.config.saved import claim_workdir
 from dpo_jax.config.settings import Settings
 from dpo_jax.data.prepare import Prepared
+from dpo_jax.disk import write_whole
 from dpo_jax.model.params import Params
 from dpo_jax.model.tuning import exact_products
 from dpo_jax.parallel.mesh import agreed, first_process_first, make_mesh, row_shards
@@ -66,7 +67,7 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
         jax.set_mesh(mesh),
         exact_products(layout.dtype, layout.platform),
         stop_signal() as stop,
-        checkpoint.open_checkpoints(workdir / "checkpoints", s.output.keep_checkpoints) as checkpoints,
+        checkpoint.open_checkpoints(workdir / "checkpoints", s.keep_checkpoints) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
         limits = layout.row_limits(s.batch.microbatches)
@@ -78,11 +79,11 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
         claim.first_only(lambda: claim.keep_identity(workdir, identity, resumed=done > 0))
         logs = []
         if main_process:
-            _forget_after(workdir, s.length.sft_steps, done)
-            logs = stack.enter_context(trackers.open_trackers(workdir, s.output.projects, s.whole))
+            _forget_after(workdir, s.sft_steps, done)
+            logs = stack.enter_context(trackers.open_trackers(workdir, s.trackers, s.whole))
         writer = MetricsWriter(
             workdir if main_process else None,
-            total_steps={"sft": s.length.sft_steps, "train": steps},
+            total_steps={"sft": s.sft_steps, "train": steps},
             quiet=not main_process,
             logs=logs,
         )
@@ -112,7 +113,7 @@ def _prepare(settings: Settings, tokenizer: Any, workdir: Path) -> Prepared:
     quarantine = workdir / "quarantine.jsonl" if main_process else None
     prepared = inputs.prepare_pairs(settings, tokenizer, workdir, quarantine)
     if main_process:
-        (workdir / "data.json").write_text(json.dumps(prepared.report, indent=1, ensure_ascii=False) + "\n")
+        write_whole(workdir / "data.json", json.dumps(prepared.report, indent=1, ensure_ascii=False) + "\n")
     return prepared
 
 
@@ -151,7 +152,7 @@ def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
     if not agreed(any(r["when"] == "after" for r in read_records(samples))):
         write_answers(run, params, "after", steps)
     export = workdir / "export"
-    if s.output.export and not agreed((export / "config.json").exists()):
+    if s.export and not agreed((export / "config.json").exists()):
         if layout.lora is not None:
             save_adapters(params, layout.config, layout.lora, workdir / "export-adapter", base=s.model)
         save_weights(
@@ -171,6 +172,6 @@ def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
         answers.show_answers(read_records(samples), run.writer)
         if held_out := before_after(records):
             run.writer.console.before_after_table("Held-out pairs", held_out)
-        run.writer.message(f"report {workdir / 'report.html'}" + (f", policy {export}" if s.output.export else ""))
+        run.writer.message(f"report {workdir / 'report.html'}" + (f", policy {export}" if s.export else ""))
     last = [r for r in records if r["split"] == ("eval" if len(run.data.evaluation) else "train")]
     return {k: v for k, v in last[-1].items() if k != "split"} if last else {}

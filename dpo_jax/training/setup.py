@@ -133,34 +133,20 @@ def train_step_on(
 ) -> Callable[..., Any]:
     """`make_train_step` for a model on its mesh."""
     logps, reference_logps = models
-    return make_train_step(
-        logps,
-        objective,
-        tx,
-        rate,
-        compute_dtype=layout.dtype,
-        reference_logps=reference_logps,
-        optimizer_offload=layout.optimizer_offload,
-        compiler_options=layout.compiler_options,
-    )
+    options = {"optimizer_offload": layout.optimizer_offload} | layout.step_options
+    return make_train_step(logps, objective, tx, rate, reference_logps=reference_logps, **options)
 
 
 def eval_step_on(layout: Layout, logps: LogpsFn, objective: Objective) -> Callable[..., Any]:
     """`make_eval_step` for a model on its mesh."""
-    return make_eval_step(
-        logps,
-        objective,
-        compute_dtype=layout.dtype,
-        out_shardings=replicated(layout.mesh),
-        compiler_options=layout.compiler_options,
-    )
+    return make_eval_step(logps, objective, out_shardings=replicated(layout.mesh), **layout.step_options)
 
 
 def write_answers(run: Run, params: Params, when: str, step: int) -> None:
     """Answer the first held-out prompts and append the answers to samples.jsonl."""
-    asked = run.settings.answers
+    s = run.settings
     pairs = run.data.evaluation if len(run.data.evaluation) else run.data.train
-    shown = dataclasses.replace(pairs, index=pairs.index[: asked.shown])
+    shown = dataclasses.replace(pairs, index=pairs.index[: s.sample_prompts])
     if not len(shown):
         return
     records = answers.answer_prompts(
@@ -168,9 +154,9 @@ def write_answers(run: Run, params: Params, when: str, step: int) -> None:
         shown,
         run.policy.tokenizer,
         run.layout,
-        modes={"greedy": Choice(), "sampled": Choice(asked.temperature, asked.top_p)},
-        new_tokens=asked.tokens,
-        seed=run.settings.seed,
+        modes={"greedy": Choice(), "sampled": Choice(s.sample_temperature, s.sample_top_p)},
+        new_tokens=s.sample_tokens,
+        seed=s.seed,
     )
     answers.append_samples(run.workdir / "samples.jsonl", [{"when": when, "step": step} | r for r in records])
 
@@ -194,16 +180,16 @@ def make_kl(run: Run) -> Callable[[Params, Params | None], dict[str, float]]:
     Nothing where there is no reference on the devices to ask: a loss without one, one that was computed before and is
     freed, or one in the host's memory.
     """
-    asked, held_out, base = run.settings.answers, run.data.evaluation, run.base
-    pairs = dataclasses.replace(held_out, index=held_out.index[: asked.kl_prompts])
+    s, held_out, base = run.settings, run.data.evaluation, run.base
+    pairs = dataclasses.replace(held_out, index=held_out.index[: s.kl_prompts])
     if not len(pairs) or run.layout.reference_offload:
         return lambda params, reference: {}
     estimate = divergence.make_on_policy_kl(
         run.layout,
         [pairs[i][0].tolist() for i in range(len(pairs))],
         stop=answers.stop_tokens(pairs, run.policy.tokenizer),
-        new_tokens=asked.tokens,
-        seed=run.settings.seed,
+        new_tokens=s.sample_tokens,
+        seed=s.seed,
     )
     return lambda params, ref: {} if ref is None else estimate(base | params, base | ref)
 
