@@ -75,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr, flush=True)
         return processes.leave(e.code)
     except Stopped:
-        print("stopped by SIGTERM; everything is saved, the same command goes on", file=sys.stderr)
+        print("stopped by SIGTERM; everything is saved, the same command resumes the run", file=sys.stderr)
         return SIGTERM
     except Exception as e:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
             print(
                 f"error: {e.filename or workdir}: {e.strerror}; the checkpoints that are there are kept: make room, "
-                "then the same command goes on from the newest",
+                "then the same command resumes from the newest",
                 file=sys.stderr,
                 flush=True,
             )

@@ -39,8 +39,8 @@ def choose_tiling(attention: str, device: jax.Device) -> RowTiling:
     """How attention of rows runs on this device; None is as dense blocks.
 
     Raises:
-      UserError: tiles were asked for elsewhere than on CPU. Their loops are as long as the data says, of which an
-        accelerator would ask the host before every tile.
+      UserError: tiles were asked for elsewhere than on CPU. The lengths of their loops depend on the data, and
+        an accelerator would ask the host before every tile.
     """
     platform = device.platform
     if attention == "auto":

@@ -59,7 +59,7 @@ def end_if_a_peer_is_gone(error: BaseException) -> None:
     said = str(error).strip().splitlines()[0]
     print(
         f"error: another process of this run is gone or silent ({said}), so this one ends too (exit code {STUCK}); "
-        "checkpoints are kept, and the same command on all of them goes on",
+        "checkpoints are kept, and the same command on all of them resumes the run",
         file=sys.stderr,
         flush=True,
     )

@@ -69,8 +69,8 @@ def _end(quiet: float) -> None:
     stderr = sys.__stderr__ or sys.stderr
     print(
         f"error: nothing has moved for {quiet:.0f} s while {_Now.doing}, so this process ends (exit code {STUCK}); the "
-        "stacks of all its threads follow. Checkpoints are kept and the same command goes on; where this only takes "
-        "long, raise stuck_after_seconds (0: wait for ever)",
+        "stacks of all its threads follow. Checkpoints are kept and the same command resumes the run; where this only "
+        "takes long, raise stuck_after_seconds (0: wait for ever)",
         file=stderr,
         flush=True,
     )

@@ -23,7 +23,7 @@ from dpo_jax.parallel.mesh import any_process, from_first
 from dpo_jax.parallel.processes import is_of_a_lost_peer
 from dpo_jax.training import integrity
 
-# Orbax reports every phase of every save, and its own traceback of a failed one; `_saving` says that in a line.
+# Orbax reports every phase of every save, and its own traceback of a failed one, which `_saving` reports in a line.
 logging.getLogger("absl").addFilter(lambda record: record.levelno == logging.WARNING or "orbax" not in record.pathname)
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -101,7 +101,7 @@ def set_aside_damaged(directory: Path) -> list[str]:
             while place.exists():
                 place = place.with_name(place.name + "-again")
             where.rename(place)
-        told.append(f"checkpoint {newest} is damaged ({wrong or 'as another process found'}); it is now {place}")
+        told.append(f"checkpoint {newest} is damaged ({wrong or 'as another process reports'}); it is now {place}")
 
 
 def _metadata_damage(directory: Path) -> str | None:
@@ -118,8 +118,8 @@ def latest_step(checkpoints: Checkpoints) -> int | None:
     return None if newest is None else int(newest.step)
 
 
-def save_checkpoint(checkpoints: Checkpoints, step: int, state: Any) -> None:
-    """Save `state` as checkpoint `step`, unless it is there already. Writing goes on in the background.
+def save_checkpoint(checkpoints: Checkpoints, step: int, state: object) -> None:
+    """Save `state` as checkpoint `step`, unless it is there already. It is written in the background.
 
     Raises:
       UserError: this save or the one before failed.
@@ -152,7 +152,7 @@ def _saving(directory: Any) -> Iterator[None]:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(
             f"{directory}: a checkpoint could not be saved ({_first_line(e)}); the earlier ones are kept: make room, "
-            "then the same command goes on from the newest",
+            "then the same command resumes from the newest",
             code=SAVE_FAILED,
         ) from e
 
@@ -163,14 +163,17 @@ def restore(checkpoints: Checkpoints, step: int, abstract: Any) -> Any:
     Raises:
       UserError: the checkpoint cannot be read, or does not hold such a state.
     """
-    try:
+    where = f"checkpoint {step} in {checkpoints.orbax.directory}"
+    with _reading(where, "delete its directory to resume from an earlier one, or start in a new workdir"):
         return checkpoints.orbax.load(step, abstract)
+
+
+@contextlib.contextmanager
+def _reading(what: str, mend: str) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, OSError, KeyError) as e:
-        first = _first_line(e)
-        raise UserError(
-            f"checkpoint {step} in {checkpoints.orbax.directory} cannot be restored ({first}); delete its directory to "
-            "go on from an earlier one, or start in a new workdir"
-        ) from e
+        raise UserError(f"{what} cannot be restored ({_first_line(e)}); {mend}") from e
 
 
 def save_tree(directory: Path, tree: Any) -> None:
@@ -195,13 +198,11 @@ def restore_tree(directory: Path, abstract: Any) -> Any:
     wrong = integrity.damage(directory, (jax.process_index(), jax.process_count()))
     if any_process(wrong is not None):
         raise UserError(
-            f"{directory} is damaged ({wrong or 'as another process found'}), and nothing else holds the reference "
+            f"{directory} is damaged ({wrong or 'as another process reports'}), and nothing else holds the reference "
             "that this run made; start again in a new workdir"
         )
-    try:
+    with _reading(str(directory), "start again in a new workdir"):
         return ocp.load(directory.absolute(), abstract)
-    except (ValueError, OSError, KeyError) as e:
-        raise UserError(f"{directory} cannot be restored ({_first_line(e)}); start again in a new workdir") from e
 
 
 def _first_line(e: BaseException) -> str:

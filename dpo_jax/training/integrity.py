@@ -43,8 +43,8 @@ def damage(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         return f"{NAME} cannot be read"
     mine = sorted(wanted)[share[0] :: share[1]]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda name: _difference(directory / name, name, *wanted[name]), mine)
-        return next((words for words in found if words), None)
+        differences = pool.map(lambda name: _difference(directory / name, name, *wanted[name]), mine)
+        return next((words for words in differences if words), None)
 
 
 def _difference(path: Path, name: str, size: int, digest: str) -> str | None:

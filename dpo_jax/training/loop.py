@@ -33,7 +33,7 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """The batch of one update, on the devices, and what its record says about it.
+    """The batch of one update, on the devices, and what its record tells of it.
 
     Attributes:
       update: its number, from 1.

@@ -10,7 +10,7 @@ import jax
 def peak_gb() -> float:
     """The most memory used so far, in GB (1e9 bytes).
 
-    Of this process's devices the fullest one counts, by what its allocator says; where devices do not say (CPU), it is
+    Of this process's devices the fullest one counts, by its allocator's own count; where there is none (CPU), it is
     the resident set of the whole process.
     """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]

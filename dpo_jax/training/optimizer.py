@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpo_jax.model.params import Params
+
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "rmsprop")
 
@@ -26,7 +28,7 @@ def schedule(kind: str, *, peak: float, warmup_steps: int, total_steps: int) -> 
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
 
 
-def _decayed(params: Any) -> Any:
+def _decayed(params: Params) -> Any:
     """True for weights that decay: all but the norms' scales and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), params)
 
@@ -51,7 +53,7 @@ def optimizer(
     )
 
 
-def apply_updates(params: Any, updates: Any, count: jax.Array) -> Any:
+def apply_updates(params: Params, updates: Params, count: jax.Array) -> Params:
     """The parameters after an update; `updates` are float32.
 
     In bfloat16 a rate of 1e-6 moves hardly any weight by as much as half of the distance to the next number: rounded to
@@ -60,7 +62,7 @@ def apply_updates(params: Any, updates: Any, count: jax.Array) -> Any:
 
     Args:
       params, updates: trees of arrays.
-      count: of updates made before, int32: the draws follow from it, so a run that goes on makes the same.
+      count: of updates made before, int32: the draws follow from it, so a resumed run makes the same.
     """
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count), len(leaves))

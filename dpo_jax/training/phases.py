@@ -13,7 +13,7 @@ from dpo_jax.rows.pipeline import ChosenOnly, Schedule, StepSource, make_schedul
 from dpo_jax.training import checkpoint
 from dpo_jax.training.batches import loaded, once_through, slots_of, step_source
 from dpo_jax.training.evaluate import evaluate
-from dpo_jax.training.loop import Phase, run_phase
+from dpo_jax.training.loop import Phase, State, run_phase
 from dpo_jax.training.reference import (
     abstract_reference,
     given_reference,
@@ -105,10 +105,10 @@ def _run_phase(
     loss: str,
     source: StepSource,
     step: Callable[..., Any],
-    state: Any,
+    state: State,
     before: int = 0,
-    evaluate: Callable[[Any], dict[str, Any]] | None = None,
-) -> Any:
+    evaluate: Callable[[State], dict[str, Any]] | None = None,
+) -> State:
     """The loop over a source's steps, from where the run is; checkpoints count the updates `before` this phase too."""
     s, start = run.settings, max(0, run.done - before)
     phase = Phase(

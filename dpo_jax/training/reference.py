@@ -98,9 +98,9 @@ def moving_step(
     """
     sync, numbers = make_reference_sync(options.sync_alpha, shardings=layout.shardings), itertools.count(start + 1)
 
-    def step(tree: dict[str, Any], batch: Any, shape: Any) -> tuple[dict[str, Any], Any]:
+    def step(tree: dict[str, Any], *rows: Any) -> tuple[dict[str, Any], Any]:
         reference = tree["reference"]
-        state, metrics = update(tree["state"], reference, batch, shape)
+        state, metrics = update(tree["state"], reference, *rows)
         if next(numbers) % options.sync_every == 0:
             reference = sync(reference, state.params)
         return {"state": state, "reference": reference}, metrics

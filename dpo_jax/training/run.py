@@ -1,4 +1,4 @@
-"""A run from its settings to its report: everything is found and checked, then trained, then written down."""
+"""A run from its settings to its report: model and data are opened and checked, then trained, then exported."""
 
 import contextlib
 import dataclasses

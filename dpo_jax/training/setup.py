@@ -222,4 +222,4 @@ def introduce(run: Run, plan: Schedule, steps: int) -> None:
             f"warning: sequences of up to {longest} tokens, but the model was made for {limit}; lower max_prompt_length"
         )
     if run.done:
-        say(f"going on from checkpoint {run.done}")
+        say(f"resuming from checkpoint {run.done}")

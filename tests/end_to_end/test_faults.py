@@ -117,7 +117,7 @@ integrity.write_checksums = kill
     four = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     printed = _finish(work, four, **FAST)
     assert "fsdp 4" in printed
-    assert "going on from checkpoint 2" in printed
+    assert "resuming from checkpoint 2" in printed
     _same(_values(whole), _values(work))
     assert _checkpoints(work) == [6, 8]
     assert not list((work / "checkpoints").glob("*tmp*"))
@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_sound_one_used(how, whole,
     printed = _finish(work, environment, **FAST | {"export": True})
     name = largest.relative_to(work / "checkpoints" / "8")
     assert f"checkpoint 8 is damaged ({name} " in printed
-    assert "going on from checkpoint 6" in printed
+    assert "resuming from checkpoint 6" in printed
     assert _values(work) == _values(whole)
     assert _checkpoints(work) == [6, 8]
     assert (work / "damaged" / "8").is_dir()  # nothing is thrown away
@@ -154,7 +154,7 @@ def test_a_full_disk_at_a_save_ends_the_run_in_a_line_and_going_on_needs_only_ro
         assert there
         assert not list((work / "checkpoints").glob("*tmp*"))
         subprocess.run(["mount", "-o", "remount,size=200m", tmp_path / "disk"], check=True)
-        assert f"going on from checkpoint {there[-1]}" in _finish(work, environment, **FAST)
+        assert f"resuming from checkpoint {there[-1]}" in _finish(work, environment, **FAST)
         assert _values(work) == _values(whole)
 
 
@@ -258,7 +258,7 @@ checkpoint.save_checkpoint = slow
     hangs.send_signal(signal.SIGTERM)
     hangs.communicate(timeout=5)
     assert hangs.returncode == -signal.SIGTERM
-    assert "going on from checkpoint 4" in _finish(work, environment, **FAST)
+    assert "resuming from checkpoint 4" in _finish(work, environment, **FAST)
 
 
 def _pair(workdir, environment, **changed):  # noqa: F811
@@ -319,7 +319,7 @@ def test_changed_data_model_or_config_are_refused_with_the_difference(whole, env
     weights.write_bytes(content)
     said = _refused(_command(work, **changed | {"dpo_beta": 0.2}), environment)
     assert "another config (dpo_beta: 0.1 there, 0.2 asked)" in said
-    assert "going on from checkpoint 2" in _finish(work, environment, **changed)
+    assert "resuming from checkpoint 2" in _finish(work, environment, **changed)
 
 
 def test_a_directory_that_cannot_be_written_is_refused_before_compiling(environment, tmp_path):  # noqa: F811

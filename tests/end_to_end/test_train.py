@@ -157,7 +157,7 @@ def test_the_export_is_a_hugging_face_directory(finished):
 def test_the_same_command_again_changes_nothing(finished, environment):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_text(), (workdir / "samples.jsonl").read_text()
-    assert "going on from checkpoint 14" in _finish(workdir, environment)
+    assert "resuming from checkpoint 14" in _finish(workdir, environment)
     assert ((workdir / "metrics.jsonl").read_text(), (workdir / "samples.jsonl").read_text()) == before
 
 
@@ -196,7 +196,7 @@ def test_a_moving_reference_goes_on_where_it_was(environment, tmp_path):
     _finish(whole, environment, **changed)
     code, _ = _stop_at(cut, environment, "train", 5, signal.SIGKILL, saved=4, **changed)
     assert code == -signal.SIGKILL
-    assert "going on from checkpoint 4" in _finish(cut, environment, **changed)
+    assert "resuming from checkpoint 4" in _finish(cut, environment, **changed)
     assert _values(cut) == _values(whole)
     records = {(r["split"], r["step"]): r for r in _values(whole)}
     # After updates 3 and 6 the reference is the policy: nothing is preferred.
@@ -216,7 +216,7 @@ def test_sigterm_saves_first_and_going_on_is_never_stopped(finished, environment
     last = max(r["step"] for r in _values(work) if r["split"] == "train")
     assert (work / "checkpoints" / str(4 + last)).is_dir()
     printed = _finish(work, environment)
-    assert f"going on from checkpoint {4 + last}" in printed
+    assert f"resuming from checkpoint {4 + last}" in printed
     assert _values(work) == _values(finished[0])
 
 

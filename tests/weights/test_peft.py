@@ -114,7 +114,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits_and_gradients(name, tm
 
 
 def test_a_fresh_base_is_the_same_on_every_mesh():
-    """Nobody saves it: a run that goes on, perhaps elsewhere, draws it again."""
+    """It is saved nowhere: a resumed run, perhaps elsewhere, draws it again."""
     made = Policy(CONFIG, None, GOLDEN, None)
     lora = on_model(CONFIG, 2, 4.0, ("all",), rslora=False)
     trees = []
