@@ -18,6 +18,7 @@ gradient's norm must agree, so all do the same work. Then they take turns, one s
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
@@ -36,18 +37,18 @@ import numpy as np
 from dpo_jax.config.command_line import parse
 from dpo_jax.config.settings import Settings, read_settings
 from dpo_jax.errors import UserError
-from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
 from dpo_jax.model.placement import Layout
 from dpo_jax.model.sharding import axis_rules
-from dpo_jax.objective.logps import pair_logps
+from dpo_jax.objective.logps import group_logps
 from dpo_jax.objective.policy_logps import logp_options, logps_fn
 from dpo_jax.objective.token_logps import LogpOptions
 from dpo_jax.parallel.mesh import make_mesh, to_global
-from dpo_jax.rows.pipeline import PairSource, Schedule, build_rows, make_schedule
-from dpo_jax.rows.schedule import RowShape
+from dpo_jax.rows.batch import Batch
+from dpo_jax.rows.build import GroupSource, build_rows
+from dpo_jax.rows.schedule import Schedule, make_schedule
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.training import inputs
-from dpo_jax.training.batches import slots_of
 from dpo_jax.training.reference import read_reference
 from dpo_jax.training.setup import make_layout, make_objective, make_optimizer
 from dpo_jax.training.state import start_state
@@ -55,7 +56,11 @@ from dpo_jax.training.step import LogpsFn, make_logps_step, make_train_step
 from dpo_jax.weights.find import Policy, find_policy
 from dpo_jax.weights.load import load_params
 
-Rows = dict[str, np.ndarray]
+# A batch that says itself which tokens are predicted by the hidden states at `source`, `[B, N]` each.
+Targeted = collections.namedtuple(
+    "Targeted", (*Batch._fields, "target_tokens", "target_segments"), defaults=(None,) * 5
+)
+Rows = Any  # a Batch or Targeted
 WHOLE = 10**9  # tokens: more than there are, so one chunk
 AGREE = {"chosen_logp": 1e-4, "rejected_logp": 1e-4, "grad_norm": 1e-3}  # relative
 
@@ -64,7 +69,7 @@ AGREE = {"chosen_logp": 1e-4, "rejected_logp": 1e-4, "grad_norm": 1e-3}  # relat
 class Unshared:
     """The same pairs with no prompt to share: each completion has its own before it."""
 
-    pairs: PairSource
+    pairs: GroupSource
 
     @property
     def lengths(self) -> np.ndarray:
@@ -90,74 +95,74 @@ class Variant:
       parts: microbatches.
     """
 
-    rows: Callable[[int], tuple[Rows, Slots]]
+    rows: Callable[[int], tuple[Rows, RowShape]]
     logps: LogpsFn
     cached: bool = False
     parts: int = 1
 
 
-def projected(layout: Layout, targets: Slots, options: LogpOptions) -> LogpsFn:
+def projected(layout: Layout, targets: RowShape, options: LogpOptions) -> LogpsFn:
     """The model over rows that say themselves which hidden states are projected, and for which tokens.
 
-    `target_tokens` and `target_segments` `[B, N]` are what `pair_logps` otherwise takes from the row, `targets` the
+    `target_tokens` and `target_segments` `[B, N]` are what `group_logps` otherwise takes from the row, `targets` the
     widths of their two slots.
     """
     rules = axis_rules(layout.config, layout.mesh)
 
-    def logps(params: Any, micro: dict[str, jax.Array], slots: Slots) -> Any:
+    def logps(params: Any, micro: Rows, shape: RowShape) -> Any:
         with nn.logical_axis_rules(rules):
             model = ModelOptions(layout.config, layout.dtype, "dots", layout.tiling)
-            hidden, _ = hidden_states(params, micro, slots, model)
-            chosen = {"tokens": micro["target_tokens"], "segments": micro["target_segments"], "source": micro["source"]}
-            pairs = micro["is_pair"].shape[-1]
-            return pair_logps(hidden, chosen, unembedding(params), slots=targets, pairs_per_row=pairs, options=options)
+            hidden, _ = hidden_states(params, micro, shape, model)
+            asked = micro._replace(tokens=micro.target_tokens, segments=micro.target_segments)
+            return group_logps(hidden, asked, unembedding(params), targets, options=options)
 
     return logps
 
 
 def with_targets(rows: Rows, shape: RowShape) -> Rows:
     """Rows whose targets are those of the product: the completion slots' tokens."""
-    return rows | {f"target_{name}": rows[name][:, shape.prompt :] for name in ("tokens", "segments")}
+    targets = {f"target_{name}": getattr(rows, name)[:, shape.prompt :] for name in ("tokens", "segments")}
+    return Targeted(*rows, **targets)
 
 
 def all_tokens(rows: Rows, shape: RowShape) -> Rows:
     """The prompts' hidden states are projected too, into log-probabilities that belong to no pair."""
     rows = with_targets(rows, shape)
-    prompt = np.broadcast_to(np.arange(shape.prompt, dtype=np.int32), (len(rows["tokens"]), shape.prompt))
+    prompt = np.broadcast_to(np.arange(shape.prompt, dtype=np.int32), (len(rows.tokens), shape.prompt))
     added = {"source": prompt, "target_tokens": 0 * prompt, "target_segments": 0 * prompt}
-    return rows | {name: np.concatenate([rows[name], x], axis=1) for name, x in added.items()}
+    return rows._replace(**{name: np.concatenate([getattr(rows, name), x], axis=1) for name, x in added.items()})
 
 
-def unshared_rows(plan: Schedule, placed: np.ndarray, target: RowShape, widths: np.ndarray) -> tuple[Rows, Slots]:
+def unshared_rows(plan: Schedule, placed: np.ndarray, target: RowShape, widths: np.ndarray) -> tuple[Rows, RowShape]:
     """Rows `[ prompt chosen ... | prompt rejected ... ]` of the pairs in `placed`; targets in slots as `target` has."""
-    pairs = Unshared(plan.pairs)
-    shape = RowShape(len(placed), 0, int(widths[0]), int(widths[1]), placed.shape[1])
+    pairs = Unshared(plan.groups)
+    shape = RowShape(0, (int(widths[0]), int(widths[1])), len(placed), placed.shape[1])
     rows = build_rows(pairs, placed, shape)
     names = ("source", "target_tokens", "target_segments")
-    out = {name: np.zeros((len(placed), target.chosen + target.rejected), np.int32) for name in names}
+    out = {name: np.zeros((len(placed), target.targets), np.int32) for name in names}
     for b, row in enumerate(placed):
-        at, used = [0, shape.chosen], [0, target.chosen]
+        at, used = [0, shape.completions[0]], [0, target.completions[0]]
         for k in np.flatnonzero(row >= 0):
             lengths, whole = plan.lengths[row[k]], pairs.lengths[row[k]]
             for slot in (0, 1):
                 n, end = int(lengths[slot + 1]), at[slot] + int(whole[slot + 1])
                 place = slice(used[slot], used[slot] + n)
                 out["source"][b, place] = np.arange(end - n - 1, end - 1)
-                out["target_tokens"][b, place] = rows["tokens"][b, end - n : end]
+                out["target_tokens"][b, place] = rows.tokens[b, end - n : end]
                 out["target_segments"][b, place] = k + 1
                 at[slot], used[slot] = end, place.stop
-    return rows | out, Slots(0, shape.chosen, shape.rejected)
+    return Targeted(*rows._replace(source=out.pop("source")), **out), shape
 
 
 def variants(plan: Schedule, steps: list[int], layout: Layout) -> dict[str, Variant]:
     """The full step, and the step without each of its parts; all over the same `steps`, which have one shape."""
     shape = plan.place(steps[0])[0]
 
-    def shared(step: int, finish: Callable[[Rows, RowShape], Rows] = lambda rows, _: rows) -> tuple[Rows, Slots]:
-        return finish(build_rows(plan.pairs, plan.place(step)[1], shape), shape), slots_of(shape)
+    def shared(step: int, finish: Callable[[Rows, RowShape], Rows] = lambda rows, _: rows) -> tuple[Rows, RowShape]:
+        return finish(build_rows(plan.groups, plan.place(step)[1], shape), shape), shape
 
     sums = [
-        Unshared(plan.pairs).lengths[np.maximum(placed, 0)] * (placed >= 0)[..., None]
+        Unshared(plan.groups).lengths[np.maximum(placed, 0)] * (placed >= 0)[..., None]
         for placed in (plan.place(step)[1] for step in steps)
     ]
     widths = -(-np.max([x.sum(1).max(0) for x in sums], axis=0) // 8) * 8
@@ -165,12 +170,14 @@ def variants(plan: Schedule, steps: list[int], layout: Layout) -> dict[str, Vari
     pairs = {step: placed[placed >= 0] for step, placed in ((step, plan.place(step)[1]) for step in steps)}
     longest = -(-np.max([plan.lengths[ids].max(0) for ids in pairs.values()], axis=0) // 8) * 8
 
-    def one_a_row(step: int) -> tuple[Rows, Slots]:
+    def one_a_row(step: int) -> tuple[Rows, RowShape]:
         ids = pairs[step]
-        alone = RowShape(len(ids), *map(int, longest), 1)
-        return build_rows(plan.pairs, ids[:, None], alone), slots_of(alone)
+        prompt, *completions = map(int, longest)
+        alone = RowShape(prompt, tuple(completions), len(ids))
+        return build_rows(plan.groups, ids[:, None], alone), alone
 
-    completions, tokens = Slots(0, shape.chosen, shape.rejected), Slots(0, shape.chosen, shape.rejected + shape.prompt)
+    first, second = shape.completions
+    completions, tokens = RowShape(0, (first, second)), RowShape(0, (first, second + shape.prompt))
     ours = logps_fn(layout, remat="dots")
     options = logp_options(layout)
     whole = dataclasses.replace(options, chunk_tokens=WHOLE, block=None)
@@ -211,8 +218,8 @@ def main() -> None:
 
 def variant_batch(rows: Rows, parts: int, layout: Layout) -> dict[str, jax.Array]:
     """Rows as the step takes them: `[parts, rows, ...]`."""
-    n = len(rows["tokens"]) // parts
-    return to_global({k: x.reshape(parts, n, *x.shape[1:]) for k, x in rows.items()}, layout.mesh, n)
+    n = len(rows.tokens) // parts
+    return to_global(jax.tree.map(lambda x: x.reshape(parts, n, *x.shape[1:]), rows), layout.mesh, n)
 
 
 def measure(s: Settings, policy: Policy, layout: Layout, plan: Schedule, steps: list[int], file: Path) -> None:
@@ -229,19 +236,19 @@ def measure(s: Settings, policy: Policy, layout: Layout, plan: Schedule, steps: 
     for name, variant in variants(plan, steps, layout).items():
         step = make_train_step(variant.logps, objective, tx, rate, compute_dtype=layout.dtype)
         given = make_logps_step(variant.logps, compute_dtype=layout.dtype)
-        compiled: dict[Slots, Any] = {}
+        compiled: dict[RowShape, Any] = {}
         runs[name], fill = [], []
         for number in steps:
-            rows, slots = variant.rows(number)
+            rows, shape = variant.rows(number)
             batch = variant_batch(rows, variant.parts, layout)
             if variant.cached:
-                batch |= {"ref_logps": given(reference, batch, slots)[0]}
+                batch = batch._replace(ref_logps=given(reference, batch, shape)[0])
             held = None if variant.cached else reference
-            if slots not in compiled:
-                compiled[slots] = step.lower(state, held, batch, slots).compile()
-            run = compiled[slots]
+            if shape not in compiled:
+                compiled[shape] = step.lower(state, held, batch, shape).compile()
+            run = compiled[shape]
             runs[name].append(lambda s, run=run, held=held, batch=batch: jax.block_until_ready(run(s, held, batch)))
-            fill.append(float((rows["segments"] != 0).mean()))
+            fill.append(float((rows.segments != 0).mean()))
         _, metrics = runs[name][0](fresh())
         first[name] = {key: float(metrics[key]) for key in AGREE}
         bytes_of = [x.memory_analysis().temp_size_in_bytes for x in compiled.values()]

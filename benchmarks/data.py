@@ -52,11 +52,13 @@ def prepared(model: str, dataset: str, path: str, cache: str, preset=None):
 
 def packing(args: argparse.Namespace, cache: str) -> None:
     from configs import hhh, ultrafeedback
-    from dpo_jax.rows.schedule import Order, RowLimits, choose_ladder, efficiency, plan_epoch
+    from dpo_jax.rows.ladder import choose_ladder
+    from dpo_jax.rows.schedule import efficiency, schedule_epoch
+    from dpo_jax.rows.shape import Order, RowLimits
 
     def fill(lengths: np.ndarray, batch: int) -> float:
         ladder = choose_ladder(lengths, batch, RowLimits(), Order())
-        plan = plan_epoch(lengths, batch, ladder, Order())
+        plan = schedule_epoch(lengths, batch, ladder, Order())
         assert len(ladder.shapes) <= 4
         return efficiency(plan, lengths)
 
@@ -114,20 +116,23 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def planning(args: argparse.Namespace, cache: str) -> None:
-    from dpo_jax.rows.schedule import Order, RowLimits, choose_ladder, plan_epoch
+    from dpo_jax.rows.ladder import choose_ladder
+    from dpo_jax.rows.schedule import schedule_epoch
+    from dpo_jax.rows.shape import Order, RowLimits
 
     lengths = np.asarray(prepared(args.model, "hhh", args.hh, cache).train.lengths)
     million = lengths[np.random.default_rng(0).integers(0, len(lengths), 1_000_000)]
     start = time.perf_counter()
     ladder = choose_ladder(million, 64, RowLimits(8), Order())
-    plan = plan_epoch(million, 64, ladder, Order())
+    plan = schedule_epoch(million, 64, ladder, Order())
     print(f"\nplanning: {len(million):,} pairs in {len(plan):,} steps, {time.perf_counter() - start:.1f} s")
 
 
 def feeding(args: argparse.Namespace, base: Path, cache: str) -> None:
     from configs import hhh
-    from dpo_jax.rows.pipeline import StepSource, batches, make_schedule
-    from dpo_jax.rows.schedule import Order, RowLimits
+    from dpo_jax.rows.pipeline import StepSource, batches
+    from dpo_jax.rows.schedule import make_schedule
+    from dpo_jax.rows.shape import Order, RowLimits
 
     data = prepared(args.model, "hhh", args.hh, cache, hhh)
     schedule = make_schedule(data.train, 16, RowLimits(), Order())

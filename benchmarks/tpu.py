@@ -24,7 +24,7 @@ from dpo_jax.plan.command import COMMAND
 from dpo_jax.plan.compile import TooLargeError, train_program
 from dpo_jax.plan.draft import find_model, make_draft
 from dpo_jax.plan.lengths import find_lengths
-from dpo_jax.rows.schedule import RowShape
+from dpo_jax.rows.shape import RowShape
 
 LAYOUTS = ("pair rows", "padded 512+512, prompt twice")
 
@@ -39,7 +39,7 @@ def measure(s: Settings, topology: Topology, layout_name: str) -> dict[str, Any]
     """
     model, lengths, pairs = find_model(s.model), find_lengths(s), s.batch.size
     draft = make_draft(s, model, lengths, topology)
-    shape = draft.main_shape if layout_name == LAYOUTS[0] else RowShape(2 * pairs, 512, 512, 0, 1)
+    shape = draft.main_shape if layout_name == LAYOUTS[0] else RowShape(512, (512, 0), 2 * pairs)
     row = {"topology": f"{topology.name} ({topology.accelerator_type})", "layout": layout_name, "remat": s.remat}
     row |= {"pairs": pairs}
     try:

@@ -32,15 +32,14 @@ import numpy as np
 import dpo_jax
 from dpo_jax import Comparison, LabeledComparison
 from dpo_jax.data.render import make_renderer, render_batch
-from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.forward import ModelOptions
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.model.placement import place_model
 from dpo_jax.objective.losses import Scored, sigmoid
 from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import make_mesh
-from dpo_jax.rows.pipeline import build_rows
-from dpo_jax.rows.schedule import RowShape
+from dpo_jax.rows.build import build_rows
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.sampling.choice import Choice
 from dpo_jax.sampling.engine import generate
 from dpo_jax.weights.find import find_policy
@@ -111,9 +110,10 @@ def completion_logps(params, triples):
     rows = -(-len(triples) // mesh.size) * mesh.size  # a pair a row; rows divide over the devices
     placed = np.full((rows, 1), -1)
     placed[: len(triples), 0] = np.arange(len(triples))
-    batch = build_rows(triples, placed, RowShape(rows, *widths, 1))
+    shape = RowShape(widths[0], tuple(widths[1:]), rows)
+    batch = build_rows(triples, placed, shape)
     with jax.set_mesh(mesh):
-        return np.asarray(logps_of(params, batch, Slots(*widths)).logps, np.float64)[: len(triples), 0]
+        return np.asarray(logps_of(params, batch, shape).logps, np.float64)[: len(triples), 0]
 
 
 reference = load(START)

@@ -11,7 +11,7 @@ from dpo_jax.config.values import parse_options, parse_targets
 from dpo_jax.data.prepare import DataRequest
 from dpo_jax.model.options import LayoutOptions, LoraOptions
 from dpo_jax.objective.table import parse_loss
-from dpo_jax.rows.schedule import Order
+from dpo_jax.rows.shape import Order
 
 # Keys that name places on a host's own disk, which may differ between the hosts of one run.
 _OF_THE_HOST = ("model", "reference", "dataset_path", "eval_path", "cache_dir", "compilation_cache")

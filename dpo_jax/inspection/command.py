@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _inspect(s: Settings, options: Mapping[str, Any]) -> None:
     from dpo_jax.inspection.gather import Inspection, pair_examples, schedule_use
     from dpo_jax.model.tuning import row_limits
-    from dpo_jax.rows.pipeline import make_schedule
+    from dpo_jax.rows.schedule import make_schedule
     from dpo_jax.training import inputs
 
     shards, micro, platform = options["shards"], s.batch.microbatches, options["platform"]

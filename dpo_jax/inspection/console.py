@@ -88,7 +88,7 @@ def _schedule(schedule: ScheduleUse, console: Console) -> None:
     entries = [
         (
             *shape_words(use),
-            f"{use.shape.pairs}",
+            f"{use.shape.places}",
             f"{use.steps:,}",
             f"{use.fraction:.1%}" if use.steps else "–",
         )

@@ -12,8 +12,8 @@ from dpo_jax.data.lengths import length_report
 from dpo_jax.data.prepare import Pairs, Prepared
 from dpo_jax.records.records import printable
 from dpo_jax.report.lengths import length_words
-from dpo_jax.rows.pipeline import Schedule
-from dpo_jax.rows.schedule import RowShape
+from dpo_jax.rows.schedule import Schedule
+from dpo_jax.rows.shape import RowShape
 
 _CONTEXT = 4  # pieces before a piece, decoded with it: some decoders drop the space in front of a text
 _CHARACTER = 4  # tokens that may have to come together before their bytes are a character

@@ -14,13 +14,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.model.attention.cached import cached_attention
 from dpo_jax.model.attention.cpu_tiles import Skipping, tiled_attention
-from dpo_jax.model.attention.dense import Slots, pair_row_attention
+from dpo_jax.model.attention.dense import Scores, dense_attention
 from dpo_jax.model.attention.tpu_splash import Tiling, splash_attention
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.decoder import Decoder
 from dpo_jax.model.experts import Grouped
 from dpo_jax.model.params import Params
 from dpo_jax.model.rotary import rotary_angles
+from dpo_jax.rows.batch import Batch
+from dpo_jax.rows.shape import RowShape
 
 RowTiling = Tiling | Skipping | None  # how attention of rows runs; None: as dense blocks
 
@@ -81,41 +83,41 @@ def _context(
     return context
 
 
-def _score_options(config: ModelConfig) -> dict[str, float | None]:
+def _scores(config: ModelConfig) -> Scores:
     scalar = config.query_pre_attn_scalar
-    return {"scale": None if scalar is None else scalar**-0.5, "softcap": config.attn_logit_softcapping}
+    return Scores(None if scalar is None else scalar**-0.5, config.attn_logit_softcapping)
 
 
-def _row_attention(model: ModelOptions, slots: Slots) -> Callable:
-    """Attention of pair rows: by the kernel, or in tiles that skip, where `model.tiling` says so, else as dense blocks.
+def _row_attention(model: ModelOptions, shape: RowShape) -> Callable:
+    """Attention of rows: by the kernel, or in tiles that skip, where `model.tiling` says so, else as dense blocks.
 
     With windows that rows can reach beyond, dense blocks are in the kernel's place: it counts columns, they positions.
     """
-    tiling = model.tiling
+    tiling, scores = model.tiling, _scores(model.config)
 
     def attend(q, k, v, context, cache):
-        options: dict[str, Any] = _score_options(model.config) | {"slots": slots}
+        inputs = (q, k, v, context["segments"], shape)
         window = (context["positions"], context["window"]) if "window" in context else None
         if isinstance(tiling, Tiling) and window is None:
-            return splash_attention(q, k, v, context["segments"], tiling=tiling, **options), cache
+            return splash_attention(*inputs, tiling=tiling, scores=scores), cache
         if isinstance(tiling, Skipping):
-            out = tiled_attention(q, k, v, context["segments"], skipping=tiling, window=window, **options)
+            out = tiled_attention(*inputs, skipping=tiling, window=window, scores=scores)
         else:
-            out = pair_row_attention(q, k, v, context["segments"], window=window, **options)
+            out = dense_attention(*inputs, window=window, scores=scores)
         return checkpoint_name(out, "attention_out"), cache
 
     return attend
 
 
-def _row_context(model: ModelOptions, batch: dict[str, jax.Array], slots: Slots) -> dict[str, Any]:
-    positions_BT, segments_BT = batch["positions"], batch["segments"]
+def _row_context(model: ModelOptions, batch: Batch[jax.Array], shape: RowShape) -> dict[str, Any]:
+    positions_BT, segments_BT = batch.positions, batch.segments
 
     def last_BT() -> jax.Array:
-        """Of a pair's longer sequence, as both share the prompt."""
+        """Of a group's longest sequence, as all share the prompt."""
         same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
         return jnp.max(jnp.where(same_BTS, positions_BT[:, None, :], 0), axis=-1)
 
-    context = _context(model.config, positions_BT, slots.reach(model.longest), last_BT) | {"segments": segments_BT}
+    context = _context(model.config, positions_BT, shape.reach(model.longest), last_BT) | {"segments": segments_BT}
     return context | ({"positions": positions_BT} if "window" in context["layers"] else {})
 
 
@@ -127,29 +129,28 @@ def _variables(params: Params) -> dict[str, Params]:
 
 
 def hidden_states(
-    params: Params, batch: dict[str, jax.Array], slots: Slots, model: ModelOptions, *, balance: bool = False
+    params: Params, batch: Batch[jax.Array], shape: RowShape, model: ModelOptions, *, balance: bool = False
 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-    """Final hidden states of pair rows, and how evenly a model with experts used them.
+    """Final hidden states of rows, and how evenly a model with experts used them.
 
     Args:
       params: the decoder's parameters, adapters among them or not.
-      batch: `tokens`, `positions`, `segments`, int32 `[B, T]` each, as `rows/build.py` makes them.
-      slots: the row's widths.
+      batch: one microbatch, of which `tokens`, `positions` and `segments` matter.
+      shape: the row's widths.
       model: how the model is computed.
       balance: whether the experts' sums are asked for.
 
     Returns:
       `[B, T, D]` in the model's dtype, and None or sums over all layers and all tokens that are no padding (a prompt
-      shared by two completions counts once): add those of several microbatches if need be, give them to
+      shared by its completions counts once): add those of several microbatches if need be, give them to
       `experts.balance_loss`, and add the result times `config.router_aux_loss_coef` to the loss.
     """
-    context = _row_context(model, batch, slots)
+    context = _row_context(model, batch, shape)
     if balance:
         assert model.config.num_experts, f"{model.config.model_type} has no experts"
-        context["counted"] = batch["segments"] != 0
-    hidden, (_, sums) = _decoder(model, _row_attention(model, slots)).apply(
-        _variables(params), batch["tokens"], context
-    )
+        context["counted"] = batch.segments != 0
+    decoder = _decoder(model, _row_attention(model, shape))
+    hidden, (_, sums) = decoder.apply(_variables(params), batch.tokens, context)
     return hidden, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums) if balance else None
 
 
@@ -165,8 +166,8 @@ def decode(
     """Hidden states `[B, T, D]` of new tokens given a cache (see `cached.empty_cache`), and the new cache."""
 
     def attend(q, k, v, context, cache):
-        options = _score_options(model.config) | {"window": context.get("window")}
-        return cached_attention(q, k, v, cache, context["where"], context["real"], **options)
+        seen, window = (context["where"], context["real"]), context.get("window")
+        return cached_attention(q, k, v, cache, *seen, window=window, scores=_scores(model.config))
 
     # As far as a row may come: were its rope to change on the way, the cached keys would be of another one.
     last_BT = lambda: jnp.sum(real_BS, axis=1, keepdims=True) - 1
@@ -181,14 +182,14 @@ def unembedding(params: Params) -> jax.Array:
 
 
 @functools.cache
-def _init_module(config: ModelConfig) -> tuple[Decoder, Slots]:
-    slots = Slots(1, 1, 1)
-    return Decoder(config, _row_attention(ModelOptions(config), slots)), slots
+def _init_module(config: ModelConfig) -> tuple[Decoder, RowShape]:
+    shape = RowShape(1, (1, 1))
+    return Decoder(config, _row_attention(ModelOptions(config), shape)), shape
 
 
 def init_params(key: jax.Array, config: ModelConfig) -> Params:
     """Fresh float32 parameters with their logical axis names (`nn.LogicallyPartitioned` leaves)."""
-    module, slots = _init_module(config)
-    ids = jnp.zeros((1, slots.total), jnp.int32)
-    batch = {"positions": ids, "segments": ids}
-    return module.init(key, ids, _row_context(ModelOptions(config), batch, slots))["params"]
+    module, shape = _init_module(config)
+    ids = jnp.zeros((1, shape.length), jnp.int32)
+    batch = Batch(ids, ids, ids, ids, ids, ids)
+    return module.init(key, ids, _row_context(ModelOptions(config), batch, shape))["params"]

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.attention.tpu_splash import Tiling
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.forward import RowTiling, init_params
@@ -19,7 +18,7 @@ from dpo_jax.model.sharding import adapter_shardings, param_shardings
 from dpo_jax.model.tuning import choose_tiling, row_limits
 from dpo_jax.parallel.mesh import host_shardings, row_shards
 from dpo_jax.parallel.tpu import generation_of
-from dpo_jax.rows.schedule import RowLimits
+from dpo_jax.rows.shape import RowLimits, RowShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +83,9 @@ class Layout:
         """What this model on these devices asks of rows."""
         return row_limits(self.config, row_shards(self.mesh) * microbatches, self.platform)
 
-    def uses_kernel(self, slots: Slots) -> bool:
+    def uses_kernel(self, shape: RowShape) -> bool:
         """Whether rows attend by the TPU kernel: windows that their sequences go beyond need dense blocks."""
-        return isinstance(self.tiling, Tiling) and not self.config.slides_within(slots.reach(self.longest))
+        return isinstance(self.tiling, Tiling) and not self.config.slides_within(shape.reach(self.longest))
 
 
 def place_model(config: ModelConfig, mesh: Mesh, options: LayoutOptions, lora: Lora | None = None) -> Layout:

@@ -15,7 +15,7 @@ from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.forward import RowTiling
 from dpo_jax.parallel.mesh import replicated
 from dpo_jax.parallel.tpu import generation_of, quiet
-from dpo_jax.rows.schedule import RowLimits
+from dpo_jax.rows.shape import RowLimits
 
 
 def row_limits(config: ModelConfig, row_multiple: int, platform: str) -> RowLimits:

@@ -1,27 +1,29 @@
 """Hidden states → log-probabilities of completions, without ever holding `[rows, tokens, vocabulary]` logits.
 
-Shapes: B rows, N completion tokens of a row (chosen slot, then rejected slot), K pairs in a row, D model, V vocabulary.
+Shapes: B rows, N completion tokens of a row (slot by slot), K groups in a row, n completions of a group, D model, V
+vocabulary.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.model.attention.dense import Slots
+from dpo_jax.model.params import Params
 from dpo_jax.objective.token_logps import LogpOptions, token_logps
+from dpo_jax.rows.batch import Batch
+from dpo_jax.rows.shape import RowShape
 
 DEFAULTS = LogpOptions()
 
 
 @flax.struct.dataclass
 class Logps:
-    """A model's log-probabilities of the completions of pairs, float32 `[B, K, 2]` (chosen, rejected).
+    """A model's log-probabilities of the completions of groups, float32 `[B, K, n]`; of pairs (chosen, rejected).
 
     Attributes:
-      logps: summed over a completion; LD-DPO weighs the tokens beyond the shorter completion's length.
+      logps: summed over a completion, where asked for weighted token by token.
       log_sum_sq: log Σ_v p(v)² of every token's distribution, summed over a completion and constant to the gradient;
         None unless asked for. (WPO's weights are made of it.)
       whole: `logps` with every token counted whole; None where `logps` is that already.
@@ -35,77 +37,61 @@ class Logps:
     balance: dict[str, jax.Array] | None = None
 
 
-# (params, one microbatch, widths) -> sums by pair [B, K, 2]
-LogpsFn = Callable[[Any, dict[str, jax.Array], Slots], Logps]
+# (params, one microbatch, its row shape) -> sums by group
+LogpsFn = Callable[[Params, Batch[jax.Array], RowShape], Logps]
+# (numbers `[B, N, K]` of tokens in their completion, from 1; one microbatch) -> their weights, `[B, N, K]`
+TokenWeights = Callable[[jax.Array, Batch[jax.Array]], jax.Array]
 
 
-def pair_logps(
+def group_logps(
     hidden_BTD: jax.Array,
-    batch: dict[str, jax.Array],
+    batch: Batch[jax.Array],
     table_VD: jax.Array,
+    shape: RowShape,
     *,
-    slots: Slots,
-    pairs_per_row: int,
     options: LogpOptions = DEFAULTS,
-    ld_alpha: float = 1.0,
+    weights: TokenWeights | None = None,
 ) -> Logps:
-    """Summed log-probabilities of both completions of every pair in a row.
+    """Summed log-probabilities of the completions of every group in a row.
 
     Args:
       hidden_BTD: final hidden states of the rows.
-      batch: `tokens`, `segments` `[B, T]` and `source` `[B, N]`: the row index whose hidden state predicts completion
-        token n (the prompt's last token for a first token, else the token before); `completion_tokens` `[B, K, 2]`.
+      batch: one microbatch.
       table_VD: the vocabulary projection.
-      slots: the row's widths.
-      pairs_per_row: K.
+      shape: the row's widths.
       options: how the vocabulary is gone through.
-      ld_alpha: weight of a completion's tokens beyond the length of the pair's shorter completion.
+      weights: of completion tokens; None: 1 each.
 
     Returns:
-      Sums `[B, K, 2]`: (chosen, rejected) of pair k; 0 where a row has no pair k.
+      Sums `[B, K, n]`: of the completions of group k, in its own order; 0 where a row has no group k.
     """
-    hidden_BND = jnp.take_along_axis(hidden_BTD, batch["source"][:, :, None], axis=1)
-    targets_BN = batch["tokens"][:, slots.prompt :]
-    values = token_logps(hidden_BND, targets_BN, table_VD, options)
-    segments_BN = batch["segments"][:, slots.prompt :]
-    owner_BNK = (segments_BN[:, :, None] == jnp.arange(1, pairs_per_row + 1)[None, None, :]).astype(jnp.float32)
-    return sum_pairs(*values, owner_BNK, batch, chosen=slots.chosen, ld_alpha=ld_alpha)
+    hidden_BND = jnp.take_along_axis(hidden_BTD, batch.source[:, :, None], axis=1)
+    values = token_logps(hidden_BND, batch.tokens[:, shape.prompt :], table_VD, options)
+    return sum_groups(*values, batch, shape, weights)
 
 
-def sum_pairs(
+def sum_groups(
     logps_BN: jax.Array,
     log_sum_sq_BN: jax.Array | None,
-    owner_BNK: jax.Array,
-    batch: dict[str, jax.Array],
-    *,
-    chosen: int,
-    ld_alpha: float,
+    batch: Batch[jax.Array],
+    shape: RowShape,
+    weights: TokenWeights | None = None,
 ) -> Logps:
-    """Token values → sums by pair.
-
-    LD-DPO (Liu et al. 2024, arXiv 2409.06411): of a pair whose shorter completion has l tokens, a completion's first l
-    tokens count whole and the rest by α, for the policy and for the reference.
-
-    Args:
-      logps_BN, log_sum_sq_BN: of completion tokens, those of chosen ones first.
-      owner_BNK: 1 where token n is of pair k, else 0.
-      batch: `completion_tokens` `[B, K, 2]` (only LD-DPO reads it).
-      chosen: how many places chosen completions have.
-      ld_alpha: α; 1 is off.
-    """
+    """Token values `[B, N]` → sums by group; see `group_logps`."""
+    segments_BN, K = batch.segments[:, shape.prompt :], batch.is_group.shape[-1]
+    owner_BNK = (segments_BN[:, :, None] == jnp.arange(1, K + 1)[None, None, :]).astype(jnp.float32)
+    slots = [slice(start - shape.prompt, start - shape.prompt + width)
+             for start, width in zip(shape.starts[1:], shape.completions, strict=True)]  # fmt: skip
 
     def sums(values_BN: jax.Array, weights_BNK: jax.Array) -> jax.Array:
-        parts = ((values_BN[:, s], weights_BNK[:, s]) for s in (slice(None, chosen), slice(chosen, None)))
         # No matrix product: a TPU's would round float32 values to bfloat16.
-        return jnp.stack([jnp.sum(v[:, :, None] * w, axis=1) for v, w in parts], axis=-1)
+        parts = (jnp.sum(values_BN[:, s, None] * weights_BNK[:, s], axis=1) for s in slots)
+        by_slot_BKn = jnp.stack(list(parts), axis=-1)
+        return by_slot_BKn if batch.slots is None else jnp.take_along_axis(by_slot_BKn, batch.slots, axis=-1)
 
     squares = None if log_sum_sq_BN is None else sums(log_sum_sq_BN, owner_BNK)
-    if ld_alpha == 1:
+    if weights is None:
         return Logps(sums(logps_BN, owner_BNK), squares)
-    # A token's number in its completion, from 1.
-    number = jnp.concatenate(
-        [jnp.cumsum(owner_BNK[:, s], axis=1) for s in (slice(None, chosen), slice(chosen, None))], 1
-    )
-    shared = number <= batch["completion_tokens"].min(-1)[:, None, :]
-    weights_BNK = owner_BNK * jnp.where(shared, 1.0, ld_alpha)
+    number_BNK = jnp.concatenate([jnp.cumsum(owner_BNK[:, s], axis=1) for s in slots], axis=1)
+    weights_BNK = owner_BNK * weights(number_BNK, batch)
     return Logps(sums(logps_BN, weights_BNK), squares, whole=sums(logps_BN, owner_BNK))

@@ -1,6 +1,6 @@
 """What a step minimises: weighted losses of `losses.py` and what a run logs of every pair.
 
-Shapes: M microbatches (absent where one is looked at alone), B rows, K pairs in a row.
+Shapes: M microbatches (absent where one is looked at alone), B rows, K groups in a row, n completions of a group.
 """
 
 import dataclasses
@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.objective.logps import Logps
+from dpo_jax.objective.logps import Logps, TokenWeights
 from dpo_jax.objective.losses import LOSSES, Scored, difference, sft
 from dpo_jax.objective.table import LOSS_FACTS, needs_reference
+from dpo_jax.rows.batch import Batch
 
-Batch = dict[str, jax.Array]
-# (policy's log-probabilities, the reference's or None, the pairs' part of the batch, the batch's mean chosen tokens)
-Values = Callable[[Logps, Logps | None, Batch, jax.Array], dict[str, jax.Array]]
+# (policy's log-probabilities, the reference's or None, the groups' part of the batch, mean tokens `[n]` of completions
+# over the whole batch) -> metrics of every group
+Values = Callable[[Logps, Logps | None, Batch[jax.Array], jax.Array], dict[str, jax.Array]]
 
 # Relative error of a summed float32 log-probability: in float32, equal models then have an accuracy of exactly 0.
 ROUNDING = 1e-6
@@ -31,10 +32,10 @@ class Objective:
     """What is minimised.
 
     Attributes:
-      values: log-probabilities `[B, K, 2]` (or `[M, B, K, 2]`) → per-pair metrics `[B, K]` by name.
-      loss: the name in `values` whose mean over the batch's pairs is minimised.
+      values: log-probabilities `[B, K, n]` (or `[M, B, K, n]`) → metrics of every group `[B, K]` by name.
+      loss: the name in `values` whose mean over the batch's groups is minimised.
       needs_reference: whether the reference's forward pass runs.
-      across: whether a pair's value depends on the other pairs, so that `values` must see the whole batch at once.
+      across: whether a group's value depends on the other groups, so that `values` must see the whole batch at once.
       balance: weight of the experts' load-balancing loss, which comes on top; 0 where there is none.
     """
 
@@ -77,6 +78,20 @@ def _wpo_weight(policy: Logps, tokens: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(jnp.exp(jnp.sum((whole - policy.log_sum_sq) / tokens, axis=-1)))
 
 
+def ld_weights(alpha: float) -> TokenWeights | None:
+    """LD-DPO's weights of completion tokens, for the policy and for the reference; None where α = 1: all count whole.
+
+    Of a pair whose shorter completion has l tokens, a completion's first l tokens count whole and the rest by α (Liu et
+    al. 2024, arXiv 2409.06411).
+    """
+
+    def weights(number_BNK: jax.Array, batch: Batch[jax.Array]) -> jax.Array:
+        shared = number_BNK <= batch.completion_tokens.min(-1)[:, None, :]
+        return jnp.where(shared, 1.0, alpha)
+
+    return None if alpha == 1 else weights
+
+
 def preference_objective(
     parts: Mapping[str, float],
     *,
@@ -111,9 +126,9 @@ def preference_objective(
         chosen = {k: known[k] for k in LOSS_FACTS[name].hyperparameters if k in known}
         functions[name] = lambda pairs, fn=LOSSES[name], chosen=chosen: fn(pairs, **chosen)
 
-    def values(policy: Logps, reference: Logps | None, batch: Batch, chosen_tokens: jax.Array) -> dict[str, jax.Array]:
+    def values(policy: Logps, reference: Logps | None, batch: Batch, mean_tokens: jax.Array) -> dict[str, jax.Array]:
         assert (reference is not None) == reference_needed
-        pairs = _scored(policy, reference, batch, chosen_tokens, lambda x: DIVERGENCES[f_divergence](x, f_alpha))
+        pairs = _scored(policy, reference, batch, mean_tokens, lambda x: DIVERGENCES[f_divergence](x, f_alpha))
         losses = {name: fn(pairs) for name, fn in functions.items()}
         if wpo:
             weight = _wpo_weight(policy, pairs.tokens)
@@ -126,16 +141,16 @@ def preference_objective(
     return Objective(values, "dpo_loss", reference_needed, across, balance)
 
 
-def _scored(policy: Logps, reference: Logps | None, batch: Batch, chosen_tokens: jax.Array, divergence) -> Scored:
+def _scored(policy: Logps, reference: Logps | None, batch: Batch, mean_tokens: jax.Array, divergence) -> Scored:
     whole = policy.logps if policy.whole is None else policy.whole
     return Scored(
         policy=policy.logps,
         reference=None if reference is None else reference.logps,
         scores=None if reference is None else divergence(policy.logps - reference.logps),
-        tokens=jnp.maximum(batch["completion_tokens"], 1).astype(jnp.float32),
+        tokens=jnp.maximum(batch.completion_tokens, 1).astype(jnp.float32),
         chosen_logp=whole[..., 0],
-        chosen_tokens=chosen_tokens,
-        is_pair=batch["is_pair"],
+        chosen_tokens=mean_tokens[0],
+        is_pair=batch.is_group,
     )
 
 
@@ -160,9 +175,9 @@ def _rewards(pairs: Scored, beta: float, per_token: bool) -> dict[str, jax.Array
 
 
 def sft_objective() -> Objective:
-    """Mean negative log-likelihood per token of the chosen completions."""
+    """Mean negative log-likelihood per token of the chosen completions, the first ones of their groups."""
 
-    def values(policy: Logps, reference: Logps | None, batch: Batch, chosen_tokens: jax.Array) -> dict[str, jax.Array]:
-        return {"loss": sft(_scored(policy, None, batch, chosen_tokens, None))}
+    def values(policy: Logps, reference: Logps | None, batch: Batch, mean_tokens: jax.Array) -> dict[str, jax.Array]:
+        return {"loss": sft(_scored(policy, None, batch, mean_tokens, None))}
 
     return Objective(values, "loss", needs_reference=False)

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.errors import UserError
+from dpo_jax.rows.batch import Batch
 
 AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")
@@ -135,12 +136,10 @@ def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(rows)[index[1]] for index in held if index is not None]))
 
 
-def to_global(arrays: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, jax.Array]:
+def to_global(batch: Batch[np.ndarray], mesh: Mesh, rows: int) -> Batch[jax.Array]:
     """This process's rows `[microbatches, local rows, ...]` → global arrays `[microbatches, rows, ...]`."""
     sharding = batch_sharding(mesh)
     # With several processes JAX takes even this for an implicit transfer; it is the one place that is meant.
     with jax.transfer_guard_host_to_device("allow"):
-        return {
-            name: jax.make_array_from_process_local_data(sharding, x, (x.shape[0], rows, *x.shape[2:]))
-            for name, x in arrays.items()
-        }
+        whole = lambda x: jax.make_array_from_process_local_data(sharding, x, (x.shape[0], rows, *x.shape[2:]))
+        return jax.tree.map(whole, batch)

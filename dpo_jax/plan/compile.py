@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dpo_jax.errors import UserError
 from dpo_jax.model.placement import Layout, abstract_trained, abstract_whole
@@ -18,12 +17,11 @@ from dpo_jax.parallel.tpu import quiet
 from dpo_jax.plan.draft import Draft
 from dpo_jax.plan.hlo.count import Costs, count_costs
 from dpo_jax.plan.kernels import kernel_formula
-from dpo_jax.rows.schedule import RowShape
-from dpo_jax.training.batches import slots_of
+from dpo_jax.rows.batch import Batch, batch_spec
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.reference import abstract_reference
 from dpo_jax.training.setup import eval_step_on, make_models, train_step_on
 from dpo_jax.training.state import abstract_state
-from dpo_jax.training.step import REFERENCE_FIELDS
 
 
 class TooLargeError(Exception):
@@ -47,20 +45,10 @@ class Program:
     seconds: float
 
 
-def abstract_batch(shape: RowShape, layout: Layout, microbatches: int, given: int = 0) -> dict[str, Any]:
+def abstract_batch(shape: RowShape, layout: Layout, microbatches: int, given: int = 0) -> Batch[jax.ShapeDtypeStruct]:
     """A batch as `pipeline.StepSource` makes it, by shape and sharding, with `given` of the reference's values."""
-    M, B, K = microbatches, shape.rows // microbatches, shape.pairs
-    T, N = sum(shape.widths), shape.chosen + shape.rejected
-    sizes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "tokens": ((T,), jnp.int32),
-        "segments": ((T,), jnp.int32),
-        "positions": ((T,), jnp.int32),
-        "source": ((N,), jnp.int32),
-        "is_pair": ((K,), jnp.bool_),
-        "completion_tokens": ((K, 2), jnp.int32),
-    } | dict.fromkeys(REFERENCE_FIELDS[:given], ((K, 2), jnp.float32))
-    sharding = batch_sharding(layout.mesh)
-    return {n: jax.ShapeDtypeStruct((M, B, *rest), dtype, sharding=sharding) for n, (rest, dtype) in sizes.items()}
+    spec, sharding = batch_spec(shape, (microbatches, shape.rows // microbatches), given), batch_sharding(layout.mesh)
+    return spec.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding))
 
 
 def _frozen(draft: Draft) -> tuple[Any, Any, int]:
@@ -97,7 +85,7 @@ def train_step_of(draft: Draft, shape: RowShape) -> tuple[Any, tuple[Any, ...]]:
     step = train_step_on(layout, make_models(draft.settings, layout), draft.objective, tx, rate)
     reference, base, given = _frozen(draft)
     batch = abstract_batch(shape, layout, draft.settings.batch.microbatches, given)
-    return step, (abstract_state(tx, layout), reference, batch, slots_of(shape), base)
+    return step, (abstract_state(tx, layout), reference, batch, shape, base)
 
 
 def train_program(draft: Draft, shape: RowShape) -> Program:
@@ -117,7 +105,7 @@ def eval_program(draft: Draft, shape: RowShape) -> Program:
     reference, base, given = _frozen(draft)
     if draft.objective.needs_reference and not draft.settings.reference.moves:
         reference, given = None, _given(draft)
-    arguments = abstract_batch(shape, layout, batch.microbatches, given), slots_of(shape), base
+    arguments = abstract_batch(shape, layout, batch.microbatches, given), shape, base
     params = abstract_trained(layout, layout.param_dtype)
     return _compile("evaluation", step, (params, reference, *arguments), shape, layout)
 
@@ -140,7 +128,7 @@ def _compile(what: str, step: Any, arguments: tuple[Any, ...], shape: RowShape, 
         raise TooLargeError(f"{what} with rows of [{rows}]: {_needed(message)}") from None
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    formula = kernel_formula(slots_of(shape), layout.tiling, experts_share(layout))
+    formula = kernel_formula(shape, layout.tiling, experts_share(layout))
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return Program(
         costs=count_costs(compiled.as_text(), formula),

@@ -17,8 +17,8 @@ from dpo_jax.parallel.mesh import make_mesh, row_shards
 from dpo_jax.parallel.tpu import Topology
 from dpo_jax.plan.known import MODELS
 from dpo_jax.plan.lengths import Lengths
-from dpo_jax.rows.pipeline import Schedule, make_schedule
-from dpo_jax.rows.schedule import RowShape
+from dpo_jax.rows.schedule import Schedule, make_schedule
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.training import inputs
 from dpo_jax.training.setup import make_layout, make_objective, make_optimizer
 from dpo_jax.weights import hub

@@ -9,7 +9,8 @@ from dpo_jax.plan.compile import TooLargeError, eval_program, held_by, train_pro
 from dpo_jax.plan.draft import Draft
 from dpo_jax.plan.lengths import Lengths
 from dpo_jax.rows.schedule import efficiency
-from dpo_jax.training.batches import slots_of
+
+PAIR_SLOTS = ("prompt", "chosen", "rejected")
 
 
 def estimate(draft: Draft, lengths: Lengths) -> dict[str, Any]:
@@ -25,10 +26,12 @@ def estimate(draft: Draft, lengths: Lengths) -> dict[str, Any]:
         "microbatches": s.batch.microbatches,
         "rows": [
             {
-                **dataclasses.asdict(shape),
+                "rows": shape.rows,
+                **(dict(zip(PAIR_SLOTS, shape.widths, strict=True)) if shape.n == 2 else {}),
+                "pairs": shape.places,
                 "widths": shape.widths,
                 "share": share,
-                "attention": "splash" if layout.uses_kernel(slots_of(shape)) else "dense",
+                "attention": "splash" if layout.uses_kernel(shape) else "dense",
             }
             for shape, share in draft.shares.items()
         ],

@@ -4,16 +4,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.attention.tpu_splash import Tiling, tile, tiles_run
 from dpo_jax.plan.hlo.count import KernelCall, KernelFlops
+from dpo_jax.rows.shape import RowShape
 
 
-def kernel_formula(slots: Slots, tiling: Any, experts_share: float) -> KernelFlops:
+def kernel_formula(shape: RowShape, tiling: Any, experts_share: float) -> KernelFlops:
     """FLOPs of the kernels in a step, for `count_costs`.
 
     Args:
-      slots: of the rows.
+      shape: of the rows.
       tiling: how attention runs (`Layout.tiling`).
       experts_share: the share of the rows given to a grouped product that belong to the device's own experts.
     """
@@ -22,7 +22,7 @@ def kernel_formula(slots: Slots, tiling: Any, experts_share: float) -> KernelFlo
         if call.name == "ragged-dot-metadata":  # sorts the rows of a grouped product, multiplies nothing
             return 0.0
         if isinstance(tiling, Tiling):
-            attention = attention_flops(call.name, query_shape(call.operands), slots, tiling)
+            attention = attention_flops(call.name, query_shape(call.operands), shape, tiling)
             if attention is not None:
                 return attention
         if call.cost_estimate is None:
@@ -42,7 +42,7 @@ def query_shape(operands: Sequence[Any]) -> tuple[int, ...]:
     return next((tuple(x.shape if hasattr(x, "shape") else x.dims) for x in real), ())
 
 
-def attention_flops(name: str, query: tuple[int, ...], slots: Slots, tiling: Tiling) -> float | None:
+def attention_flops(name: str, query: tuple[int, ...], shape: RowShape, tiling: Tiling) -> float | None:
     """FLOPs of one call of the splash kernel: its tiles that are not skipped; None if it is another kernel.
 
     Two products a score forward (scores, values), five backward (scores again, gradients of probabilities, values, keys
@@ -52,5 +52,5 @@ def attention_flops(name: str, query: tuple[int, ...], slots: Slots, tiling: Til
     if not name.startswith("splash") or not products:
         return None
     *rows_and_heads, _, width = query
-    side, _ = tile(slots, tiling.largest)
-    return float(math.prod(rows_and_heads) * tiles_run(slots, side) * side**2 * 2 * width * products)
+    side, _ = tile(shape, tiling.largest)
+    return float(math.prod(rows_and_heads) * tiles_run(shape, side) * side**2 * 2 * width * products)

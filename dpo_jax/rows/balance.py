@@ -1,29 +1,34 @@
-"""Which pairs share a row: dealing batches into rows, and exchanging pairs until the rows are evenly filled.
+"""Which groups share a row: dealing batches into rows, and exchanging groups until the rows are evenly filled.
 
-Everything works on index arrays: `batches` `[n, batch_size]` and `placed` `[n, rows, places]` hold pair numbers, EMPTY
-where there is none. `target` and `widths` are slot widths `[3]` in tokens: prompt, chosen, rejected.
+Everything works on index arrays: `batches` `[n, batch_size]` and `placed` `[n, rows, places]` hold group numbers, EMPTY
+where there is none. `lengths` `[N, S]` are what groups put into each of the S slots of a row, `target` `[S]` the slots'
+widths (where completions may go into any slot, both as `slots.balanced` makes them).
 """
 
 import concurrent.futures
 import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dpo_jax.rows.shape import Order, RowShape
+from dpo_jax.rows.slots import balanced, slot_loads
+
 EMPTY = -1
-# At most this part of a batch of long pairs is long pairs: the rest are any others.
+# At most this part of a batch of long groups is long groups: the rest are any others.
 LONG_PART = 0.25
 ROUNDS = 200
 # Possible exchanges weighed at once: few enough for the processor's cache.
 CHUNK = 200_000
 
 
-def deal(batches: np.ndarray, lengths: np.ndarray, rows: int, slots: int, target: np.ndarray) -> np.ndarray:
-    """Lay batches `[n, batch_size]` (EMPTY allowed) into `[n, rows, slots]`: longest first, on the emptiest row."""
+def deal(batches: np.ndarray, lengths: np.ndarray, rows: int, places: int, target: np.ndarray) -> np.ndarray:
+    """Put batches `[n, batch_size]` (EMPTY allowed) into `[n, rows, places]`: longest first, on the emptiest row."""
     n, size = batches.shape
     weights = (lengths / np.maximum(target, 1)).sum(-1)
     weight = np.where(batches >= 0, weights[batches], -1.0)
     by_size = np.take_along_axis(batches, np.argsort(-weight, axis=1, kind="stable"), axis=1)
-    placed = np.full((n, rows, slots), EMPTY, np.int64)
+    placed = np.full((n, rows, places), EMPTY, np.int64)
     load = np.zeros((n, rows))
     for k in range(-(-size // rows)):
         dealt = by_size[:, k * rows : (k + 1) * rows]
@@ -43,20 +48,20 @@ def _threads() -> concurrent.futures.ThreadPoolExecutor:
 
 
 def _overflow(sums: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Squared relative overflow of rows `[..., 3]` beyond their slots, summed over slots."""
+    """Squared relative overflow of rows `[..., S]` beyond their slots, summed over slots."""
     return (np.maximum(sums - target, 0.0) ** 2 / np.maximum(target, 1.0) ** 2).sum(-1)
 
 
 def _exchange(a: np.ndarray, b: np.ndarray, same_batch: np.ndarray, lengths: np.ndarray, target: np.ndarray) -> None:
-    """For row pairs `a[i], b[i]` (`[h, K]`, changed in place), make the one exchange that lowers overflow most.
+    """For rows `a[i], b[i]` (`[h, K]`, changed in place), make the one exchange of groups that lowers overflow most.
 
-    Exchanging a pair with an empty place moves it; that keeps batches exact only within one batch.
+    Exchanging a group with an empty place moves it; that keeps batches exact only within one batch.
     """
-    la, lb = lengths[a], lengths[b]  # [h, K, 3]; index -1 is the appended row of zeros
+    la, lb = lengths[a], lengths[b]  # [h, K, S]; index -1 is the appended row of zeros
     sa, sb = la.sum(1), lb.sum(1)
     before = _overflow(sa, target) + _overflow(sb, target)
     after = np.zeros((len(a), a.shape[1], a.shape[1]), np.float32)
-    for slot, width in enumerate(target):  # slot by slot: NumPy is slow along an axis of three
+    for slot, width in enumerate(target):  # slot by slot: NumPy is slow along a short axis
         delta = lb[:, None, :, slot] - la[:, :, None, slot]
         for over in (sa[:, None, None, slot] - width + delta, sb[:, None, None, slot] - width - delta):
             np.maximum(over, 0.0, out=over)
@@ -77,7 +82,7 @@ def _emptiest(sums: np.ndarray, hot: np.ndarray, target: np.ndarray) -> np.ndarr
     over = (sums - target) / np.maximum(target, 1.0)
     worst = over[hot].argmax(1)
     other = np.empty_like(hot)
-    for slot in range(3):
+    for slot in range(len(target)):
         mine = np.flatnonzero(worst == slot)
         fullest = mine[np.argsort(-over[hot[mine], slot], kind="stable")]
         other[fullest] = np.argsort(over[:, slot], kind="stable")[: len(mine)]
@@ -94,10 +99,10 @@ def _partners(rng: np.random.Generator, hot: np.ndarray, rows_per_batch: int, to
 def balance(
     placed: np.ndarray, lengths: np.ndarray, target: np.ndarray, rng: np.random.Generator, across: bool
 ) -> np.ndarray:
-    """Exchange pairs between rows of `[n, rows, K]` until no slot overflows `target` or no luck is left."""
+    """Exchange groups between rows of `[n, rows, K]` until no slot overflows `target` or no luck is left."""
     n, rows, K = placed.shape
     flat = placed.reshape(n * rows, K).copy()
-    lengths = np.concatenate([lengths, np.zeros((1, 3), lengths.dtype)]).astype(np.float32)
+    lengths = np.concatenate([lengths, np.zeros((1, lengths.shape[1]), lengths.dtype)]).astype(np.float32)
     target = target.astype(np.float32)
     chunk = max(1, CHUNK // (K * K))
     overflow = _overflow(lengths[flat].sum(1), target)
@@ -106,7 +111,7 @@ def balance(
         hot = np.flatnonzero(overflow > 0)
         if len(hot) == 0:
             break
-        # Moves inside a batch are the only ones that can change how many pairs a row has: take turns.
+        # Moves inside a batch are the only ones that can change how many groups a row has: take turns.
         # While many rows are overfull, choosing partners pays; the last few find theirs by chance.
         if across and round_ % 4 == 2 and len(hot) > len(flat) // 20:
             other = _emptiest(lengths[flat].sum(1), hot, target)
@@ -140,19 +145,18 @@ def batches(order: np.ndarray, batch_size: int, drop_remainder: bool) -> np.ndar
     return padded.reshape(n, batch_size)
 
 
-def needed(placed: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Widths `[n, 3]` that each batch's fullest rows need."""
-    padded = np.concatenate([lengths, np.zeros((1, 3), lengths.dtype)])
-    return padded[placed].sum(2).max(1)
+def needed(placed: np.ndarray, lengths: np.ndarray, widths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Widths `[n, 1+n]` that each batch's fullest rows need, in rows that are filled for these widths."""
+    return slot_loads(lengths, placed, widths).max(1)
 
 
 def long_together(
     order: np.ndarray, lengths: np.ndarray, widths: np.ndarray, batch_size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reorder so that pairs too long for `widths` meet in few batches.
+    """Reorder so that groups too long for `widths` meet in few batches.
 
     Returns:
-      The order, and bool per batch (of `batch_size`, the short last one included): whether it is for long pairs.
+      The order, and bool per batch (of `batch_size`, the short last one included): whether it is for long groups.
     """
     n_batches = -(-len(order) // batch_size)
     marked = np.zeros(n_batches, bool)
@@ -161,35 +165,69 @@ def long_together(
     share = max(1, int(batch_size * LONG_PART))
     batches = min(full, -(-int(long.sum()) // share))
     if batches == 0:
-        marked[:] = long.any()  # fewer pairs than one batch
+        marked[:] = long.any()  # fewer groups than one batch
         return order, marked
     marked[np.sort(rng.choice(full, batches, replace=False))] = True
-    home = np.zeros(len(order), bool)  # the places of marked batches, in turns, so that long pairs spread over them
+    home = np.zeros(len(order), bool)  # the places of marked batches, in turns, so that long groups spread over them
     home[: full * batch_size] = np.repeat(marked[:full], batch_size)
     places = np.flatnonzero(home).reshape(batches, batch_size).T.reshape(-1)
     taken = places[: int(long.sum())]
     if len(taken) < int(long.sum()):
-        return order, np.ones(n_batches, bool)  # most pairs are long: no batch is special
+        return order, np.ones(n_batches, bool)  # most groups are long: no batch is special
     out = np.full(len(order), EMPTY, np.int64)
     out[taken] = order[long]
     out[out == EMPTY] = order[~long]
     return out, marked
 
 
-def fit(
+def members(placed: np.ndarray, batch_size: int) -> np.ndarray:
+    """The groups of every batch `[n, batch_size]` of a placement, in no order that depends on its rows."""
+    return -np.sort(-placed.reshape(len(placed), -1), axis=1)[:, :batch_size]
+
+
+# (shape, widths for batches of long groups) -> placement int64 [steps, rows, places], bool [steps]: is for long groups
+Placing = Callable[[RowShape, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def across_batches(lengths: np.ndarray, batch_size: int, order: Order, epoch: int) -> Placing:
+    """Shuffled batches, long groups together, balanced between batches."""
+
+    def place(shape: RowShape, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng([order.seed, epoch])
+        widths = np.asarray(shape.widths, np.int64)
+        ids, marked = long_together(rng.permutation(len(lengths)), lengths, widths, batch_size, rng)
+        dealt = batches(ids, batch_size, order.drop_remainder)
+        marked = marked[: len(dealt)]
+        return _filled(dealt, marked, lengths, shape, wide, rng, across=True), marked
+
+    return place
+
+
+def within_batches(batches: np.ndarray, marked: np.ndarray, lengths: np.ndarray, order: Order, epoch: int) -> Placing:
+    """Batches `[n, batch_size]` that stay as they are: groups move between the rows of their own batch."""
+
+    def place(shape: RowShape, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng([order.seed, epoch, 3])
+        return _filled(batches, marked, lengths, shape, wide, rng, across=False), marked
+
+    return place
+
+
+def _filled(
     batches: np.ndarray,
+    marked: np.ndarray,
     lengths: np.ndarray,
-    rows: int,
-    places: int,
-    target: np.ndarray,
+    shape: RowShape,
+    wide: np.ndarray,
     rng: np.random.Generator,
     *,
     across: bool,
 ) -> np.ndarray:
-    """Lay batches into `[n, rows, places]` as evenly as exchanges make them; `across`: between batches too."""
-    return balance(deal(batches, lengths, rows, places, target), lengths, target, rng, across=across)
-
-
-def members(placed: np.ndarray, batch_size: int) -> np.ndarray:
-    """The pairs of every batch `[n, batch_size]` of a placement, in no order that depends on its rows."""
-    return -np.sort(-placed.reshape(len(placed), -1), axis=1)[:, :batch_size]
+    """Common batches aim at `shape`, those of long groups at `wide` widths."""
+    placed = np.empty((len(batches), shape.rows, shape.places), np.int64)
+    for part, widths in ((~marked, np.asarray(shape.widths, np.int64)), (marked, wide)):
+        if part.any():
+            sums, target = balanced(lengths, widths)
+            rows = deal(batches[part], sums, shape.rows, shape.places, target)
+            placed[part] = balance(rows, sums, target, rng, across=across)
+    return placed

@@ -11,14 +11,14 @@ from dpo_jax.model.forward import ModelOptions
 from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout
 from dpo_jax.records.writer import MetricsWriter
-from dpo_jax.rows.pipeline import PairSource
+from dpo_jax.rows.build import GroupSource
 from dpo_jax.sampling.choice import Choice
 from dpo_jax.sampling.engine import generate
 
 
 def answer_prompts(
     params: Params,
-    pairs: PairSource,
+    pairs: GroupSource,
     tokenizer: Any,
     layout: Layout,
     *,
@@ -53,7 +53,7 @@ def answer_prompts(
     return records
 
 
-def stop_tokens(pairs: PairSource, tokenizer: Any) -> list[int]:
+def stop_tokens(pairs: GroupSource, tokenizer: Any) -> list[int]:
     """The tokens that end an answer, as the completions of `pairs` do; [-1], which nothing is, if there are none."""
     # A chat template ends a turn with a token of its own, which need not be the tokenizer's eos.
     # It may be followed by a newline.

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
 from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout
@@ -23,12 +22,13 @@ from dpo_jax.model.tuning import row_limits
 from dpo_jax.objective.token_logps import token_kl
 from dpo_jax.parallel.mesh import local_rows, replicated, row_shards, to_global
 from dpo_jax.parallel.watchdog import LONGER, beat
-from dpo_jax.rows.pipeline import build_rows
-from dpo_jax.rows.schedule import RowShape
+from dpo_jax.rows.batch import Batch
+from dpo_jax.rows.build import build_rows
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.sampling.choice import Choice
 from dpo_jax.sampling.engine import generate
 
-# Answers drawn to a prompt: they lie in the two completion slots of a row, and the prompt is computed once for both.
+# Answers drawn to a prompt: a group of them is a row, so that the prompt is computed once for both.
 DRAWS = 2
 
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]  # token ids of a prompt and of two answers, int32
@@ -49,32 +49,32 @@ def make_divergence(layout: Layout, new_tokens: int) -> Callable[[Params, Params
     mesh, config = layout.mesh, layout.config
     rules, shards = axis_rules(config, mesh), row_shards(mesh)
 
-    def rows_of(both: tuple[Params, Params], micro: dict[str, jax.Array], slots: Slots) -> jax.Array:
+    def rows_of(both: tuple[Params, Params], micro: Batch[jax.Array], shape: RowShape) -> jax.Array:
         with nn.logical_axis_rules(rules):
-            states = [hidden_states(p, micro, slots, ModelOptions(config, layout.dtype))[0] for p in both]
-            hidden = [jnp.take_along_axis(h, micro["source"][:, :, None], axis=1) for h in states]
+            states = [hidden_states(p, micro, shape, ModelOptions(config, layout.dtype))[0] for p in both]
+            hidden = [jnp.take_along_axis(h, micro.source[:, :, None], axis=1) for h in states]
             kl_BN = token_kl(hidden, [unembedding(p) for p in both], softcap=config.final_logit_softcapping)
-        kl_BN = jnp.where(micro["segments"][:, slots.prompt :] > 0, kl_BN, 0.0)
-        return jnp.stack([kl_BN[:, : slots.chosen].sum(1), kl_BN[:, slots.chosen :].sum(1)], axis=1)
+        kl_BN = jnp.where(micro.segments[:, shape.prompt :] > 0, kl_BN, 0.0)
+        return jnp.stack([x.sum(1) for x in jnp.split(kl_BN, DRAWS, axis=1)], axis=1)
 
-    def step(params: Params, ref_params: Params, batch: dict[str, jax.Array], slots: Slots) -> jax.Array:
+    def step(params: Params, ref_params: Params, batch: Batch[jax.Array], shape: RowShape) -> jax.Array:
         both = tuple(jax.tree.map(lambda p: p.astype(layout.dtype), tree) for tree in (params, ref_params))
-        return jax.lax.map(lambda micro: rows_of(both, micro, slots), batch)  # few rows at a time
+        return jax.lax.map(lambda micro: rows_of(both, micro, shape), batch)  # few rows at a time
 
-    compiled = jax.jit(step, static_argnames="slots", out_shardings=replicated(mesh))
+    compiled = jax.jit(step, static_argnames="shape", out_shardings=replicated(mesh))
     multiple = row_limits(config, shards, layout.platform).width_multiple
 
     def divergence(params: Params, ref_params: Params, answers: Sequence[Triple]) -> np.ndarray:
-        longest = (max(len(parts[0]) for parts in answers), new_tokens, new_tokens)
+        longest = max(len(prompt) for prompt, *_ in answers)
         groups = -(-len(answers) // shards)
         placed = np.full(groups * shards, -1)
         placed[: len(answers)] = np.arange(len(answers))
-        P, C, R = (-(-n // multiple) * multiple for n in longest)
-        flat = build_rows(answers, placed[:, None], RowShape(len(placed), P, C, R, 1))  # type: ignore[arg-type]
-        mine = local_rows(mesh, shards)
-        arrays = {name: x.reshape(groups, shards, *x.shape[1:])[:, mine] for name, x in flat.items()}
-        found = compiled(params, ref_params, to_global(arrays, mesh, shards), Slots(P, C, R))
-        return jax.device_get(found).astype(np.float64).reshape(-1, DRAWS)[: len(answers)]
+        prompt, answer = (-(-n // multiple) * multiple for n in (longest, new_tokens))
+        shape, mine = RowShape(prompt, (answer,) * DRAWS, len(placed)), local_rows(mesh, shards)
+        rows = build_rows(answers, placed[:, None], shape)
+        batch = rows.map(lambda x: x.reshape(groups, shards, *x.shape[1:])[:, mine])
+        nats = compiled(params, ref_params, to_global(batch, mesh, shards), shape)
+        return jax.device_get(nats).astype(np.float64).reshape(-1, DRAWS)[: len(answers)]
 
     return divergence
 

@@ -8,7 +8,7 @@ import jax
 
 from dpo_jax.disk import write_json
 from dpo_jax.model.placement import Layout
-from dpo_jax.rows.pipeline import Schedule
+from dpo_jax.rows.schedule import Schedule
 
 PACKAGES = ("dpo_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
 
@@ -32,7 +32,7 @@ def write_about(path: Path, layout: Layout, schedule: Schedule, steps: int) -> N
         "steps": steps,
         "steps_per_epoch": schedule.steps_per_epoch,
         "rows": [
-            {"rows": shape.rows, "widths": list(shape.widths), "pairs_per_row": shape.pairs}
+            {"rows": shape.rows, "widths": list(shape.widths), "pairs_per_row": shape.places}
             for shape in schedule.shapes
         ],
     }

@@ -9,9 +9,11 @@ import numpy as np
 
 from dpo_jax.model.params import Params
 from dpo_jax.objective.objective import Objective, sft_objective
-from dpo_jax.rows.pipeline import ChosenOnly, Schedule, StepSource, make_schedule
+from dpo_jax.rows.build import FirstOnly
+from dpo_jax.rows.pipeline import StepSource
+from dpo_jax.rows.schedule import Schedule, make_schedule
 from dpo_jax.training import checkpoint
-from dpo_jax.training.batches import loaded, once_through, slots_of, step_source
+from dpo_jax.training.batches import loaded, once_through, step_source
 from dpo_jax.training.evaluate import evaluate
 from dpo_jax.training.loop import Phase, State, run_phase
 from dpo_jax.training.reference import (
@@ -48,12 +50,12 @@ def params_after_sft(run: Run) -> Params:
     else:
         state = start_state(load_params(run.policy, layout, s.seed), tx, layout)
     if run.done < steps:
-        pairs, limits = ChosenOnly(run.data.train), layout.row_limits(s.batch.microbatches)
+        pairs, limits = FirstOnly(run.data.train), layout.row_limits(s.batch.microbatches)
         schedule = make_schedule(pairs, s.batch.size, limits, s.batch.order, run.data.split.mixture)
         source = step_source(schedule, layout.mesh, steps, s.batch.microbatches)
         objective = sft_objective()
         update = functools.partial(train_step_on(layout, run.models, objective, tx, rate), base=run.base)
-        step = lambda state, batch, shape: update(state, None, batch, slots_of(shape))
+        step = lambda state, batch, shape: update(state, None, batch, shape)
         state = _run_phase(run, "sft", objective.loss, source, step, state)
     return state.params
 
@@ -83,15 +85,14 @@ def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
 
     source = step_source(schedule, layout.mesh, steps, s.batch.microbatches, given_reference(values, run.data.train))
     train_step = functools.partial(train_step_on(layout, run.models, objective, tx, rate), base=run.base)
-    update = lambda state, reference, batch, shape: train_step(state, reference, batch, slots_of(shape))
     if moves:  # the reference is a part of the state, here and in checkpoints
         tree = {"state": state, "reference": reference}
         parts = lambda tree: (tree["state"], tree["reference"])
-        step = moving_step(s.reference, layout, update, start=max(0, run.done - sft_steps))
+        step = moving_step(s.reference, layout, train_step, start=max(0, run.done - sft_steps))
     else:
         tree = state
         parts = lambda state: (state, reference)
-        step = lambda state, batch, shape: update(state, reference, batch, shape)
+        step = lambda state, batch, shape: train_step(state, reference, batch, shape)
     at: Callable[[Any], dict[str, Any]] | None = None
     if len(run.data.evaluation):
         held_out = _evaluator(run, objective, values)
@@ -148,7 +149,7 @@ def _evaluator(
         if objective.needs_reference and not moves and not source.given:
             source = dataclasses.replace(source, given=held_out_reference(run, reference))
         asked = reference if moves else None
-        step = lambda batch, shape: eval_step(state.params, asked, batch, slots_of(shape), base=run.base)
+        step = lambda batch, shape: eval_step(state.params, asked, batch, shape, base=run.base)
         return evaluate(step, source, layout.mesh, run.data.split.groups) | estimate_kl(state.params, reference)
 
     return held_out

@@ -18,12 +18,13 @@ from dpo_jax.errors import UserError
 from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout, abstract_trained, abstract_whole
 from dpo_jax.parallel.mesh import any_process, from_first, replicated
-from dpo_jax.rows.pipeline import Schedule
+from dpo_jax.rows.batch import REFERENCE_FIELDS
+from dpo_jax.rows.schedule import Schedule
 from dpo_jax.training import checkpoint, reference_cache
-from dpo_jax.training.batches import Given, once_through, slots_of
+from dpo_jax.training.batches import Given, once_through
 from dpo_jax.training.loop import Stopped
 from dpo_jax.training.setup import Run
-from dpo_jax.training.step import REFERENCE_FIELDS, make_logps_step, make_reference_sync
+from dpo_jax.training.step import make_logps_step, make_reference_sync
 from dpo_jax.weights.huggingface import load_weights
 
 MOVING = jnp.dtype("float32")  # of a reference that follows the policy: small changes would be lost in bfloat16
@@ -172,7 +173,7 @@ def _computed(run: Run, params: Params | None, pairs: Pairs) -> Iterator[tuple[n
     layout, batch = run.layout, run.settings.batch
     step = make_logps_step(run.models[1], out_shardings=replicated(layout.mesh), **layout.step_options)
     source = once_through(pairs, batch.size, batch.microbatches, layout)
-    logps = lambda batch, shape: step(params, batch, slots_of(shape), base=run.base)
+    logps = lambda batch, shape: step(params, batch, shape, base=run.base)
     return reference_cache.computed_values(logps, source, layout.mesh)
 
 

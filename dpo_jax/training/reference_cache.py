@@ -19,9 +19,9 @@ from dpo_jax.data.cache.store import PairCache
 from dpo_jax.data.files import fingerprint
 from dpo_jax.disk import digest, whole_file
 from dpo_jax.parallel.watchdog import LONGER, beat
+from dpo_jax.rows.batch import REFERENCE_FIELDS
 from dpo_jax.rows.pipeline import StepSource
 from dpo_jax.training.batches import loaded
-from dpo_jax.training.step import REFERENCE_FIELDS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.report.card import write_card
 from dpo_jax.report.command import write_report
 from dpo_jax.report.runs import EXPORTS, load_run
-from dpo_jax.rows.pipeline import Schedule, make_schedule
+from dpo_jax.rows.schedule import Schedule, make_schedule
 from dpo_jax.sampling import answers
 from dpo_jax.training import checkpoint, inputs
 from dpo_jax.training import workdir as claim

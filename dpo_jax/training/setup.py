@@ -24,15 +24,14 @@ from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout, place_model
 from dpo_jax.model.tuning import check_compiler_options
 from dpo_jax.objective.logps import LogpsFn
-from dpo_jax.objective.objective import Objective, preference_objective
+from dpo_jax.objective.objective import Objective, ld_weights, preference_objective
 from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import replicated
 from dpo_jax.records.writer import MetricsWriter
-from dpo_jax.rows.pipeline import Schedule
+from dpo_jax.rows.schedule import Schedule
 from dpo_jax.sampling import answers, divergence
 from dpo_jax.sampling.choice import Choice
 from dpo_jax.training.about import write_about
-from dpo_jax.training.batches import slots_of
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.optimizer import optimizer, schedule
 from dpo_jax.training.step import make_eval_step, make_train_step
@@ -98,7 +97,7 @@ def make_models(settings: Settings, layout: Layout) -> Models:
     """The policy and the reference as the steps see them."""
     objective = settings.objective
     make = functools.partial(
-        logps_fn, layout, remat=settings.remat, ld_alpha=objective.ld_alpha, log_sum_sq=objective.wpo
+        logps_fn, layout, remat=settings.remat, weights=ld_weights(objective.ld_alpha), log_sum_sq=objective.wpo
     )
     logps = make(balance=objective.balance > 0)
     return logps, make(from_host=True) if layout.reference_offload else logps
@@ -209,12 +208,12 @@ def introduce(run: Run, plan: Schedule, steps: int) -> None:
     say(f"data {s.data.dataset}: {len(run.data.train):,} training pairs, {len(run.data.evaluation):,} held out")
     for part in run.data.report.get("mixture", []):
         say(f"  {part['name']}: {part['weight']:.1%}, {part['epoch']:,} of {part['pairs']:,} pairs an epoch")
-    if isinstance(layout.tiling, Tiling) and not all(layout.uses_kernel(slots_of(s)) for s in plan.shapes):
+    if isinstance(layout.tiling, Tiling) and not all(layout.uses_kernel(s) for s in plan.shapes):
         say(
             f"attention: dense blocks in place of the kernel, as sequences of up to {layout.longest} tokens go beyond "
             f"the model's window of {layout.config.sliding_window}"
         )
-    say(f"rows {shape.rows} x [{shape.prompt} | {shape.chosen} | {shape.rejected}] for {s.batch.size} pairs")
+    say(f"rows {shape.rows} x [{' | '.join(map(str, shape.widths))}] for {s.batch.size} pairs")
     lengths = run.data.train.lengths
     longest, limit = int((lengths[:, 0] + lengths[:, 1:].max(1)).max()), layout.config.max_position_embeddings
     if longest > limit:

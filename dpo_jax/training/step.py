@@ -1,11 +1,10 @@
 """The step: both models' log-probabilities, the loss, its gradient, the update and every metric, in one jit.
 
 The reference is an argument: never in the state, never donated, never differentiated. So is the frozen base of a policy
-of which only adapters are trained. A batch is a tree of arrays
-`[M, B, ...]`: M microbatches (scanned) of B pair rows. Loss and metrics are means over the real pairs of the whole
-batch, whatever the rows, the microbatches and the mesh.
+of which only adapters are trained. A batch has arrays `[M, B, ...]`: M microbatches (scanned) of B rows. Loss and
+metrics are means over the groups of the whole batch, whatever the rows, the microbatches and the mesh.
 
-Shapes: M microbatches, B rows, K pairs in a row, T tokens of a row, N completion tokens of a row.
+Shapes: M microbatches, B rows, K groups in a row, n completions of a group.
 """
 
 import functools
@@ -17,19 +16,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.experts import balance_loss
+from dpo_jax.model.params import Params
 from dpo_jax.model.remat import to_device, to_host
 from dpo_jax.objective.logps import Logps, LogpsFn
 from dpo_jax.objective.objective import Objective
+from dpo_jax.rows.batch import Batch
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.health import SKIPPED
 from dpo_jax.training.optimizer import apply_updates
-
-# A reference that was computed before comes with the batch, float32 `[M, B, K, 2]` each; the second for LD-DPO only.
-REFERENCE_FIELDS = ("ref_logps", "ref_whole")
-
-Params = Any
-Batch = dict[str, jax.Array]
 
 
 @flax.struct.dataclass
@@ -42,24 +37,26 @@ class TrainState:
 
 
 def _reference(
-    logps: LogpsFn, objective: Objective, ref_params: Params | None, micro: Batch, slots: Slots
+    logps: LogpsFn, objective: Objective, ref_params: Params | None, micro: Batch[jax.Array], shape: RowShape
 ) -> Logps | None:
     """The reference's log-probabilities, from the batch if they were computed before."""
     if not objective.needs_reference:
         return None
-    given = [micro.get(name) for name in REFERENCE_FIELDS]
-    return logps(ref_params, micro, slots) if given[0] is None else Logps(given[0], whole=given[1])
+    if micro.ref_logps is not None:
+        return Logps(micro.ref_logps, whole=micro.ref_whole)
+    assert ref_params is not None
+    return logps(ref_params, micro, shape)
 
 
-def _chosen_tokens(batch: Batch) -> jax.Array:
-    """Mean chosen tokens of a pair of the whole batch."""
-    tokens, pairs = jnp.sum(batch["completion_tokens"][..., 0]), jnp.sum(batch["is_pair"])
-    return jnp.maximum(tokens, 1).astype(jnp.float32) / jnp.maximum(pairs, 1)
+def _mean_tokens(batch: Batch[jax.Array]) -> jax.Array:
+    """Mean tokens `[n]` of the completions of a group, over the whole batch; at least one token in all."""
+    tokens = jnp.sum(batch.completion_tokens, axis=tuple(range(batch.completion_tokens.ndim - 1)))
+    return jnp.maximum(tokens, 1).astype(jnp.float32) / jnp.maximum(jnp.sum(batch.is_group), 1)
 
 
-def _summed(values: dict[str, jax.Array], is_pair: jax.Array) -> dict[str, jax.Array]:
-    """Sums over pairs; masked first, so that padding can hold anything finite or not."""
-    return {name: jnp.sum(jnp.where(is_pair, value, 0.0)) for name, value in values.items()}
+def _summed(values: dict[str, jax.Array], is_group: jax.Array) -> dict[str, jax.Array]:
+    """Sums over groups; masked first, so that padding can hold anything finite or not."""
+    return {name: jnp.sum(jnp.where(is_group, value, 0.0)) for name, value in values.items()}
 
 
 def _batch_gradient(
@@ -67,44 +64,44 @@ def _batch_gradient(
     objective: Objective,
     params: Params,
     ref_params: Params | None,
-    batch: Batch,
-    slots: Slots,
+    batch: Batch[jax.Array],
+    shape: RowShape,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """The gradient of the mean loss, in float32, and the mean of every value over the batch's pairs.
+    """The gradient of the mean loss, in float32, and the mean of every value over the batch's groups.
 
     `models` are those of the policy and the reference.
     """
     logps, ref_logps = models
-    count = jnp.maximum(jnp.sum(batch["is_pair"]), 1).astype(jnp.float32)
-    chosen_tokens = _chosen_tokens(batch)
+    count = jnp.maximum(jnp.sum(batch.is_group), 1).astype(jnp.float32)
+    mean_tokens = _mean_tokens(batch)
 
-    def reference_logps(micro: Batch) -> Logps | None:  # constant to the gradient
-        return _reference(ref_logps, objective, ref_params, micro, slots)
+    def reference_logps(micro: Batch[jax.Array]) -> Logps | None:  # constant to the gradient
+        return _reference(ref_logps, objective, ref_params, micro, shape)
 
-    def loss_of(policy: Logps, reference: Logps | None, part: Batch):
-        sums = _summed(objective.values(policy, reference, part, chosen_tokens), part["is_pair"])
+    def loss_of(policy: Logps, reference: Logps | None, part: Batch[jax.Array]):
+        sums = _summed(objective.values(policy, reference, part, mean_tokens), part.is_group)
         loss = sums[objective.loss] / count
         if objective.balance:
             assert policy.balance is not None
             # A microbatch balances its own tokens; the batch's loss is the mean of theirs.
-            uneven = balance_loss(policy.balance) if part["tokens"].ndim == 2 else _balance_sum(policy.balance)
-            loss += objective.balance * uneven / batch["tokens"].shape[0]
-            sums["router_balance"] = uneven * count / batch["tokens"].shape[0]
+            uneven = balance_loss(policy.balance) if part.tokens.ndim == 2 else _balance_sum(policy.balance)
+            loss += objective.balance * uneven / batch.tokens.shape[0]
+            sums["router_balance"] = uneven * count / batch.tokens.shape[0]
         return loss, sums
 
-    def micro_loss(params: Params, micro: Batch):
+    def micro_loss(params: Params, micro: Batch[jax.Array]):
         reference = reference_logps(micro)
-        return loss_of(logps(params, micro, slots), reference, micro)
+        return loss_of(logps(params, micro, shape), reference, micro)
 
-    def along(params: Params, item: tuple[Batch, Logps]):
+    def along(params: Params, item: tuple[Batch[jax.Array], Logps]):
         """A microbatch's log-probabilities along the loss's gradient to them."""
         micro, cotangent = item
-        found = logps(params, micro, slots)
-        return sum(jnp.sum(x * c) for x, c in zip(jax.tree.leaves(found), jax.tree.leaves(cotangent), strict=True)), {}
+        values, cotangents = (jax.tree.leaves(x) for x in (logps(params, micro, shape), cotangent))
+        return sum(jnp.sum(x * c) for x, c in zip(values, cotangents, strict=True)), {}
 
-    if objective.across and batch["tokens"].shape[0] > 1:
-        # The loss compares pairs of all microbatches: first its gradient to all log-probabilities, then theirs.
-        policy, reference = jax.lax.map(lambda micro: (logps(params, micro, slots), reference_logps(micro)), batch)
+    if objective.across and batch.tokens.shape[0] > 1:
+        # The loss compares groups of all microbatches: first its gradient to all log-probabilities, then theirs.
+        policy, reference = jax.lax.map(lambda micro: (logps(params, micro, shape), reference_logps(micro)), batch)
         cotangents, sums = jax.grad(loss_of, has_aux=True)(policy, reference, batch)
         grads, _ = _sum_of_gradients(along, params, (batch, cotangents))
     else:
@@ -156,7 +153,7 @@ def _over(base: Params | None, logps: LogpsFn) -> LogpsFn:
 
     Over a frozen base the adapters are the policy, and `{}`, the base alone, is its reference; a whole tree is itself.
     """
-    return lambda params, micro, slots: logps((base or {}) | params, micro, slots)
+    return lambda params, micro, shape: logps((base or {}) | params, micro, shape)
 
 
 def make_train_step(
@@ -170,32 +167,36 @@ def make_train_step(
     optimizer_offload: bool = False,
     compiler_options: Mapping[str, str] | None = None,
 ):
-    """Build the jitted `train_step(state, ref_params, batch, slots, base=None) -> (state, metrics)`; donates the state.
+    """Build the jitted `train_step(state, ref_params, batch, shape, base=None) -> (state, metrics)`; donates the state.
 
     Args:
-      logps: the model: log-probabilities of a microbatch's pairs.
+      logps: the model: log-probabilities of a microbatch's groups.
       objective: what is minimised.
       tx: the optimiser, clipping included.
       rate: the learning rate by update, to report.
       compute_dtype: master parameters are cast to it once a step, as is a reference that is kept more exactly.
         Gradients are summed over microbatches in float32.
-      reference_logps: the model with the reference's parameters, where they lie elsewhere; None is `logps`.
-      optimizer_offload: the optimiser's state lies in the host's memory.
+      reference_logps: the model with the reference's parameters, where they are kept elsewhere; None is `logps`.
+      optimizer_offload: the optimiser's state is kept in the host's memory.
       compiler_options: XLA's.
 
     Returns:
-      The step; `slots` is static, so it compiles once per row shape. `base` are branches of the parameter tree that are
-      not trained: policy and reference are what lies over it (see `_over`). `metrics` holds float32 scalars: the
+      The step; `shape` is static, so it compiles once per row shape. `base` are branches of the parameter tree that are
+      not trained: policy and reference are what is put over it (see `_over`). `metrics` holds float32 scalars: the
       objective's values as means, `grad_norm` before clipping, `learning_rate`, and `skipped`: 1 where loss or gradient
       are not finite, and the state is the old one.
     """
 
     def train_step(
-        state: TrainState, ref_params: Params | None, batch: Batch, slots: Slots, base: Params | None = None
+        state: TrainState,
+        ref_params: Params | None,
+        batch: Batch[jax.Array],
+        shape: RowShape,
+        base: Params | None = None,
     ):
         params, reference, base = (_cast(x, compute_dtype) for x in (state.params, ref_params, base))
         models = _over(base, logps), _over(base, reference_logps or logps)
-        grads, means = _batch_gradient(models, objective, params, reference, batch, slots)
+        grads, means = _batch_gradient(models, objective, params, reference, batch, shape)
         metrics = means | {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
@@ -211,7 +212,7 @@ def make_train_step(
         return state, metrics | {SKIPPED: 1.0 - finite.astype(jnp.float32)}
 
     options = dict(compiler_options or {})
-    return jax.jit(train_step, donate_argnames="state", static_argnames="slots", compiler_options=options)
+    return jax.jit(train_step, donate_argnames="state", static_argnames="shape", compiler_options=options)
 
 
 def _updated(tx: optax.GradientTransformation, state: TrainState, grads: Params) -> TrainState:
@@ -227,30 +228,36 @@ def make_eval_step(
     out_shardings: Any = None,
     compiler_options: Mapping[str, str] | None = None,
 ):
-    """Build the jitted `eval_step(params, ref_params, batch, slots, base=None)` → all values of the objective by pair.
+    """Build the jitted `eval_step(params, ref_params, batch, shape, base=None)` → all values of the objective by group.
 
     Args:
       logps, objective, compute_dtype, compiler_options: as in `make_train_step`.
       out_shardings: of the values; replicated, so that every process can read them.
 
     Returns:
-      The step: values `[M, B, K]` by name, meaningless where a row has no pair k. Means are the caller's, who knows
-      which pair lies where.
+      The step: values `[M, B, K]` by name, meaningless where a row has no group k. Means are the caller's, who knows
+      which group is where.
     """
 
-    def eval_step(params: Params, ref_params: Params | None, batch: Batch, slots: Slots, base: Params | None = None):
+    def eval_step(
+        params: Params,
+        ref_params: Params | None,
+        batch: Batch[jax.Array],
+        shape: RowShape,
+        base: Params | None = None,
+    ):
         compute_params, reference_params, base = (_cast(x, compute_dtype) for x in (params, ref_params, base))
         over_base = _over(base, logps)
 
-        def one(micro: Batch) -> tuple[Logps, Logps | None]:
-            reference = _reference(over_base, objective, reference_params, micro, slots)
-            return over_base(compute_params, micro, slots), reference
+        def one(micro: Batch[jax.Array]) -> tuple[Logps, Logps | None]:
+            reference = _reference(over_base, objective, reference_params, micro, shape)
+            return over_base(compute_params, micro, shape), reference
 
         policy, reference = jax.lax.map(one, batch)
-        return objective.values(policy, reference, batch, _chosen_tokens(batch))
+        return objective.values(policy, reference, batch, _mean_tokens(batch))
 
     options = dict(compiler_options or {})
-    return jax.jit(eval_step, static_argnames="slots", out_shardings=out_shardings, compiler_options=options)
+    return jax.jit(eval_step, static_argnames="shape", out_shardings=out_shardings, compiler_options=options)
 
 
 def make_logps_step(
@@ -260,18 +267,20 @@ def make_logps_step(
     out_shardings: Any = None,
     compiler_options: Mapping[str, str] | None = None,
 ):
-    """Build the jitted `logps_step(params, batch, slots, base=None)` → what a reference is kept by, `[M, B, K, 2]`.
+    """Build the jitted `logps_step(params, batch, shape, base=None)` → what a reference is kept by, `[M, B, K, n]`.
 
     That is its log-probabilities, and those with every token counted whole where LD-DPO weighs them.
     """
 
-    def logps_step(params: Params, batch: Batch, slots: Slots, base: Params | None = None) -> list[jax.Array]:
+    def logps_step(
+        params: Params, batch: Batch[jax.Array], shape: RowShape, base: Params | None = None
+    ) -> list[jax.Array]:
         params, base = _cast(params, compute_dtype), _cast(base, compute_dtype)
-        found = jax.lax.map(lambda micro: _over(base, logps)(params, micro, slots), batch)
-        return [x for x in (found.logps, found.whole) if x is not None]
+        values = jax.lax.map(lambda micro: _over(base, logps)(params, micro, shape), batch)
+        return [x for x in (values.logps, values.whole) if x is not None]
 
     options = dict(compiler_options or {})
-    return jax.jit(logps_step, static_argnames="slots", out_shardings=out_shardings, compiler_options=options)
+    return jax.jit(logps_step, static_argnames="shape", out_shardings=out_shardings, compiler_options=options)
 
 
 def make_reference_sync(alpha: float, *, shardings: Any = None):
@@ -287,7 +296,7 @@ def make_reference_sync(alpha: float, *, shardings: Any = None):
     return jax.jit(sync, donate_argnames="reference", out_shardings=shardings)
 
 
-def _cast(tree: Params, dtype: Any) -> Params:
+def _cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda p: p.astype(dtype), tree)
 
 

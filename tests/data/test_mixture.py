@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax.data.mixture import Mixture, apportion
-from dpo_jax.rows.pipeline import make_schedule
-from dpo_jax.rows.schedule import Order, RowLimits
-from tests.oracles.oracle import RandomPairs
+from dpo_jax.rows.schedule import make_schedule
+from dpo_jax.rows.shape import Order, RowLimits
+from tests.oracles.oracle import RandomGroups
 
 
 @settings(max_examples=200, deadline=None)
@@ -55,7 +55,7 @@ def test_in_file_order_every_stretch_has_nearly_the_right_proportions():
 
 def test_the_plan_keeps_the_proportions():
     part = np.repeat([0, 1], [300, 60])
-    pairs = RandomPairs(np.random.default_rng(0).integers(1, 40, (360, 3)))
+    pairs = RandomGroups(np.random.default_rng(0).integers(1, 40, (360, 3)))
     schedule = make_schedule(pairs, 16, RowLimits(2), Order(3), Mixture(part, (3.0, 1.0)))
     assert schedule.steps_per_epoch == 240 // 16
     for epoch in (0, 1):

@@ -24,13 +24,13 @@ CHANGED = {
 READER = """
 import dataclasses, json, sys
 import jax, numpy as np
-from dpo_jax.processes import join
+from dpo_jax.parallel.processes import join
 join()
 from dpo_jax.data import prepare as module
-from dpo_jax.data.mixture import Mixture
-from dpo_jax.data.packing import Order, RowLimits
-from dpo_jax.data.pipeline import StepSource, make_schedule
-from dpo_jax.sharding import local_rows, make_mesh, row_shards
+from dpo_jax.parallel.mesh import local_rows, make_mesh, row_shards
+from dpo_jax.rows.pipeline import StepSource
+from dpo_jax.rows.schedule import make_schedule
+from dpo_jax.rows.shape import Order, RowLimits
 from tests.data.test_render import bpe_tokenizer
 
 rows, cache, out = sys.argv[1:]
@@ -47,11 +47,12 @@ class Watched:
     lengths = prepared.train.lengths
     def __len__(self): return len(prepared.train)
     def __getitem__(self, i): reads.append(i); return prepared.train[i]
-source = StepSource(dataclasses.replace(schedule, pairs=Watched()), 2, rows_of, 5)
+source = StepSource(dataclasses.replace(schedule, groups=Watched()), 2, rows_of, 5)
 held = {}
 for step in range(5):
     item = source[step]
-    held |= {f"{step}.{name}": x for name, x in item["arrays"].items()} | {f"{step}.placed": item["info"]["placed"]}
+    arrays = {name: x for name, x in item.batch._asdict().items() if x is not None}
+    held |= {f"{step}.{name}": x for name, x in arrays.items()} | {f"{step}.placed": item.placed}
     held[f"{step}.rows"] = rows_of[schedule.place(step)[0].rows // 2]
 np.savez(f"{out}-{jax.process_index()}.npz", built=np.array(built), reads=np.array(reads), **held)
 """
@@ -84,7 +85,7 @@ def test_processes_load_their_own_rows_and_make_the_batches_of_one(rows, tmp_pat
             order = np.argsort(np.concatenate([held[f"{step}.rows"] for held in several]))
             for held in several:
                 np.testing.assert_array_equal(held[f"{step}.placed"], one[f"{step}.placed"])
-            for name in ("tokens", "segments", "positions", "source", "is_pair", "completion_tokens"):
+            for name in ("tokens", "segments", "positions", "source", "is_group", "completion_tokens"):
                 together = np.concatenate([held[f"{step}.{name}"] for held in several], axis=1)[:, order]
                 np.testing.assert_array_equal(together, one[f"{step}.{name}"])
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
-from dpo_jax.rows.pipeline import build_rows
-from dpo_jax.rows.schedule import RowShape
+from dpo_jax.rows.batch import Batch
+from dpo_jax.rows.build import build_rows
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.weights import huggingface as weights
 from tests import places
 
@@ -26,7 +26,7 @@ TEXTS = [
 ]  # fmt: skip
 # Lengths in tokens (texts are cut or repeated); every sequence is longer than any window of the tests.
 CUTS = ((30, 9, 12), (19, 15, 6), (25, 11, 16))
-SHAPE = RowShape(rows=2, prompt=64, chosen=32, rejected=32, pairs=3)
+SHAPE = RowShape(64, (32, 32), rows=2, places=3)
 PLACED = np.array([[2, 0, -1], [1, -1, -1]])
 
 
@@ -60,10 +60,9 @@ class TextPairs:
         return [np.concatenate([p, x]) for p, *completions in self.ids for x in completions]
 
 
-def batch(pairs: TextPairs) -> tuple[dict[str, jax.Array], Slots]:
+def batch(pairs: TextPairs) -> tuple[Batch[jax.Array], RowShape]:
     """All pairs in two rows: the first row holds two of them."""
-    rows = {k: jnp.asarray(v) for k, v in build_rows(pairs, PLACED, SHAPE).items()}
-    return rows, Slots(SHAPE.prompt, SHAPE.chosen, SHAPE.rejected)
+    return build_rows(pairs, PLACED, SHAPE).map(jnp.asarray), SHAPE
 
 
 def capped(logits, config: ModelConfig):
@@ -78,15 +77,16 @@ def row_logits(params, rows, config, slots, dtype=jnp.float32, remat="none") -> 
     return capped(jnp.einsum("BTD,VD->BTV", hidden, unembedding(params), precision="highest"), config)
 
 
-def sequence_rows(sequences: list[np.ndarray]) -> tuple[dict[str, jax.Array], Slots]:
+def sequence_rows(sequences: list[np.ndarray]) -> tuple[Batch[jax.Array], RowShape]:
     """Plain sequences as rows that are all prompt, padded on the right; of one shape, so that it compiles once."""
     assert len(sequences) <= 2 * len(CUTS)
     sequences = [*sequences, *([np.zeros(0, np.int32)] * (2 * len(CUTS) - len(sequences)))]
     T = 48
     tokens = np.stack([np.pad(x, (0, T - len(x))) for x in sequences]).astype(np.int32)
     real = np.stack([np.arange(T) < len(x) for x in sequences])
-    rows = {"tokens": tokens, "positions": np.where(real, np.arange(T), 0), "segments": real}
-    return {k: jnp.asarray(v, jnp.int32) for k, v in rows.items()}, Slots(T, 0, 0)
+    rows = (jnp.asarray(x, jnp.int32) for x in (tokens, real, np.where(real, np.arange(T), 0)))
+    none = jnp.zeros((len(tokens), 0), jnp.int32)
+    return Batch(*rows, source=none, is_group=none, completion_tokens=none), RowShape(T, (0,))
 
 
 def sequence_logits(params, config: ModelConfig, sequences: list[np.ndarray]) -> list[np.ndarray]:
@@ -96,10 +96,10 @@ def sequence_logits(params, config: ModelConfig, sequences: list[np.ndarray]) ->
     return [x[: len(ids)] for x, ids in zip(found, sequences, strict=False)]
 
 
-def unpacked(per_token, rows, slots: Slots) -> list[np.ndarray]:
+def unpacked(per_token, rows: Batch, slots: RowShape) -> list[np.ndarray]:
     """What rows hold per token, as the unpacked sequences of `TextPairs.sequences`."""
-    per_token, segments = np.asarray(per_token), np.asarray(rows["segments"])
-    slot = np.repeat([0, 1, 2], [slots.prompt, slots.chosen, slots.rejected])
+    per_token, segments = np.asarray(per_token), np.asarray(rows.segments)
+    slot = np.repeat([0, 1, 2], slots.widths)
     found = {}
     for (b, k), pair in np.ndenumerate(PLACED):
         for side in (1, 2):

@@ -10,11 +10,10 @@ import optax
 import pytest
 from flax import linen as nn
 
-from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
 from dpo_jax.model.sharding import axis_rules, param_shardings
-from dpo_jax.objective.logps import pair_logps
+from dpo_jax.objective.logps import group_logps
 from dpo_jax.objective.objective import preference_objective
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.sampling.engine import generate
@@ -92,7 +91,7 @@ def test_a_window_that_no_row_reaches_costs_nothing(window):
     no_window = ModelOptions(dataclasses.replace(config, sliding_window=0, sliding_layers=()))
     plain = jax.make_jaxpr(lambda p: hidden_states(p, rows, slots, no_window)[0])
     same = str(forward(params)).count(" lt ") == str(plain(params)).count(" lt ")
-    assert same is (window > slots.prompt + slots.chosen)
+    assert same is (window > slots.prompt + slots.completions[0])
     # Rows of several pairs have more room than a sequence has tokens.
     known = jax.make_jaxpr(lambda p: hidden_states(p, rows, slots, ModelOptions(config, longest=5))[0])
     assert str(known(params)).count(" lt ") == str(plain(params)).count(" lt ")
@@ -123,7 +122,7 @@ def _loss(params, rows, config, slots, remat="none"):
     """A number that every hidden state matters to; the hidden states, and the load-balancing sums if there are any."""
     model = ModelOptions(config, remat=remat)
     hidden, sums = hidden_states(params, rows, slots, model, balance=config.num_experts > 0)
-    return jnp.sum(jnp.sin(hidden) * (rows["segments"] != 0)[..., None]), (hidden, sums or {})
+    return jnp.sum(jnp.sin(hidden) * (rows.segments != 0)[..., None]), (hidden, sums or {})
 
 
 _grad = jax.jit(jax.grad(_loss, has_aux=True), static_argnums=(2, 3, 4))
@@ -147,13 +146,13 @@ def test_gradients_of_microbatches_add_up(name):
 
     def logps(params, micro, slots):
         hidden, _ = hidden_states(params, micro, slots, ModelOptions(config, remat="dots"))
-        return pair_logps(hidden, micro, unembedding(params), slots=slots, pairs_per_row=3)
+        return group_logps(hidden, micro, unembedding(params), slots)
 
     objective = preference_objective({"sigmoid": 1.0}, beta=0.1)
     step = make_train_step(logps, objective, optax.sgd(1.0), lambda _: 1.0, compute_dtype=jnp.float32)
     updated = []
     for microbatches in (1, 2):
-        batch = {k: v.reshape(microbatches, -1, *v.shape[1:]) for k, v in rows.items()}
+        batch = rows.map(lambda x, m=microbatches: x.reshape(m, -1, *x.shape[1:]))
         state = init_state(jax.tree.map(jnp.copy, params), optax.sgd(1.0))
         updated.append(step(state, reference, batch, slots)[0].params)
     gradients = [jax.tree.map(lambda after, before: np.asarray(after - before), tree, params) for tree in updated]
@@ -171,7 +170,7 @@ def on_one_device(name: str):
         cut = {k: v[:, :, :3] if k == "router" else v[:, :3] for k, v in params["layers"]["mlp"].items()}
         params = params | {"layers": params["layers"] | {"mlp": cut}}
     rows, slots = families.batch(PAIRS)
-    rows = {k: jnp.tile(v, (4, 1)) for k, v in rows.items() if k in ("tokens", "segments", "positions")}
+    rows = rows.map(lambda x: jnp.tile(x, (4,) + (1,) * (x.ndim - 1)))
     return config, params, rows, slots, jax.device_get(_grad(params, rows, config, slots))
 
 
@@ -196,7 +195,7 @@ def test_a_mesh_changes_nothing(name, sizes):
         # Its own jit: the rules are no argument, and what is compiled without them must not be found.
         run = jax.jit(lambda p, rows: jax.grad(_loss, has_aux=True)(p, rows, config, slots))
         found_grads, (found, found_sums) = jax.device_get(run(jax.device_put(params, shardings), rows))
-    real = np.asarray(rows["segments"] != 0)
+    real = np.asarray(rows.segments != 0)
     np.testing.assert_allclose(found[real], hidden[real], atol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found_sums, sums)
     jax.tree.map(lambda a, b: np.testing.assert_array_less(np.linalg.norm(a - b), 1e-4 * np.linalg.norm(b) + 1e-9),
@@ -208,19 +207,18 @@ def test_packed_rows_count_every_real_token_once():
     rows, slots = families.batch(PAIRS)
     sums_of = lambda rows: hidden_states(params, rows, slots, ModelOptions(config), balance=True)[1]
     sums = sums_of(rows)
-    real = int((rows["segments"] != 0).sum())
+    real = int((rows.segments != 0).sum())
     assert sums["tokens"] == real * config.num_hidden_layers
     np.testing.assert_allclose(sums["assigned"].sum(), real * config.num_hidden_layers * config.num_experts_per_tok)
-    parts = [sums_of({k: v[b : b + 1] for k, v in rows.items()}) for b in range(2)]
+    parts = [sums_of(rows.map(lambda x, b=b: x[b : b + 1])) for b in range(2)]
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a + b, c, rtol=1e-5), *parts, sums)
 
 
 def test_a_window_counts_positions():
     """The rejected completion's tokens are columns behind the chosen one's and see the prompt all the same."""
     config, params = golden("mistral_window")
-    rows, _ = families.batch(PAIRS)
-    slots = Slots(families.SHAPE.prompt, families.SHAPE.chosen, families.SHAPE.rejected)
-    wrong = rows | {"positions": jnp.broadcast_to(jnp.arange(slots.total), rows["positions"].shape)}
+    rows, slots = families.batch(PAIRS)
+    wrong = rows._replace(positions=jnp.broadcast_to(jnp.arange(slots.length), rows.positions.shape))
     exact = unpacked(row_logits(params, rows, config, slots), rows, slots)
     columns = unpacked(row_logits(params, wrong, config, slots), rows, slots)
     assert difference(exact[1::2], columns[1::2]) > 0.1

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from dpo_jax.model.experts import balance_loss
 from dpo_jax.model.families import hf_config
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
-from dpo_jax.objective.logps import pair_logps
+from dpo_jax.objective.logps import group_logps
 from dpo_jax.objective.token_logps import LogpOptions
 from dpo_jax.sampling.engine import generate
 from dpo_jax.weights import huggingface as weights
@@ -96,7 +96,7 @@ def dpo_gradient(config, pairs):
         hidden, _ = hidden_states(params, rows, slots, ModelOptions(config, remat="dots"))
         cap, table = config.final_logit_softcapping, unembedding(params)
         options = LogpOptions(16, softcap=cap)
-        logps = pair_logps(hidden, rows, table, slots=slots, pairs_per_row=3, options=options).logps
+        logps = group_logps(hidden, rows, table, slots, options=options).logps
         logps = jnp.stack([logps[places[i]] for i in range(len(pairs))])
         reference = jax.lax.stop_gradient(logps) + noise
         rewards = BETA * (logps - reference)
@@ -179,7 +179,7 @@ def test_load_balancing(name, measured, tmp_path):
         return balance_loss(hidden_states(params, rows, slots, ModelOptions(config), balance=True)[1])
 
     value, grads = loss(params)
-    ids, real = (torch.tensor(np.asarray(rows[k]), dtype=torch.long) for k in ("tokens", "segments"))
+    ids, real = (torch.tensor(np.asarray(x), dtype=torch.long) for x in (rows.tokens, rows.segments))
     out = model(ids, attention_mask=real, output_router_logits=True)
     assert float(value) == pytest.approx(float(out.aux_loss.detach()), abs=1e-5)
     model.zero_grad()

@@ -16,7 +16,6 @@ import pytest
 
 from dpo_jax.config.values import parse_targets
 from dpo_jax.errors import UserError
-from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.forward import init_params
 from dpo_jax.model.lora import Lora, init_adapters, on_model
@@ -26,15 +25,15 @@ from dpo_jax.model.remat import REMAT_POLICIES
 from dpo_jax.objective.objective import preference_objective
 from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import make_mesh, to_global
-from dpo_jax.rows.schedule import RowShape
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.optimizer import optimizer, schedule
 from dpo_jax.training.state import abstract_state, start_state
 from dpo_jax.training.step import make_eval_step, make_train_step
 from tests.oracles import oracle
 from tests.oracles.oracle import CONFIG
 
-SHAPE, SLOTS = RowShape(8, 12, 8, 8, 2), Slots(12, 8, 8)
-PAIRS = oracle.RandomPairs(np.random.default_rng(0).integers(1, 5, (14, 3)))
+SHAPE = RowShape(12, (8, 8), 8, 2)
+PAIRS = oracle.RandomGroups(np.random.default_rng(0).integers(1, 5, (14, 3)))
 PLACED = np.append(np.arange(14), [-1, -1]).reshape(8, 2)
 OBJECTIVE = preference_objective({"sigmoid": 1.0}, beta=0.1)
 RATE = schedule("constant", peak=1e-2, warmup_steps=0, total_steps=10)
@@ -85,7 +84,7 @@ def _run(sizes=(1, 1, 1), adapters=None, reference=None, steps=2, microbatches=1
         batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE, microbatches), layout.mesh, 8 // microbatches)
         metrics = []
         for _ in range(steps):
-            state, values = step(state, reference or {}, batch, SLOTS, base=base)
+            state, values = step(state, reference or {}, batch, SHAPE, base=base)
             metrics.append(jax.device_get(values))
     return state, base, metrics
 
@@ -115,12 +114,11 @@ def test_without_b_the_policy_is_the_base_exactly(dtype):
     layout = _layout(compute_dtype=dtype)
     assert layout.base_dtype == dtype
     logps = jax.jit(logps_fn(layout, remat="none"), static_argnums=2)
-    rows = oracle.rows(PAIRS, PLACED, SHAPE)
-    micro = {k: jnp.asarray(v[0]) for k, v in rows.items()}
+    micro = oracle.rows(PAIRS, PLACED, SHAPE).map(lambda x: jnp.asarray(x[0]))
     cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
     with jax.set_mesh(layout.mesh):
-        found = [logps(cast(_fresh() | x), micro, SLOTS).logps for x in (_adapters(), {})]
-        other = logps(cast(_fresh() | _adapters(b=0.3)), micro, SLOTS).logps
+        found = [logps(cast(_fresh() | x), micro, SHAPE).logps for x in (_adapters(), {})]
+        other = logps(cast(_fresh() | _adapters(b=0.3)), micro, SHAPE).logps
     np.testing.assert_array_equal(*found)
     assert np.abs(np.asarray(other - found[0])).max() > 0.1
 
@@ -142,11 +140,11 @@ def test_gradients_are_the_chain_rule_on_full_fine_tunings():
     """dA = scale · dW·Bᵀ and dB = scale · Aᵀ·dW, where dW is the merged kernel's gradient."""
     adapters, layout = _adapters(b=0.3), _layout()
     logps = logps_fn(layout, remat="full")
-    micro = {k: jnp.asarray(v[0]) for k, v in oracle.rows(PAIRS, PLACED, SHAPE).items()}
+    micro = oracle.rows(PAIRS, PLACED, SHAPE).map(lambda x: jnp.asarray(x[0]))
     weights = np.random.default_rng(3).normal(size=(8, 2, 2)).astype(np.float32)
 
     def loss(params):
-        return jnp.sum(jnp.where(micro["is_pair"][..., None], logps(params, micro, SLOTS).logps, 0) * weights)
+        return jnp.sum(jnp.where(micro.is_group[..., None], logps(params, micro, SHAPE).logps, 0) * weights)
 
     merged = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), _merged(_fresh(), adapters, LORA.scale))
     with jax.set_mesh(layout.mesh):
@@ -220,7 +218,7 @@ def test_evaluation_is_what_a_training_step_reports(one_device):
     with jax.set_mesh(layout.mesh):
         step = make_eval_step(logps_fn(layout, remat="none"), OBJECTIVE, compute_dtype=jnp.float32)
         batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE, 2), layout.mesh, 4)
-        values = step(_adapters(b=0.1), {}, batch, SLOTS, base=_fresh())
+        values = step(_adapters(b=0.1), {}, batch, SHAPE, base=_fresh())
     for name, value in values.items():
         mean = np.asarray(value).reshape(PLACED.shape)[PLACED >= 0].mean()
         assert mean == pytest.approx(float(one_device[2][0][name]), abs=1e-5), name

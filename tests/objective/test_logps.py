@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.forward import ModelOptions, hidden_states, init_params, unembedding
-from dpo_jax.objective.logps import pair_logps, sum_pairs
+from dpo_jax.objective.logps import group_logps, sum_groups
+from dpo_jax.objective.objective import ld_weights
 from dpo_jax.objective.token_logps import LogpOptions, token_logps
-from dpo_jax.rows.schedule import RowShape
+from dpo_jax.rows.shape import RowShape
 from tests.oracles import oracle
 from tests.oracles.oracle import CONFIG
 
@@ -55,11 +55,10 @@ def test_log_sum_sq_comes_along_without_a_gradient():
 def test_ld_dpo_weighs_what_lies_beyond_the_shorter_completion():
     """Token by token, with pairs sharing rows in another order than they are numbered."""
     lengths = np.array([(5, 3, 2), (1, 1, 4), (7, 2, 2), (3, 4, 1)])
-    placed, shape = np.array([[2, 0, -1], [1, 3, -1]]), RowShape(2, 16, 8, 8, 3)
-    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), oracle.rows(oracle.RandomPairs(lengths), placed, shape))
+    placed, shape = np.array([[2, 0, -1], [1, 3, -1]]), RowShape(16, (8, 8), 2, 3)
+    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), oracle.rows(oracle.RandomGroups(lengths), placed, shape))
     tokens = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
-    owner = batch["segments"][:, 16:, None] == jnp.arange(1, 4)[None, None]
-    ours = sum_pairs(jnp.asarray(tokens), None, owner.astype(jnp.float32), batch, chosen=8, ld_alpha=0.3)
+    ours = sum_groups(jnp.asarray(tokens), None, batch, shape, ld_weights(0.3))
     for b, k in np.argwhere(placed >= 0):
         n = lengths[placed[b, k], 1:]
         for side, start in enumerate((0, 8)):
@@ -95,22 +94,21 @@ def test_the_gradient_of_chunks_is_that_of_whole_logits():
 
 
 def _logps(params, pairs, placed, shape, remat):
-    slots = Slots(shape.prompt, shape.chosen, shape.rejected)
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), oracle.rows(pairs, placed, shape))
 
-    @functools.partial(jax.jit, static_argnames="slots")
-    def run(params, batch, slots):
-        hidden, _ = hidden_states(params, batch, slots, ModelOptions(CONFIG, remat=remat))
-        return pair_logps(hidden, batch, unembedding(params), slots=slots, pairs_per_row=placed.shape[1]).logps
+    @functools.partial(jax.jit, static_argnames="shape")
+    def run(params, batch, shape):
+        hidden, _ = hidden_states(params, batch, shape, ModelOptions(CONFIG, remat=remat))
+        return group_logps(hidden, batch, unembedding(params), shape).logps
 
-    return np.asarray(run(params, batch, slots))
+    return np.asarray(run(params, batch, shape))
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
 def test_packed_is_unpacked_and_both_are_the_float64_oracle(params, remat):
-    pairs = oracle.RandomPairs([(5, 3, 2), (1, 1, 4), (7, 2, 2), (3, 4, 1)])
-    packed = _logps(params, pairs, np.array([[2, 0, -1], [1, 3, -1]]), RowShape(2, 16, 8, 8, 3), remat)
-    alone = _logps(params, pairs, np.array([[0], [1], [2], [3]]), RowShape(4, 8, 4, 4, 1), remat)[:, 0]
+    pairs = oracle.RandomGroups([(5, 3, 2), (1, 1, 4), (7, 2, 2), (3, 4, 1)])
+    packed = _logps(params, pairs, np.array([[2, 0, -1], [1, 3, -1]]), RowShape(16, (8, 8), 2, 3), remat)
+    alone = _logps(params, pairs, np.array([[0], [1], [2], [3]]), RowShape(8, (4, 4), 4, 1), remat)[:, 0]
     assert packed[0, 2].tolist() == [0, 0]
     packed = np.stack([packed[0, 1], packed[1, 0], packed[0, 0], packed[1, 1]])
     np.testing.assert_allclose(packed, alone, atol=1e-5, rtol=1e-5)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from dpo_jax.errors import UserError
-from dpo_jax.objective.logps import Logps, sum_pairs
+from dpo_jax.objective.logps import Logps, sum_groups
 from dpo_jax.objective.losses import LOSSES, Scored
-from dpo_jax.objective.objective import DIVERGENCES, preference_objective
+from dpo_jax.objective.objective import DIVERGENCES, ld_weights, preference_objective
 from dpo_jax.objective.table import LOSS_FACTS, needs_reference, parse_loss
+from dpo_jax.rows.batch import Batch
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.step import make_reference_sync
 from tests import places
 
@@ -147,19 +149,26 @@ def _golden_inputs():
     return out, real
 
 
+def _batch(is_group, completion_tokens, segments=None):
+    """Of a batch what objectives read."""
+    is_group, completion_tokens = jnp.asarray(is_group), jnp.asarray(completion_tokens)
+    tokens = jnp.zeros((len(is_group), 0), jnp.int32) if segments is None else segments
+    return Batch(tokens, tokens, tokens, tokens, is_group, completion_tokens)
+
+
 def _ours(case, data):
     """Our loss of a case, its gradient to every policy token `[P, 2, N]`, and the metrics: one pair a row."""
     P, _, width = data["near/policy"].shape
     real = np.arange(width) < data["lengths"][..., None]
-    batch = {"completion_tokens": jnp.asarray(data["lengths"])[:, None], "is_pair": jnp.ones((P, 1), bool)}
-    owner = jnp.asarray(real.reshape(P, 2 * width, 1), jnp.float32)
+    segments, is_group = jnp.asarray(real.reshape(P, 2 * width), jnp.int32), jnp.ones((P, 1), bool)
+    batch = _batch(is_group, data["lengths"][:, None], segments)
     keys = ("f_divergence", "f_alpha", "wpo", "label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau")
     options = {k: case[k] for k in keys if k in case}
     objective = preference_objective(parse_loss(case["loss"]), beta=case["dpo_beta"], **options)
 
     def logps(tokens, squares):
         tokens, squares = (None if x is None else x.reshape(P, 2 * width) for x in (tokens, squares))
-        return sum_pairs(tokens, squares, owner, batch, chosen=width, ld_alpha=case.get("ld_alpha", 1.0))
+        return sum_groups(tokens, squares, batch, RowShape(0, (width, width)), ld_weights(case.get("ld_alpha", 1.0)))
 
     def mean_loss(tokens):
         policy, reference, squares = (
@@ -170,7 +179,7 @@ def _ours(case, data):
             logps(policy, squares if "wpo" in case else None),
             logps(reference, None) if objective.needs_reference else None,
             batch,
-            batch["completion_tokens"][..., 0].mean(),
+            batch.completion_tokens.mean((0, 1)),
         )
         return values["dpo_loss"].mean(), {name: value.mean() for name, value in values.items()}
 
@@ -267,14 +276,15 @@ def test_extreme_log_probabilities_and_empty_places_stay_finite(name, divergence
     """The last place holds no pair: zeros everywhere, which must not reach the gradient."""
     policy = jnp.asarray([[[-1.0, -9e3], [-9e3, -1.0], [-1e-7, -1e-7], [0.0, 0.0]]])
     reference = Logps(jnp.where(policy == 0, 0.0, -50.0))
-    batch = {"is_pair": jnp.asarray([[True, True, True, False]])}
-    batch["completion_tokens"] = jnp.asarray([[[90, 90], [90, 90], [1, 1], [0, 0]]])
+    batch = _batch([[True, True, True, False]], [[[90, 90], [90, 90], [1, 1], [0, 0]]])
     smoothing = {"label_smoothing": 0.1} if name == "exo_pair" else {}
     objective = preference_objective({name: 1.0}, beta=0.5, f_divergence=divergence, **smoothing)
 
     def mean(policy):
-        values = objective.values(Logps(policy), reference if objective.needs_reference else None, batch, 60.0)
-        return jnp.sum(jnp.where(batch["is_pair"], values["dpo_loss"], 0.0)) / 3
+        values = objective.values(
+            Logps(policy), reference if objective.needs_reference else None, batch, jnp.full(2, 60.0)
+        )
+        return jnp.sum(jnp.where(batch.is_group, values["dpo_loss"], 0.0)) / 3
 
     loss, grad = jax.value_and_grad(mean)(policy)
     assert np.isfinite(loss)
@@ -304,8 +314,8 @@ def _reshaped(pairs, shape):
 def test_a_weighted_sum_is_the_sum_and_says_its_parts():
     logps = Logps(jnp.asarray([[[-3.0, -5.0]], [[-2.0, -9.0]]]))
     reference = Logps(jnp.asarray([[[-4.0, -4.0]], [[-3.0, -7.0]]]))
-    batch = {"is_pair": jnp.ones((2, 1), bool), "completion_tokens": jnp.full((2, 1, 2), 3)}
-    said = lambda parts: preference_objective(parts, beta=0.1).values(logps, reference, batch, jnp.asarray(3.0))
+    batch = _batch(np.ones((2, 1), bool), np.full((2, 1, 2), 3))
+    said = lambda parts: preference_objective(parts, beta=0.1).values(logps, reference, batch, jnp.full(2, 3.0))
     both = said(parse_loss("sigmoid:0.5, sft:2"))
     for name in ("sigmoid", "sft"):
         np.testing.assert_array_equal(both[f"loss_{name}"], said({name: 1.0})["dpo_loss"])
@@ -342,13 +352,13 @@ def test_wpo_weighs_pairs_by_the_policy_alone_and_gives_the_weight_no_gradient()
     p, r, squares = -rng.uniform(5, 30, (3, 4, 1, 2))
     n = rng.integers(3, 9, (4, 1, 2))
     weight = np.exp(((p - squares) / n).sum(-1))
-    batch = {"is_pair": jnp.ones((4, 1), bool), "completion_tokens": jnp.asarray(n)}
+    batch = _batch(np.ones((4, 1), bool), n)
     reference = Logps(jnp.asarray(r, jnp.float32))
 
     def losses(p, wpo):
         policy = Logps(p, jnp.asarray(squares, jnp.float32))
         objective = preference_objective({"sigmoid": 1.0, "sft": 0.5}, beta=0.1, wpo=wpo)
-        return objective.values(policy, reference, batch, jnp.asarray(5.0))["dpo_loss"]
+        return objective.values(policy, reference, batch, jnp.full(2, 5.0))["dpo_loss"]
 
     p = jnp.asarray(p, jnp.float32)
     np.testing.assert_allclose(losses(p, True), weight * losses(p, False), rtol=1e-4)

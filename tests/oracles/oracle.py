@@ -3,8 +3,8 @@
 import numpy as np
 
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.rows.pipeline import build_rows
-from dpo_jax.rows.schedule import RowShape
+from dpo_jax.rows.build import build_rows
+from dpo_jax.rows.shape import RowShape
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -79,8 +79,8 @@ def _float64(tree):
     return {k: _float64(v) if isinstance(v, dict) else np.asarray(v, np.float64) for k, v in tree.items()}
 
 
-class RandomPairs:
-    """Random token ids with given lengths: a source of pairs."""
+class RandomGroups:
+    """Random token ids with given lengths `[N, 1+n]`: a source of groups."""
 
     def __init__(self, lengths, vocab=CONFIG.vocab_size, seed=0):
         rng = np.random.default_rng(seed)
@@ -94,7 +94,7 @@ class RandomPairs:
         return self.ids[i]
 
 
-def rows(pairs, placed, shape: RowShape, microbatches=1):
-    """A batch `[M, B, ...]` of placed pairs."""
-    flat = build_rows(pairs, np.asarray(placed), shape)
-    return {k: v.reshape(microbatches, -1, *v.shape[1:]) for k, v in flat.items()}
+def rows(groups, placed, shape: RowShape, microbatches=1):
+    """A batch `[M, B, ...]` of placed groups."""
+    flat = build_rows(groups, np.asarray(placed), shape)
+    return flat.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]))

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import pytest
 
-from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.families import config_from_hf
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.model.placement import abstract_whole, place_model
@@ -14,7 +13,7 @@ from dpo_jax.parallel.tpu import parse_topology, quiet
 from dpo_jax.plan.compile import abstract_batch, experts_share, held_by
 from dpo_jax.plan.draft import Draft, find_model
 from dpo_jax.plan.estimate import least_operations
-from dpo_jax.rows.schedule import RowShape
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.setup import make_layout, make_models
 from dpo_jax.training.step import make_logps_step
 from tests import processes
@@ -38,9 +37,9 @@ def _compile_a_pass():
         out_shardings=replicated(mesh),
         compiler_options=layout.compiler_options,
     )
-    batch = abstract_batch(RowShape(4, 128, 64, 64, 2), layout, 1)
+    batch = abstract_batch(RowShape(128, (64, 64), 4, 2), layout, 1)
     with jax.set_mesh(mesh), quiet():
-        compiled = step.trace(abstract_whole(layout, layout.dtype), batch, Slots(128, 64, 64)).lower().compile()
+        compiled = step.trace(abstract_whole(layout, layout.dtype), batch, RowShape(128, (64, 64))).lower().compile()
     assert compiled.memory_analysis().host_argument_size_in_bytes > 0
 
 

@@ -46,7 +46,6 @@ def _flops(s, values, topology_name):
     from dpo_jax.plan.compile import experts_share, train_step_of
     from dpo_jax.plan.draft import find_model, make_draft
     from dpo_jax.plan.lengths import find_lengths
-    from dpo_jax.training.batches import slots_of
     from tests.oracles import jaxpr_costs
 
     model, lengths = find_model(s.model, seed=s.seed), find_lengths(s, values["lengths"])
@@ -55,7 +54,7 @@ def _flops(s, values, topology_name):
     step, arguments = train_step_of(draft, main)
     with jax.set_mesh(layout.mesh), exact_products(layout.dtype, layout.platform), quiet():
         jaxpr = step.trace(*arguments).jaxpr
-    formula, share = kernel_flops(slots_of(main), layout.tiling), experts_share(layout)
+    formula, share = kernel_flops(main, layout.tiling), experts_share(layout)
     flops = jaxpr_costs.flops(jaxpr, formula, grouped_share=share)
     return flops * sum(part * shape.tokens for shape, part in draft.shares.items()) / main.tokens
 

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.records.length_bias import GROUPS, length_correlation, length_groups
-from dpo_jax.rows.pipeline import make_schedule
-from dpo_jax.rows.schedule import Order, RowLimits
+from dpo_jax.rows.schedule import make_schedule
+from dpo_jax.rows.shape import Order, RowLimits
 from dpo_jax.training.batches import step_source
 from dpo_jax.training.evaluate import evaluate
 from tests.oracles import oracle
 
-PAIRS = oracle.RandomPairs(np.random.default_rng(0).integers(1, 9, (21, 3)))
+PAIRS = oracle.RandomGroups(np.random.default_rng(0).integers(1, 9, (21, 3)))
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 900), st.integers(1, 900)), min_size=1))
@@ -55,7 +55,7 @@ def _evaluate(prefers):
     plan = make_schedule(PAIRS, 6, RowLimits(1), Order(drop_remainder=False))
 
     def eval_step(batch, shape):
-        margin = jnp.asarray(prefers(*jnp.moveaxis(batch["completion_tokens"].astype(jnp.float32), -1, 0)))
+        margin = jnp.asarray(prefers(*jnp.moveaxis(batch.completion_tokens.astype(jnp.float32), -1, 0)))
         return {"accuracy": (margin > 0).astype(jnp.float32), "margin": margin}
 
     return evaluate(eval_step, step_source(plan, mesh, plan.steps_per_epoch, 1), mesh)

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_jax.rows.schedule import Order, RowLimits, choose_ladder, efficiency, plan_epoch
+from dpo_jax.rows.ladder import choose_ladder
+from dpo_jax.rows.schedule import efficiency, schedule_epoch
+from dpo_jax.rows.shape import Order, RowLimits
 
 
 def _lengths(n, seed=0):
@@ -22,7 +24,7 @@ def _lengths(n, seed=0):
 
 def _plan(lengths, batch_size, limits, order=None, epoch=0):
     order = order or Order()
-    return plan_epoch(lengths, batch_size, choose_ladder(lengths, batch_size, limits, order), order, epoch)
+    return schedule_epoch(lengths, batch_size, choose_ladder(lengths, batch_size, limits, order), order, epoch)
 
 
 def _check(plan, lengths, batch_size, multiple, drop_remainder):
@@ -34,7 +36,7 @@ def _check(plan, lengths, batch_size, multiple, drop_remainder):
     assert len(plan.shapes) <= 4
     for i, rows in zip(plan.shape, plan.placed, strict=True):
         shape = plan.shapes[i]
-        assert rows.shape == (shape.rows, shape.pairs)
+        assert rows.shape == (shape.rows, shape.places)
         assert shape.rows % multiple == 0
         assert (rows >= 0).sum() == batch_size or rows is plan.placed[-1] or not drop_remainder
         sums = np.where(rows[..., None] >= 0, lengths[rows], 0).sum(1)
@@ -56,7 +58,7 @@ def test_any_lengths_give_exact_batches(data):
     order = Order(3, shuffle, drop)
     ladder = choose_ladder(lengths, batch_size, limits, order)
     for epoch in (0, 1):
-        plan = plan_epoch(lengths, batch_size, ladder, order, epoch)
+        plan = schedule_epoch(lengths, batch_size, ladder, order, epoch)
         _check(plan, lengths, batch_size, multiple, drop)
         if not shuffle:
             for i, rows in enumerate(plan.placed):
@@ -67,7 +69,7 @@ def test_any_lengths_give_exact_batches(data):
 def test_a_rejected_slot_of_no_width():
     lengths = _lengths(300) * [1, 1, 0]
     plan = _plan(lengths, 16, RowLimits())
-    assert all(s.rejected == 0 for s in plan.shapes)
+    assert all(s.completions[1] == 0 for s in plan.shapes)
     _check(plan, lengths, 16, 1, True)
 
 
@@ -76,7 +78,7 @@ def test_a_plan_is_a_function_of_its_arguments():
     ladder = choose_ladder(lengths, 32, RowLimits(2), Order(5))
     assert ladder == choose_ladder(lengths, 32, RowLimits(2), Order(5))
     once, again, other_epoch, other_seed = (
-        plan_epoch(lengths, 32, ladder, Order(s), e) for s, e in ((5, 2), (5, 2), (5, 3), (6, 2))
+        schedule_epoch(lengths, 32, ladder, Order(s), e) for s, e in ((5, 2), (5, 2), (5, 3), (6, 2))
     )
     same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(a.placed, b.placed, strict=True))
     assert same(once, again)

@@ -15,7 +15,7 @@ from dpo_jax.sampling.divergence import make_divergence, make_on_policy_kl
 from tests.oracles import oracle
 
 CONFIG = dataclasses.replace(oracle.CONFIG, vocab_size=16)
-ANSWERS = oracle.RandomPairs([[3, 2, 5], [1, 7, 1], [6, 4, 4]], vocab=16).ids
+ANSWERS = oracle.RandomGroups([[3, 2, 5], [1, 7, 1], [6, 4, 4]], vocab=16).ids
 
 
 def _fresh(seed):

@@ -144,10 +144,9 @@ def test_rows_carry_what_is_given_of_their_pairs():
     rows_of = {s.rows // 2: np.arange(s.rows // 2) for s in schedule.shapes}
     given = np.random.default_rng(0).normal(size=(len(PAIRS), 2)).astype(np.float32)
     item = StepSource(schedule, 2, rows_of, 3, {"ref_logps": given})[1]
-    placed = item["info"]["placed"]
-    assert item["arrays"]["ref_logps"].dtype == np.float32
-    np.testing.assert_array_equal(item["arrays"]["ref_logps"][placed >= 0], given[placed[placed >= 0]])
-    assert (item["arrays"]["ref_logps"][placed < 0] == 0).all()
+    assert item.batch.ref_logps.dtype == np.float32
+    np.testing.assert_array_equal(item.batch.ref_logps[item.placed >= 0], given[item.placed[item.placed >= 0]])
+    assert (item.batch.ref_logps[item.placed < 0] == 0).all()
 
 
 def test_what_moves_or_is_not_there_cannot_be_kept(tmp_path, capsys):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.forward import init_params
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.model.placement import place_model
@@ -17,7 +16,7 @@ from dpo_jax.model.remat import REMAT_POLICIES
 from dpo_jax.objective.objective import preference_objective
 from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import host_shardings, make_mesh, to_global
-from dpo_jax.rows.schedule import RowShape
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.optimizer import optimizer, schedule
 from dpo_jax.training.state import start_state
 from dpo_jax.training.step import make_train_step
@@ -27,9 +26,8 @@ from tests.oracles import oracle
 CONFIG = dataclasses.replace(
     oracle.CONFIG, vocab_size=64, num_attention_heads=8, num_key_value_heads=2, intermediate_size=32
 )
-SHAPE = RowShape(8, 12, 8, 8, 2)
-SLOTS = Slots(*SHAPE.widths)
-PAIRS = oracle.RandomPairs(np.random.default_rng(0).integers(1, 5, (14, 3)))
+SHAPE = RowShape(12, (8, 8), 8, 2)
+PAIRS = oracle.RandomGroups(np.random.default_rng(0).integers(1, 5, (14, 3)))
 PLACED = np.append(np.arange(14), [-1, -1]).reshape(8, 2)
 RATE = schedule("constant", peak=1e-2, warmup_steps=0, total_steps=10)
 TX = optimizer("adamw", RATE, weight_decay=0.01, max_grad_norm=1.0)
@@ -62,7 +60,7 @@ def _run(sizes=(1, 1, 1), remat="dots", steps=3, microbatches=1, **options):
         batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE, microbatches), mesh, 8 // microbatches)
         metrics = []
         for _ in range(steps):
-            state, m = step(state, reference, batch, SLOTS)
+            state, m = step(state, reference, batch, SHAPE)
             metrics.append(jax.device_get(m))
         return metrics, jax.device_get(state.params), jax.tree.map(lambda x: x.sharding.memory_kind, state.opt_state)
 

@@ -10,22 +10,21 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.forward import ModelOptions, hidden_states, init_params, unembedding
 from dpo_jax.model.sharding import axis_rules, param_shardings
-from dpo_jax.objective.logps import Logps, pair_logps
+from dpo_jax.objective.logps import Logps, group_logps
 from dpo_jax.objective.objective import preference_objective, sft_objective
 from dpo_jax.parallel.mesh import make_mesh, to_global
-from dpo_jax.rows.schedule import RowShape
+from dpo_jax.rows.batch import Batch
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.optimizer import optimizer, schedule
 from dpo_jax.training.state import moment_shardings
 from dpo_jax.training.step import TrainState, init_state, make_eval_step, make_reference_sync, make_train_step
 from tests.oracles import oracle
 from tests.oracles.oracle import CONFIG
 
-SHAPE = RowShape(8, 12, 8, 8, 2)
-SLOTS = Slots(12, 8, 8)
-PAIRS = oracle.RandomPairs(np.random.default_rng(0).integers(1, 5, (14, 3)))
+SHAPE = RowShape(12, (8, 8), 8, 2)
+PAIRS = oracle.RandomGroups(np.random.default_rng(0).integers(1, 5, (14, 3)))
 PLACED = np.append(np.arange(14), [-1, -1]).reshape(8, 2)
 OBJECTIVE = preference_objective({"sigmoid": 1.0}, beta=0.1)
 RATE = schedule("constant", peak=1e-2, warmup_steps=0, total_steps=10)
@@ -46,7 +45,7 @@ def _logps(rules):
     def logps(params, micro, slots):
         with nn.logical_axis_rules(rules):
             hidden, _ = hidden_states(params, micro, slots, ModelOptions(CONFIG, remat="dots"))
-            return pair_logps(hidden, micro, unembedding(params), slots=slots, pairs_per_row=2)
+            return group_logps(hidden, micro, unembedding(params), slots)
 
     return logps
 
@@ -65,7 +64,7 @@ def _run(sizes, microbatches=1, steps=2, objective=OBJECTIVE, devices=None, plac
         batch = to_global(oracle.rows(PAIRS, placed, SHAPE, microbatches), mesh, 8 // microbatches)
         metrics = []
         for _ in range(steps):
-            state, m = step(state, reference, batch, SLOTS)
+            state, m = step(state, reference, batch, SHAPE)
             metrics.append(jax.device_get(m))
         return state, reference, metrics
 
@@ -114,9 +113,9 @@ def test_the_gradient_is_the_oracles_by_finite_differences(one_device):
 
     def loss(params):
         logps = _logps(axis_rules(CONFIG, mesh))
-        policy, ref = (logps(p, batch, SLOTS) for p in (params, reference))
-        values = OBJECTIVE.values(policy, ref, batch, jnp.ones(()))
-        return jnp.sum(jnp.where(batch["is_pair"], values["dpo_loss"], 0.0)) / 14
+        policy, ref = (logps(p, batch, SHAPE) for p in (params, reference))
+        values = OBJECTIVE.values(policy, ref, batch, jnp.ones(2))
+        return jnp.sum(jnp.where(batch.is_group, values["dpo_loss"], 0.0)) / 14
 
     with jax.set_mesh(mesh):
         grads = jax.jit(jax.grad(loss))(params)
@@ -259,12 +258,12 @@ def test_the_reference_survives_donated_steps_and_the_step_is_traced_once_a_shap
         state = init_state(params, TX)
         logps = chex.assert_max_traces(_logps(axis_rules(CONFIG, mesh)), n=4)  # twice a shape: policy and reference
         step = make_train_step(logps, OBJECTIVE, TX, RATE, compute_dtype=jnp.float32)
-        other = RowShape(8, 16, 8, 8, 2)
+        other = RowShape(16, (8, 8), 8, 2)
         for i in range(6):
             shape = SHAPE if i % 2 == 0 else other
             batch = to_global(oracle.rows(PAIRS, PLACED, shape), mesh, 8)
             old = state
-            state, metrics = step(state, reference, batch, Slots(shape.prompt, 8, 8))
+            state, metrics = step(state, reference, batch, shape)
             if i == 0:
                 assert float(metrics["dpo_loss"]) == pytest.approx(np.log(2), abs=1e-6)
                 assert float(metrics["accuracy"]) == 0.0
@@ -288,20 +287,21 @@ def test_an_update_that_is_not_finite_is_not_made_and_the_next_is_as_if_it_had_n
     plain = _logps(axis_rules(CONFIG, mesh))
 
     def logps(params, micro, slots):
-        return plain(params | {"embedding": spoilt(params["embedding"], micro["factor"])}, micro, slots)
+        factor = micro.slots[0, 0, 0]  # a field that this model does not read
+        return plain(params | {"embedding": spoilt(params["embedding"], factor)}, micro._replace(slots=None), slots)
 
     with jax.set_mesh(mesh):
         batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE), mesh, 8)
-        given = jnp.zeros((*batch["is_pair"].shape, 2), jnp.float32)
-        good = batch | {"ref_logps": given, "factor": jnp.ones(1)}
-        wrong = good | ({"ref_logps": given + bad} if where == "the loss" else {"factor": jnp.full(1, bad)})
+        given = jnp.zeros((*batch.is_group.shape, 2), jnp.float32)
+        good = batch._replace(ref_logps=given, slots=jnp.ones(given.shape))
+        wrong = good._replace(**({"ref_logps": given + bad} if where == "the loss" else {"slots": good.slots * bad}))
         step = make_train_step(logps, OBJECTIVE, tx, rate, compute_dtype=jnp.float32)
         outcomes = []
         for given_batches in ([good, good], [good, wrong, wrong, good]):
             state = init_state(_params(0), tx)
             metrics = []
             for one in given_batches:
-                state, m = step(state, None, one, SLOTS)
+                state, m = step(state, None, one, SHAPE)
                 metrics.append(jax.device_get(m))
             outcomes.append((jax.device_get(state), metrics))
     (state, metrics), (after_bad, seen) = outcomes
@@ -315,10 +315,10 @@ def test_an_update_that_is_not_finite_is_not_made_and_the_next_is_as_if_it_had_n
 def test_padding_may_hold_anything(one_device):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     rows = oracle.rows(PAIRS, PLACED, SHAPE)
-    rows["tokens"] = np.where(rows["segments"] == 0, 60, rows["tokens"]).astype(np.int32)
+    rows = rows._replace(tokens=np.where(rows.segments == 0, 60, rows.tokens).astype(np.int32))
     with jax.set_mesh(mesh):
         step = make_train_step(_logps(axis_rules(CONFIG, mesh)), OBJECTIVE, TX, RATE, compute_dtype=jnp.float32)
-        _, metrics = step(init_state(_params(0), TX), _params(1), to_global(rows, mesh, 8), SLOTS)
+        _, metrics = step(init_state(_params(0), TX), _params(1), to_global(rows, mesh, 8), SHAPE)
     _close(jax.device_get(metrics), one_device[2][0], atol=1e-6)
 
 
@@ -328,14 +328,14 @@ def test_evaluation_is_what_a_training_step_reports(objective, trained, request)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         step = make_eval_step(_logps(axis_rules(CONFIG, mesh)), objective, compute_dtype=jnp.float32)
-        values = step(_params(0), _params(1), to_global(oracle.rows(PAIRS, PLACED, SHAPE, 2), mesh, 4), SLOTS)
+        values = step(_params(0), _params(1), to_global(oracle.rows(PAIRS, PLACED, SHAPE, 2), mesh, 4), SHAPE)
     for name, value in values.items():
         mean = np.asarray(value).reshape(PLACED.shape)[PLACED >= 0].mean()
         assert mean == pytest.approx(float(one_device[2][0][name]), abs=1e-5), name
 
 
 def test_swapping_the_completions_negates_the_margin():
-    swapped = oracle.RandomPairs(PAIRS.lengths[:, [0, 2, 1]])
+    swapped = oracle.RandomGroups(PAIRS.lengths[:, [0, 2, 1]])
     swapped.ids = [(p, r, c) for p, c, r in PAIRS.ids]
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -343,7 +343,7 @@ def test_swapping_the_completions_negates_the_margin():
         a, b = (
             jax.tree.map(
                 lambda x: np.asarray(x[0])[PLACED >= 0],
-                step(_params(0), _params(1), to_global(oracle.rows(p, PLACED, SHAPE), mesh, 8), SLOTS),
+                step(_params(0), _params(1), to_global(oracle.rows(p, PLACED, SHAPE), mesh, 8), SHAPE),
             )
             for p in (PAIRS, swapped)
         )
@@ -357,26 +357,28 @@ def test_the_load_balancing_loss_comes_on_top(loss, microbatches):
     """A model of two numbers: log-probabilities are linear in `a`, the experts' mean probabilities in `b`."""
     x = np.random.default_rng(0).normal(size=(microbatches, 4, 2, 2)).astype(np.float32)
     used = np.random.default_rng(1).uniform(size=(microbatches, 3)).astype(np.float32)
-    batch = {
-        "tokens": np.zeros((microbatches, 4, 5), np.int32),
-        "is_pair": np.ones((microbatches, 4, 2), bool),
-        "completion_tokens": np.ones((microbatches, 4, 2, 2), np.int32),
-        "x": x,
-        "used": used,
-        "ref_logps": np.zeros_like(x),
-    }
+    # The two fields that this model reads hold its inputs.
+    batch = Batch(
+        tokens=np.zeros((microbatches, 4, 5), np.int32),
+        segments=x,
+        positions=used,
+        source=np.zeros((microbatches, 4, 0), np.int32),
+        is_group=np.ones((microbatches, 4, 2), bool),
+        completion_tokens=np.ones((microbatches, 4, 2, 2), np.int32),
+        ref_logps=np.zeros_like(x),
+    )
 
     def logps(params, micro, slots):
         share = params["b"] * jnp.arange(1.0, 4.0)
-        balance = {"assigned": micro["used"] * 8, "probability": share * 8, "tokens": jnp.float32(8)}
-        return Logps(params["a"] * micro["x"], balance=balance)
+        balance = {"assigned": micro.positions * 8, "probability": share * 8, "tokens": jnp.float32(8)}
+        return Logps(params["a"] * micro.segments, balance=balance)
 
     def metrics_at(a, b):
         objective = preference_objective({loss: 1.0}, beta=0.1, balance=0.5)
         rate = schedule("constant", peak=1.0, warmup_steps=0, total_steps=1)
         step = make_train_step(logps, objective, optax.sgd(1.0), rate, compute_dtype=jnp.float32)
         params = {"a": jnp.float32(a), "b": jnp.float32(b)}
-        state, metrics = step(init_state(params, optax.sgd(1.0)), None, batch, SLOTS)
+        state, metrics = step(init_state(params, optax.sgd(1.0)), None, batch, SHAPE)
         return metrics, {
             name: params_before - float(state.params[name]) for name, params_before in (("a", a), ("b", b))
         }

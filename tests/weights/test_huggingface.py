@@ -24,11 +24,12 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_jax.errors import UserError
 from dpo_jax.model import tensors
-from dpo_jax.model.attention.dense import Slots
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families import hf_config
 from dpo_jax.model.forward import ModelOptions, hidden_states, init_params, unembedding
 from dpo_jax.parallel.mesh import host_shardings
+from dpo_jax.rows.batch import Batch
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.weights import hub as hub_module
 from dpo_jax.weights import huggingface as weights
 from tests import places
@@ -68,8 +69,9 @@ def logits(params: dict, config: ModelConfig, ids: np.ndarray) -> np.ndarray:
     """Logits `[B, T, V]` of plain sequences: rows that are all prompt."""
     B, T = ids.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    batch = {"tokens": jnp.asarray(ids), "positions": positions, "segments": jnp.ones((B, T), jnp.int32)}
-    forward = jax.jit(lambda p, rows: hidden_states(p, rows, Slots(T, 0, 0), ModelOptions(config))[0])
+    ones, none = jnp.ones((B, T), jnp.int32), jnp.zeros((B, 0), jnp.int32)
+    batch = Batch(jnp.asarray(ids), ones, positions, none, none, none)
+    forward = jax.jit(lambda p, rows: hidden_states(p, rows, RowShape(T, (0,)), ModelOptions(config))[0])
     hidden = forward(params, batch)
     found = np.asarray(jnp.einsum("BTD,VD->BTV", hidden, unembedding(params), precision="highest"))
     cap = config.final_logit_softcapping

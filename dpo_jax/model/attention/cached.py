@@ -6,7 +6,7 @@ Shapes: B rows, Q new tokens of a row, S columns of the cache, H query heads, G 
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.model.attention.dense import attend
+from dpo_jax.model.attention.dense import PLAIN, Scores, attend
 from dpo_jax.model.config import ModelConfig
 
 
@@ -25,8 +25,7 @@ def cached_attention(
     real_BS: jax.Array,
     *,
     window: jax.Array | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scores: Scores = PLAIN,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Causal attention over a key/value cache, for sampling.
 
@@ -36,7 +35,7 @@ def cached_attention(
       where: int32 scalar, the column of the first new token (the same for all rows: prompts are padded on the left).
       real_BS: bool `[B, S]`, False at padding columns.
       window: how many positions a token sees, int32 scalar; padding is on the left, so columns differ as positions do.
-      scale, softcap: as in `dense.pair_row_attention`.
+      scores: how they are made.
 
     Returns:
       `[B, Q, H, E]` and the new cache.
@@ -48,5 +47,5 @@ def cached_attention(
     seen_QS = distance_QS >= 0
     if window is not None:
         seen_QS &= distance_QS < window
-    out = attend(q_BQHE, k_BSGE, v_BSGE, seen_QS[None] & real_BS[:, None, :], scale, softcap)
+    out = attend(q_BQHE, k_BSGE, v_BSGE, seen_QS[None] & real_BS[:, None, :], scores)
     return out, (k_BSGE, v_BSGE)

@@ -1,9 +1,9 @@
-"""Pair-row attention on CPU: in tiles of queries, each of which sees the keys of its own pairs and hardly any other.
+"""Attention of rows on CPU: in tiles of queries, each of which sees the keys of its own groups and hardly any other.
 
-Dense blocks (`attention.pair_row_attention`) compute scores for every key of the row and mask those of other pairs: in
-a row of eight pairs, most of them. Pairs lie behind each other in a slot, so the keys that a tile of queries
-needs are one stretch of the prompt slot and, for completions, one of its own slot. Where they lie is data, their
-width must be static: tiles are sorted by the least of a few pairs of widths that holds both stretches, and each pair
+Dense blocks (`dense.dense_attention`) compute scores for every key of the row and mask those of other groups: in a row
+of eight groups, most of them. Groups follow each other in a slot, so the keys that a tile of queries needs are
+one stretch of the prompt slot and, for completions, one of its own slot. Where they begin is data, their width must be
+static: tiles are sorted by the least of a few combinations of widths that holds both stretches, and each combination
 has a loop over its tiles. Loops whose length is data have no derivative of their own, so the backward pass is written
 out: it makes a tile's scores again, as FlashAttention does (Dao et al. 2022, arXiv 2205.14135).
 
@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.model.attention.dense import MASKED, Slots
+from dpo_jax.model.attention.dense import MASKED, PLAIN, Scores, Window
 from dpo_jax.model.attention.on_mesh import on_own_heads
+from dpo_jax.rows.shape import RowShape
 
-# Queries of a tile: fewer see fewer keys of other pairs, but products get small (64 was fastest of 48 to 256).
+# Queries of a tile: fewer see fewer keys of other groups, but products get small (64 was fastest of 48 to 256).
 TILE = 64
 # Widths in keys that stretches are rounded up to: of the prompt slot for its own tiles; of the prompt slot and of its
 # own for a completion's. Every entry is a loop to compile. They were chosen one after the other, each time the one that
@@ -47,21 +48,21 @@ class Skipping:
 class _Spec:
     """What is static."""
 
-    slots: Slots
+    shape: RowShape
     tile: int
     scale: float
     softcap: float | None
 
     @property
-    def padded(self) -> tuple[int, int, int]:
-        """Widths of the slots, each padded to whole tiles."""
-        widths = (self.slots.prompt, self.slots.chosen, self.slots.rejected)
-        return tuple(-(-w // self.tile) * self.tile for w in widths)  # type: ignore[return-value]
+    def padded(self) -> RowShape:
+        """The row with each slot padded to whole tiles."""
+        prompt, *completions = (-(-w // self.tile) * self.tile for w in self.shape.widths)
+        return RowShape(prompt, tuple(completions))
 
     def pad(self, x: jax.Array, axis: int) -> jax.Array:
         """Slots padded to whole tiles."""
         parts, begin = [], 0
-        for width, wide in zip(dataclasses.astuple(self.slots), self.padded, strict=True):
+        for width, wide in zip(self.shape.widths, self.padded.widths, strict=True):
             part = jax.lax.slice_in_dim(x, begin, begin + width, axis=axis)
             parts.append(jnp.pad(part, [(0, wide - width if i == axis else 0) for i in range(x.ndim)]))
             begin += width
@@ -69,7 +70,7 @@ class _Spec:
 
     def unpad(self, x: jax.Array, axis: int) -> jax.Array:
         parts, begin = [], 0
-        for width, wide in zip(dataclasses.astuple(self.slots), self.padded, strict=True):
+        for width, wide in zip(self.shape.widths, self.padded.widths, strict=True):
             parts.append(jax.lax.slice_in_dim(x, begin, begin + width, axis=axis))
             begin += wide
         return jnp.concatenate(parts, axis)
@@ -77,7 +78,7 @@ class _Spec:
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """Tiles of the prompt slot, or of both completion slots: they differ in the stretches of keys that they see.
+    """Tiles of the prompt slot, or of all completion slots: they differ in the stretches of keys that they see.
 
     Attributes:
       starts, own: int `[N]` of the tiles of one row: first column, and that of its slot.
@@ -97,11 +98,11 @@ class _Kind:
 
 
 def _kinds(spec: _Spec) -> list[_Kind]:
-    P, C, R = spec.padded
-    tiles = lambda begin, width: np.arange(begin, begin + width, spec.tile)
-    prompt = _Kind(tiles(0, P), np.zeros(P // spec.tile, int), (P, 0))
-    own = np.repeat([P, P + C], [C // spec.tile, R // spec.tile])
-    completions = _Kind(tiles(P, C + R), own, (P, max(C, R)))
+    padded = spec.padded
+    P = padded.prompt
+    prompt = _Kind(np.arange(0, P, spec.tile), np.zeros(P // spec.tile, int), (P, 0))
+    own = np.repeat(padded.starts[1:], np.asarray(padded.completions) // spec.tile)
+    completions = _Kind(np.arange(P, padded.length, spec.tile), own, (P, max(padded.completions)))
     return [k for k in (prompt, completions) if len(k.starts)]
 
 
@@ -116,12 +117,12 @@ def _stretch(wanted_BNS: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _stretches(spec: _Spec, kind: _Kind, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where the keys of every tile lie: int `[B, N, 2]` first columns and `[B, N, 2]` sizes, of the prompt's and own.
+    """Where the keys of every tile are: int `[B, N, 2]` first columns and `[B, N, 2]` sizes, of the prompt's and own.
 
-    A stretch holds all columns whose segment lies between the tile's smallest and largest: with pairs in order, those
-    of its pairs; in any order, no fewer. Sizes are 0 for a tile without tokens.
+    A stretch holds all columns whose segment is between the tile's smallest and largest: with groups in order, those
+    of its groups; in any order, no fewer. Sizes are 0 for a tile without tokens.
     """
-    P = spec.padded[0]
+    P = spec.padded.prompt
     in_tile_BNQ = segments_BT[:, kind.starts[:, None] + np.arange(spec.tile)[None]]
     real = in_tile_BNQ != 0
     low = jnp.min(jnp.where(real, in_tile_BNQ, np.iinfo(np.int32).max), -1)[..., None]
@@ -140,7 +141,8 @@ def _schedule(spec: _Spec, kind: _Kind, segments_BT: jax.Array) -> tuple[jax.Arr
 
     Returns:
       int32 `[B*N, 4]`: row, first column, first of the prompt keys, first of the own slot's keys; and int32
-      `[widths + 1]`: where the tiles of each pair of widths begin, and the end. Tiles without tokens lie before them.
+      `[widths + 1]`: where the tiles of each combination of widths begin, and the end. Tiles without tokens come
+      before them.
     """
     firsts_BN2, sizes_BN2 = _stretches(spec, kind, segments_BT)
     B, N, _ = sizes_BN2.shape
@@ -152,9 +154,6 @@ def _schedule(spec: _Spec, kind: _Kind, segments_BT: jax.Array) -> tuple[jax.Arr
     table = jnp.concatenate([jnp.stack([row, np.tile(kind.starts, B)], 1), firsts_BN2.reshape(-1, 2)], 1)
     bounds = jnp.searchsorted(rank[order], jnp.arange(1, len(widths) + 1), side="left")
     return table[order].astype(jnp.int32), bounds.astype(jnp.int32)
-
-
-Window = tuple[jax.Array, jax.Array] | None
 
 
 def _attend(q_GRE: jax.Array, k_GSE: jax.Array, v_GSE: jax.Array, bias_QS: jax.Array, spec: _Spec) -> jax.Array:
@@ -170,10 +169,10 @@ def _attend(q_GRE: jax.Array, k_GSE: jax.Array, v_GSE: jax.Array, bias_QS: jax.A
 
 
 class _Tile:
-    """One tile of the table: where its queries and keys lie, and which it sees."""
+    """One tile of the table: where its queries and keys are, and which it sees."""
 
     def __init__(self, spec: _Spec, widths: tuple[int, int], entry: jax.Array, segments_BT: jax.Array, window: Window):
-        P, T = spec.padded[0], sum(spec.padded)
+        P, T = spec.padded.prompt, spec.padded.length
         row, self.start, in_prompt, in_own = (entry[i] for i in range(4))
         self.row, self.tile = row, spec.tile
         # Moved to the left where the stretch would pass the end; what is not wanted is masked.
@@ -185,9 +184,12 @@ class _Tile:
         of_keys = lambda x_BT: jnp.concatenate([segment(x_BT, *piece) for piece in self.pieces])
         of_queries = lambda x_BT: segment(x_BT, self.start, spec.tile)
         queries_Q = of_queries(segments_BT)
-        # The second piece may reach back over the border of its slot: into the other one's, or the prompt's once more.
+        # The second piece may reach back over the border of its slot: into the one before, or the prompt's once more.
         is_own_S = np.concatenate([np.full(size, is_own) for *_, size, is_own in pieces])
-        begin = jnp.where(is_own_S, jnp.where(self.start < P + spec.padded[1], P, P + spec.padded[1]), 0)
+        own: Any = P
+        for border in spec.padded.borders:
+            own = jnp.where(self.start < border, own, border)
+        begin = jnp.where(is_own_S, own, 0)
         end = jnp.where(is_own_S, T, P)
         seen = (queries_Q[:, None] == of_keys(segments_BT)[None]) & (queries_Q != 0)[:, None]
         seen &= (k_S[None] <= q_Q[:, None]) & ((k_S >= begin) & (k_S < end))[None]
@@ -310,20 +312,19 @@ def tiled_attention(
     k_BTGE: jax.Array,
     v_BTGE: jax.Array,
     segments_BT: jax.Array,
+    shape: RowShape,
     *,
-    slots: Slots,
     skipping: Skipping,
     window: Window = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scores: Scores = PLAIN,
 ) -> jax.Array:
-    """Attention of pair rows; arguments and result as in `attention.pair_row_attention`.
+    """Attention of rows in tiles; arguments and result as in `dense.dense_attention`.
 
     On a mesh every device runs its own rows and heads.
     """
-    scale = float(scale or q_BTHE.shape[-1] ** -0.5)
+    scale = float(scores.scale or q_BTHE.shape[-1] ** -0.5)
     # Rows that are narrower than a tile are not padded to one.
-    tile = min(skipping.tile, -(-max(dataclasses.astuple(slots)) // 8) * 8)
-    spec = _Spec(slots, tile, scale, softcap)
+    tile = min(skipping.tile, -(-max(shape.widths) // 8) * 8)
+    spec = _Spec(RowShape(shape.prompt, shape.completions), tile, scale, scores.softcap)
     local = lambda q, k, v, segments, *window: _tiled(spec, q, k, v, segments, window or None)
     return on_own_heads(local, q_BTHE, k_BTGE, v_BTGE, segments_BT, *(window or ()))

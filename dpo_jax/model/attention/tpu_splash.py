@@ -1,7 +1,7 @@
-"""Pair-row attention by the splash-attention kernel of JAX (Pallas, TPU): in tiles both ways, no scores kept.
+"""Attention of rows by the splash-attention kernel of JAX (Pallas, TPU): in tiles both ways, no scores kept.
 
-The kernel takes a static mask, which tiles it may skip, and segment ids, which tell the pairs of a row apart: the two
-halves of the rule in `attention.py`. On other machines it runs interpreted, slowly, for tests.
+The kernel takes a static mask, which tiles it may skip, and segment ids, which tell the groups of a row apart: the two
+halves of the rule in `dense.py`. On other machines it runs interpreted, slowly, for tests.
 
 Shapes: B rows, T tokens of a row, H query heads, G kv-heads, E head width.
 """
@@ -17,8 +17,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
-from dpo_jax.model.attention.dense import Slots
+from dpo_jax.model.attention.dense import PLAIN, Scores
 from dpo_jax.model.attention.on_mesh import on_own_heads
+from dpo_jax.rows.shape import RowShape
 
 LANES = 128  # tiles are multiples of it
 # What a tile costs beside its scores, in scores: starting it, fetching its keys. A guess; only the order matters.
@@ -38,64 +39,66 @@ class Tiling:
     interpret: bool = False
 
 
-def visible(q: Any, k: Any, slots: Slots) -> Any:
-    """Whether the token in column q may look at column k, pairs apart: the static half of the rule.
+def visible(q: Any, k: Any, shape: RowShape) -> Any:
+    """Whether the token in column q may look at column k, groups apart: the static half of the rule.
 
-    What pads a row to whole tiles counts as the rejected slot.
+    What pads a row to whole tiles counts as the last slot.
     """
-    rejected = slots.prompt + slots.chosen
-    return (k <= q) & ((k < slots.prompt) | (q < rejected) | (k >= rejected))
+    seen: Any = True
+    for border in shape.borders:  # no completion looks at one before it
+        seen &= (q < border) | (k >= border)
+    return (k <= q) & ((k < shape.prompt) | seen)
 
 
-class PairRowMask(masks._ComputableMask):
+class RowMask(masks._ComputableMask):
     """`visible` as a mask that the kernel computes where it needs it; there is no public base class for one."""
 
-    def __init__(self, length: int, slots: Slots):
-        self.slots = slots
-        super().__init__((length, length), lambda q, k: visible(q, k, slots))
+    def __init__(self, length: int, row: RowShape):
+        self.row = row
+        super().__init__((length, length), lambda q, k: visible(q, k, row))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, PairRowMask) and (self.shape, self.slots) == (other.shape, other.slots)
+        return isinstance(other, RowMask) and (self.shape, self.row) == (other.shape, other.row)
 
     def __hash__(self) -> int:
-        return hash((self.shape, self.slots))
+        return hash((self.shape, self.row))
 
 
 @functools.cache
-def tile(slots: Slots, largest: int) -> tuple[int, int]:
+def tile(shape: RowShape, largest: int) -> tuple[int, int]:
     """The side of a tile for rows of these widths, and the length to which rows are padded for it.
 
     The side for which the tiles that are not skipped have the fewest scores, a tile's own cost included.
     """
     sides = range(LANES, max(LANES, largest) + 1, LANES)
-    lengths = {side: -(-slots.total // side) * side for side in sides}
-    cost = {side: tiles_run(slots, side) * (side**2 + TILE_COST) for side in sides}
+    lengths = {side: -(-shape.length // side) * side for side in sides}
+    cost = {side: tiles_run(shape, side) * (side**2 + TILE_COST) for side in sides}
     side = min(sides, key=lambda s: (cost[s], s))
     return side, lengths[side]
 
 
-def tiles_run(slots: Slots, side: int) -> int:
+def tiles_run(shape: RowShape, side: int) -> int:
     """How many tiles of the padded row are not skipped."""
-    n = -(-slots.total // side)
+    n = -(-shape.length // side)
     first = np.arange(n) * side
     last = first + side - 1
     # In columns, visibility changes only at the slots' borders: a tile is seen if any of these corners is.
-    corners_q = np.unique(np.concatenate([first, last, [slots.prompt, slots.prompt + slots.chosen - 1]]))
-    corners_k = np.unique(np.concatenate([first, [0, slots.prompt, slots.prompt + slots.chosen]]))
-    seen = visible(corners_q[:, None], corners_k[None, :], slots)
+    corners_q = np.unique(np.concatenate([first, last, np.asarray(shape.borders, int) - 1]))
+    corners_k = np.unique(np.concatenate([first, shape.starts]))
+    seen = visible(corners_q[:, None], corners_k[None, :], shape)
     tiles = np.zeros((n, n), bool)
     np.logical_or.at(tiles, (np.minimum(corners_q // side, n - 1)[:, None], np.minimum(corners_k // side, n - 1)), seen)
     return int(tiles.sum())
 
 
 @functools.cache
-def _kernel(slots: Slots, heads: int, tiling: Tiling, softcap: float | None) -> Any:
+def _kernel(shape: RowShape, heads: int, tiling: Tiling, softcap: float | None) -> Any:
     """The kernel for one device's heads. Its tables stay NumPy arrays: constants, whatever is traced on whichever mesh.
 
     (The library's own constructor makes them arrays of the default device, and so runs something.)
     """
-    side, length = tile(slots, tiling.largest)
-    mask = masks.MultiHeadMask([PairRowMask(length, slots)] * heads)
+    side, length = tile(shape, tiling.largest)
+    mask = masks.MultiHeadMask([RowMask(length, shape)] * heads)
     forward, mask_function = mask_info.process_mask(mask, (side, side), head_shards=1, q_seq_shards=1)
     backward, _ = mask_info.process_mask_dkv(mask, (side, side), head_shards=1, q_seq_shards=1, shrink_grid=False)
     return kernels.SplashAttentionKernel(
@@ -121,17 +124,17 @@ def _local(
     v_BTGE: jax.Array,
     segments_BT: jax.Array,
     *,
-    slots: Slots,
+    shape: RowShape,
     tiling: Tiling,
     softcap: float | None,
 ) -> jax.Array:
     """The rows and heads of one device."""
-    pad = tile(slots, tiling.largest)[1] - slots.total
+    pad = tile(shape, tiling.largest)[1] - shape.length
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q_BTHE, k_BTGE, v_BTGE))
     segments = jnp.pad(segments_BT, ((0, 0), (0, pad)))
-    kernel = _kernel(slots, q_BTHE.shape[2], tiling, softcap)
+    kernel = _kernel(shape, q_BTHE.shape[2], tiling, softcap)
     out = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(segments, segments))
-    return out.transpose(0, 2, 1, 3)[:, : slots.total]
+    return out.transpose(0, 2, 1, 3)[:, : shape.length]
 
 
 def splash_attention(
@@ -139,17 +142,16 @@ def splash_attention(
     k_BTGE: jax.Array,
     v_BTGE: jax.Array,
     segments_BT: jax.Array,
+    shape: RowShape,
     *,
-    slots: Slots,
     tiling: Tiling,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scores: Scores = PLAIN,
 ) -> jax.Array:
-    """Attention of pair rows by the kernel; arguments and result as in `attention.pair_row_attention`.
+    """Attention of rows by the kernel; arguments and result as in `dense.dense_attention`.
 
     It has no window: one counts positions, the kernel's mask counts columns. On a mesh every device runs its own rows
     and heads. What the backward pass needs of it carries the checkpoint name `attention_out`.
     """
-    q_BTHE = q_BTHE * jnp.asarray(scale or q_BTHE.shape[-1] ** -0.5, q_BTHE.dtype)
-    local = functools.partial(_local, slots=slots, tiling=tiling, softcap=softcap)
+    q_BTHE = q_BTHE * jnp.asarray(scores.scale or q_BTHE.shape[-1] ** -0.5, q_BTHE.dtype)
+    local = functools.partial(_local, shape=shape, tiling=tiling, softcap=scores.softcap)
     return on_own_heads(local, q_BTHE, k_BTGE, v_BTGE, segments_BT)

@@ -13,19 +13,20 @@ from dpo_jax.errors import UserError
 from dpo_jax.model import tuning
 from dpo_jax.model.attention import cpu_tiles as tiles
 from dpo_jax.model.attention.cpu_tiles import Skipping, tiled_attention
-from dpo_jax.model.attention.dense import Slots, pair_row_attention
+from dpo_jax.model.attention.dense import Scores, dense_attention
+from dpo_jax.rows.shape import RowShape
 from tests.model.attention.test_tpu_splash import _inputs, _on_mesh
 
-SLOTS = Slots(120, 56, 72)
+SLOTS = RowShape(120, (56, 72))
 SMALL = Skipping(16)
 
 
 def _rows(lengths, slots):
-    """Segment ids of rows with pairs of these lengths `[rows, pairs, 3]`, behind each other in every slot."""
-    out = np.zeros((len(lengths), slots.total), np.int32)
+    """Segment ids of rows with groups of these lengths `[rows, groups, 1+n]`, behind each other in every slot."""
+    out = np.zeros((len(lengths), slots.length), np.int32)
     for row, pairs in zip(out, lengths, strict=True):
         begin = 0
-        for slot, width in enumerate((slots.prompt, slots.chosen, slots.rejected)):
+        for slot, width in enumerate(slots.widths):
             ids = np.repeat(np.arange(1, len(pairs) + 1), [pair[slot] for pair in pairs])[:width]
             row[begin : begin + len(ids)] = ids
             begin += width
@@ -48,8 +49,8 @@ def _same(inputs, skipping=SMALL, within=1e-5, relative=1e-5, slots=SLOTS, **opt
     """The gradient of padding's own output is no matter: it is masked wherever a loss comes from it."""
     q, k, v, segments, cotangent, *window = inputs
     inputs = (q, k, v, segments, jnp.where((segments != 0)[:, :, None, None], cotangent, 0), *window)
-    ours = _compiled(tiled_attention, skipping=skipping, slots=slots, **options)(*inputs)
-    theirs = _compiled(pair_row_attention, slots=slots, **options)(*inputs)
+    ours = _compiled(tiled_attention, skipping=skipping, shape=slots, **options)(*inputs)
+    theirs = _compiled(dense_attention, shape=slots, **options)(*inputs)
     for name, a, b in zip(("out", "q", "k", "v"), ours, theirs, strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         np.testing.assert_allclose(a, b, atol=within, rtol=relative, err_msg=name)
@@ -58,7 +59,7 @@ def _same(inputs, skipping=SMALL, within=1e-5, relative=1e-5, slots=SLOTS, **opt
 def _random(slots, rows=2, heads=4, kv_heads=2):
     """Queries, keys, values and a cotangent."""
     rng = np.random.default_rng(0)
-    shapes = [(rows, slots.total, n, 32) for n in (heads, kv_heads, kv_heads, heads)]
+    shapes = [(rows, slots.length, n, 32) for n in (heads, kv_heads, kv_heads, heads)]
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
@@ -73,7 +74,7 @@ def _random(slots, rows=2, heads=4, kv_heads=2):
 )
 def test_tiles_are_dense_attention_with_its_gradients(dtype, heads, softcap):
     close = {"within": 1e-5, "relative": 1e-5} if dtype == jnp.float32 else {"within": 2e-3, "relative": 1.6e-2}
-    _same(_inputs(dtype, *heads), softcap=softcap, **close)
+    _same(_inputs(dtype, *heads), scores=Scores(softcap=softcap), **close)
 
 
 pair = st.tuples(st.integers(1, 40), st.integers(1, 20), st.integers(1, 20))
@@ -84,18 +85,20 @@ pair = st.tuples(st.integers(1, 40), st.integers(1, 20), st.integers(1, 20))
 def test_any_pairs_in_a_row_and_any_tile(lengths, tile):
     """Also an empty row, pairs that are longer than a tile, and slots that are full or no multiple of it."""
     q, k, v, cotangent = _random(SLOTS)
-    _same((q, k, v, _rows(lengths, SLOTS), cotangent), Skipping(tile), scale=0.3)
+    _same((q, k, v, _rows(lengths, SLOTS), cotangent), Skipping(tile), scores=Scores(scale=0.3))
 
 
 def test_pairs_in_no_order_are_as_right():
     q, k, v, cotangent = _random(SLOTS)
-    segments = jnp.asarray(np.random.default_rng(1).integers(0, 4, size=(2, SLOTS.total)), jnp.int32)
+    segments = jnp.asarray(np.random.default_rng(1).integers(0, 4, size=(2, SLOTS.length)), jnp.int32)
     _same((q, k, v, segments, cotangent))
 
 
-@pytest.mark.parametrize("slots", [Slots(64, 40, 0), Slots(0, 48, 40), Slots(8, 100, 1)])
+@pytest.mark.parametrize(
+    "slots", [RowShape(64, (40,)), RowShape(64, (40, 0)), RowShape(0, (48, 40)), RowShape(8, (100, 1))]
+)
 def test_slots_that_are_empty_or_shorter_than_a_tile(slots):
-    """Rows of an SFT phase have no rejected slot."""
+    """Also rows of an SFT phase, which have one completion slot."""
     q, k, v, cotangent = _random(slots)
     _same((q, k, v, _rows([[(5, 30, 1), (3, 8, 12)], [(64, 99, 40)]], slots), cotangent), slots=slots)
 
@@ -108,7 +111,7 @@ def test_a_window_counts_positions(size):
         for i in (1, 2):  # both completions go on from the prompt's end
             prompt = np.flatnonzero(row[: SLOTS.prompt] == i)
             out[prompt] = np.arange(len(prompt))
-            for begin, width in ((SLOTS.prompt, SLOTS.chosen), (SLOTS.prompt + SLOTS.chosen, SLOTS.rejected)):
+            for begin, width in zip(SLOTS.starts[1:], SLOTS.completions, strict=True):
                 own = begin + np.flatnonzero(row[begin : begin + width] == i)
                 out[own] = len(prompt) + np.arange(len(own))
     _same((q, k, v, segments, cotangent, jnp.asarray(positions), jnp.int32(size)))
@@ -117,8 +120,8 @@ def test_a_window_counts_positions(size):
 @pytest.mark.parametrize(("sizes", "kv_heads"), [((2, 2, 2), 2), ((1, 4, 2), 1), ((1, 2, 4), 8)])
 def test_every_mesh_runs_its_own_rows_and_heads(sizes, kv_heads):
     inputs = _inputs(jnp.float32, 8, kv_heads, rows=4)
-    options = {"slots": SLOTS}
-    theirs = _compiled(pair_row_attention, **options)(*inputs)
+    options = {"shape": SLOTS}
+    theirs = _compiled(dense_attention, **options)(*inputs)
     attend = functools.partial(tiled_attention, skipping=SMALL, **options)
     with _on_mesh(sizes, kv_heads):
         ours = jax.jit(functools.partial(_pulled, attend))(*inputs)
@@ -128,21 +131,21 @@ def test_every_mesh_runs_its_own_rows_and_heads(sizes, kv_heads):
 
 def test_keys_of_other_pairs_are_not_read():
     """Where they are not a number, what is skipped tells itself from what is masked: 0 times NaN is NaN."""
-    slots, rng = Slots(512, 64, 64), np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, slots.total, 2, 8)), jnp.float32) for _ in range(3))
+    slots, rng = RowShape(512, (64, 64)), np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, slots.length, 2, 8)), jnp.float32) for _ in range(3))
     segments = _rows([[(192, 32, 32), (320, 32, 32)]], slots)  # as wide as stretches are rounded to
-    first_prompt = (segments == 1) & (jnp.arange(slots.total) < slots.prompt)[None]
+    first_prompt = (segments == 1) & (jnp.arange(slots.length) < slots.prompt)[None]
     spoilt = jnp.where(first_prompt[:, :, None, None], jnp.nan, v)
-    options = {"slots": slots, "skipping": Skipping(32)}
+    options = {"shape": slots, "skipping": Skipping(32)}
     out = np.asarray(jax.jit(functools.partial(tiled_attention, **options))(q, k, spoilt, segments))
     second = np.asarray(segments[0]) == 2
     assert np.isfinite(out[0, second]).all()
-    dense = np.asarray(jax.jit(functools.partial(pair_row_attention, slots=slots))(q, k, spoilt, segments))
+    dense = np.asarray(jax.jit(functools.partial(dense_attention, shape=slots))(q, k, spoilt, segments))
     assert np.isnan(dense[0, second]).all()
 
 
 def test_the_widths_hold_every_stretch_and_hardly_more():
-    slots = Slots(1200, 344, 424)
+    slots = RowShape(1200, (344, 424))
     lengths = np.random.default_rng(0).integers((60, 10, 10), (240, 80, 100), size=(8, 3))
     spec = tiles._Spec(slots, 64, 1.0, None)
     segments = spec.pad(_rows([lengths], slots), 1)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.model.attention import dense as attention
-from dpo_jax.model.attention.dense import Slots, pair_row_attention
+from dpo_jax.model.attention.dense import dense_attention
+from dpo_jax.rows.shape import RowShape
 from tests.oracles import oracle
 
 H, G, E = 4, 2, 8
@@ -20,15 +21,15 @@ def _random(rng, *shape):
 def test_a_row_equals_its_unpacked_sequences(block, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     rng = np.random.default_rng(0)
-    slots = Slots(11, 7, 8)
+    slots = RowShape(11, (7, 8))
     # Two pairs and padding in every slot: (prompt, chosen, rejected) lengths (4, 3, 2) and (5, 2, 4).
-    segments = np.zeros(slots.total, np.int32)
+    segments = np.zeros(slots.length, np.int32)
     parts = {1: [(0, 4), (11, 3), (18, 2)], 2: [(4, 5), (14, 2), (20, 4)]}
     for k, places in parts.items():
         for a, n in places:
             segments[a : a + n] = k
     q, k, v = _random(rng, 1, 26, H, E), _random(rng, 1, 26, G, E), _random(rng, 1, 26, G, E)
-    out = np.asarray(pair_row_attention(q, k, v, jnp.asarray(segments[None]), slots=slots))[0]
+    out = np.asarray(dense_attention(q, k, v, jnp.asarray(segments[None]), shape=slots))[0]
     assert np.isfinite(out).all()
     for (pa, pn), (ca, cn), (ra, rn) in parts.values():
         for a, n in ((ca, cn), (ra, rn)):
@@ -39,11 +40,11 @@ def test_a_row_equals_its_unpacked_sequences(block, monkeypatch):
 
 def test_no_token_sees_another_pair_the_other_completion_or_the_future():
     """Through gradients: which inputs change an output is what the output can see."""
-    slots = Slots(6, 4, 4)
+    slots = RowShape(6, (4, 4))
     segments = jnp.asarray([[1, 1, 2, 2, 2, 0, 1, 2, 2, 0, 1, 1, 2, 0]], jnp.int32)
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(_random(rng, 1, 14, n, E)) for n in (H, G, G))
-    seen = jax.jacobian(lambda v: pair_row_attention(q, k, v, segments, slots=slots)[0].sum((1, 2)))(v)
+    seen = jax.jacobian(lambda v: dense_attention(q, k, v, segments, shape=slots)[0].sum((1, 2)))(v)
     reached = np.abs(np.asarray(seen)[:, 0]).sum((2, 3)) > 0
     slot = np.repeat([0, 1, 2], [6, 4, 4])
     s = np.asarray(segments[0])
@@ -53,10 +54,11 @@ def test_no_token_sees_another_pair_the_other_completion_or_the_future():
             assert reached[i, j] == allowed, (i, j)
 
 
-def test_an_empty_slot_changes_nothing():
+@pytest.mark.parametrize("shape", [RowShape(5, (4,)), RowShape(5, (4, 0))])
+def test_one_completion_and_an_empty_slot(shape):
     rng = np.random.default_rng(2)
     q, k, v = _random(rng, 2, 9, H, E), _random(rng, 2, 9, G, E), _random(rng, 2, 9, G, E)
     segments = jnp.ones((2, 9), jnp.int32)
-    alone = pair_row_attention(q, k, v, segments, slots=Slots(5, 4, 0))
+    alone = dense_attention(q, k, v, segments, shape=shape)
     expected = [oracle.attend(*(x[b].astype(np.float64) for x in (q, k, v))) for b in range(2)]
     np.testing.assert_allclose(alone, expected, atol=2e-6)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.model.attention.dense import Slots, pair_row_attention
+from dpo_jax.model.attention.dense import Scores, dense_attention
 from dpo_jax.model.attention.tpu_splash import (
     Tiling,
     splash_attention,
@@ -18,17 +18,18 @@ from dpo_jax.model.attention.tpu_splash import (
     visible,
 )
 from dpo_jax.parallel.mesh import make_mesh
+from dpo_jax.rows.shape import RowShape
 
 TILING = Tiling(256, interpret=True)
-SLOTS = Slots(120, 56, 72)  # 248 tokens: padded to whole tiles
+SLOTS = RowShape(120, (56, 72))  # 248 tokens: padded to whole tiles
 
 
 def _segments(rng, rows, slots):
     """Two pairs and padding in every slot."""
-    out = np.zeros((rows, slots.total), np.int32)
+    out = np.zeros((rows, slots.length), np.int32)
     for row in out:
         start = 0
-        for width in (slots.prompt, slots.chosen, slots.rejected):
+        for width in slots.widths:
             first, end = np.sort(rng.choice(np.arange(1, width), 2, replace=False))
             row[start : start + first], row[start + first : start + end] = 1, 2
             start += width
@@ -39,7 +40,7 @@ def _inputs(dtype, heads=4, kv_heads=2, rows=2, width=32, slots=SLOTS):
     rng = np.random.default_rng(0)
     # As large as a trained model's: one spacing of bfloat16 is then 2e-3 or less.
     q, k, v, out = (
-        jnp.asarray(size * rng.normal(size=(rows, slots.total, n, width)), dtype)
+        jnp.asarray(size * rng.normal(size=(rows, slots.length, n, width)), dtype)
         for n, size in ((heads, 1.0), (kv_heads, 1.0), (kv_heads, 0.1), (heads, 0.1))
     )
     segments = jnp.asarray(_segments(rng, rows, slots))
@@ -66,18 +67,18 @@ def _value_and_gradients(attend, q, k, v, segments, cotangent):
 @pytest.mark.parametrize("heads", [(4, 2), (4, 4), (4, 1)])
 def test_the_kernel_is_dense_attention_with_its_gradients(dtype, within, softcap, heads):
     inputs = _inputs(dtype, *heads)
-    options = {"slots": SLOTS, "softcap": softcap}
+    options = {"shape": SLOTS, "scores": Scores(softcap=softcap)}
     ours = _value_and_gradients(functools.partial(splash_attention, tiling=TILING, **options), *inputs)
-    theirs = _value_and_gradients(functools.partial(pair_row_attention, **options), *inputs)
+    theirs = _value_and_gradients(functools.partial(dense_attention, **options), *inputs)
     for name, a, b in zip(("out", "q", "k", "v"), ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=within, rtol=within if dtype == jnp.float32 else 8e-3, err_msg=name)
 
 
 def test_scale_is_what_scores_are_multiplied_by():
     q, k, v, segments, _ = _inputs(jnp.float32)
-    options = {"slots": SLOTS, "scale": 0.05}
+    options = {"shape": SLOTS, "scores": Scores(scale=0.05)}
     ours = splash_attention(q, k, v, segments, tiling=TILING, **options)
-    theirs = pair_row_attention(q, k, v, segments, **options)
+    theirs = dense_attention(q, k, v, segments, **options)
     real = np.asarray(segments) != 0
     np.testing.assert_allclose(np.asarray(ours)[real], np.asarray(theirs)[real], atol=1e-5)
 
@@ -89,7 +90,7 @@ def test_scale_is_what_scores_are_multiplied_by():
 def test_every_mesh_runs_its_own_rows_and_heads(sizes, kv_heads):
     """Also where there are fewer kv-heads than tensor shards: then each takes those of its query heads."""
     inputs = _inputs(jnp.float32, 8, kv_heads, rows=4)
-    attend = functools.partial(splash_attention, tiling=TILING, slots=SLOTS)
+    attend = functools.partial(splash_attention, tiling=TILING, shape=SLOTS)
     alone = _value_and_gradients(attend, *inputs)
     with _on_mesh(sizes, kv_heads):
         spread = _value_and_gradients(jax.jit(attend), *inputs)
@@ -97,19 +98,22 @@ def test_every_mesh_runs_its_own_rows_and_heads(sizes, kv_heads):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("slots", [Slots(120, 56, 72), Slots(500, 300, 200), Slots(640, 256, 384), Slots(700, 300, 0)])
+WIDTHS = [(120, 56, 72), (500, 300, 200), (640, 256, 384), (700, 300, 0), (700, 300), (300, 200, 90, 7, 140, 0, 33)]
+
+
+@pytest.mark.parametrize("slots", [RowShape(prompt, tuple(rest)) for prompt, *rest in WIDTHS])
 @pytest.mark.parametrize("side", [128, 256, 512])
 def test_tiles_that_run_are_those_with_anything_visible(slots, side):
-    n = -(-slots.total // side)
+    n = -(-slots.length // side)
     columns = np.arange(n * side)
     seen = visible(columns[:, None], columns[None, :], slots).reshape(n, side, n, side).any((1, 3))
     assert tiles_run(slots, side) == seen.sum()
 
 
 def test_the_chosen_tile_is_the_cheapest_and_rows_are_padded_to_it():
-    side, length = tile(Slots(1216, 352, 432), 1024)
+    side, length = tile(RowShape(1216, (352, 432)), 1024)
     assert side % 128 == 0
     assert side <= 1024
     assert length % side == 0
     assert length - side < 2000 <= length
-    assert tile(Slots(64, 24, 24), 1024) == (128, 128)
+    assert tile(RowShape(64, (24, 24)), 1024) == (128, 128)

@@ -1,0 +1,74 @@
+"""The arrays of a batch, spelled in one place: NumPy as they are built, jax.Array where they are computed with.
+
+Shapes: M microbatches, B rows of a microbatch, K groups in a row, n completions of a group, T tokens of a row, N
+completion tokens of a row.
+"""
+
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from dpo_jax.rows.shape import RowShape
+
+A = TypeVar("A")
+X = TypeVar("X")
+
+
+class Batch(NamedTuple, Generic[A]):
+    """A whole batch has a leading axis of microbatches, `[M, B, ...]`; one microbatch has not.
+
+    Attributes:
+      tokens: int32 `[B, T]`.
+      segments: int32 `[B, T]`, the group's number in the row from 1; 0 is padding.
+      positions: int32 `[B, T]`; all completions of a group continue from their prompt's length.
+      source: int32 `[B, N]`: the column whose hidden state predicts completion token n (the prompt's last token for a
+        first token, else the token before).
+      is_group: bool `[B, K]`: whether the row has a group k.
+      completion_tokens: int32 `[B, K, n]`, the completions' lengths.
+      slots: int32 `[B, K, n]`, the slot of each completion; None: completion j is in slot j.
+      ref_logps: float32 `[B, K, n]`, the reference's log-probabilities where they were computed before.
+      ref_whole: as `ref_logps` with every token counted whole, for LD-DPO.
+    """
+
+    tokens: A
+    segments: A
+    positions: A
+    source: A
+    is_group: A
+    completion_tokens: A
+    slots: A | None = None
+    ref_logps: A | None = None
+    ref_whole: A | None = None
+
+    def map(self, fn: Callable[[A], "X"]) -> "Batch[X]":
+        """The same of every array that is there."""
+        return Batch(*(None if x is None else fn(x) for x in self))  # type: ignore[arg-type]
+
+
+# What a reference is kept by; of LD-DPO both, else the first.
+REFERENCE_FIELDS = ("ref_logps", "ref_whole")
+
+
+class ArraySpec(NamedTuple):
+    """Shape and dtype of an array."""
+
+    shape: tuple[int, ...]
+    dtype: type
+
+
+def batch_spec(shape: RowShape, lead: tuple[int, ...], given: int = 0) -> Batch[ArraySpec]:
+    """The arrays of `[*lead]` rows of this shape, with `given` of `REFERENCE_FIELDS`."""
+    groups = (*lead, shape.places)
+    of_tokens, of_completions = ArraySpec((*lead, shape.length), np.int32), ArraySpec((*groups, shape.n), np.int32)
+    reference = dict.fromkeys(REFERENCE_FIELDS[:given], ArraySpec(of_completions.shape, np.float32))
+    return Batch(
+        tokens=of_tokens,
+        segments=of_tokens,
+        positions=of_tokens,
+        source=ArraySpec((*lead, shape.targets), np.int32),
+        is_group=ArraySpec(groups, np.bool_),
+        completion_tokens=of_completions,
+        slots=of_completions if shape.n > 2 else None,
+        **reference,
+    )
