@@ -8,7 +8,7 @@ import pytest
 
 from configs import common, hhh
 from dpo_jax.config.settings import read_settings
-from dpo_jax.rows.schedule import Order
+from dpo_jax.rows.shape import Order
 
 CHANGED = {
     "seed": 3,
