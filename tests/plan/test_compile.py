@@ -13,7 +13,9 @@ from dpo_jax.parallel.tpu import parse_topology, quiet
 from dpo_jax.plan.compile import abstract_batch, experts_share, held_by
 from dpo_jax.plan.draft import Draft, find_model
 from dpo_jax.plan.estimate import least_operations
-from dpo_jax.rows.shape import RowShape
+from dpo_jax.plan.lengths import find_lengths
+from dpo_jax.rows.schedule import make_schedule
+from dpo_jax.rows.shape import Order, RowLimits, RowShape
 from dpo_jax.training.setup import make_layout, make_models
 from dpo_jax.training.step import make_logps_step
 from tests import processes
@@ -87,3 +89,18 @@ def test_a_device_has_its_share_of_the_experts_rows(experts, tensor, share):
     mesh = make_mesh(1, 8 // tensor, tensor)
     layout = place_model(config, mesh, LayoutOptions(compute_dtype="float32"))
     assert experts_share(layout) == share
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_batches_of_groups_of_any_size(n):
+    """Lengths are drawn, rows are chosen and a batch is spelled out for n completions, as for pairs."""
+    lengths = find_lengths(settings(), completions=n)
+    schedule = make_schedule(lengths, 32, RowLimits(row_multiple=4, width_multiple=16), Order())
+    layout = _draft().layout
+    for shape in schedule.epoch(0).shapes:
+        batch = abstract_batch(shape, layout, microbatches=2, given=1)
+        M, B, K, T = 2, shape.rows // 2, shape.places, shape.length
+        assert (shape.n, batch.tokens.shape) == (n, (M, B, T))
+        assert batch.completion_tokens.shape == batch.ref_logps.shape == (M, B, K, n)
+        assert batch.source.shape == (M, B, T - shape.prompt)
+        assert batch.ref_whole is None
