@@ -16,9 +16,11 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 
 # Weights are gathered, and gradients scattered, whole and beside products that do not need them. Compiled for an 8B
@@ -36,7 +38,7 @@ OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """One generation of chips; numbers are per JAX device (TPU7x: two devices a chip).
+    """One generation of chips (`tpu.json`); numbers are per JAX device (TPU7x: half a chip).
 
     Attributes:
       name: as topologies name it.
@@ -45,7 +47,7 @@ class Generation:
       counted: what the number in an accelerator type counts per chip: 1 chips, 2 cores.
       devices: JAX devices per chip.
       peak_flops: bfloat16 operations per second.
-      hbm_bytes: that a program may use.
+      hbm_gib: GiB that a program may use.
       hbm_bandwidth: bytes per second.
       link_bandwidth: bytes per second over one link to a neighbour, one way.
       torus: an axis of a slice is closed to a ring if its length divides by this; of a slice of three axes all or none
@@ -53,54 +55,38 @@ class Generation:
       dcn_bandwidth: bytes per second to other slices, one way.
       host_bandwidth: bytes per second between HBM and the host's memory, one way.
       largest_tile: of attention's kernel, see `tpu_splash.Tiling`.
-      compiler_options: XLA's, for every step.
       shapes: slices that are offered.
+      compiler_options: XLA's, for every step.
     """
 
     name: str
-    kinds: tuple[str, ...]
-    cloud: tuple[str, ...]
+    kinds: Sequence[str]
+    cloud: Sequence[str]
     counted: int
     devices: int
     peak_flops: float
-    hbm_bytes: float
+    hbm_gib: float
     hbm_bandwidth: float
     link_bandwidth: float
     torus: int
     dcn_bandwidth: float
     host_bandwidth: float
     largest_tile: int
+    shapes: Sequence[str]
     compiler_options: Mapping[str, str]
-    shapes: tuple[str, ...]
+
+    @property
+    def hbm_bytes(self) -> float:
+        return self.hbm_gib * GIB
 
 
 GIB = 2.0**30
 # Read when the compiler is loaded: no TPU is looked for, and other programs on this machine may do the same.
 COMPILING_ONLY = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-_FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
-_CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
-
 GENERATIONS = {
-    g.name: g
-    for g in (
-        Generation(
-            "v5e", ("TPU v5 lite", "TPU v5e"), ("v5litepod", "v5e"), 1, 1, 197e12, 15.75 * GIB, 819e9, 50e9, 16,
-            3.125e9, 16e9, 512, OPTIONS, tuple(_FLAT.split()),
-        ),
-        Generation(
-            "v5p", ("TPU v5", "TPU v5p"), ("v5p",), 2, 1, 459e12, 95.74 * GIB, 2765e9, 100e9, 4, 6.25e9,
-            16e9, 1024, OPTIONS, tuple(_CUBES.split()),
-        ),
-        Generation(
-            "v6e", ("TPU v6 lite", "TPU v6e"), ("v6e",), 1, 1, 918e12, 31.25 * GIB, 1640e9, 100e9, 16, 12.5e9,
-            32e9, 1024, OPTIONS, tuple(_FLAT.split()),
-        ),
-        Generation(
-            "tpu7x", ("TPU7x",), ("tpu7x", "v7x"), 2, 2, 2307e12 / 2, 94.75 * GIB, 7380e9 / 2, 100e9 / 2, 4, 12.5e9 / 2,
-            32e9, 1024, OPTIONS, tuple(_CUBES.split()),
-        ),
-    )
-}  # fmt: skip
+    name: Generation(name, **facts, compiler_options=OPTIONS)
+    for name, facts in read_json(Path(__file__).with_suffix(".json")).items()
+}
 
 
 @dataclasses.dataclass(frozen=True)

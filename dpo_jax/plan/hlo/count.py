@@ -5,6 +5,7 @@ loop runs, and kernels are counted by the caller's formula. All numbers are thos
 """
 
 import dataclasses
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -77,17 +78,15 @@ class Costs:
 KernelFlops = Callable[[KernelCall], float | None]
 
 
-def estimated_flops(call: KernelCall) -> float | None:
-    """What the kernel's author states."""
-    return call.cost_estimate
-
-
-def count_costs(text: str, kernel_flops: KernelFlops = estimated_flops, *, once: bool = False) -> Costs:
+def count_costs(
+    text: str, kernel_flops: KernelFlops = operator.attrgetter("cost_estimate"), *, once: bool = False
+) -> Costs:
     """Count what a compiled program does on one device.
 
     Args:
       text: `compiled.as_text()`: optimized, partitioned HLO.
-      kernel_flops: FLOPs of one run of a custom call on one device; None if it is not known.
+      kernel_flops: FLOPs of one run of a custom call on one device, None if they are not known; left out: what the
+        kernel's author states.
       once: count the bodies of loops once, as `cost_analysis()` does.
 
     Raises:
