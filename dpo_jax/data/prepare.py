@@ -5,9 +5,11 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from dpo_jax.data.cache.fingerprint import identity
 from dpo_jax.data.cache.shared import open_or_build
@@ -103,11 +105,18 @@ def prepare(
     )
     decides = identity(found, renderer, request.drop_ties, Path(__file__))
     total = sum(file["bytes"] or 0 for source in decides["sources"] for file in source["files"])
-    reader = _Reader(progress, total, collections.Counter(), quarantine)
+    so_far = np.zeros(3, np.int64)  # bytes, rows, pairs
+
+    def tell(*more: int) -> None:
+        so_far[:] += more
+        if progress is not None and more[1]:
+            read, rows, kept = so_far.tolist()
+            progress(Reading(min(read, total), total, rows, kept))
+
     cache, built = open_or_build(
         request.cache_dir,
         decides,
-        lambda path: _produce(found.sources, renderer, request.drop_ties, path, reader),
+        lambda path: _produce(found.sources, renderer, request.drop_ties, path, quarantine, tell),
     )
     written = _copy_quarantine(cache, quarantine)
     _refuse_bad(cache.manifest["sources"], request.max_bad_fraction, written)
@@ -121,110 +130,101 @@ def prepare(
 
 
 def _produce(
-    sources: tuple[Source, ...], renderer: Renderer, drop_ties: bool, path: Path, reader: "_Reader"
+    sources: tuple[Source, ...],
+    renderer: Renderer,
+    drop_ties: bool,
+    bad_rows: Path,
+    quarantine: Path | None,
+    tell: Callable[[int, int, int], None],
 ) -> Generator[Pair, None, dict[str, Any]]:
-    """Yields the pairs of all sources; returns the manifest's entries: what was read, kept, dropped and truncated."""
+    """Yields the pairs of all sources; returns the manifest's entries: what was read, kept, dropped and truncated.
+
+    Bad rows go to the file `bad_rows`, and to `quarantine` too where reading stops at once. `tell` is given the bytes,
+    rows and pairs that are new since its last call.
+    """
     names = list(dict.fromkeys(source.name for source in sources))
     entries: list[dict[str, Any]] = []
     start = 0
-    with open(path, "w") as bad_rows:
+    with open(bad_rows, "w") as file:
         for source in sources:
-            tally = {key: collections.Counter() for key in ("rows", "dropped", "truncated")}  # type: ignore[var-annotated]
-            examples: dict[str, str] = {}
-            for batch in reader.batches(source):
-                for pair in _batch_pairs(batch, source, renderer, drop_ties, _Notes(tally, examples, bad_rows)):
+            tally = _Tally(source, file)
+            rows = itertools.chain.from_iterable(read_rows(path, lambda n: tell(n, 0, 0)) for path in source.files)
+            while batch := list(itertools.islice(rows, _BATCH)):
+                kept = tally.kept
+                for pair in _batch_pairs(batch, renderer, drop_ties, tally):
                     yield pair._replace(source=names.index(source.name))
-                _refuse_wrong_columns(tally, examples, bad_rows, reader.quarantine, ended=False)
-                reader.tell(tally["rows"])
-            _refuse_wrong_columns(tally, examples, bad_rows, reader.quarantine, ended=True)
-            reader.rows.update(tally["rows"])
-            rows, kept = tally["rows"], tally["rows"]["kept"]
-            entries.append(
-                {
-                    "name": source.name,
-                    "split": source.split,
-                    "files": list(source.files),
-                    "read": rows["read"],
-                    "kept": kept,
-                    "dropped": dict(tally["dropped"].most_common()),
-                    "truncated": {part: tally["truncated"][part] for part in PARTS},
-                    "boundary_moved": rows["boundary_moved"],
-                    "examples": examples,
-                    "start": start,
-                    "stop": start + kept,
-                }
-            )
-            start += kept
+                tell(0, len(batch), tally.kept - kept)
+                if tally.read >= _PLAINLY:
+                    _refuse_wrong_columns(tally, quarantine)
+            _refuse_wrong_columns(tally, quarantine)
+            entries.append(tally.entry(start))
+            start += tally.kept
     return {"sources": entries, "source_names": names}
 
 
-@dataclass(frozen=True)
-class _Notes:
-    """Where one source's rows are counted, its bad ones written, and the first bad one of each reason kept."""
+@dataclass
+class _Tally:
+    """What becomes of one source's rows: counts, and the first bad row of each reason. `bad_rows` has all of them."""
 
-    tally: dict[str, collections.Counter[str]]
-    examples: dict[str, str]
+    source: Source
     bad_rows: IO[str]
+    read: int = 0
+    kept: int = 0
+    boundary_moved: int = 0
+    dropped: collections.Counter[str] = field(default_factory=collections.Counter)
+    truncated: collections.Counter[str] = field(default_factory=collections.Counter)
+    examples: dict[str, str] = field(default_factory=dict)
 
     def drop(self, location: str, skip: Skip, row: Any) -> None:
-        self.tally["dropped"][skip.reason] += 1
+        self.dropped[skip.reason] += 1
         if skip.deliberate:
             return
         self.examples.setdefault(skip.reason, f"{location}: {skip.detail}" if skip.detail else location)
         line = {"location": location, "reason": skip.reason, "detail": skip.detail, "row": row}
         self.bad_rows.write(json.dumps(line, default=str) + "\n")
 
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads sources in batches of rows and tells `progress` about it; `rows` counts those of finished sources."""
-
-    progress: Progress | None
-    total_bytes: int
-    rows: collections.Counter[str]
-    quarantine: Path | None
-
-    def batches(self, source: Source) -> Iterator[list[tuple[str, dict[str, Any] | BadLine]]]:
-        rows = itertools.chain.from_iterable(read_rows(path, self._count) for path in source.files)
-        while batch := list(itertools.islice(rows, _BATCH)):
-            yield batch
-
-    def tell(self, rows: collections.Counter[str]) -> None:
-        if self.progress is not None:
-            read, kept = (self.rows[key] + rows[key] for key in ("read", "kept"))
-            self.progress(Reading(min(self.rows["bytes"], self.total_bytes), self.total_bytes, read, kept))
-
-    def _count(self, number: int) -> None:
-        self.rows["bytes"] += number
+    def entry(self, start: int) -> dict[str, Any]:
+        """For the manifest; `start` is the cache's first pair of this source."""
+        return {
+            "name": self.source.name,
+            "split": self.source.split,
+            "files": list(self.source.files),
+            "read": self.read,
+            "kept": self.kept,
+            "dropped": dict(self.dropped.most_common()),
+            "truncated": {part: self.truncated[part] for part in PARTS},
+            "boundary_moved": self.boundary_moved,
+            "examples": self.examples,
+            "start": start,
+            "stop": start + self.kept,
+        }
 
 
 def _batch_pairs(
-    batch: list[tuple[str, dict[str, Any] | BadLine]],
-    source: Source,
-    renderer: Renderer,
-    drop_ties: bool,
-    notes: _Notes,
+    batch: list[tuple[str, dict[str, Any] | BadLine]], renderer: Renderer, drop_ties: bool, tally: _Tally
 ) -> Iterator[Pair]:
+    source = tally.source
     good: list[tuple[str, dict[str, Any], LabeledComparison]] = []
-    notes.tally["rows"]["read"] += len(batch)
+    tally.read += len(batch)
     for location, row in batch:
         if isinstance(row, BadLine):
-            notes.drop(location, Skip(row.reason), row.text)
+            tally.drop(location, Skip(row.reason), row.text)
             continue
         parsed = source.spec.parse(row)
         if isinstance(parsed, LabeledComparison) and (parsed.label == "Tie" or (drop_ties and source.spec.tied(row))):
             parsed = Skip("tie")
         if isinstance(parsed, Skip):
-            notes.drop(location, parsed, row)
+            tally.drop(location, parsed, row)
         else:
             good.append((location, row, parsed))
     number = {path: n for n, path in enumerate(source.files)}
     for (location, row, pair), rendered in zip(good, render_batch(renderer, [item[2] for item in good]), strict=True):
         if isinstance(rendered, Skip):
-            notes.drop(location, rendered, row)
+            tally.drop(location, rendered, row)
             continue
-        notes.tally["rows"].update(kept=1, boundary_moved=int(rendered.boundary_moved))
-        notes.tally["truncated"].update(rendered.truncated)
+        tally.kept += 1
+        tally.boundary_moved += rendered.boundary_moved
+        tally.truncated.update(rendered.truncated)
         path, _, line = location.rpartition(":")
         origin = number[path], int(line)
         yield Pair(rendered.prompt, rendered.chosen, rendered.rejected, 0, _prompt_hash(pair), *origin)
@@ -235,22 +235,14 @@ def _prompt_hash(pair: LabeledComparison) -> int:
     return int.from_bytes(bytes.fromhex(digest(json.dumps(turns), size=8)), "little")
 
 
-def _refuse_wrong_columns(
-    tally: dict[str, collections.Counter[str]],
-    examples: dict[str, str],
-    bad_rows: IO[str],
-    quarantine: Path | None,
-    *,
-    ended: bool,
-) -> None:
-    """Stops where the columns are plainly not those of the format: at the end, or after many rows of a long file."""
-    wrong = sum(tally["dropped"][reason] for reason in _WRONG_COLUMNS)
-    enough = ended or tally["rows"]["read"] >= _PLAINLY
-    if enough and not tally["rows"]["kept"] and wrong > 0.9 * tally["rows"]["read"]:
+def _refuse_wrong_columns(tally: _Tally, quarantine: Path | None) -> None:
+    """Stops where the columns are plainly not those of the format."""
+    wrong = sum(tally.dropped[reason] for reason in _WRONG_COLUMNS)
+    if not tally.kept and wrong > 0.9 * tally.read:
         if quarantine is not None:  # no cache will be there to copy them from
-            bad_rows.flush()
-            _copy_bad_rows(Path(bad_rows.name), quarantine)
-        raise UserError(next(examples[reason] for reason in _WRONG_COLUMNS if reason in examples))
+            tally.bad_rows.flush()
+            _copy_bad_rows(Path(tally.bad_rows.name), quarantine)
+        raise UserError(next(tally.examples[reason] for reason in _WRONG_COLUMNS if reason in tally.examples))
 
 
 def _refuse_bad(sources: list[dict[str, Any]], max_bad_fraction: float, written: str | None) -> None:
