@@ -105,18 +105,17 @@ def load_parser(name: str) -> Parser:
     """
     module_name, _, function_name = name.partition(":")
     try:
-        parse = getattr(importlib.import_module(module_name), function_name)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(
             f"dataset={name}: module {module_name} cannot be imported ({error}); run from its directory or add that to "
             "PYTHONPATH"
         ) from error
-    except AttributeError as error:
-        if module_name in sys.modules:
-            raise UserError(f"dataset={name}: module {module_name} has no {function_name}; check the name") from error
-        raise UserError(_broken(name, module_name, error)) from error
     except (Exception, SystemExit) as error:  # the module is the user's own code
-        raise UserError(_broken(name, module_name, error)) from error
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"dataset={name}: importing module {module_name} failed ({what}); mend it") from error
+    if (parse := getattr(module, function_name, None)) is None:
+        raise UserError(f"dataset={name}: module {module_name} has no {function_name}; check the name")
     if not callable(parse):
         raise UserError(f"dataset={name}: {function_name} is a {type(parse).__name__}; needed is a function of one row")
 
@@ -137,7 +136,7 @@ def load_parser(name: str) -> Parser:
 def own_code(name: str) -> list[Path]:
     """The files of the code behind `module:function`: its module, and what is imported from the same package or folder.
 
-    Of an installed module outside any package only its own file counts: beside it lies everything else.
+    Of an installed module outside any package only its own file counts: its folder holds every other package.
     """
     module = sys.modules[name.partition(":")[0]]
     file = getattr(module, "__file__", None)
@@ -151,8 +150,3 @@ def own_code(name: str) -> list[Path]:
         return [Path(file)]
     loaded = {Path(f).resolve() for m in list(sys.modules.values()) if (f := getattr(m, "__file__", None))}
     return sorted(f for f in loaded if f.suffix == ".py" and (f == Path(file).resolve() or root in f.parents))
-
-
-def _broken(name: str, module: str, error: BaseException) -> str:
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"dataset={name}: importing module {module} failed ({what}); mend it"

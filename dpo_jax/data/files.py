@@ -1,16 +1,17 @@
 """Finding data files and reading their rows one by one, so that memory does not grow with the row count.
 
 What a file holds is decided by its first bytes (gzip, Parquet, a JSON array, else JSON lines), not by its name. A line
-that is no row is a `BadLine`, which the caller counts; a file that cannot be read on is one `UserError`.
+that is no row is a `BadLine`, which the caller counts; a file that cannot be read to its end is one `UserError`.
 """
 
 import codecs
 import glob
 import gzip
-import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -20,10 +21,11 @@ from typing import IO, Any
 
 import fsspec
 
+from dpo_jax.disk import digest
 from dpo_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
-# JSON files that lie beside the data in published repositories and are no data.
+# JSON files that published repositories have beside the data.
 _NOT_DATA = {
     "config.json",
     "manifest.json",
@@ -33,6 +35,7 @@ _NOT_DATA = {
     "state.json",
 }
 _CHUNK = 1 << 20
+_BETWEEN = re.compile(r"[ \t\r\n,]*")  # what is between the rows of a JSON array
 _COUNT_ROWS = 256  # rows after which the position in the file is asked for
 _WHOLE_HASH_LIMIT = 4 << 30  # bytes; beyond it, the ends, the size and the time of change stand for the content
 
@@ -64,10 +67,10 @@ def find_files(path: str) -> list[str]:
     if os.path.isdir(path):
         walked = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
         return _data_files(path, list(walked))
-    found = sorted(found for found in glob.glob(path, recursive=True) if os.path.isfile(found))
-    if not found:
+    matching = sorted(one for one in glob.glob(path, recursive=True) if os.path.isfile(one))
+    if not matching:
         raise UserError(f"{path}: no such file or directory, and no file matches it as a glob; check the path")
-    return found
+    return matching
 
 
 def read_rows(
@@ -75,7 +78,7 @@ def read_rows(
 ) -> Iterator[tuple[str, dict[str, Any] | BadLine]]:
     """Yields (`path:line`, row) for every row of one file; for Parquet the line is the row's number, from 1.
 
-    `count` is told now and then how many bytes more of the file, as it lies on disk, have been read.
+    `count` is told now and then how many bytes more of the file, packed as it is, have been read.
 
     Raises:
       UserError: the file is missing, empty, truncated or damaged.
@@ -111,18 +114,16 @@ def fingerprint(path: str) -> dict[str, Any]:
         if is_remote(path):
             filesystem, inner = fsspec.core.url_to_fs(path)
             return {"path": path, "bytes": filesystem.size(inner), "digest": str(filesystem.ukey(inner))}
-        size, digest = os.path.getsize(path), hashlib.blake2b(digest_size=16)
+        size = os.path.getsize(path)
         with open(path, "rb") as stream:
-            if size <= _WHOLE_HASH_LIMIT:
-                while chunk := stream.read(_CHUNK):
-                    digest.update(chunk)
-            else:
-                digest.update(f"{os.stat(path).st_mtime_ns} ".encode() + stream.read(16 * _CHUNK))
+            pieces = iter(lambda: stream.read(_CHUNK), b"")
+            if size > _WHOLE_HASH_LIMIT:
+                begin = f"{os.stat(path).st_mtime_ns} ".encode() + stream.read(16 * _CHUNK)
                 stream.seek(-16 * _CHUNK, os.SEEK_END)
-                digest.update(stream.read())
+                pieces = itertools.chain([begin], pieces)
+            return {"path": os.path.abspath(path), "bytes": size, "digest": digest(pieces, size=16)}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({_one_line(error)}); check the path") from error
-    return {"path": os.path.abspath(path), "bytes": size, "digest": digest.hexdigest()}
 
 
 def download(repository: str, patterns: list[str]) -> str:
@@ -203,45 +204,34 @@ def _array_rows(stream: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     scan, window, line, ended = json.JSONDecoder().raw_decode, decode(stream.read(_CHUNK)), 1, False
-    at = window.index("[") + 1
+    at, first = window.index("[") + 1, True
     line += window.count("\n", 0, at)
-    first, commas = True, 0  # since the row before
     while True:
-        begin = at
-        while begin < len(window) and window[begin] in " \t\r\n,":
-            commas += window[begin] == ","
-            begin += 1
-        if begin < len(window) and window[begin] == "]":
-            _refuse_more(window[begin + 1 :] + decode(stream.read(), True), line + window.count("\n", at, begin))
+        begin = _BETWEEN.match(window, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+        commas, here = window.count(",", at, begin), line + window.count("\n", at, begin)
+        if window[begin : begin + 1] == "]":
+            # Rows after the array would be lost without a word.
+            if rest := (window[begin + 1 :] + decode(stream.read(), True)).strip():
+                raise ValueError(
+                    f"line {here}: after the JSON array's end comes {rest[:20]!r}; a file is one array, or an object "
+                    "a line"
+                )
             return
         if begin < len(window) and commas != (not first):
-            line += window.count("\n", at, begin)
-            raise ValueError(f"line {line}: {'a comma is missing' if commas == 0 else 'too many commas'} between rows")
-        line += window.count("\n", at, begin)
-        at = begin
+            raise ValueError(f"line {here}: {'a comma is missing' if commas == 0 else 'too many commas'} between rows")
         try:
             value, end = scan(window, begin)
-            if end == len(window) and not ended:  # "12" may go on as "123"
+            if end == len(window) and not ended:  # "12" may be the beginning of "123"
                 raise ValueError
         except (ValueError, RecursionError):
             if ended:
-                raise ValueError(f"line {line}: the array breaks off or holds no JSON here") from None
+                raise ValueError(f"line {here}: the array breaks off or holds no JSON here") from None
             # Twice as much each time, so that one very long row costs linear time.
             chunk = stream.read(max(_CHUNK, len(window) - at))
             window, at, ended = window[at:] + decode(chunk, not chunk), 0, not chunk
             continue
-        yield line, value if isinstance(value, dict) else BadLine("not_an_object", window[begin:end])
-        first, commas = False, 0
-        line, at = line + window.count("\n", begin, end), end
-
-
-def _refuse_more(rest: str, line: int) -> None:
-    """An array is the whole file: rows after it would be lost without a word."""
-    if rest.strip():
-        raise ValueError(
-            f"line {line}: after the JSON array's end comes {rest.strip()[:20]!r}; a file is one array, or an object "
-            "a line"
-        )
+        yield here, value if isinstance(value, dict) else BadLine("not_an_object", window[begin:end])
+        line, at, first = here + window.count("\n", begin, end), end, False
 
 
 def _parquet_rows(stream: Any) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -258,8 +248,11 @@ def _find_remote(path: str) -> list[str]:
     try:
         filesystem, inner = fsspec.core.url_to_fs(path)
         if filesystem.isdir(inner):
-            return _data_files(path, [filesystem.unstrip_protocol(found) for found in filesystem.find(inner)])
-        found = sorted(filesystem.glob(inner)) if glob.has_magic(inner) else [inner] if filesystem.exists(inner) else []
+            return _data_files(path, [filesystem.unstrip_protocol(one) for one in filesystem.find(inner)])
+        if glob.has_magic(inner):
+            matching = sorted(filesystem.glob(inner))
+        else:
+            matching = [inner] if filesystem.exists(inner) else []
     except (ImportError, ValueError) as error:
         extra = "; run pip install 'dpo_jax[gcs]'" if path.startswith(("gs://", "gcs://")) else ""
         raise UserError(f"{path}: cannot be opened ({_one_line(error)}){extra}") from error
@@ -267,18 +260,19 @@ def _find_remote(path: str) -> list[str]:
         raise UserError(
             f"{path}: cannot be reached ({_one_line(error)}); check the address and the credentials"
         ) from error
-    if not found:
+    if not matching:
         raise UserError(f"{path}: no such file or directory, and no file matches it as a glob; check the address")
-    return [filesystem.unstrip_protocol(one) for one in found]
+    return [filesystem.unstrip_protocol(one) for one in matching]
 
 
 def _data_files(directory: str, paths: list[str]) -> list[str]:
-    named = [(path, path.rsplit("/", 1)[-1]) for path in sorted(paths)]
-    found = [
+    data = [
         path
-        for path, name in named
-        if name.removesuffix(".gz").endswith(SUFFIXES) and not name.startswith(".") and name not in _NOT_DATA
+        for path in sorted(paths)
+        if (name := path.rsplit("/", 1)[-1]).removesuffix(".gz").endswith(SUFFIXES)
+        and not name.startswith(".")
+        and name not in _NOT_DATA
     ]
-    if not found:
+    if not data:
         raise UserError(f"{directory}: no data files in this directory; needed are {', '.join(SUFFIXES)} (also .gz)")
-    return found
+    return data

@@ -18,6 +18,7 @@ _SHARD = re.compile(r"(?:^|/)([\w.]+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.")
 _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 # Words in a file's path that name its split; validation comes before test, which is kept for the end.
 _EVAL_WORDS = (("validation", "valid", "val", "dev", "eval"), ("test",))
+_NONE_PUBLISHED = "no published evaluation split was found"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def resolve(dataset: str, dataset_path: str = "", eval_path: str = "", split: st
 
     Args:
       dataset: one dataset, or a mixture `NAME:WEIGHT,NAME:WEIGHT`.
-      dataset_path: where the raw files lie; of a mixture, one path for each part, with commas between (empty: the
+      dataset_path: where the raw files are; of a mixture, one path for each part, with commas between (empty: the
         hub), or one directory that holds a directory for each part, by name.
       eval_path: files in any accepted form, or the form that one's own parser reads; replaces every held-out split.
       split: the split of an `hf:` dataset to train on; empty: told by the file names.
@@ -80,9 +81,9 @@ def resolve(dataset: str, dataset_path: str = "", eval_path: str = "", split: st
     sources: list[Source] = []
     parts: list[Part] = []
     for number, ((name, weight), path) in enumerate(zip(named, paths, strict=True)):
-        found, note = _find(name, path, split)
+        own, note = _find(name, path, split)
         parts.append(Part(name, weight, note))
-        sources += [replace(source, part=number) for source in found]
+        sources += [replace(source, part=number) for source in own]
     if split and not any(_HUB.fullmatch(name) for name, _ in named):
         raise UserError(f"split={split}: only an hf: dataset has splits to choose from; leave it out for {dataset}")
     _refuse_twice(sources)
@@ -101,13 +102,13 @@ def parse_mixture(dataset: str) -> list[tuple[str, float]]:
     [('hhh/harmless-base,helpful-base', 1.0)]
 
     Raises:
-      UserError: a part has no weight or 0, or stands there twice.
+      UserError: a part has no weight or 0, or is named twice.
     """
-    found = list(_PART.finditer(dataset))
-    if not found or _HUB.fullmatch(dataset):  # hf:OWNER/NAME:2024 is a split
+    matches = list(_PART.finditer(dataset))
+    if not matches or _HUB.fullmatch(dataset):  # hf:OWNER/NAME:2024 is a split
         return [(dataset, 1.0)]
-    parts = [(match[1], float(match[2])) for match in found]
-    rest = dataset[found[-1].end() :].strip() or ("," if dataset.rstrip().endswith(",") else "")
+    parts = [(match[1], float(match[2])) for match in matches]
+    rest = dataset[matches[-1].end() :].strip() or ("," if dataset.rstrip().endswith(",") else "")
     wrong = [f"{name}:{weight:g}" for name, weight in parts if not 0 < weight <= _HEAVIEST or name.startswith(",")]
     if rest or wrong or len(parts) == 1:
         raise UserError(
@@ -132,7 +133,7 @@ def hub_dataset(dataset: str) -> str:
 
 
 def _refuse_twice(sources: list[Source]) -> None:
-    """Of a mixture, no file may be in two parts, whatever it is called there."""
+    """No file may be in two parts of a mixture, whatever path leads to it."""
     owner: dict[str, int] = {}
     for source in sources:
         for path in source.files:
@@ -196,22 +197,21 @@ def _named(name: str, subsets: tuple[str, ...], path: str) -> Sources:
     if path:
         return _directory(name, path, spec, parser=name, subsets=subsets)
     if not spec.hub:
-        raise UserError(f"dataset={name}: needs dataset_path=DIR, where its files lie")
+        raise UserError(f"dataset={name}: needs dataset_path=DIR, the directory of its files")
     wanted = subsets or spec.subsets or ("",)
     heads = [f"{subset}/" if subset else "" for subset in wanted]
     patterns = [
         head + (split.removeprefix("*/") if head else split) for head in heads for split in (spec.train, spec.test)
     ]
-    found = _directory(
-        name, files.download(spec.hub, patterns), spec, parser=name, subsets=wanted if spec.subsets else ()
-    )
-    splits = {source.split for source in found[0]}
-    if splits != {"train", "test"} or len(found[0]) != 2 * len(wanted):  # an old, partial local copy, found offline
+    local = files.download(spec.hub, patterns)
+    sources, note = _directory(name, local, spec, parser=name, subsets=wanted if spec.subsets else ())
+    splits = {source.split for source in sources}
+    if splits != {"train", "test"} or len(sources) != 2 * len(wanted):  # an old, partial local copy, used offline
         raise UserError(
             f"dataset={name}: the local copy of {spec.hub} is not whole; fetch it with `hf download {spec.hub} "
             "--repo-type dataset`, or give --config.dataset_path=DIR"
         )
-    return found
+    return sources, note
 
 
 def _hub(dataset: str, repository: str, split: str, dataset_path: str) -> Sources:
@@ -242,21 +242,24 @@ def _hub(dataset: str, repository: str, split: str, dataset_path: str) -> Source
             return [train, Source(dataset, "test", twin, OWN, "own")], "the published held-out split"
     rest, note = _directory(dataset, directory, OWN, parser="own")
     held = [source for source in rest if source.split == "test" and not set(source.files) & set(chosen)]
-    return [train, *held], note if held else "no published evaluation split was found"
+    return [train, *held], note if held else _NONE_PUBLISHED
 
 
 def _directory(name: str, path: str, spec: DatasetSpec, parser: str, subsets: tuple[str, ...] = ()) -> Sources:
     """The sources under `path`: one for each subset directory and split where `spec` has them, else one per split."""
     listed = files.find_files(path)
     inside = {one: _relative(one, path) for one in listed}
-    by_split = {"train": _matching(inside, spec.train), "test": _matching(inside, spec.test)}
-    laid_out = bool(by_split["train"] or by_split["test"])
-    if not laid_out:
+    by_split = {
+        split: [one for one, relative in inside.items() if pattern and fnmatch.fnmatchcase(relative, pattern)]
+        for split, pattern in (("train", spec.train), ("test", spec.test))
+    }
+    as_on_the_hub = any(by_split.values())
+    if not as_on_the_hub:
         by_split = _split_by_words(inside)
     grouped: dict[tuple[str, str], list[str]] = {}
     for split, paths in by_split.items():
         for one in paths:
-            subset = inside[one].split("/")[0] if laid_out and spec.train.startswith("*/") else ""
+            subset = inside[one].split("/")[0] if as_on_the_hub and spec.train.startswith("*/") else ""
             if not subsets or subset in subsets or (not subset and set(inside[one].split("/")) & set(subsets)):
                 grouped.setdefault((f"{name}/{subset}" if subset else name, split), []).append(one)
     present = {name.partition("/")[2] for name, _ in grouped}
@@ -266,30 +269,26 @@ def _directory(name: str, path: str, spec: DatasetSpec, parser: str, subsets: tu
         raise UserError(
             f"dataset={name}: no subset {', '.join(missing or subsets)} in {path}; found {', '.join(there)}"
         )
-    if all(split == "test" for _, split in grouped):
-        sources = [Source(label, "train", tuple(paths), spec, parser) for (label, _), paths in grouped.items()]
-        return sources, "only a published test split was found, so it is divided again"
+    splits = {split for _, split in grouped}
     sources = [
-        Source(label, "train" if split == "train" else "test", tuple(paths), spec, parser)
+        Source(label, "test" if split == "test" and "train" in splits else "train", tuple(paths), spec, parser)
         for (label, split), paths in sorted(grouped.items(), key=lambda item: item[0][1] == "test")
     ]
-    published = any(source.split == "test" for source in sources)
-    return sources, "the published held-out split" if published else "no published evaluation split was found"
-
-
-def _matching(inside: dict[str, str], pattern: str) -> list[str]:
-    return [path for path, relative in inside.items() if pattern and fnmatch.fnmatchcase(relative, pattern)]
+    if splits == {"test"}:
+        return sources, "only a published test split was found, so it is divided again"
+    return sources, "the published held-out split" if "test" in splits else _NONE_PUBLISHED
 
 
 def _split_by_words(inside: dict[str, str]) -> dict[str, list[str]]:
     """Training and evaluation files, told by words in their paths; one that names no split is for training."""
     words = {path: re.findall(r"[a-z]+", relative.lower()) for path, relative in inside.items()}
     kinds: dict[str, int | None] = dict.fromkeys(words)
-    for path, said in words.items():
-        for word in said:  # the last word that names a split counts: validation/train.jsonl is training data
-            if word in ("train", "training"):
-                kinds[path] = None
-            kinds[path] = next((kind for kind, names in enumerate(_EVAL_WORDS) if word in names), kinds[path])
+    known = {"train": None, "training": None} | {word: kind for kind, names in enumerate(_EVAL_WORDS) for word in names}
+    for (
+        path,
+        named,
+    ) in words.items():  # the last known word counts: validation/train.jsonl is training data
+        kinds[path] = next((known[word] for word in reversed(named) if word in known), None)
     best = min((kind for kind in kinds.values() if kind is not None), default=None)
     return {
         "train": [path for path, kind in kinds.items() if kind is None],
