@@ -15,19 +15,13 @@ Parser = Callable[[Row], LabeledComparison | Skip]
 
 _TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "system",
-    "tool": "tool",
-    "observation": "tool",
+_SPELLINGS = {
+    "user": ("human", "user", "prompter"),
+    "assistant": ("gpt", "assistant", "bot", "model"),
+    "system": ("system", "developer"),
+    "tool": ("tool", "observation"),
 }
+_ROLES = {spelling: role for role, spellings in _SPELLINGS.items() for spelling in spellings}
 _SCORES = (
     ("score_chosen", "score_rejected"),
     ("chosen_avg_rating", "rejected_avg_rating"),
@@ -55,17 +49,15 @@ def parse_hh(row: Row) -> LabeledComparison | Skip:
             return _missing(row, key)
         if not isinstance(text, str):
             return Skip("not_text", f"{key} is a {type(text).__name__}, needed is a transcript")
-        before, *parts = _TURN.split(text)
-        if before.strip() or not parts:
+        turns.append(_transcript(text))
+        if not turns[-1]:
             return Skip("no_transcript", f"{key} does not begin with a '\\n\\nHuman:' turn")
-        turns.append(_messages(parts[::2], parts[1::2]))
     chosen, rejected = turns
     if chosen[:-1] != rejected[:-1]:
         return Skip("prompts_differ")
     for transcript in turns:
-        roles = [message["role"] for message in transcript]
-        if roles != ["user", "assistant"] * (len(roles) // 2):
-            return Skip("not_alternating", " ".join(roles))
+        if not _alternates(transcript):
+            return Skip("not_alternating", " ".join(message["role"] for message in transcript))
     return checked(LabeledComparison(Comparison(chosen[:-1], chosen[-1:], rejected[-1:]), "A"))
 
 
@@ -85,11 +77,8 @@ def parse_helpsteer3(row: Row) -> LabeledComparison | Skip:
     preference = _integer(value)
     if preference is None or not -3 <= preference <= 3:
         return Skip("bad_preference", f"overall_preference is {value!r:.40}, needed is an integer from -3 to 3")
-    prompt = conversation(row["context"])
-    if isinstance(prompt, Skip):
-        return prompt
     label: Label = "Tie" if preference == 0 else "A" if preference < 0 else "B"
-    return _labeled(prompt, row["response1"], row["response2"], label)
+    return _labeled(row["context"], row["response1"], row["response2"], label)
 
 
 def parse_chosen_rejected(row: Row) -> LabeledComparison | Skip:
@@ -175,10 +164,7 @@ def parse_comparison(row: Row) -> LabeledComparison | Skip:
     label = row.get("label")
     if label not in ("A", "B", "Tie"):
         return Skip("bad_label", f"label is {label!r:.40}, needed is A, B or Tie")
-    prompt = conversation(row.get("prompt_conversation"))
-    if isinstance(prompt, Skip):
-        return prompt
-    return _labeled(prompt, row.get("completion_a"), row.get("completion_b"), label)
+    return _labeled(*map(row.get, ("prompt_conversation", "completion_a", "completion_b")), label)
 
 
 # First match wins, so a form stands before every form whose columns are a part of its own.
@@ -249,24 +235,32 @@ def _transcript_prompt(prompt: Any) -> tuple[Message, ...] | None:
     r"""The turns of a prompt in HH's own writing, `\n\nHuman: ...\n\nAssistant:`; None for every other prompt."""
     if not isinstance(prompt, str) or not prompt.rstrip().endswith("\n\nAssistant:"):
         return None
-    before, *parts = _TURN.split(prompt)
-    turns = _messages(parts[::2], parts[1::2])
-    roles = [turn["role"] for turn in turns]
-    whole = not before.strip() and roles == ["user", "assistant"] * (len(roles) // 2) and not turns[-1]["content"]
-    return turns[:-1] if whole else None
+    turns = _transcript(prompt)
+    return turns[:-1] if turns and _alternates(turns) and not turns[-1]["content"] else None
 
 
-def _labeled(prompt: Sequence[Message], a: Any, b: Any, label: Label) -> LabeledComparison | Skip:
-    completion_a, completion_b = conversation(a, role="assistant"), conversation(b, role="assistant")
-    if isinstance(completion_a, Skip):
-        return completion_a
-    if isinstance(completion_b, Skip):
-        return completion_b
-    return checked(LabeledComparison(Comparison(prompt, completion_a, completion_b), label))
+def _transcript(text: str) -> tuple[Message, ...]:
+    """The turns of HH's own writing; none if the text does not begin with one."""
+    before, *parts = _TURN.split(text)
+    if before.strip():
+        return ()
+    return tuple(
+        {"role": _HH_ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
+    )
 
 
-def _messages(speakers: Sequence[str], texts: Sequence[str]) -> tuple[Message, ...]:
-    return tuple({"role": _HH_ROLES[who], "content": text.strip()} for who, text in zip(speakers, texts, strict=True))
+def _alternates(turns: Sequence[Message]) -> bool:
+    return [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+
+
+def _labeled(prompt: Any, a: Any, b: Any, label: Label) -> LabeledComparison | Skip:
+    parts = []
+    for value, role in ((prompt, "user"), (a, "assistant"), (b, "assistant")):
+        messages = conversation(value, role)
+        if isinstance(messages, Skip):
+            return messages
+        parts.append(messages)
+    return checked(LabeledComparison(Comparison(*parts), label))
 
 
 def _missing(row: Row, column: str) -> Skip:

@@ -1,4 +1,4 @@
-"""Lengths of pairs in numbers: what data.json says of them."""
+"""Lengths of pairs in numbers: their part of data.json."""
 
 import math
 from collections.abc import Mapping
@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 
 PARTS = ("prompt", "chosen", "rejected")
-BINS = 40  # of a histogram, about
+BINS = 40  # about so many in a histogram
 
 
 def token_table(lengths: np.ndarray) -> dict[str, dict[str, float]]:
     """Mean, median, 90th percentile and maximum of the tokens of each part; `lengths` is int `[n, 3]`."""
-    if not len(lengths):
-        return {part: {"mean": 0.0, "p50": 0.0, "p90": 0.0, "max": 0} for part in PARTS}
+    lengths = lengths if len(lengths) else np.zeros((1, len(PARTS)), np.int32)
     return {
         part: {
             "mean": round(float(column.mean()), 2),
@@ -30,13 +29,13 @@ def differences(lengths: np.ndarray) -> np.ndarray:
     return lengths[:, 1].astype(np.int64) - lengths[:, 2]
 
 
-def histogram(values: np.ndarray) -> dict[str, Any]:
+def count_bins(values: np.ndarray) -> dict[str, Any]:
     """Counts of integers in about `BINS` bins of equal width, of which one begins at 0.
 
     Returns:
       `start`: the first bin's lowest value; `width`: of a bin; `counts`, one a bin.
 
-    >>> histogram(np.array([0, 1, 1, 3]))
+    >>> count_bins(np.array([0, 1, 1, 3]))
     {'start': 0, 'width': 1, 'counts': [1, 2, 0, 1]}
     """
     low, high = int(values.min()), int(values.max())
@@ -46,14 +45,14 @@ def histogram(values: np.ndarray) -> dict[str, Any]:
     return {"start": int(edges[0]), "width": width, "counts": counts.tolist()}
 
 
-def bin_points(found: Mapping[str, Any]) -> tuple[list[tuple[float, int]], int]:
+def bin_points(histogram: Mapping[str, Any]) -> tuple[list[tuple[float, int]], int]:
     """A histogram as it is drawn: (middle of the bin, count) for every bin, and their width.
 
     >>> bin_points({"start": 0, "width": 4, "counts": [3, 1]})
     ([(1.5, 3), (5.5, 1)], 4)
     """
-    start, width = found["start"], found["width"]
-    return [(start + i * width + (width - 1) / 2, n) for i, n in enumerate(found["counts"])], width
+    start, width = histogram["start"], histogram["width"]
+    return [(start + i * width + (width - 1) / 2, n) for i, n in enumerate(histogram["counts"])], width
 
 
 def length_report(lengths: np.ndarray) -> dict[str, Any]:
@@ -73,5 +72,5 @@ def length_report(lengths: np.ndarray) -> dict[str, Any]:
             "rejected": round(float((apart < 0).mean()), 4),
             "mean_difference": round(float(apart.mean()), 2),
         },
-        "histograms": {name: histogram(column) for name, column in columns.items()},
+        "histograms": {name: count_bins(column) for name, column in columns.items()},
     }

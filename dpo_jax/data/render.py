@@ -108,17 +108,9 @@ def render_batch(renderer: Renderer, pairs: Sequence[LabeledComparison]) -> list
 
     A pair labelled "Tie" is rendered with completion A as chosen (a caller that keeps ties has said so).
     """
-    results: list[Rendered | Skip | None] = [None] * len(pairs)
-    texts: dict[int, tuple[str, str, str]] = {}
-    for index, pair in enumerate(pairs):
-        rendered = _texts(renderer, pair)
-        if isinstance(rendered, Skip):
-            results[index] = rendered
-        else:
-            texts[index] = rendered
-    for index, (prompt, chosen, rejected, moved) in zip(texts, _pair_ids(renderer, list(texts.values())), strict=True):
-        results[index] = _limited(renderer, prompt, chosen, rejected, moved)
-    return [result for result in results if result is not None]
+    texts = [_texts(renderer, pair) for pair in pairs]
+    ids = iter(_pair_ids(renderer, [one for one in texts if not isinstance(one, Skip)]))
+    return [one if isinstance(one, Skip) else _limited(renderer, *next(ids)) for one in texts]
 
 
 def prompt_text(renderer: Renderer, messages: Sequence[Message]) -> str:
@@ -137,17 +129,11 @@ def full_text(renderer: Renderer, messages: Sequence[Message], completion: Seque
 
 def _texts(renderer: Renderer, pair: LabeledComparison) -> tuple[str, str, str] | Skip:
     """Prompt text, and the two whole texts."""
-    comparison = pair.comparison
-    a_first = pair.label != "B"
-    chosen = comparison.completion_a if a_first else comparison.completion_b
-    rejected = comparison.completion_b if a_first else comparison.completion_a
-    prompt = list(comparison.prompt_conversation)
+    better = (pair.swap() if pair.label == "B" else pair).comparison
+    prompt = better.prompt_conversation
     try:
-        return (
-            prompt_text(renderer, prompt),
-            full_text(renderer, prompt, chosen),
-            full_text(renderer, prompt, rejected),
-        )
+        chosen, rejected = (full_text(renderer, prompt, one) for one in (better.completion_a, better.completion_b))
+        return prompt_text(renderer, prompt), chosen, rejected
     except jinja2.TemplateError as error:  # many templates refuse a system turn or two user turns in a row
         return Skip("template_error", str(error))
 

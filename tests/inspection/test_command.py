@@ -323,7 +323,7 @@ def test_nothing_blank_stays_invisible(text, words):
 
 @pytest.mark.parametrize("values", [[0], [3, 3, 5], [-7, 0, 200], range(-90, 91), [1000]])
 def test_bins_hold_every_value_and_begin_one_at_0(values):
-    points, width = lengths.bin_points(lengths.histogram(np.array(values)))
+    points, width = lengths.bin_points(lengths.count_bins(np.array(values)))
     assert sum(n for _, n in points) == len(values)
     assert len(points) <= lengths.BINS + 2
     starts = [middle - (width - 1) / 2 for middle, _ in points]
