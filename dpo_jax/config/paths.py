@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.data.files import is_remote
-from dpo_jax.data.sources import hub_dataset, parse_mixture, resolve
+from dpo_jax.data.sources import find_sources, hub_dataset, parse_mixture
 from dpo_jax.weights.hub import local_model
 
 
@@ -25,4 +25,4 @@ def check_paths(config: Mapping[str, Any]) -> None:
     elsewhere = any(map(is_remote, (*names, *path.split(","), held_out)))
     made = not path and any(name == "synthetic" or hub_dataset(name) for name in names)
     if not elsewhere and not made:
-        resolve(dataset, path, held_out, config["split"])
+        find_sources(dataset, path, held_out, config["split"])

@@ -167,7 +167,7 @@ def parse_comparison(row: Row) -> LabeledComparison | Skip:
     return _labeled(*map(row.get, ("prompt_conversation", "completion_a", "completion_b")), label)
 
 
-# First match wins, so a form stands before every form whose columns are a part of its own.
+# The first match counts, so a form is listed before every form whose columns are a part of its own.
 FORMS: tuple[tuple[tuple[str, ...], Parser], ...] = (
     (("prompt_conversation", "completion_a", "completion_b", "label"), parse_comparison),
     (("context", "response1", "response2", "overall_preference"), parse_helpsteer3),
@@ -180,7 +180,7 @@ FORMS: tuple[tuple[tuple[str, ...], Parser], ...] = (
 
 
 def parse_own(row: Row) -> LabeledComparison | Skip:
-    """A row of any accepted form; `unknown_columns` (with what was found and what is accepted) if it is of none.
+    """A row of any accepted form; `unknown_columns` (with its columns and the accepted ones) if it is of none.
 
     >>> parse_own({"question": "Hi", "answer": "Hello!"}).reason
     'unknown_columns'
@@ -245,7 +245,7 @@ def _transcript(text: str) -> tuple[Message, ...]:
     if before.strip():
         return ()
     return tuple(
-        {"role": _HH_ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
+        {"role": _HH_ROLES[who], "content": turn.strip()} for who, turn in zip(parts[::2], parts[1::2], strict=True)
     )
 
 
@@ -264,8 +264,8 @@ def _labeled(prompt: Any, a: Any, b: Any, label: Label) -> LabeledComparison | S
 
 
 def _missing(row: Row, column: str) -> Skip:
-    found = ", ".join(key for key, value in row.items() if value is not None) or "none"
-    return Skip("missing_column", f"no value in {column}; found {found}")
+    filled = ", ".join(key for key, value in row.items() if value is not None) or "none"
+    return Skip("missing_column", f"no value in {column}; found {filled}")
 
 
 def _integer(value: Any) -> int | None:

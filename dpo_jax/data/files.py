@@ -105,7 +105,7 @@ def read_rows(
 
 
 def fingerprint(path: str) -> dict[str, Any]:
-    """What tells this file's content from any other: path, bytes, digest (a remote file's: what its store says).
+    """What tells this file's content from any other: path, bytes, digest (of a remote file: its store's own mark).
 
     Raises:
       UserError: the file cannot be read.

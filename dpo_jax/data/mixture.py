@@ -1,7 +1,7 @@
-"""Mixtures: so many pairs of every part in an epoch, in the proportions asked for.
+"""Mixtures of datasets: how many pairs of every part are in an epoch, and which.
 
-An epoch is as long as the scarcest part allows without using a pair twice. Every part is walked through in an order of
-its own that goes on from epoch to epoch: a plentiful part gives other pairs each time, until all have been used.
+An epoch is as long as the scarcest part allows without using a pair twice. Every part is read in an order of its own,
+and each epoch continues where the one before stopped: a plentiful part gives other pairs until all have been used.
 """
 
 import dataclasses

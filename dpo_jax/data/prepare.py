@@ -19,7 +19,7 @@ from dpo_jax.data.files import BadLine, read_rows
 from dpo_jax.data.lengths import PARTS, length_report, token_table
 from dpo_jax.data.mixture import apportion
 from dpo_jax.data.render import Renderer, make_renderer, render_batch
-from dpo_jax.data.sources import Found, Source, resolve
+from dpo_jax.data.sources import DataSources, Source, find_sources
 from dpo_jax.data.split import Pairs, Split, split
 from dpo_jax.disk import digest
 from dpo_jax.errors import UserError
@@ -59,7 +59,7 @@ class Prepared:
 
     split: Split
     report: dict[str, Any]
-    built: bool = False  # now, and not found in the cache
+    built: bool = False  # by this call; the cache was not there
 
     @property
     def train(self) -> Pairs:
@@ -72,7 +72,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Reading:
-    """How far building a cache has come: bytes of the source files read (as they lie on disk) and in all, and rows."""
+    """How far building a cache has come: bytes of the source files read (packed as they are) and in all, and rows."""
 
     bytes: int
     total_bytes: int
@@ -99,11 +99,11 @@ def prepare(
     """
     if request.eval_pairs < -1:
         raise UserError(f"eval_pairs={request.eval_pairs}; use a number of pairs, 0 for none, or -1 for all")
-    found = resolve(request.dataset, request.dataset_path, request.eval_path, request.split)
+    data = find_sources(request.dataset, request.dataset_path, request.eval_path, request.split)
     renderer = make_renderer(
         tokenizer, request.prompt_format, request.max_prompt_length, request.max_completion_length, request.overlong
     )
-    decides = identity(found, renderer, request.drop_ties, Path(__file__))
+    decides = identity(data, renderer, request.drop_ties, Path(__file__))
     total = sum(file["bytes"] or 0 for source in decides["sources"] for file in source["files"])
     so_far = np.zeros(3, np.int64)  # bytes, rows, pairs
 
@@ -116,16 +116,16 @@ def prepare(
     cache, built = open_or_build(
         request.cache_dir,
         decides,
-        lambda path: _produce(found.sources, renderer, request.drop_ties, path, quarantine, tell),
+        lambda path: _produce(data.sources, renderer, request.drop_ties, path, quarantine, tell),
     )
     written = _copy_quarantine(cache, quarantine)
     _refuse_bad(cache.manifest["sources"], request.max_bad_fraction, written)
-    divided = split(cache, found, request.eval_pairs, request.seed)
+    divided = split(cache, data, request.eval_pairs, request.seed)
     sizes = [len(divided.train)] if divided.mixture is None else divided.mixture.sizes
-    empty = [part.name for part, size in zip(found.parts, sizes, strict=True) if not size]
+    empty = [part.name for part, size in zip(data.parts, sizes, strict=True) if not size]
     if empty:
         raise UserError(f"dataset={empty[0]}: no training pair is left; {_drop_summary(cache.manifest['sources'])}")
-    report = _report(request, renderer, cache, divided) | _mixture_report(request, found, divided)
+    report = _report(request, renderer, cache, divided) | _mixture_report(request, data, divided)
     return Prepared(divided, {**report, "quarantine": written}, built)
 
 
@@ -289,7 +289,7 @@ def _copy_bad_rows(kept: Path, quarantine: Path) -> None:
         ) from None
 
 
-def _mixture_report(request: DataRequest, found: Found, divided: Split) -> dict[str, Any]:
+def _mixture_report(request: DataRequest, data: DataSources, divided: Split) -> dict[str, Any]:
     """What each part of a mixture has and gives to an epoch."""
     mixture = divided.mixture
     if mixture is None:
@@ -303,7 +303,7 @@ def _mixture_report(request: DataRequest, found: Found, divided: Split) -> dict[
                 "pairs": int(mixture.sizes[number]),
                 "epoch": int(epoch[number]),
             }
-            for number, part in enumerate(found.parts)
+            for number, part in enumerate(data.parts)
         ]
     }
 

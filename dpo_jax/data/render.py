@@ -46,8 +46,8 @@ class Renderer:
 class Rendered:
     """Token ids of one pair; `truncated` names the parts that lost tokens to the limits.
 
-    `boundary_moved` says that the prompt's last tokens merge with the answers' first ones, so that, as in TRL, the
-    completion begins where the ids of prompt and prompt + completion part.
+    `boundary_moved`: the prompt's last tokens merge with an answer's first ones, so that, as in TRL, the completions
+    begin at the first token in which the ids of the prompt and of prompt + completion differ.
     """
 
     prompt: Ids
@@ -106,7 +106,7 @@ def make_renderer(
 def render_batch(renderer: Renderer, pairs: Sequence[LabeledComparison]) -> list[Rendered | Skip]:
     """Token ids for every pair, in order; a `Skip` where the template refuses it or the limits leave nothing to learn.
 
-    A pair labelled "Tie" is rendered with completion A as chosen (a caller that keeps ties has said so).
+    A pair labelled "Tie" is rendered with completion A as chosen.
     """
     texts = [_texts(renderer, pair) for pair in pairs]
     ids = iter(_pair_ids(renderer, [one for one in texts if not isinstance(one, Skip)]))
@@ -168,7 +168,7 @@ def _pair_ids(renderer: Renderer, texts: list[tuple[str, str, str]]) -> Iterable
         prompt_ids, chosen_ids, rejected_ids = ids[3 * number : 3 * number + 3]
         start = len(prompt_ids)
         if not alone:
-            # TRL 1.16: the completions begin where their ids part from the prompt's, for both at the same place.
+            # TRL 1.16: the completions begin where their ids first differ from the prompt's, both at the same token.
             start = min(_common(prompt_ids, chosen_ids), _common(prompt_ids, rejected_ids))
             chosen_ids, rejected_ids = chosen_ids[start:], rejected_ids[start:]
         yield (

@@ -39,7 +39,7 @@ class Source:
 
 EXTRA = -1
 _HEAVIEST = 1e12  # a weight; more is a mistake, and would overflow their sum
-Sources = tuple[list[Source], str]  # of one part, and its note
+_PartSources = tuple[list[Source], str]  # and the note
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Found:
+class DataSources:
     """All sources of a run, training first within a part, and its parts (one where nothing is mixed)."""
 
     sources: tuple[Source, ...]
@@ -63,7 +63,7 @@ class Found:
         return any(source.split == "test" and source.part == part for source in self.sources)
 
 
-def resolve(dataset: str, dataset_path: str = "", eval_path: str = "", split: str = "") -> Found:
+def find_sources(dataset: str, dataset_path: str = "", eval_path: str = "", split: str = "") -> DataSources:
     """What to read for `dataset` (see `datasets.known_datasets`), from `dataset_path` if given.
 
     Args:
@@ -90,7 +90,7 @@ def resolve(dataset: str, dataset_path: str = "", eval_path: str = "", split: st
     if eval_path:
         sources = [source for source in sources if source.split == "train"]
         sources.append(_held_out(eval_path, sources, own_parser=len(named) == 1 and bool(_FUNCTION.fullmatch(dataset))))
-    return Found(tuple(sources), tuple(parts))
+    return DataSources(tuple(sources), tuple(parts))
 
 
 def parse_mixture(dataset: str) -> list[tuple[str, float]]:
@@ -153,10 +153,10 @@ def _paths(dataset_path: str, names: list[str]) -> list[str]:
     known = [path if re.split("[/:]", name)[0] in DATASETS else "" for path, name in zip(below, names, strict=True)]
     missing = [path for path in known if path and not files.is_remote(path) and not os.path.isdir(path)]
     if len(given) > 1 or missing:
-        found = f"found {len(given)} paths" if len(given) > 1 else f"there is no {missing[0]}"
+        there = f"found {len(given)} paths" if len(given) > 1 else f"there is no {missing[0]}"
         raise UserError(
             f"dataset_path={dataset_path}: a mixture of {len(names)} needs {len(names)} paths with commas between, in "
-            f"its order (empty: from the hub), or one directory that holds a directory for each named part; {found}"
+            f"its order (empty: from the hub), or one directory that holds a directory for each named part; {there}"
         )
     return known
 
@@ -170,7 +170,7 @@ def _held_out(eval_path: str, train: list[Source], *, own_parser: bool) -> Sourc
     return Source(eval_path, "test", held, spec, parser, EXTRA)
 
 
-def _find(dataset: str, dataset_path: str, split: str) -> Sources:
+def _find(dataset: str, dataset_path: str, split: str) -> _PartSources:
     name, _, subsets = dataset.partition("/")
     if name in DATASETS and (not subsets or DATASETS[name].subsets or name == "synthetic"):
         return _named(name, tuple(filter(None, subsets.split(","))), dataset_path)
@@ -189,7 +189,7 @@ def _find(dataset: str, dataset_path: str, split: str) -> Sources:
     raise UserError(f"dataset={dataset or '(empty)'} is unknown; known are {known_datasets()}")
 
 
-def _named(name: str, subsets: tuple[str, ...], path: str) -> Sources:
+def _named(name: str, subsets: tuple[str, ...], path: str) -> _PartSources:
     spec = DATASETS[name]
     unknown = [subset for subset in subsets if spec.subsets and subset not in spec.subsets]
     if unknown and not path:
@@ -214,12 +214,12 @@ def _named(name: str, subsets: tuple[str, ...], path: str) -> Sources:
     return sources, note
 
 
-def _hub(dataset: str, repository: str, split: str, dataset_path: str) -> Sources:
+def _hub(dataset: str, repository: str, split: str, dataset_path: str) -> _PartSources:
     patterns = [f"*{suffix}{packed}" for suffix in files.SUFFIXES for packed in ("", ".gz")]
     directory = dataset_path or files.download(repository, patterns)
     listed = files.find_files(directory)
     if not split:
-        splits = {found[1] for path in listed if (found := _SHARD.search(_relative(path, directory)))}
+        splits = {shard[1] for path in listed if (shard := _SHARD.search(_relative(path, directory)))}
         several = sorted(name for name in splits if name.startswith("train"))
         if len(several) > 1:
             raise UserError(
@@ -245,7 +245,7 @@ def _hub(dataset: str, repository: str, split: str, dataset_path: str) -> Source
     return [train, *held], note if held else _NONE_PUBLISHED
 
 
-def _directory(name: str, path: str, spec: DatasetSpec, parser: str, subsets: tuple[str, ...] = ()) -> Sources:
+def _directory(name: str, path: str, spec: DatasetSpec, parser: str, subsets: tuple[str, ...] = ()) -> _PartSources:
     """The sources under `path`: one for each subset directory and split where `spec` has them, else one per split."""
     listed = files.find_files(path)
     inside = {one: _relative(one, path) for one in listed}

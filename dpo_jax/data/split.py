@@ -6,7 +6,7 @@ import numpy as np
 
 from dpo_jax.data.cache.store import PairCache
 from dpo_jax.data.mixture import Mixture, apportion
-from dpo_jax.data.sources import EXTRA, Found, Part
+from dpo_jax.data.sources import EXTRA, DataSources, Part
 from dpo_jax.errors import UserError
 
 
@@ -43,7 +43,7 @@ class Split:
       train, evaluation: pairs of one cache.
       mixture: which training pairs make an epoch; None where nothing is mixed, and all of them do.
       groups: bool `[evaluation pairs]` by the name of a source (and of a mixture's part); empty where there is one.
-      notes: for each part, a sentence that says where its evaluation pairs come from.
+      notes: for each part, a sentence on where its evaluation pairs come from.
     """
 
     train: Pairs
@@ -53,7 +53,7 @@ class Split:
     notes: tuple[str, ...]
 
 
-def split(cache: PairCache, found: Found, eval_pairs: int, seed: int) -> Split:
+def split(cache: PairCache, data: DataSources, eval_pairs: int, seed: int) -> Split:
     """Divide the pairs of a cache.
 
     Of several parts, `eval_pairs` is divided by their weights. No prompt that was held out is trained on, whatever
@@ -64,12 +64,12 @@ def split(cache: PairCache, found: Found, eval_pairs: int, seed: int) -> Split:
     """
     in_test = np.zeros(len(cache), dtype=bool)
     part_of = np.zeros(len(cache), np.int64)
-    for entry, source in zip(cache.manifest["sources"], found.sources, strict=True):
+    for entry, source in zip(cache.manifest["sources"], data.sources, strict=True):
         in_test[entry["start"] : entry["stop"]] = source.split == "test"
         part_of[entry["start"] : entry["stop"]] = source.part
     hashes = cache.prompt_hash
     train = np.flatnonzero(~in_test)
-    given = next((source.name for source in found.sources if source.part == EXTRA), None)
+    given = next((source.name for source in data.sources if source.part == EXTRA), None)
     if eval_pairs == 0:
         taken, notes = train[:0], ["no evaluation (eval_pairs=0)"]
     elif given is not None:
@@ -77,30 +77,30 @@ def split(cache: PairCache, found: Found, eval_pairs: int, seed: int) -> Split:
         taken = _sampled(extra, eval_pairs, seed)
         notes = [_published_note(f"eval_path={given}", taken, extra, hashes, train, seed)]
     else:
-        train, taken, notes = _by_part(found, part_of, in_test, hashes, eval_pairs, seed)
-    mixture = Mixture(part_of[train], tuple(part.weight for part in found.parts)) if len(found.parts) > 1 else None
-    groups = _groups(cache.manifest["source_names"], found, cache.source[taken], part_of[taken])
+        train, taken, notes = _by_part(data, part_of, in_test, hashes, eval_pairs, seed)
+    mixture = Mixture(part_of[train], tuple(part.weight for part in data.parts)) if len(data.parts) > 1 else None
+    groups = _groups(cache.manifest["source_names"], data, cache.source[taken], part_of[taken])
     return Split(Pairs(cache, train), Pairs(cache, taken), mixture, groups, tuple(notes))
 
 
-def _groups(names: list[str], found: Found, source: np.ndarray, part: np.ndarray) -> dict[str, np.ndarray]:
+def _groups(names: list[str], data: DataSources, source: np.ndarray, part: np.ndarray) -> dict[str, np.ndarray]:
     groups = {name: source == number for number, name in enumerate(names)}
-    groups |= {one.name: part == number for number, one in enumerate(found.parts)}
+    groups |= {one.name: part == number for number, one in enumerate(data.parts)}
     return {name: held for name, held in groups.items() if held.any() and not held.all()}
 
 
 def _by_part(
-    found: Found, part_of: np.ndarray, in_test: np.ndarray, hashes: np.ndarray, eval_pairs: int, seed: int
+    data: DataSources, part_of: np.ndarray, in_test: np.ndarray, hashes: np.ndarray, eval_pairs: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Training pairs, evaluation pairs, and the notes, part by part."""
     train = np.flatnonzero(~in_test)
-    wanted = apportion(eval_pairs, [part.weight for part in found.parts]) if eval_pairs > 0 else [-1] * len(found.parts)
+    wanted = apportion(eval_pairs, [part.weight for part in data.parts]) if eval_pairs > 0 else [-1] * len(data.parts)
     taken_by_part: list[np.ndarray] = []
     notes: dict[str, str] = {}
     published: list[tuple[Part, np.ndarray, np.ndarray]] = []
-    for number, part in enumerate(found.parts):
+    for number, part in enumerate(data.parts):
         mine = np.flatnonzero(part_of == number)
-        if found.published(number):
+        if data.published(number):
             held = mine[in_test[mine]]
             taken = _sampled(held, int(wanted[number]), seed)
             known = np.isin(hashes[train], hashes[taken]) & (part_of[train] != number)
@@ -123,8 +123,8 @@ def _by_part(
         notes[part.name] = _published_note(part.note, taken, held, hashes, train, seed)
     # Spread, so that the first pairs are from every part.
     places = np.concatenate([(np.arange(len(x)) + 0.5) / max(1, len(x)) for x in taken_by_part])
-    said = [notes[part.name] if len(found.parts) == 1 else f"{part.name}: {notes[part.name]}." for part in found.parts]
-    return train, np.concatenate(taken_by_part)[np.argsort(places, kind="stable")], said
+    told = [notes[part.name] if len(data.parts) == 1 else f"{part.name}: {notes[part.name]}." for part in data.parts]
+    return train, np.concatenate(taken_by_part)[np.argsort(places, kind="stable")], told
 
 
 def _sampled(held: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -56,7 +56,7 @@ def write_hh(directory: Path, seed: int, train_pairs: int, test_pairs: int) -> N
 def train_tokenizer(texts: Iterable[str], directory: Path, vocab_size: int) -> None:
     """Trains a SentencePiece BPE tokenizer with byte fallback; `AutoTokenizer.from_pretrained(directory)` loads it.
 
-    Any text comes back exactly (but for a literal U+2581, which stands for a space, as in Llama 2), and no token
+    Any text comes back exactly (but for a literal U+2581, which is read as a space, as in Llama 2), and no token
     reaches across a space: the tokens of `prompt + " answer"` are those of `prompt`, then those of `" answer"`.
     """
     model = io.BytesIO()

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_jax.data import files
 from dpo_jax.data.files import BadLine, find_files, fingerprint, read_rows
-from dpo_jax.data.sources import resolve
+from dpo_jax.data.sources import find_sources
 from dpo_jax.errors import UserError
 from tests.fakes.hub import closed_port, use_hub
 
@@ -135,7 +135,7 @@ def test_fsspec_addresses_are_read_like_files():
     filesystem = fsspec.filesystem("memory")
     for name in ("train", "test"):
         filesystem.pipe(f"/bucket/{name}.jsonl", LINES.encode())
-    found = resolve("memory://bucket")
+    found = find_sources("memory://bucket")
     assert [source.split for source in found.sources] == ["train", "test"]
     assert [row for _, row in read_rows(found.sources[0].files[0])] == ROWS
     assert find_files("memory://bucket/tr*.jsonl") == ["memory:///bucket/train.jsonl"]
@@ -187,20 +187,20 @@ def test_named_dataset_in_the_hubs_layout(tmp_path):
             for split in ("train", "test")
         ),
     )
-    both = resolve("hhh/harmless-base,helpful-base", root)
+    both = find_sources("hhh/harmless-base,helpful-base", root)
     assert shape(both) == [
         ("hhh/harmless-base", "train", 1),
         ("hhh/helpful-base", "train", 1),
         ("hhh/harmless-base", "test", 1),
         ("hhh/helpful-base", "test", 1),
     ]
-    assert len(resolve("hhh", root).sources) == 6
+    assert len(find_sources("hhh", root).sources) == 6
     with pytest.raises(UserError, match=r"helpful-online.*found harmless-base"):
-        resolve("hhh/helpful-online", root)
+        find_sources("hhh/helpful-online", root)
 
 
 def test_a_test_split_alone_is_divided_again(tmp_path):
-    found = resolve("hhh", hh_layout(tmp_path, "harmless-base/test.jsonl.gz"))
+    found = find_sources("hhh", hh_layout(tmp_path, "harmless-base/test.jsonl.gz"))
     assert shape(found) == [("hhh/harmless-base", "train", 1)]
     assert "divided again" in found.parts[0].note
     assert not found.published(0)
@@ -208,41 +208,41 @@ def test_a_test_split_alone_is_divided_again(tmp_path):
 
 def test_a_directorys_splits_are_told_by_words(tmp_path):
     root = hh_layout(tmp_path, "data/train-0.jsonl", "data/more.jsonl", "data/validation-0.jsonl", "data/test-0.jsonl")
-    found = resolve(root)
+    found = find_sources(root)
     assert shape(found) == [(root, "train", 2), (root, "test", 1)]
     assert found.sources[1].files[0].endswith("validation-0.jsonl")
-    assert shape(resolve(f"{root}/data/more.jsonl")) == [(f"{root}/data/more.jsonl", "train", 1)]
+    assert shape(find_sources(f"{root}/data/more.jsonl")) == [(f"{root}/data/more.jsonl", "train", 1)]
 
 
 def test_eval_path_replaces_the_published_split(tmp_path):
     root = hh_layout(tmp_path, "train.jsonl", "test.jsonl")
     mine = written(tmp_path.parent / "mine.jsonl", LINES)
-    found = resolve(root, eval_path=mine)
+    found = find_sources(root, eval_path=mine)
     assert [(source.split, source.files) for source in found.sources] == [
         ("train", (f"{root}/train.jsonl",)),
         ("test", (mine,)),
     ]
     with pytest.raises(UserError, match="training data too"):
-        resolve(root, eval_path=f"{root}/train.jsonl")
+        find_sources(root, eval_path=f"{root}/train.jsonl")
 
 
 @pytest.mark.parametrize("name", ["hh", "", "HelpSteer3", "ultrafeedback:1,hh:1"])
 def test_unknown_names_list_the_known_ones(tmp_path, name):
     path = written(tmp_path / "harmless-base.jsonl", LINES)
     with pytest.raises(UserError, match="unknown; known are hhh, helpsteer3, ultrafeedback, synthetic"):
-        resolve(name, f"{path}," if "," in name else "")
+        find_sources(name, f"{path}," if "," in name else "")
 
 
 def test_other_requests_that_cannot_be_met(tmp_path):
     path = written(tmp_path / "data.jsonl", LINES)
     with pytest.raises(UserError, match="give one of them"):
-        resolve(path, path)
+        find_sources(path, path)
     with pytest.raises(UserError, match=r"needs --config.dataset_path"):
-        resolve("my_module:parse")
+        find_sources("my_module:parse")
     with pytest.raises(UserError, match="unknown subset harmful"):
-        resolve("hhh/harmful")
+        find_sources("hhh/harmful")
     with pytest.raises(UserError, match="needs dataset_path"):
-        resolve("synthetic")
+        find_sources("synthetic")
 
 
 def test_the_hub_is_asked_for_the_right_files(tmp_path, monkeypatch):
@@ -254,26 +254,26 @@ def test_the_hub_is_asked_for_the_right_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     hh_layout(tmp_path, "harmless-base/train.jsonl.gz", "harmless-base/test.jsonl.gz")
-    assert len(resolve("hhh/harmless-base").sources) == 2
+    assert len(find_sources("hhh/harmless-base").sources) == 2
     assert asked[0][:2] == ("Anthropic/hh-rlhf", "dataset")
     assert asked[0][2] == ["harmless-base/train.jsonl*", "harmless-base/test.jsonl*"]
     with pytest.raises(UserError, match="no subset helpful-base"):
-        resolve("hhh/harmless-base,helpful-base")
+        find_sources("hhh/harmless-base,helpful-base")
     (tmp_path / "harmless-base/train.jsonl.gz").unlink()
     with pytest.raises(UserError, match="not whole"):  # a partial copy that an offline machine still has
-        resolve("hhh/harmless-base")
+        find_sources("hhh/harmless-base")
 
 
 def test_any_hub_dataset_with_and_without_a_split(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: str(tmp_path))
     hh_layout(tmp_path, *(f"data/{name}-00000-of-00001.jsonl" for name in ("train_prefs", "test_prefs", "train_sft")))
-    found = resolve("hf:some/data:train_prefs")
+    found = find_sources("hf:some/data:train_prefs")
     assert shape(found) == [("hf:some/data:train_prefs", "train", 1), ("hf:some/data:train_prefs", "test", 1)]
-    assert shape(resolve("hf:some/data", split="train_prefs"))[0] == ("hf:some/data", "train", 1)
+    assert shape(find_sources("hf:some/data", split="train_prefs"))[0] == ("hf:some/data", "train", 1)
     with pytest.raises(UserError, match=r"several training splits \(train_prefs, train_sft\)"):
-        resolve("hf:some/data")
+        find_sources("hf:some/data")
     with pytest.raises(UserError, match="no file of split dev; the repository has data/test_prefs"):
-        resolve("hf:some/data:dev")
+        find_sources("hf:some/data:dev")
 
 
 def test_an_unreachable_hub_says_what_to_do(monkeypatch):
@@ -282,14 +282,14 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(UserError, match=r"dataset_path=DIR.*hhh.py:tiny") as caught:
-        resolve("helpsteer3")
+        find_sources("helpsteer3")
     assert "\n" not in str(caught.value)
 
 
 def test_a_mixture_has_its_parts_and_their_files(tmp_path):
     hh_layout(tmp_path, "hhh/helpful-base/train.jsonl", "hhh/helpful-base/test.jsonl", "ultrafeedback/rows.jsonl")
     own = written(tmp_path / "own,file.jsonl", LINES)
-    found = resolve(f"hhh/helpful-base:3,{own}:.5,ultrafeedback:1e0", str(tmp_path))
+    found = find_sources(f"hhh/helpful-base:3,{own}:.5,ultrafeedback:1e0", str(tmp_path))
     assert [(s.name, s.split, s.part) for s in found.sources] == [
         ("hhh/helpful-base", "train", 0),
         ("hhh/helpful-base", "test", 0),
@@ -302,7 +302,7 @@ def test_a_mixture_has_its_parts_and_their_files(tmp_path):
         ("ultrafeedback", 1.0),
     ]
     assert [found.published(part) for part in range(3)] == [True, False, False]
-    listed = resolve(f"ultrafeedback:1,{own}:1", f"{tmp_path}/ultrafeedback,")
+    listed = find_sources(f"ultrafeedback:1,{own}:1", f"{tmp_path}/ultrafeedback,")
     assert [s.files for s in listed.sources] == [(f"{tmp_path}/ultrafeedback/rows.jsonl",), (own,)]
 
 
@@ -324,7 +324,7 @@ def test_a_mixture_has_its_parts_and_their_files(tmp_path):
 )
 def test_mixtures_that_are_none(dataset, path, message):
     with pytest.raises(UserError, match=message):
-        resolve(dataset, path)
+        find_sources(dataset, path)
 
 
 def test_a_dataset_from_the_hub_and_again_without_one(hub, tmp_path, monkeypatch):
@@ -335,7 +335,7 @@ def test_a_dataset_from_the_hub_and_again_without_one(hub, tmp_path, monkeypatch
             root, *(f"{subset}/{split}.jsonl" for subset in ("harmless-base", "red") for split in ("train", "test"))
         )
         written(root / "README.md", "x")
-    found = resolve("hhh/harmless-base")
+    found = find_sources("hhh/harmless-base")
     assert shape(found) == [("hhh/harmless-base", "train", 1), ("hhh/harmless-base", "test", 1)]
     asked = [path for path in hub.asked if "resolve" in path]
     assert sorted({path.split("/", 5)[-1] for path in asked}) == [
@@ -343,11 +343,11 @@ def test_a_dataset_from_the_hub_and_again_without_one(hub, tmp_path, monkeypatch
         "harmless-base/train.jsonl",
     ]
     assert len(list(read_rows(found.sources[0].files[0]))) == len(list(read_rows(found.sources[1].files[0]))) > 0
-    assert shape(resolve("hf:someone/mine", split="train"))[0] == ("hf:someone/mine", "train", 2)
+    assert shape(find_sources("hf:someone/mine", split="train"))[0] == ("hf:someone/mine", "train", 2)
     with pytest.raises(UserError, match=r"someone/none cannot be fetched.*dataset_path=DIR"):
-        resolve("hf:someone/none")
+        find_sources("hf:someone/none")
     use_hub(monkeypatch, tmp_path, closed_port())
-    assert resolve("hhh/harmless-base") == found
+    assert find_sources("hhh/harmless-base") == found
 
 
 @pytest.mark.parametrize(
@@ -373,6 +373,6 @@ def test_parquet_packed_with_gzip(tmp_path):
 def test_no_file_is_in_two_parts_and_split_is_for_the_hub(tmp_path):
     root = hh_layout(tmp_path, "hhh/harmless-base/train.jsonl", "x.jsonl")
     with pytest.raises(UserError, match="in two parts of the mixture"):
-        resolve(f"{root}/x.jsonl:1,{root}/./x.jsonl:1")
+        find_sources(f"{root}/x.jsonl:1,{root}/./x.jsonl:1")
     with pytest.raises(UserError, match="only an hf: dataset has splits"):
-        resolve(f"{root}/x.jsonl", split="test")
+        find_sources(f"{root}/x.jsonl", split="test")

@@ -52,7 +52,7 @@ class Pair(NamedTuple):
     line: int = 0
 
 
-# Given the path for quarantined rows, yields the pairs and returns what the manifest says about them.
+# Given the path for quarantined rows, yields the pairs and returns what the manifest keeps about them.
 Produce = Callable[[Path], Generator[Pair, None, dict[str, Any]]]
 
 
@@ -212,13 +212,13 @@ def _write(directory: Path, fingerprint: dict[str, Any], produce: Produce) -> No
     lengths, sources, hashes, origins = array.array("i"), array.array("i"), array.array("Q"), array.array("i")
     # One record per group: the pipeline reads pairs in random order.
     writer = array_record_module.ArrayRecordWriter(str(directory / _RECORDS), "group_size:1")
-    found: dict[str, Any] = {}
+    about: dict[str, Any] = {}
 
-    def remembered() -> Iterator[Pair]:
-        found.update((yield from produce(directory / QUARANTINE)))
+    def pairs() -> Iterator[Pair]:
+        about.update((yield from produce(directory / QUARANTINE)))
 
     try:
-        for pair in remembered():
+        for pair in pairs():
             writer.write(np.asarray([*pair.prompt, *pair.chosen, *pair.rejected], dtype="<i4").tobytes())
             lengths.extend((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
             sources.append(pair.source)
@@ -236,7 +236,7 @@ def _write(directory: Path, fingerprint: dict[str, Any], produce: Produce) -> No
         "fingerprint": fingerprint,
         "pairs": len(sources),
         "bytes": {path.name: path.stat().st_size for path in sorted(directory.iterdir())},
-        **found,
+        **about,
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
 

@@ -1,0 +1,42 @@
+"""What a cache is known by: older caches are found again, and a change of the code that makes pairs is another cache."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from dpo_jax.data import columns, comparison, datasets, prepare, render
+from dpo_jax.data.cache import fingerprint
+
+MODULES = (columns, datasets, comparison, render, prepare)
+
+
+def test_the_code_makes_the_pairs_of_older_caches():
+    """If this fails, rows, ids or counts may have changed: then remove `_WHOLE_FILES`, and all caches are built anew.
+
+    If you compared the caches of several datasets, and they are the same as before, make `_SAME_PAIRS` the new digest.
+    """
+    assert fingerprint._our_code(Path(prepare.__file__)) == fingerprint._WHOLE_FILES
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_words_decide_nothing_and_statements_everything(module, tmp_path, monkeypatch):
+    text, file = Path(module.__file__).read_text(), tmp_path / "module.py"
+    where = inspect.getfile
+    monkeypatch.setattr(inspect, "getfile", lambda one: str(file) if one is module else where(one))
+
+    def code(changed):
+        file.write_text(changed)
+        return fingerprint._our_code(file if module is prepare else Path(prepare.__file__))
+
+    assert code(text) == fingerprint._WHOLE_FILES
+    import_line = next(line for line in text.splitlines() if line.startswith(("from dpo_jax.", "from typing")))
+    for words in (
+        text.replace('"""', '"""Other words. ', 1),
+        text + "\n\n# a comment\n",
+        text.replace(import_line, import_line.replace("dpo_jax.data", "dpo_jax.elsewhere") + "  # moved"),
+    ):
+        assert code(words) == fingerprint._WHOLE_FILES
+    changed = text.replace("return ", "return not ", 1)
+    assert code(changed) not in (fingerprint._WHOLE_FILES, code(changed + "x = 1\n"))
+    assert code(text + 'x = "# no comment"\n') != code(text + 'x = "# no comment, too"\n')
