@@ -1,4 +1,4 @@
-"""What a cache is known by: older caches are found again, and a change of the code that makes pairs is another cache."""
+"""What a cache is known by: older caches are found again, a change of the code that makes pairs is another cache."""
 
 import inspect
 from pathlib import Path
@@ -37,6 +37,6 @@ def test_words_decide_nothing_and_statements_everything(module, tmp_path, monkey
         text.replace(import_line, import_line.replace("dpo_jax.data", "dpo_jax.elsewhere") + "  # moved"),
     ):
         assert code(words) == fingerprint._WHOLE_FILES
-    changed = text.replace("return ", "return not ", 1)
+    changed = "return not ".join(text.rsplit("return ", 1))
     assert code(changed) not in (fingerprint._WHOLE_FILES, code(changed + "x = 1\n"))
     assert code(text + 'x = "# no comment"\n') != code(text + 'x = "# no comment, too"\n')
