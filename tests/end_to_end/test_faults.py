@@ -167,7 +167,8 @@ def spoil(*arguments):
         factor = {factors}.get(item.update)
         if factor is not None:
             with jax.transfer_guard("allow"):
-                item.batch["ref_logps"] = item.batch["ref_logps"] * factor
+                batch = item.batch._replace(ref_logps=item.batch.ref_logps * factor)
+                item = dataclasses.replace(item, batch=batch)
         yield item
 phases.loaded = spoil
 """
