@@ -18,7 +18,7 @@ from dpo_jax.inspection.gather import (
     bad_rows,
     length_bias,
     schedule_words,
-    shape_words,
+    shape_rows,
     visible_text,
 )
 from dpo_jax.records.records import printable
@@ -85,15 +85,7 @@ def _lengths(inspection: Inspection, console: Console) -> None:
 
 
 def _schedule(schedule: ScheduleUse, console: Console) -> None:
-    entries = [
-        (
-            *shape_words(use),
-            f"{use.shape.places}",
-            f"{use.steps:,}",
-            f"{use.fraction:.1%}" if use.steps else "–",
-        )
-        for use in schedule.uses
-    ]
+    entries = [[f"{c:,}" if isinstance(c, int) else c for c in row] for row in shape_rows(schedule)]
     _table(console, f"Schedule of the first epoch: {schedule.where}", SHAPE_HEAD, entries)
     say(console, schedule_words(schedule) + "\n")
 

@@ -112,11 +112,18 @@ def bad_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, int, str]]:
 SHAPE_HEAD = ("rows x [P | C | R]", "pairs a row", "at most", "steps", "real tokens")
 
 
-def shape_words(use: ShapeUse) -> tuple[str, str]:
-    """A shape, and how many of a batch's pairs share a row of it."""
-    return f"{use.shape.rows} x [{' | '.join(map(str, use.shape.widths))}]", (
-        f"{use.pairs / (use.steps * use.shape.rows):.1f}" if use.steps else "–"
-    )
+def shape_rows(schedule: ScheduleUse) -> list[tuple[str, str, int, int, str]]:
+    """The cells under `SHAPE_HEAD`, a row for each shape; of one that no step uses there is no mean."""
+    return [
+        (
+            f"{use.shape.rows} x [{' | '.join(map(str, use.shape.widths))}]",
+            f"{use.pairs / (use.steps * use.shape.rows):.1f}" if use.steps else "–",
+            use.shape.places,
+            use.steps,
+            f"{use.fraction:.1%}" if use.steps else "–",
+        )
+        for use in schedule.uses
+    ]
 
 
 def schedule_words(use: ScheduleUse) -> str:

@@ -12,7 +12,7 @@ from dpo_jax.inspection.gather import (
     bad_rows,
     length_bias,
     schedule_words,
-    shape_words,
+    shape_rows,
     visible_text,
 )
 from dpo_jax.report.html import write_page
@@ -43,7 +43,7 @@ def write_inspection(inspection: Inspection, path: Path) -> Path:
         histograms=length_charts(length_report(inspection.lengths).get("histograms", {})),
         schedule=schedule,
         shape_head=SHAPE_HEAD,
-        uses=[(*shape_words(use), use) for use in schedule.uses] if schedule else [],
+        shapes=shape_rows(schedule) if schedule else [],
         schedule_words=schedule_words(schedule) if schedule else "",
         note=inspection.note,
         examples=[_example(example) for example in inspection.examples],

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from dpo_jax.data import lengths
 from dpo_jax.data.cache.store import cache_root
+from dpo_jax.inspection import actions
 from dpo_jax.inspection import command as data_command
 from dpo_jax.inspection import console as inspection_text
 from dpo_jax.inspection import gather as inspection
@@ -266,7 +267,7 @@ def test_too_few_pairs_for_a_batch_can_be_looked_at(tiny, tmp_path, capsys, monk
 def test_progress_is_told_line_by_line_without_a_terminal(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DPO_JAX_CACHE", str(tmp_path))
     shutil.copytree(tiny[1] / "tiny-0", tmp_path / "tiny-0")
-    monkeypatch.setattr(data_command, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(actions, "LINE_SECONDS", 0.0)
     assert data_command.main(["data", "prepare", TINY]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].endswith(": 512 rows, 512 kept")
