@@ -17,8 +17,6 @@ from dpo_jax.inspection.gather import (
     ScheduleUse,
     bad_rows,
     length_bias,
-    schedule_words,
-    shape_rows,
     visible_text,
 )
 from dpo_jax.records.records import printable
@@ -85,9 +83,9 @@ def _lengths(inspection: Inspection, console: Console) -> None:
 
 
 def _schedule(schedule: ScheduleUse, console: Console) -> None:
-    entries = [[f"{c:,}" if isinstance(c, int) else c for c in row] for row in shape_rows(schedule)]
+    entries = [[f"{c:,}" if isinstance(c, int) else c for c in row] for row in schedule.rows]
     _table(console, f"Schedule of the first epoch: {schedule.where}", SHAPE_HEAD, entries)
-    say(console, schedule_words(schedule) + "\n")
+    say(console, schedule.words + "\n")
 
 
 def _example(example: Example, console: Console, coloured: bool) -> None:

@@ -1,6 +1,5 @@
 """A run's data in numbers and in tokens: gathered here, shown by `console` and `page`."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,10 @@ from dpo_jax.data.prepare import Pairs, Prepared
 from dpo_jax.records.records import printable
 from dpo_jax.report.lengths import length_words
 from dpo_jax.rows.schedule import Schedule
-from dpo_jax.rows.shape import RowShape
 
 _CONTEXT = 4  # pieces before a piece, decoded with it: some decoders drop the space in front of a text
 _CHARACTER = 4  # tokens that may have to come together before their bytes are a character
+SHAPE_HEAD = ("rows x [P | C | R]", "pairs a row", "at most", "steps", "real tokens")
 
 
 @dataclass(frozen=True)
@@ -40,39 +39,17 @@ class Example:
 
 
 @dataclass(frozen=True)
-class ShapeUse:
-    """How many of an epoch's steps have a compiled row shape, with how many pairs and real tokens."""
-
-    shape: RowShape
-    steps: int
-    pairs: int
-    tokens: int
-
-    @property
-    def fraction(self) -> float:
-        """Of the computed tokens that are real; nan if the shape is not used."""
-        return self.tokens / (self.steps * self.shape.tokens) if self.steps else math.nan
-
-
-@dataclass(frozen=True)
 class ScheduleUse:
-    """The schedule of the first epoch: which of its row shapes serve how many steps.
+    """What the first epoch of a schedule does with its row shapes.
 
     where: for which batch and devices, in words.
-    fallback: the shape that every batch fits.
-    steps: of the run's DPO phase.
+    rows: the cells under `SHAPE_HEAD`, for each shape.
+    words: the schedule as a whole.
     """
 
     where: str
-    uses: tuple[ShapeUse, ...]
-    fallback: ShapeUse | None
-    steps_per_epoch: int
-    steps: int
-
-    @property
-    def fraction(self) -> float:
-        """Of all computed tokens that are real."""
-        return sum(use.tokens for use in self.uses) / max(1, sum(use.steps * use.shape.tokens for use in self.uses))
+    rows: list[tuple[str, str, int, int, str]]
+    words: str
 
 
 @dataclass(frozen=True)
@@ -109,44 +86,27 @@ def bad_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, int, str]]:
     ]
 
 
-SHAPE_HEAD = ("rows x [P | C | R]", "pairs a row", "at most", "steps", "real tokens")
-
-
-def shape_rows(schedule: ScheduleUse) -> list[tuple[str, str, int, int, str]]:
-    """The cells under `SHAPE_HEAD`, a row for each shape; of one that no step uses there is no mean."""
-    return [
-        (
-            f"{use.shape.rows} x [{' | '.join(map(str, use.shape.widths))}]",
-            f"{use.pairs / (use.steps * use.shape.rows):.1f}" if use.steps else "–",
-            use.shape.places,
-            use.steps,
-            f"{use.fraction:.1%}" if use.steps else "–",
-        )
-        for use in schedule.uses
-    ]
-
-
-def schedule_words(use: ScheduleUse) -> str:
-    """The schedule as a whole."""
-    words = [
-        f"{use.steps_per_epoch:,} steps an epoch, {use.steps:,} in the run",
-        f"{use.fraction:.1%} of tokens real",
-    ]
-    if use.fallback:
-        words.append(f"the shape that always fits is used {use.fallback.steps:,} times")
-    return "; ".join(words)
-
-
-def schedule_use(schedule: Schedule, where: str, steps: int) -> ScheduleUse:
-    """What the first epoch of a schedule does with its shapes."""
-    counts = {shape: [0, 0, 0] for shape in schedule.shapes}
+def schedule_use(schedule: Schedule, where: str, run_steps: int) -> ScheduleUse:
+    """The first epoch of a schedule for the batch and devices `where`, in a run of `run_steps` updates of DPO."""
+    counts = {shape: np.zeros(3, np.int64) for shape in schedule.shapes}  # steps, pairs, real tokens
     for step in range(schedule.steps_per_epoch):
         shape, placed = schedule.place(step)
         ids = placed[placed >= 0]
-        for i, value in enumerate((1, len(ids), int(schedule.lengths[ids].sum()))):
-            counts[shape][i] += value
-    uses = tuple(ShapeUse(shape, *counted) for shape, counted in counts.items())
-    return ScheduleUse(where, uses, uses[-1] if len(uses) > 1 else None, schedule.steps_per_epoch, steps)
+        counts[shape] += (1, len(ids), schedule.lengths[ids].sum())
+    rows, computed = [], 0
+    for shape, (steps, pairs, tokens) in ((shape, numbers.tolist()) for shape, numbers in counts.items()):
+        name = f"{shape.rows} x [{' | '.join(map(str, shape.widths))}]"
+        each = f"{pairs / (steps * shape.rows):.1f}" if steps else "–"  # of a shape that no step has there is no mean
+        real = f"{tokens / (steps * shape.tokens):.1%}" if steps else "–"
+        rows.append((name, each, shape.places, steps, real))
+        computed += steps * shape.tokens
+    words = [
+        f"{schedule.steps_per_epoch:,} steps an epoch, {run_steps:,} in the run",
+        f"{sum(tokens for *_, tokens in counts.values()) / max(1, computed):.1%} of tokens real",
+    ]
+    if len(rows) > 1:
+        words.append(f"the shape that always fits is used {rows[-1][3]:,} times")
+    return ScheduleUse(where, rows, "; ".join(words))
 
 
 def pair_examples(prepared: Prepared, tokenizer: Any, number: int) -> tuple[Example, ...]:

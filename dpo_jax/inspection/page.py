@@ -11,8 +11,6 @@ from dpo_jax.inspection.gather import (
     Inspection,
     bad_rows,
     length_bias,
-    schedule_words,
-    shape_rows,
     visible_text,
 )
 from dpo_jax.report.html import write_page
@@ -26,7 +24,7 @@ def write_inspection(inspection: Inspection, path: Path) -> Path:
     Raises:
       UserError: the place cannot be written.
     """
-    report, schedule = inspection.report, inspection.schedule
+    report = inspection.report
     dataset = inspection.dataset if report.get("mixture") else Path(inspection.dataset).name
     pairs = {name: entry["pairs"] for name, entry in report["splits"].items()}
     dropped = sum(sum(source["dropped"].values()) for source in report["sources"])
@@ -41,10 +39,8 @@ def write_inspection(inspection: Inspection, path: Path) -> Path:
         bad=bad_rows(report),
         bias=length_bias(inspection),
         histograms=length_charts(length_report(inspection.lengths).get("histograms", {})),
-        schedule=schedule,
+        schedule=inspection.schedule,
         shape_head=SHAPE_HEAD,
-        shapes=shape_rows(schedule) if schedule else [],
-        schedule_words=schedule_words(schedule) if schedule else "",
         note=inspection.note,
         examples=[_example(example) for example in inspection.examples],
     )

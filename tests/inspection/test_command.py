@@ -191,25 +191,31 @@ def test_the_page_is_self_contained_and_hostile_text_stays_text(shown):
     assert f"{where}/own.jsonl:14" in "".join(spans.words)
 
 
-def test_prepare_builds_once_and_says_where(tiny):
+def within(capsys, monkeypatch, *args, cache):
+    """The command in this process; returns what it printed."""
+    monkeypatch.setenv("DPO_JAX_CACHE", str(cache))
+    assert data_command.main(["data", *args]) == 0
+    return capsys.readouterr().out
+
+
+def test_prepare_builds_once_and_prints_where(tiny, capsys, monkeypatch):
     said, root = tiny
     (place,) = re.findall(r"^cache (\S+): 8,512 pairs, [\d.]+ MB, built in [\d.]+ s$", said, re.M)
     assert Path(place).parent == root
     assert re.search(r"train +8,000 +8,000", said)
-    again = command("prepare", TINY, DPO_JAX_CACHE=str(root))
+    again = within(capsys, monkeypatch, "prepare", TINY, cache=root)
     assert re.search(rf"^cache {place}: 8,512 pairs, [\d.]+ MB, already there$", again, re.M)
     assert {path.name for path in (root / "tiny-0").iterdir()} == {"synthetic-0", "tokenizer-0"}
 
 
-def test_prepare_onto_a_shared_cache(tiny, tmp_path):
+def test_prepare_onto_a_shared_cache(tiny, tmp_path, capsys, monkeypatch):
     address = f"file://{tmp_path}/shared"
     for machine, said in (("one", "built in"), ("two", "already there")):
         (tmp_path / machine).mkdir()
         shutil.copytree(tiny[1] / "tiny-0", tmp_path / machine / "tiny-0")
-        place = {"DPO_JAX_CACHE": str(tmp_path / machine)}
         assert re.search(
             rf"^cache {address}/\w+ \(copy in {tmp_path}/{machine}/\w+\): 8,512 pairs, .*{said}",
-            command("prepare", TINY, f"--config.cache_dir={address}", **place),
+            within(capsys, monkeypatch, "prepare", TINY, f"--config.cache_dir={address}", cache=tmp_path / machine),
             re.M,
         )
 
