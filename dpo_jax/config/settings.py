@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_jax.config.values import parse_options, parse_targets
 from dpo_jax.data.prepare import DataRequest
-from dpo_jax.model.options import LayoutOptions, LoraOptions
+from dpo_jax.model.options import LayoutOptions, Lora
 from dpo_jax.objective.table import parse_loss
 from dpo_jax.rows.shape import Order
 
@@ -100,7 +100,7 @@ class Settings:
     reference: ReferenceOptions
     optimizer: OptimizerOptions
     sft_optimizer: OptimizerOptions
-    lora: LoraOptions | None
+    lora: Lora | None
     layout: LayoutOptions
     mesh: tuple[int, int, int]
     trackers: Mapping[str, str]
@@ -137,7 +137,7 @@ class Settings:
 def read_settings(config: Mapping[str, Any]) -> Settings:
     """The typed values of a config that `check` has passed."""
     c = config
-    lora = LoraOptions(c["lora_rank"], c["lora_alpha"], parse_targets(c["lora_targets"]), c["lora_rslora"])
+    lora = Lora(c["lora_rank"], c["lora_alpha"], parse_targets(c["lora_targets"]), c["lora_rslora"])
     optimizer = OptimizerOptions(
         c["optimizer"], c["learning_rate"], c["lr_schedule"], c["warmup_steps"], c["weight_decay"], c["max_grad_norm"]
     )

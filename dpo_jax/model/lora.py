@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.forward import init_params
+from dpo_jax.model.options import Lora
 from dpo_jax.model.params import Params
 from dpo_jax.model.tensors import Leaf, Parts, model_leaves, sizes, tensors
 
@@ -27,45 +28,22 @@ ALL = "all"
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 
 
-@dataclasses.dataclass(frozen=True)
-class Lora:
-    """The adapters of a model.
-
-    Attributes:
-      rank: r, at least 1.
-      alpha: the numerator of the scale.
-      targets: projections that have an adapter, such as ("q", "v").
-      rslora: divide alpha by √r, not by r (Kalajdzievski 2023, arXiv 2312.03732).
-    """
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    rslora: bool = False
-
-    @property
-    def scale(self) -> float:
-        """What A·B is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-
-def on_model(config: ModelConfig, rank: int, alpha: float, targets: tuple[str, ...], *, rslora: bool) -> Lora:
-    """The adapters of this model. `all` is every projection; of a model with experts those of attention, as in PEFT.
+def on_model(config: ModelConfig, asked: Lora) -> Lora:
+    """The adapters on this model. `all` is every projection; of a model with experts those of attention, as in PEFT.
 
     Raises:
       UserError: adapters on experts were asked for by name.
     """
-    experts = [name for name in targets if name in MLP] if config.num_experts else []
+    experts = [name for name in asked.targets if name in MLP] if config.num_experts else []
     if experts:
         raise UserError(
             f"lora_targets: adapters on experts ({', '.join(experts)}) are not supported; a {config.model_type} model "
             f"can have them on {', '.join(ATTENTION)}"
         )
-    if rank > config.hidden_size:
-        raise UserError(f"lora_rank={rank} is more than the model's width {config.hidden_size}; 8 to 64 is usual")
-    if ALL in targets:
-        targets = ATTENTION if config.num_experts else (*ATTENTION, *MLP)
-    return Lora(rank, alpha, targets, rslora)
+    if asked.rank > config.hidden_size:
+        raise UserError(f"lora_rank={asked.rank} is more than the model's width {config.hidden_size}; 8 to 64 is usual")
+    everything = ATTENTION if config.num_experts else (*ATTENTION, *MLP)
+    return dataclasses.replace(asked, targets=everything) if ALL in asked.targets else asked
 
 
 def adapted(config: ModelConfig, lora: Lora) -> list[Leaf]:

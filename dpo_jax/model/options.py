@@ -1,6 +1,7 @@
 """How a model is to be placed and computed, in plain values: what a person asks for, before any device is known."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 ATTENTION = ("auto", "splash", "tiles", "dense")
@@ -32,10 +33,22 @@ class LayoutOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraOptions:
-    """The adapters asked for, see `lora.on_model`; `targets` may be ("all",)."""
+class Lora:
+    """The adapters of a model.
+
+    Attributes:
+      rank: r, at least 1.
+      alpha: the numerator of the scale.
+      targets: projections that have an adapter, such as ("q", "v"); ("all",) before it is known which there are.
+      rslora: divide alpha by √r, not by r (Kalajdzievski 2023, arXiv 2312.03732).
+    """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
-    rslora: bool
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What A·B is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from dpo_jax.config.settings import ObjectiveOptions, OptimizerOptions, Settings
 from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.prepare import Prepared
-from dpo_jax.model import lora
 from dpo_jax.model.attention.tpu_splash import Tiling
 from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.lora import on_model
 from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout, place_model
 from dpo_jax.model.tuning import check_compiler_options
@@ -87,10 +87,7 @@ def make_layout(settings: Settings, config: ModelConfig, mesh: Mesh) -> Layout:
     options, asked = settings.layout, settings.lora
     if options.compiler_options:
         check_compiler_options(options.compiler_options, mesh)
-    adapters = None
-    if asked is not None:
-        adapters = lora.on_model(config, asked.rank, asked.alpha, asked.targets, rslora=asked.rslora)
-    return place_model(config, mesh, options, adapters)
+    return place_model(config, mesh, options, None if asked is None else on_model(config, asked))
 
 
 def make_models(settings: Settings, layout: Layout) -> Models:

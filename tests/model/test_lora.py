@@ -38,7 +38,7 @@ PLACED = np.append(np.arange(14), [-1, -1]).reshape(8, 2)
 OBJECTIVE = preference_objective({"sigmoid": 1.0}, beta=0.1)
 RATE = schedule("constant", peak=1e-2, warmup_steps=0, total_steps=10)
 TX = optimizer("adamw", RATE, weight_decay=0.01, max_grad_norm=1.0)
-LORA = on_model(CONFIG, 3, 6.0, ("all",), rslora=False)
+LORA = on_model(CONFIG, Lora(3, 6.0, ("all",)))
 SMOLLM2_135M = ModelConfig(
     model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
     num_attention_heads=9, num_key_value_heads=3, head_dim=64, tie_word_embeddings=True,
@@ -125,7 +125,7 @@ def test_without_b_the_policy_is_the_base_exactly(dtype):
 
 @pytest.mark.parametrize("targets", ["all", "q_proj,v_proj", "o,gate,up,down"])
 def test_the_step_is_float64s_with_merged_kernels(targets):
-    lora = on_model(CONFIG, 3, 6.0, parse_targets(targets), rslora=True)
+    lora = on_model(CONFIG, Lora(3, 6.0, parse_targets(targets), rslora=True))
     adapters = _adapters(lora, b=0.3)
     assert lora.scale == pytest.approx(6 / math.sqrt(3))
     rewards = 0.1 * (_logps(_merged(_fresh(), adapters, lora.scale)) - _logps(_fresh()))
@@ -226,7 +226,7 @@ def test_evaluation_is_what_a_training_step_reports(one_device):
 
 def test_a_rank_beyond_the_models_width_is_a_mistake():
     with pytest.raises(UserError, match=r"lora_rank=100000 is more than the model's width"):
-        on_model(CONFIG, 100_000, 32.0, ("q",), rslora=False)
+        on_model(CONFIG, Lora(100_000, 32.0, ("q",)))
 
 
 def test_adapters_begin_as_pefts_do():
@@ -249,7 +249,7 @@ def test_targets_by_our_names_and_hugging_faces():
     assert parse_targets("all") == parse_targets("all-linear") == ("all",)
     assert parse_targets(" q_proj, v,q") == ("q", "v")
     assert parse_targets("qkv_proj,o_proj") == ("q", "k", "v", "o")
-    assert on_model(CONFIG, 8, 16.0, ("all",), rslora=False).targets == ("q", "k", "v", "o", "gate", "up", "down")
+    assert on_model(CONFIG, Lora(8, 16.0, ("all",))).targets == ("q", "k", "v", "o", "gate", "up", "down")
     with pytest.raises(UserError, match="'embed' is no projection; there are all, q, k, v, o, gate, up, down"):
         parse_targets("q,embed")
     with pytest.raises(UserError, match="'' is no projection"):
@@ -258,9 +258,9 @@ def test_targets_by_our_names_and_hugging_faces():
 
 def test_experts_have_no_adapters():
     moe = dataclasses.replace(CONFIG, model_type="mixtral", num_experts=4, num_experts_per_tok=2)
-    assert on_model(moe, 8, 16.0, ("all",), rslora=False).targets == ("q", "k", "v", "o")
+    assert on_model(moe, Lora(8, 16.0, ("all",))).targets == ("q", "k", "v", "o")
     with pytest.raises(UserError, match=r"adapters on experts \(up\) are not supported; a mixtral model .* q, k, v, o"):
-        on_model(moe, 8, 16.0, ("q", "up"), rslora=False)
+        on_model(moe, Lora(8, 16.0, ("q", "up")))
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])
@@ -268,7 +268,7 @@ def test_the_state_of_rank_16_is_a_third_of_full_fine_tunings(compute):
     """Parameters, both moments and the reference of SmolLM2-135M, in bytes."""
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     held = {}
-    for name, lora in (("full", None), ("lora", on_model(SMOLLM2_135M, 16, 32.0, ("all",), rslora=False))):
+    for name, lora in (("full", None), ("lora", on_model(SMOLLM2_135M, Lora(16, 32.0, ("all",))))):
         layout = _layout(lora=lora, config=SMOLLM2_135M, compute_dtype=compute)
         model = SMOLLM2_135M.parameter_count() * layout.dtype.itemsize  # the reference, or the base that stands for it
         held[name] = size(abstract_state(TX, layout)) + model

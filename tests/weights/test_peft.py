@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from dpo_jax.config.values import parse_targets
 from dpo_jax.model.lora import init_adapters, on_model
-from dpo_jax.model.options import LayoutOptions
+from dpo_jax.model.options import LayoutOptions, Lora
 from dpo_jax.model.placement import place_model
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.records.records import read_records
@@ -58,7 +58,7 @@ def test_exports_are_the_policy(name, targets, tmp_path):
     if name == "qwen3_moe":
         targets = targets.split(",")[0]
     config, hf = weights.read_config(GOLDEN / name)
-    lora = on_model(config, 3, 12.0, parse_targets(targets), rslora=name == "phi3")
+    lora = on_model(config, Lora(3, 12.0, parse_targets(targets), rslora=name == "phi3"))
     base, adapters = families.load(GOLDEN / name, config), _adapters(config, lora)
     sequences = TextPairs(config.vocab_size).sequences()
     with_scale = dataclasses.replace(config, lora_scale=lora.scale)
@@ -93,7 +93,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits_and_gradients(name, tm
     from tests.model import test_families
 
     _, model, _, config, _, base = test_families.make_family(name, tmp_path / "base")
-    lora = on_model(config, 3, 12.0, ("all",), rslora=name == "phi3")
+    lora = on_model(config, Lora(3, 12.0, ("all",), rslora=name == "phi3"))
     adapters = _adapters(config, lora, 0.1)
     peft_files.save_adapters(adapters, config, lora, tmp_path / "adapter", base=str(tmp_path / "base"))
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True).eval()
@@ -116,7 +116,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits_and_gradients(name, tm
 def test_a_fresh_base_is_the_same_on_every_mesh():
     """It is saved nowhere: a resumed run, perhaps elsewhere, draws it again."""
     made = Policy(CONFIG, None, GOLDEN, None)
-    lora = on_model(CONFIG, 2, 4.0, ("all",), rslora=False)
+    lora = on_model(CONFIG, Lora(2, 4.0, ("all",)))
     trees = []
     for sizes in ((1, 1, 1), (2, 2, 2)):
         mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
@@ -139,7 +139,7 @@ def test_a_run_holds_the_adapters_alone(finished):
         assert first["dpo_loss"] == pytest.approx(np.log(2), abs=1e-6)
         assert first["accuracy"] == 0
     assert records["train", 6]["dpo_loss"] < 0.69
-    lora = on_model(CONFIG, 4, 8.0, ("all",), rslora=False)
+    lora = on_model(CONFIG, Lora(4, 8.0, ("all",)))
     adapter = load_file(workdir / "export-adapter" / "adapter_model.safetensors")
     count = sum(x.size for x in adapter.values())
     assert f"LoRA of rank 4 on {','.join(lora.targets)}: {count:,} parameters are trained" in printed
