@@ -9,19 +9,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from dpo_jax.records.records import FORMATS, Record, printable, show_metric
+from dpo_jax.records.records import METRICS, Record, metric_of, printable, show_metric
 
-# What a console line shows, in this order, with the console's shorter names.
-LINE = {
-    "loss": "loss",
-    "dpo_loss": "dpo_loss",
-    "accuracy": "accuracy",
-    "margin": "margin",
-    "chosen_reward": "chosen",
-    "rejected_reward": "rejected",
-    "grad_norm": "grad_norm",
-    "learning_rate": "lr",
-}
+LINE = {name: metric.short for name, metric in METRICS.items() if metric.short}
 
 
 class RunConsole:
@@ -73,7 +63,7 @@ class RunConsole:
         for name in ("before", "after", "change"):
             table.add_column(name, justify="right")
         for name, before, after in rows:
-            change = "" if before is None or after is None else f"{after - before:+{FORMATS.get(name, '.4g')}}"
+            change = "" if before is None or after is None else f"{after - before:+{metric_of(name).form}}"
             table.add_row(name, *("–" if v is None else show_metric(name, v) for v in (before, after)), change)
         self._console.print(table)
 

@@ -8,6 +8,7 @@ loses at most the line it was writing. JSON has neither NaN nor infinity: a numb
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +18,58 @@ from dpo_jax.errors import UserError
 Record = dict[str, Any]
 EVENTS = "events.jsonl"  # skipped updates and loss spikes, with the pairs of their batches
 
-# How a metric is written for a person; anything not listed gets four significant digits.
-FORMATS = {
-    "loss": ".4f",
-    "dpo_loss": ".4f",
-    "accuracy": ".3f",
-    "margin": ".4f",
-    "chosen_reward": ".4f",
-    "rejected_reward": ".4f",
-    "chosen_logp": ".2f",
-    "rejected_logp": ".2f",
-    "learning_rate": ".2e",
-    "pairs_per_second": ".1f",
-    "step_seconds": ".3f",
-    "useful_token_fraction": ".3f",
-    "memory_gb": ".2f",
-    "length_correlation": ".3f",
-    "kl": ".3f",
-    "kl_error": ".3f",
-    "kl_per_token": ".4f",
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown to a person.
+
+    label: its name on pages.
+    form: the format of its numbers.
+    short: its name in a console line; empty: not there.
+    held_out: compared before and after training.
+    """
+
+    label: str
+    form: str = ".4g"
+    short: str = ""
+    held_out: bool = False
+
+
+# In the order in which console lines and tables show them; a metric that is not listed gets four significant digits.
+METRICS = {
+    "loss": Metric("SFT loss", ".4f", "loss"),
+    "dpo_loss": Metric("DPO loss", ".4f", "dpo_loss", held_out=True),
+    "accuracy": Metric("Accuracy", ".3f", "accuracy", held_out=True),
+    "margin": Metric("Margin", ".4f", "margin", held_out=True),
+    "chosen_reward": Metric("Chosen reward", ".4f", "chosen", held_out=True),
+    "rejected_reward": Metric("Rejected reward", ".4f", "rejected", held_out=True),
+    "chosen_logp": Metric("Chosen log-probability", ".2f", held_out=True),
+    "rejected_logp": Metric("Rejected log-probability", ".2f", held_out=True),
+    "grad_norm": Metric("Gradient norm", short="grad_norm"),
+    "learning_rate": Metric("Learning rate", ".2e", "lr"),
+    "kl": Metric("KL from the reference, nats an answer", ".3f", held_out=True),
+    "kl_error": Metric("Standard error of the KL", ".3f"),
+    "kl_per_token": Metric("KL from the reference, nats a token", ".4f", held_out=True),
+    "length_correlation": Metric("Correlation of length difference and margin", ".3f", held_out=True),
+    "useful_token_fraction": Metric("Computed tokens that are real", ".3f"),
+    "pairs_per_second": Metric("Pairs per second", ".1f"),
+    "step_seconds": Metric("Seconds a step", ".3f"),
+    "memory_gb": Metric("Peak memory, GB", ".2f"),
 }
-HELD_OUT = (
-    "dpo_loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "kl",
-    "kl_per_token", "length_correlation",
-)  # fmt: skip
+HELD_OUT = tuple(name for name, metric in METRICS.items() if metric.held_out)
+
+
+def metric_of(name: str) -> Metric:
+    """How `name` is shown; accuracy/SOURCE is an accuracy."""
+    kind = name.partition("/")[0]
+    return METRICS.get(kind) or Metric(kind.replace("_", " "))
 
 
 def show_metric(name: str, value: float | None) -> str:
     """A metric's value for a person: `show_metric("dpo_loss", 0.69315)` is "0.6931"."""
     if value is None or not math.isfinite(value):
         return "nan"
-    return format(value, FORMATS.get(name.partition("/")[0], ".4g"))  # accuracy/SOURCE is an accuracy
+    return format(value, metric_of(name).form)
 
 
 def printable(text: str) -> str:

@@ -83,6 +83,7 @@ def _warnings(run: RunFiles) -> list[str]:
 
 
 def _headline(run: RunFiles) -> list[dict[str, Any]]:
+    """The largest numbers of the page; `compared`: before is shown too."""
     rows = {name: (before, after) for name, before, after in before_after(run.records)}
     blocks = []
     for name, (title, note) in HEADLINE.items():
@@ -96,8 +97,8 @@ def _headline(run: RunFiles) -> list[dict[str, Any]]:
         if name == "dpo_loss" and not run.saved.is_dpo:
             note = f"That of {run.saved.loss}."
         error = accuracy_error(run, after) if name == "accuracy" else None
-        blocks.append({"name": name, "title": title, "note": note, "compared": compared, "before": before}
-                      | {"after": after, "error": error})  # fmt: skip
+        values = {"before": before if compared else None, "after": after, "error": error}
+        blocks.append({"name": name, "title": title, "note": note, "compared": compared} | values)
     return blocks
 
 

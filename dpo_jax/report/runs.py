@@ -11,44 +11,24 @@ from dpo_jax.config.saved import SavedConfig, saved_config
 from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 from dpo_jax.records.length_bias import GROUPS, RATIO
-from dpo_jax.records.records import Record, read_records
+from dpo_jax.records.records import Record, metric_of, read_records
 from dpo_jax.report.charts import Series
 from dpo_jax.report.html import RUN_COLORS
 
 EXPORTS = ("export", "export-adapter")
 
-LABELS = {
-    "dpo_loss": "DPO loss",
-    "accuracy": "Accuracy",
-    "margin": "Margin",
-    "chosen_reward": "Chosen reward",
-    "rejected_reward": "Rejected reward",
-    "chosen_logp": "Chosen log-probability",
-    "rejected_logp": "Rejected log-probability",
-    "grad_norm": "Gradient norm",
-    "learning_rate": "Learning rate",
-    "pairs_per_second": "Pairs per second",
-    "memory_gb": "Peak memory, GB",
-    "loss": "SFT loss",
-    "kl": "KL from the reference, nats an answer",
-    "kl_per_token": "KL from the reference, nats a token",
-    "length_correlation": "Correlation of length difference and margin",
-    "useful_token_fraction": "Computed tokens that are real",
-    "step_seconds": "Seconds a step",
-}
 LENGTH_WORDS = dict(zip(GROUPS, ("chosen shorter", "similar length", "chosen longer"), strict=True))
 
 
 def metric_label(name: str) -> str:
     """A metric's name for a person; `accuracy/SOURCE` is the accuracy of that source, or of pairs by length."""
-    metric, slash, group = name.partition("/")
-    words = LABELS.get(metric, metric.replace("_", " "))
-    return f"{words} · {LENGTH_WORDS.get(group, group)}" if slash else words
+    _, slash, group = name.partition("/")
+    return metric_of(name).label + (f" · {LENGTH_WORDS.get(group, group)}" if slash else "")
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A chart of the pages: which metrics of which training split, and how `charts.chart` draws them.
+    """A chart of the pages: which metrics of which training split, and how `charts.line_chart` draws them.
 
     lines: (name in the legend, colour) of each metric where there are several; empty for one.
     """
