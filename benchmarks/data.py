@@ -37,21 +37,20 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def prepared(model: str, dataset: str, path: str, cache: str, preset=None):
+def prepared(model: str, dataset: str, path: str, cache: str, file: str = ""):
     """The pairs of a config's dataset."""
     import transformers
 
-    from configs import common
+    import dpo_jax
     from dpo_jax.data.prepare import DataRequest, prepare
 
-    config = preset.get_config() if preset else common.get_config()
+    config = dpo_jax.get_config(file)
     limits = {name: config[name] for name in ("max_prompt_length", "max_completion_length")}
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
     return prepare(DataRequest(dataset, path, eval_pairs=0, cache_dir=cache, **limits), tokenizer)
 
 
 def packing(args: argparse.Namespace, cache: str) -> None:
-    from configs import hhh, ultrafeedback
     from dpo_jax.rows.ladder import choose_ladder
     from dpo_jax.rows.schedule import efficiency, schedule_epoch
     from dpo_jax.rows.shape import Order, RowLimits
@@ -63,14 +62,14 @@ def packing(args: argparse.Namespace, cache: str) -> None:
         return efficiency(plan, lengths)
 
     print("\npacking: real / computed tokens" + "".join(f"{f'batch {b}':>20}" for b in BATCHES))
-    for name, dataset, path, preset in (
-        ("HH", "hhh", args.hh, hhh),
-        ("UltraFeedback", "ultrafeedback", args.ultrafeedback, ultrafeedback),
-        ("polite", args.polite, "", None),
+    for name, dataset, path, file in (
+        ("HH", "hhh", args.hh, "configs/hhh.py"),
+        ("UltraFeedback", "ultrafeedback", args.ultrafeedback, "configs/ultrafeedback.py"),
+        ("polite", args.polite, "", ""),
     ):
         if not (path or dataset):
             continue
-        lengths = np.asarray(prepared(args.model, dataset, path, cache, preset).train.lengths)
+        lengths = np.asarray(prepared(args.model, dataset, path, cache, file).train.lengths)
         drawn = lengths[np.random.default_rng(0).integers(0, len(lengths), DRAWN)]
         cells = [f"{fill(lengths, b):.1%} / {fill(drawn, b):.1%}" for b in BATCHES]
         print(f"{f'{name} ({len(lengths):,} / {DRAWN:,} pairs)':31}" + "".join(f"{cell:>20}" for cell in cells))
@@ -129,12 +128,11 @@ def planning(args: argparse.Namespace, cache: str) -> None:
 
 
 def feeding(args: argparse.Namespace, base: Path, cache: str) -> None:
-    from configs import hhh
     from dpo_jax.rows.pipeline import StepSource, batches
     from dpo_jax.rows.schedule import make_schedule
     from dpo_jax.rows.shape import Order, RowLimits
 
-    data = prepared(args.model, "hhh", args.hh, cache, hhh)
+    data = prepared(args.model, "hhh", args.hh, cache, "configs/hhh.py")
     schedule = make_schedule(data.train, 16, RowLimits(), Order())
     rows = {s.rows: np.arange(s.rows) for s in schedule.shapes}
     feed = batches(StepSource(schedule, 1, rows, 40 + 400), 0)
