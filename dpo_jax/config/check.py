@@ -25,7 +25,7 @@ def check(config: Config) -> None:
             raise unknown_key(name)
     missing = [name for name in KEYS if name not in config]
     if missing:
-        raise UserError(f"config keys are missing: {', '.join(missing)}; start from configs/common.py: get_config()")
+        raise UserError(f"config keys are missing: {', '.join(missing)}; start from dpo_jax.get_config()")
     for name, key in KEYS.items():
         key.check(config[name])
     for rule in RULES:

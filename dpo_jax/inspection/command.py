@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             usages = "\n".join(command.usage for command in COMMANDS.values())
             if not rest:
                 raise UserError(f"a command is missing; use {' or '.join(COMMANDS)} (--help says more)")
-            print(f"usage:\n{usages}\n\nEvery key, its unit and its default: configs/common.py.")
+            print(f"usage:\n{usages}\n\n`inspect --help` lists every key of the config.")
             return 0
         name, *rest = rest
         if name not in COMMANDS:
