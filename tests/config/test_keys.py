@@ -1,7 +1,6 @@
 """The table of keys: its names are those of the real tables, its defaults are legal, its refusals say why."""
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -74,8 +73,3 @@ def test_a_value_is_refused_with_the_reason(default, legal, value, words):
 
 def test_a_whole_number_is_a_number():
     Key("k", 1.0, "a key of this test", keys.FRACTION).check(1)
-
-
-def test_no_second_list_of_keys():
-    """Defaults stand in the table alone."""
-    assert "c." not in Path("configs/common.py").read_text().replace("c.update", "")
