@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from dpo_jax.errors import UserError
     from dpo_jax.objective.losses import LOSSES
     from dpo_jax.train import run
+    from dpo_jax.weights.load import load_policy
 
-__all__ = ["LOSSES", "Comparison", "LabeledComparison", "Skip", "UserError", "get_config", "run"]
+__all__ = ["LOSSES", "Comparison", "LabeledComparison", "Skip", "UserError", "get_config", "load_policy", "run"]
 
 _MODULES = {
     "LOSSES": "objective.losses",
@@ -26,6 +27,7 @@ _MODULES = {
     "Skip": "data.comparison",
     "UserError": "errors",
     "get_config": "config.file",
+    "load_policy": "weights.load",
     "run": "train",
 }
 

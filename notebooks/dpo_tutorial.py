@@ -34,16 +34,12 @@ from dpo_jax import Comparison, LabeledComparison
 from dpo_jax.data.render import make_renderer, render_batch
 from dpo_jax.model.forward import ModelOptions
 from dpo_jax.model.options import LayoutOptions
-from dpo_jax.model.placement import place_model
 from dpo_jax.objective.losses import Scored, sigmoid
 from dpo_jax.objective.policy_logps import logps_fn
-from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.rows.build import build_rows
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.sampling.choice import Choice
 from dpo_jax.sampling.engine import generate
-from dpo_jax.weights.find import find_policy
-from dpo_jax.weights.load import load_params
 
 SMALL = bool(os.environ.get("DPO_JAX_SMALL"))  # short runs, for tests
 
@@ -92,16 +88,15 @@ START = Path("runs/tutorial-sft/export")
 # %% [markdown]
 # Loading a model: its files, how it is sharded over the devices (here: all of them along one axis), its parameters.
 
+
 # %%
-mesh = make_mesh(1, -1, 1)
-model = find_policy(str(START), Path("runs"), 0)
-layout = place_model(model.config, mesh, LayoutOptions(compute_dtype="float32"))
-logps_of = jax.jit(logps_fn(layout, remat="none"), static_argnums=2)
-
-
 def load(directory):
-    with jax.set_mesh(mesh):
-        return load_params(find_policy(str(directory), Path("runs"), 0), layout, 0)
+    return dpo_jax.load_policy(directory, LayoutOptions(compute_dtype="float32"))
+
+
+model, layout, reference = load(START)
+mesh = layout.mesh
+logps_of = jax.jit(logps_fn(layout, remat="none"), static_argnums=2)
 
 
 def completion_logps(params, triples):
@@ -115,8 +110,6 @@ def completion_logps(params, triples):
     with jax.set_mesh(mesh):
         return np.asarray(logps_of(params, batch, shape).logps, np.float64)[: len(triples), 0]
 
-
-reference = load(START)
 
 # %% [markdown]
 # The pair in tokens. Only the completions' tokens are scored; the prompt is what they are conditioned on.
@@ -225,7 +218,7 @@ def kl_from_reference(params):
 results = {}
 for beta in BETAS:
     last = [r for r in runs[beta] if r["split"] == "eval"][-1]
-    kl, error = kl_from_reference(load(f"runs/tutorial-beta-{beta}/export"))
+    kl, error = kl_from_reference(load(f"runs/tutorial-beta-{beta}/export")[2])
     results[beta] = {"kl": float(kl), "error": float(error), "margin": last["margin"], "accuracy": last["accuracy"]}
     print(f"beta {beta:<5} KL {kl:6.2f} ± {error:.2f}  margin {last['margin']:.3f}  accuracy {last['accuracy']:.3f}")
 

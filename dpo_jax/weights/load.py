@@ -1,17 +1,42 @@
 """A policy's parameters on the mesh: from its files, or fresh."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from dpo_jax.errors import UserError
 from dpo_jax.model.forward import init_params
 from dpo_jax.model.lora import init_adapters
+from dpo_jax.model.options import LayoutOptions
 from dpo_jax.model.params import Params
-from dpo_jax.model.placement import Layout
+from dpo_jax.model.placement import Layout, place_model
+from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.weights import huggingface as weights
-from dpo_jax.weights.find import Policy
+from dpo_jax.weights.find import Policy, find_policy
+
+
+def load_policy(model: str | Path, options: LayoutOptions | None = None) -> tuple[Policy, Layout, Params]:
+    """A model to look at, such as a run's `export/`: what it is, how it is sharded, and its parameters.
+
+    Args:
+      model: a Hugging Face id, or a directory in that layout.
+      options: number formats and attention; parameters are float32 unless they say otherwise.
+
+    Returns:
+      The policy with its tokenizer, its layout on all devices (as mesh_fsdp=-1 has it), and the parameters there.
+
+    Raises:
+      UserError: there is no such model, or it is not supported.
+    """
+    if str(model) == "tiny":
+        raise UserError("model 'tiny' has no weights before it is trained; give the export/ of its run")
+    policy = find_policy(str(model), Path(), 0)
+    layout = place_model(policy.config, make_mesh(1, -1, 1), options or LayoutOptions())
+    with jax.set_mesh(layout.mesh):
+        return policy, layout, load_params(policy, layout, 0)
 
 
 def load_base(policy: Policy, layout: Layout, seed: int) -> Params:
