@@ -12,7 +12,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "rmsprop")
 
 
-def schedule(kind: str, *, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+def rate_schedule(kind: str, *, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """Learning rate by update, counted from 0: linear warm-up from 0 to `peak`, then `kind` to 0 (or constant).
 
     The first update of a run with warm-up has a rate of 0, as in transformers' `get_scheduler`.

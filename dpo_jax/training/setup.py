@@ -33,7 +33,7 @@ from dpo_jax.sampling import answers, divergence
 from dpo_jax.sampling.choice import Choice
 from dpo_jax.training.about import write_about
 from dpo_jax.training.checkpoint import Checkpoints
-from dpo_jax.training.optimizer import optimizer, schedule
+from dpo_jax.training.optimizer import optimizer, rate_schedule
 from dpo_jax.training.step import make_eval_step, make_train_step
 from dpo_jax.weights.find import Policy
 
@@ -120,7 +120,7 @@ def make_optimizer(options: OptimizerOptions, steps: int) -> tuple[optax.Gradien
     """
     o = options
     warmup = min(math.ceil(o.warmup * steps), steps - 1) if o.warmup < 1 else min(int(o.warmup), steps)
-    rate = schedule(o.schedule, peak=o.peak, warmup_steps=warmup, total_steps=steps)
+    rate = rate_schedule(o.schedule, peak=o.peak, warmup_steps=warmup, total_steps=steps)
     return optimizer(o.kind, rate, weight_decay=o.weight_decay, max_grad_norm=o.max_grad_norm), rate
 
 
@@ -190,11 +190,11 @@ def make_kl(run: Run) -> Callable[[Params, Params | None], dict[str, float]]:
     return lambda params, ref: {} if ref is None else estimate(base | params, base | ref)
 
 
-def introduce(run: Run, plan: Schedule, steps: int) -> None:
+def introduce(run: Run, schedule: Schedule, steps: int) -> None:
     """What is run, on what: run.json and the first lines on the console."""
-    s, layout, shape = run.settings, run.layout, plan.shapes[0]
+    s, layout, shape = run.settings, run.layout, schedule.shapes[0]
     if jax.process_index() == 0:
-        write_about(run.workdir / "run.json", layout, plan, steps)
+        write_about(run.workdir / "run.json", layout, schedule, steps)
     mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
     say = run.writer.message
     where = f"{mesh} ({layout.platform})"
@@ -205,7 +205,7 @@ def introduce(run: Run, plan: Schedule, steps: int) -> None:
     say(f"data {s.data.dataset}: {len(run.data.train):,} training pairs, {len(run.data.evaluation):,} held out")
     for part in run.data.report.get("mixture", []):
         say(f"  {part['name']}: {part['weight']:.1%}, {part['epoch']:,} of {part['pairs']:,} pairs an epoch")
-    if isinstance(layout.tiling, Tiling) and not all(layout.uses_kernel(s) for s in plan.shapes):
+    if isinstance(layout.tiling, Tiling) and not all(layout.uses_kernel(s) for s in schedule.shapes):
         say(
             f"attention: dense blocks in place of the kernel, as sequences of up to {layout.longest} tokens go beyond "
             f"the model's window of {layout.config.sliding_window}"

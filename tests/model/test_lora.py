@@ -26,7 +26,7 @@ from dpo_jax.objective.objective import preference_objective
 from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import make_mesh, to_global
 from dpo_jax.rows.shape import RowShape
-from dpo_jax.training.optimizer import optimizer, schedule
+from dpo_jax.training.optimizer import optimizer, rate_schedule
 from dpo_jax.training.state import abstract_state, start_state
 from dpo_jax.training.step import make_eval_step, make_train_step
 from tests.oracles import oracle
@@ -36,7 +36,7 @@ SHAPE = RowShape(12, (8, 8), 8, 2)
 PAIRS = oracle.RandomGroups(np.random.default_rng(0).integers(1, 5, (14, 3)))
 PLACED = np.append(np.arange(14), [-1, -1]).reshape(8, 2)
 OBJECTIVE = preference_objective({"sigmoid": 1.0}, beta=0.1)
-RATE = schedule("constant", peak=1e-2, warmup_steps=0, total_steps=10)
+RATE = rate_schedule("constant", peak=1e-2, warmup_steps=0, total_steps=10)
 TX = optimizer("adamw", RATE, weight_decay=0.01, max_grad_norm=1.0)
 LORA = on_model(CONFIG, Lora(3, 6.0, ("all",)))
 SMOLLM2_135M = ModelConfig(

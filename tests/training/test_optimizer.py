@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.config.settings import OptimizerOptions
-from dpo_jax.training.optimizer import apply_updates, optimizer, schedule
+from dpo_jax.training.optimizer import apply_updates, optimizer, rate_schedule
 from dpo_jax.training.setup import make_optimizer
 
 PARAMS = {"w": jnp.asarray([1.0, -2.0, 3.0]), "norm": {"scale": jnp.asarray([1.0, 1.0])}}
@@ -23,7 +23,7 @@ def _after(kind, step, warmup, total):
 @pytest.mark.parametrize("warmup", [0, 3])
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_schedule_is_that_of_transformers(kind, warmup):
-    rate = schedule(kind, peak=2e-3, warmup_steps=warmup, total_steps=20)
+    rate = rate_schedule(kind, peak=2e-3, warmup_steps=warmup, total_steps=20)
     ours = [float(rate(jnp.asarray(i))) for i in range(20)]
     np.testing.assert_allclose(ours, [2e-3 * _after(kind, i, warmup, 20) for i in range(20)], rtol=1e-5, atol=1e-10)
 

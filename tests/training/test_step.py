@@ -17,7 +17,7 @@ from dpo_jax.objective.objective import preference_objective, sft_objective
 from dpo_jax.parallel.mesh import make_mesh, to_global
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
-from dpo_jax.training.optimizer import optimizer, schedule
+from dpo_jax.training.optimizer import optimizer, rate_schedule
 from dpo_jax.training.state import moment_shardings
 from dpo_jax.training.step import TrainState, init_state, make_eval_step, make_reference_sync, make_train_step
 from tests.oracles import oracle
@@ -27,7 +27,7 @@ SHAPE = RowShape(12, (8, 8), 8, 2)
 PAIRS = oracle.RandomGroups(np.random.default_rng(0).integers(1, 5, (14, 3)))
 PLACED = np.append(np.arange(14), [-1, -1]).reshape(8, 2)
 OBJECTIVE = preference_objective({"sigmoid": 1.0}, beta=0.1)
-RATE = schedule("constant", peak=1e-2, warmup_steps=0, total_steps=10)
+RATE = rate_schedule("constant", peak=1e-2, warmup_steps=0, total_steps=10)
 TX = optimizer("adamw", RATE, weight_decay=0.01, max_grad_norm=1.0)
 
 
@@ -276,7 +276,7 @@ def test_the_reference_survives_donated_steps_and_the_step_is_traced_once_a_shap
 @pytest.mark.parametrize("where", ["the loss", "a parameter's gradient"])
 def test_an_update_that_is_not_finite_is_not_made_and_the_next_is_as_if_it_had_not_been(where, bad):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    rate = schedule("linear", peak=1e-2, warmup_steps=0, total_steps=10)
+    rate = rate_schedule("linear", peak=1e-2, warmup_steps=0, total_steps=10)
     tx = optimizer("adamw", rate, weight_decay=0.01, max_grad_norm=1.0)
 
     @jax.custom_vjp
@@ -375,7 +375,7 @@ def test_the_load_balancing_loss_comes_on_top(loss, microbatches):
 
     def metrics_at(a, b):
         objective = preference_objective({loss: 1.0}, beta=0.1, balance=0.5)
-        rate = schedule("constant", peak=1.0, warmup_steps=0, total_steps=1)
+        rate = rate_schedule("constant", peak=1.0, warmup_steps=0, total_steps=1)
         step = make_train_step(logps, objective, optax.sgd(1.0), rate, compute_dtype=jnp.float32)
         params = {"a": jnp.float32(a), "b": jnp.float32(b)}
         state, metrics = step(init_state(params, optax.sgd(1.0)), None, batch, SHAPE)
