@@ -95,7 +95,7 @@ shown() { # the words as one line for a shell, quoted where they must be
 dry_run=0 yes=0 allow_dirty=0 delete_when_done=0
 name='' zone=${CLOUDSDK_COMPUTE_ZONE:-} project='' type='' capacity=on-demand runtime_version='' backend=gcloud
 config='' workdir='' env_file='' worker=0 grace=300 max_retries=10 backoff=60 poll=20 settle=90
-# The trainer takes no gs:// workdir yet (dpo_jax/config/command_line.py: check_workdir); until it does, the bucket is mounted.
+# The trainer takes no gs:// workdir yet (dpo_jax/config/values.py: check_workdir); until it does, the bucket is mounted.
 mount=mount
 create_flags=() pass_env=() train_args=()
 

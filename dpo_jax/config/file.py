@@ -1,9 +1,7 @@
 """Config files: Python files with a `get_config(preset="")` that returns a ConfigDict with the keys of `keys.py`."""
 
 import contextlib
-import importlib.machinery
 import importlib.metadata
-import importlib.util
 import sys
 import traceback
 from pathlib import Path
@@ -81,11 +79,9 @@ def _load(path: Path) -> ModuleType:
     root = str(path.resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
-    loader = importlib.machinery.SourceFileLoader("dpo_jax_config_file", str(path))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
+    module = ModuleType("config_file")
+    module.__file__ = str(path)
+    exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     return module
 
 

@@ -71,6 +71,18 @@ def refused(capsys, monkeypatch, tmp_path):
         ([TINY, "--config.label_smoothing=0.5"], r"must be in \[0, 0.5\)"),
         ([TINY, "--config.loss=hinge", "--config.label_smoothing=0.1"], "has no meaning for loss=hinge"),
         ([TINY, "--config.lora_rank=-1"], "lora_rank=-1: must be 0"),
+        ([TINY, "--config.seed=-1"], "seed=-1: must be 0 or more"),
+        ([TINY, "--config.mesh_data=0"], r"mesh_data=0: must be -1 \(all that are left\) or at least 1"),
+        (
+            [TINY, "--config.reference_offload", "--config.loss=orpo"],
+            "loss=orpo has no reference; leave it at False",
+        ),
+        (
+            [TINY, "--config.reference_offload", "--config.lora_rank=8"],
+            "lora_rank=8 has the frozen base as its",
+        ),
+        ([TINY, "--config.num_steps=0", "--config.num_epochs=0"], "num_steps and num_epochs are both 0"),
+        (["--config=configs/hhh.py", "--config.model="], "model is empty; name a Hugging Face id"),
         ([TINY, "--config.lora_rank=8", "--config.lora_alpha=0"], "lora_alpha=0.0: must be above 0"),
         ([TINY, "--config.lora_targets=q"], "lora_targets=q has no meaning without lora_rank above 0"),
         (
