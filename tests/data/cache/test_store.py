@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -115,6 +116,28 @@ def test_a_cache_of_another_version_or_fingerprint_is_not_used(tmp_path):
     for change in ({"format": 0}, {"fingerprint": {"files": ["b"]}}):
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
         assert find_or_build(tmp_path, FINGERPRINT, produce)[1]
+
+
+def test_of_several_threads_one_writes_and_the_others_wait(tmp_path):
+    """A lock of each thread's own, as several processes have."""
+    built, found = [], []
+
+    def slow(quarantine):
+        built.append(1)
+        time.sleep(0.2)
+        return (yield from produce(quarantine))
+
+    threads = [
+        threading.Thread(target=lambda: found.append(find_or_build(tmp_path, FINGERPRINT, slow))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert built == [1]
+    assert sorted(written for _, written in found) == [False, False, False, True]
+    for cache, _ in found:
+        assert_holds_the_pairs(cache)
 
 
 def build_slowly(root, calls):
