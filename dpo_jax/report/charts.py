@@ -101,7 +101,7 @@ def line_chart(
 
     Args:
       title: what is drawn.
-      series: the lines; those of held-out data go on top.
+      series: the lines; those of held-out data are drawn last, on top.
       note: one line under the chart.
       guide: a value worth comparing with, and its name: (0.5, "chance").
       from_zero: the vertical axis starts at zero.

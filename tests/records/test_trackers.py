@@ -1,4 +1,4 @@
-"""Trackers get the records of metrics.jsonl, go on with the run they began, and are named when they are not there."""
+"""Trackers get the records of metrics.jsonl, continue the run they began, and are named when they are not there."""
 
 import json
 import math
