@@ -9,14 +9,16 @@ grouped product (one token and choice each), I and O its inputs and outputs.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jax.sharding import PartitionSpec as P
+
+from dpo_jax.parallel.spread import Axes, mesh_axes, per_device
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate [X, D, F], up [X, D, F], down [X, F, D]
 
@@ -122,18 +124,19 @@ def _mlp(
     *,
     act: Callable,
     grouped: Grouped | None,
-    spread: Any,
+    expert_axes: Axes = (),
+    ffn_axes: Axes = (),
 ) -> jax.Array:
-    """The weighted sum of the chosen experts, of those that are here.
+    """The weighted sum of the chosen experts, of those that this device has.
 
-    `spread`: (mesh axis over which experts are spread, mesh axis over which their ffn is), each None where it is not.
+    `expert_axes`, `ffn_axes`: mesh axes over which experts, or the ffn of each, are sharded.
     """
-    (gate_XDF, up_XDF, down_XFD), expert_axis = weights, spread[0]
+    gate_XDF, up_XDF, down_XFD = weights
     B, T, D = x_BTD.shape
     X, C = gate_XDF.shape[0], chosen_BTC.shape[-1]
     expert_R = chosen_BTC.reshape(B * T * C)  # R: one (token, choice) each
-    if expert_axis is not None:
-        expert_R = expert_R - jax.lax.axis_index(expert_axis) * X
+    if expert_axes:
+        expert_R = expert_R - jax.lax.axis_index(expert_axes) * X
     expert_R = jnp.where((expert_R >= 0) & (expert_R < X), expert_R, X)  # those of other devices come last
     order_R = jnp.argsort(expert_R, stable=True)
     sizes_X = jnp.sum(expert_R[:, None] == jnp.arange(X)[None, :], axis=0, dtype=jnp.int32)
@@ -142,13 +145,13 @@ def _mlp(
     else:
         product = lambda x_RI, w_XIO: _product(x_RI, w_XIO, sizes_X, grouped)
     # Rows of no group hold anything on some backends, and so would their gradient.
-    here_R = (expert_R < X)[order_R][:, None] if expert_axis is not None else None
+    here_R = (expert_R < X)[order_R][:, None] if expert_axes else None
     masked = lambda x: x if here_R is None else jnp.where(here_R, x, 0)
     x_RD = masked(x_BTD.reshape(B * T, D)[order_R // C])
     out_RD = masked(product(act(product(x_RD, gate_XDF)) * product(x_RD, up_XDF), down_XFD))
     out_BTCD = out_RD[jnp.argsort(order_R)].reshape(B, T, C, D)
     out_BTD = jnp.einsum("BTCD,BTC->BTD", out_BTCD, weights_BTC.astype(x_BTD.dtype))
-    axes = [axis for axis in spread if axis is not None]
+    axes = (*expert_axes, *ffn_axes)
     return jax.lax.psum(out_BTD, axes) if axes else out_BTD
 
 
@@ -163,25 +166,17 @@ def experts_mlp(
 ) -> jax.Array:
     """Σ over a token's experts of weight · down(act(gate(x)) · up(x)), `[B, T, D]`.
 
-    On a mesh every device sorts its own rows' tokens and computes those of its own experts (or its own part of every
-    expert's ffn); the parts are added up. Left to itself the compiler would sort the tokens of the whole batch.
+    On a mesh every device sorts its own rows' tokens and computes its own experts (or its own part of every expert's
+    ffn) for them; the parts are added up. Left to itself the compiler would sort the tokens of the whole batch.
     """
     local = functools.partial(_mlp, act=act, grouped=grouped)
-    rows, experts, ffn = nn.logical_to_mesh_axes(("rows", "experts", "expert_mlp")) or (None,) * 3
+    rows, experts, ffn = (mesh_axes(name) for name in ("rows", "experts", "expert_mlp"))
     mesh = jax.sharding.get_abstract_mesh()
-    row_axes = (rows,) if isinstance(rows, str) else rows or ()
-    shards = 1
-    for axis in row_axes if not mesh.empty else ():
-        shards *= mesh.shape[axis]
-    if mesh.empty or not any((rows, experts, ffn)) or x_BTD.shape[0] % shards:
+    if not (rows or experts or ffn) or x_BTD.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
         if not mesh.empty and mesh.size > 1:  # a kernel is one device's
-            local = functools.partial(_mlp, act=act, grouped=None)
-        return local(x_BTD, chosen_BTC, weights_BTC, weights, spread=(None, None))
+            local = functools.partial(local, grouped=None)
+        return local(x_BTD, chosen_BTC, weights_BTC, weights)
     by_rows, by_expert = P(rows, None, None), P(experts, None, ffn)
-    return jax.shard_map(
-        functools.partial(local, spread=(experts, ffn)),
-        in_specs=(by_rows, by_rows, by_rows, (by_expert, by_expert, P(experts, ffn, None))),
-        out_specs=by_rows,
-        # ragged_dot has no rule for varying axes yet: with the check its gradient misses a sum over devices.
-        check_vma=False,
-    )(x_BTD, chosen_BTC, weights_BTC, weights)
+    in_specs = (by_rows, by_rows, by_rows, (by_expert, by_expert, P(experts, ffn, None)))
+    local = functools.partial(local, expert_axes=experts, ffn_axes=ffn)
+    return per_device(local, in_specs, by_rows)(x_BTD, chosen_BTC, weights_BTC, weights)

@@ -1,7 +1,7 @@
 """Model families: a Hugging Face `config.json` ↔ `ModelConfig`.
 
-`FAMILIES` says per `model_type` what the family fixes and which keys of its file set which numbers; reading and writing
-use the same table. What an absent key means, and what older files call it, is left to transformers' config class of the
+`FAMILIES` has, per `model_type`, what the family fixes and which keys of its file set which numbers, for reading and
+writing alike. What an absent key means, and what older files call it, is left to transformers' config class of the
 family. What cannot be computed exactly is refused by name.
 """
 
@@ -156,8 +156,8 @@ def _refuse(hf: Mapping[str, Any], family: Family) -> None:
     names = hf.get("layer_types") or [] if family.windows == "layer_types" else []
     unknown = set(names) - {"sliding_attention", "full_attention"}
     if unknown or (names and len(names) != hf["num_hidden_layers"]):
-        found = repr(sorted(unknown)[0]) if unknown else f"{len(names)} entries for {hf['num_hidden_layers']} layers"
-        raise UserError(f"layer_types: {found}; needs sliding_attention or full_attention for every layer")
+        wrong = repr(sorted(unknown)[0]) if unknown else f"{len(names)} entries for {hf['num_hidden_layers']} layers"
+        raise UserError(f"layer_types: {wrong}; needs sliding_attention or full_attention for every layer")
 
 
 def _as_transformers(hf: Mapping[str, Any], family: Family, make: Any) -> Any:

@@ -9,10 +9,11 @@ from jax.ad_checkpoint import Offloadable
 
 
 def _keeps_product(primitive: Any, *operands: Any, **params: Any) -> bool:
-    """Matrix products are kept, but those that make many numbers from few: an adapter's second one, say.
+    """Matrix products are kept, except those that make many numbers from few, such as an adapter's second product.
 
-    It is as large as the projection's own product beside it and costs a rank's worth of operations a number. Were it
-    kept, adapters would take more memory than full fine-tuning (3.4 against 2.7 GB of temporaries on SmolLM2-135M).
+    That one is as large as the product of the projection it belongs to, and cheap to compute again (as many operations
+    a number as the rank). If it were kept, adapters would take more memory than full fine-tuning: 3.4 against 2.7 GB of
+    temporaries on SmolLM2-135M.
     """
     if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params):
         return False
@@ -27,10 +28,11 @@ _keeps_attention = jax.checkpoint_policies.save_only_these_names(*ATTENTION_NAME
 
 
 def _moves_attention(primitive: Any, *operands: Any, **params: Any) -> Any:
-    """q, k, v and attention's output go to the host's memory; the kernel's log-sum-exps stay, as small as they are.
+    """q, k, v and attention's output go to the host's memory; the kernel's log-sum-exps, which are small, stay.
 
-    Those have the output's name, and one number where it has a head's width. The TPU compiler (jaxlib 0.10) may lay out
-    a layer of them in another way than the stack in the host's memory that it is cut from: an internal error.
+    The log-sum-exps have the output's name, but one number where the output has a head's width. Moving them too can end
+    in an internal error of the TPU compiler (jaxlib 0.10): it may choose another memory layout for one layer's than for
+    the stack of all layers in the host's memory.
     """
     if not _keeps_attention(primitive, *operands, **params):
         return False

@@ -62,20 +62,15 @@ def _attention(qkv: tuple[str, str, str]) -> tuple[Leaf, ...]:
     )
 
 
-def _mlp(gate: str, up: str, down: str) -> tuple[Leaf, ...]:
+def _feed_forward(kernels: str, names: tuple[str, str, str], router: str = "") -> tuple[Leaf, ...]:
+    """Gate, up and down projection, of `kernels`; with a router they are those of every expert."""
+    each, (gate, up, down) = "LX" if router else "L", (f"{kernels}.{name}.weight" for name in names)
+    routers = [_in_layer("mlp.router", f"{router}.weight", "LDX", "X", "D")] if router else []
     return (
-        _in_layer("mlp.gate", f"{gate}.weight", "LDF", "F", "D"),
-        _in_layer("mlp.up", f"{up}.weight", "LDF", "F", "D"),
-        _in_layer("mlp.down", f"{down}.weight", "LFD", "D", "F"),
-    )
-
-
-def _experts(block: str, gate: str, up: str, down: str) -> tuple[Leaf, ...]:
-    return (
-        _in_layer("mlp.router", f"{block}.gate.weight", "LDX", "X", "D"),
-        _in_layer("mlp.gate", f"{block}.experts.{{}}.{gate}.weight", "LXDF", "F", "D"),
-        _in_layer("mlp.up", f"{block}.experts.{{}}.{up}.weight", "LXDF", "F", "D"),
-        _in_layer("mlp.down", f"{block}.experts.{{}}.{down}.weight", "LXFD", "D", "F"),
+        *routers,
+        _in_layer("mlp.gate", gate, f"{each}DF", "F", "D"),
+        _in_layer("mlp.up", up, f"{each}DF", "F", "D"),
+        _in_layer("mlp.down", down, f"{each}FD", "D", "F"),
     )
 
 
@@ -83,14 +78,20 @@ def _norms(**names: str) -> tuple[Leaf, ...]:
     return tuple(_in_layer(f"{ours}.scale", f"{theirs}.weight", "LD", "D") for ours, theirs in names.items())
 
 
+def _qk_norms(query: str, key: str) -> tuple[Leaf, ...]:
+    """`query`, `key`: our axes of one layer's scale, which are one axis of the tensor."""
+    names = {"q_norm": query, "k_norm": key}
+    return tuple(_in_layer(f"attention.{x}.scale", f"self_attn.{x}.weight", f"L{E}", E) for x, E in names.items())
+
+
 ATTENTION = _attention(("q_proj", "k_proj", "v_proj"))
-MLP = _mlp("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+MLP = _feed_forward("mlp", ("gate_proj", "up_proj", "down_proj"))
 # What is called otherwise than Llama's, by model_type.
 ATTENTIONS = {"phi3": _attention(("qkv_proj",) * 3)}
 MLPS = {
-    "phi3": _mlp("mlp.gate_up_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-    "mixtral": _experts("block_sparse_moe", "w1", "w3", "w2"),
-    "qwen3_moe": _experts("mlp", "gate_proj", "up_proj", "down_proj"),
+    "phi3": _feed_forward("mlp", ("gate_up_proj", "gate_up_proj", "down_proj")),
+    "mixtral": _feed_forward("block_sparse_moe.experts.{}", ("w1", "w3", "w2"), "block_sparse_moe.gate"),
+    "qwen3_moe": _feed_forward("mlp.experts.{}", ("gate_proj", "up_proj", "down_proj"), "mlp.gate"),
 }
 NORMS = {
     "pre": _norms(input_norm="input_layernorm", mlp_norm="post_attention_layernorm"),
@@ -108,17 +109,7 @@ QKV_BIASES = (
     _in_layer("attention.v_bias", "self_attn.v_proj.bias", "LGE", "GE"),
 )
 O_BIAS = _in_layer("attention.o_bias", "self_attn.o_proj.bias", "LD", "D")
-QK_NORMS = {
-    "": (),
-    "head": (
-        _in_layer("attention.q_norm.scale", "self_attn.q_norm.weight", "LE", "E"),
-        _in_layer("attention.k_norm.scale", "self_attn.k_norm.weight", "LE", "E"),
-    ),
-    "projection": (
-        _in_layer("attention.q_norm.scale", "self_attn.q_norm.weight", "LHE", "HE"),
-        _in_layer("attention.k_norm.scale", "self_attn.k_norm.weight", "LGE", "GE"),
-    ),
-}
+QK_NORMS = {"": (), "head": _qk_norms("E", "E"), "projection": _qk_norms("HE", "GE")}
 EMBEDDING = Leaf(("embedding",), "model.embed_tokens.weight", "VD", ("V", "D"))
 FINAL_NORM = Leaf(("final_norm", "scale"), "model.norm.weight", "D", ("D",))
 LM_HEAD = Leaf(("lm_head",), "lm_head.weight", "VD", ("V", "D"))
@@ -127,10 +118,10 @@ LM_HEAD = Leaf(("lm_head",), "lm_head.weight", "VD", ("V", "D"))
 def model_leaves(config: ModelConfig) -> list[Leaf]:
     """The leaves this model has: no `lm_head` where embeddings are tied, biases where it has them, ..."""
     c = config
-    found = [EMBEDDING, *NORMS[c.norms], *ATTENTIONS.get(c.model_type, ATTENTION)]
-    found += QKV_BIASES * c.attention_bias + (O_BIAS,) * c.output_bias + QK_NORMS[c.qk_norm]
-    found += [*MLPS.get(c.model_type, MLP), FINAL_NORM]
-    return found if c.tie_word_embeddings else [*found, LM_HEAD]
+    attention, feed_forward = ATTENTIONS.get(c.model_type, ATTENTION), MLPS.get(c.model_type, MLP)
+    biases = QKV_BIASES * c.attention_bias + (O_BIAS,) * c.output_bias
+    head = () if c.tie_word_embeddings else (LM_HEAD,)
+    return [EMBEDDING, *NORMS[c.norms], *attention, *biases, *QK_NORMS[c.qk_norm], *feed_forward, FINAL_NORM, *head]
 
 
 def sizes(config: ModelConfig) -> Sizes:
@@ -148,16 +139,12 @@ Parts = list[tuple[Leaf, tuple[int, ...]]]  # leaf, and which (layer, expert) of
 def tensors(config: ModelConfig) -> dict[str, Parts]:
     """Every tensor of the checkpoint and what it holds, one below the other; layer by layer as a reader wants them."""
     letters = sizes(config)
-    found: dict[str, Parts] = {}
-    every = model_leaves(config)
-    stacked = [leaf for leaf in every if leaf.stacked]
-    order: Parts = [(EMBEDDING, ())]
-    for layer in range(config.num_hidden_layers):
-        order += [(leaf, index) for leaf in stacked for index in leaf.indices(letters) if index[0] == layer]
-    order += [(leaf, ()) for leaf in every if not leaf.stacked and leaf != EMBEDDING]
-    for leaf, index in order:
-        found.setdefault(leaf.name.format(*index), []).append((leaf, index))
-    return found
+    every = [(leaf, index) for leaf in model_leaves(config) for index in leaf.indices(letters)]
+    layer_of = lambda part: part[1][0] if part[1] else -1 if part[0] == EMBEDDING else config.num_hidden_layers
+    held: dict[str, Parts] = {}
+    for leaf, index in sorted(every, key=layer_of):
+        held.setdefault(leaf.name.format(*index), []).append((leaf, index))
+    return held
 
 
 def whole_shape(parts: Parts, letters: Sizes) -> tuple[int, ...]:
@@ -168,8 +155,8 @@ def whole_shape(parts: Parts, letters: Sizes) -> tuple[int, ...]:
 
 def first_rows(config: ModelConfig) -> dict[tuple[str, ...], int]:
     """By a leaf's path: how many rows of its tensor belong to leaves before it."""
-    letters, used, found = sizes(config), dict[str, int](), dict[tuple[str, ...], int]()
+    letters, used, first = sizes(config), dict[str, int](), dict[tuple[str, ...], int]()
     for leaf in model_leaves(config):
-        found[leaf.path] = used.get(leaf.name, 0)
-        used[leaf.name] = found[leaf.path] + leaf.tensor_shape(letters)[0]
-    return found
+        first[leaf.path] = used.get(leaf.name, 0)
+        used[leaf.name] = first[leaf.path] + leaf.tensor_shape(letters)[0]
+    return first

@@ -24,8 +24,8 @@ VOCAB_AXES = ("tensor", "fsdp")
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Devices as data x fsdp x tensor; at most one size may be -1 (whatever is left).
 
-    Several slices of a TPU pod are copies of each other: whole slices lie along the data axis, so that what crosses the
-    network between them is the sum of the gradients alone.
+    Several slices of a TPU pod are copies of each other: the data axis is divided into whole slices, so that only the
+    sum of the gradients crosses the network between them.
 
     Raises:
       UserError: the product does not use the devices exactly.
@@ -103,7 +103,7 @@ def make_any(mesh: Mesh) -> Callable[[bool], jax.Array]:
 
 
 def agreed(flag: bool) -> bool:
-    """What the first process found: files that it is writing may look half there to others. Every process calls it."""
+    """The first process's flag: files that it writes may look half-written to others. Every process calls it."""
     return bool(from_first(np.asarray(flag, np.int32)))
 
 

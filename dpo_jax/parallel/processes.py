@@ -1,4 +1,4 @@
-"""Several processes of one run: how they find each other, and how one leaves that can no longer go on."""
+"""Several processes of one run: how they find each other, and how one ends that cannot continue."""
 
 import os
 import sys
@@ -9,8 +9,8 @@ import jax
 
 from dpo_jax.errors import STUCK, UserError
 
-# After an error that perhaps only this process has: JAX's processes meet before they end, the others would not come,
-# and it would wait five minutes for them.
+# Before they end, JAX's processes wait for each other: after an error that only this process has it would wait five
+# minutes for the others.
 LEAVE_SECONDS = 10.0
 # Words of what JAX raises when a process that it talks to is gone.
 _OF_A_PEER = ("gloo", "closed by peer", "connection reset", "unavailable", "heartbeat", "socket closed")
@@ -53,7 +53,7 @@ def is_of_a_lost_peer(error: BaseException) -> bool:
 
 
 def end_if_a_peer_is_gone(error: BaseException) -> None:
-    """End this process with a line that says so, if that is what the error means; else return."""
+    """End this process with an error line if another one is gone; return if the error means anything else."""
     if not is_of_a_lost_peer(error):
         return
     said = str(error).strip().splitlines()[0]
@@ -63,7 +63,7 @@ def end_if_a_peer_is_gone(error: BaseException) -> None:
         file=sys.stderr,
         flush=True,
     )
-    # JAX aborts the others as soon as the first process is gone: it lets them say their own line before.
+    # JAX aborts the others as soon as the first process is gone, so that one waits for them to print their lines.
     _end(STUCK, LEAVE_SECONDS / 2 if jax.process_index() == 0 else 0.0)
 
 

@@ -1,7 +1,7 @@
-"""How rows and the vocabulary lie over a mesh, and the sums that follow from it.
+"""How rows and the vocabulary are sharded over a mesh, and the sums that follow from it.
 
-A device has some rows and some part of the vocabulary's tables. Over some mesh axes devices differ in one of the two,
-over some in both; which, decides what has to travel where rows meet the vocabulary.
+A device has some rows and some part of the vocabulary's tables. Along a mesh axis devices differ in their rows, in
+their part of the vocabulary, or in both, and that decides what they exchange where rows meet the vocabulary.
 """
 
 import dataclasses
@@ -16,20 +16,36 @@ Axes = tuple[str, ...]
 
 
 def mesh_axes(name: str) -> Axes:
-    """The mesh axes of a logical axis by itself: together with others, each mesh axis would be given out only once."""
+    """The axes of the current mesh over which a logical axis is sharded; none without a mesh.
+
+    Looked up one name at a time: flax gives each mesh axis to only one of several names.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return ()
     (axes,) = nn.logical_to_mesh_axes((name,)) or (None,)
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
+def per_device(fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`fn` on every device's own parts of its arguments; `fn` itself without a mesh.
+
+    Sums over devices are `fn`'s own, forward and backward: neither kernels nor grouped products tell JAX over which
+    axes their results vary, so it cannot check or add them.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return fn
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Over which mesh axes rows and vocabulary lie; axes of one device are left out.
+    """Over which mesh axes rows and the vocabulary are sharded; axes of one device are left out.
 
-    Its methods, but for `on_mesh`, are for functions of one device inside it.
+    `of` and `on_mesh` are called for the whole mesh, all other methods inside `on_mesh`, for one device.
 
     Attributes:
       rows, vocab: mesh axes.
-      width: those over which the tables of a vocabulary that does not divide lie by width: the last ones of `vocab`.
+      width: those over which the tables are sharded by width, as the vocabulary does not divide: the last of `vocab`.
       devices: how many devices each axis has.
     """
 
@@ -42,14 +58,12 @@ class Spread:
     def of(cls, rows: int) -> "Spread":
         """How the current mesh and the logical-axis rules spread `rows` rows and the vocabulary."""
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
-            return cls((), (), (), ())
         row_axes, vocab_axes, width_axes = (
             tuple(a for a in mesh_axes(name) if mesh.shape[a] > 1) for name in ("rows", "vocab_parts", "table")
         )
         devices = tuple((a, mesh.shape[a]) for a in dict.fromkeys(row_axes + vocab_axes))
         spread = cls(row_axes, vocab_axes, width_axes, devices)
-        # A few prompts to answer need not divide over the devices: then all devices have them all.
+        # A few prompts to answer need not divide over the devices: then every device has all of them.
         return spread if rows % spread.size(row_axes) == 0 else dataclasses.replace(spread, rows=())
 
     @property
@@ -73,14 +87,11 @@ class Spread:
 
     def on_mesh(self, fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`fn` of every device's own parts; `fn` itself where there is no mesh of several devices."""
-        if not self.devices:
-            return fn
-        # Unchecked: sums over devices are written out, forward and backward.
-        return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return per_device(fn, in_specs, out_specs) if self.devices else fn
 
     @property
     def whole(self) -> Axes:
-        """Axes over which the vocabulary lies but not the tables' width: there all devices have the same numbers."""
+        """Axes over which the vocabulary is sharded but not the tables' width: devices along them hold the same."""
         return tuple(a for a in self.vocab if a not in self.width)
 
     def parts(self, x_VD: jax.Array) -> jax.Array:

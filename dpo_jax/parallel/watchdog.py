@@ -1,4 +1,4 @@
-"""Ends a process in which nothing moves any more, with the stacks of all threads: a hang is silent and dear."""
+"""Ends a process that hangs, with the stacks of all its threads: a hang is silent and costs money."""
 
 import contextlib
 import faulthandler

@@ -1,8 +1,8 @@
 """How far the policy is from its reference on answers of its own: an on-policy estimate of their KL divergence.
 
-The rewards of DPO, divided by β, are log-ratios too, but on the data set's completions, which the policy need not say:
-their mean is no KL divergence and may have either sign. The divergence is an expectation over the policy's answers, so
-answers are drawn: at temperature 1 from the whole vocabulary, for anything else is another distribution.
+The rewards of DPO, divided by β, are log-ratios too, but on the data set's completions, which the policy may never
+produce: their mean is no KL divergence and may have either sign. The divergence is an expectation over the policy's
+answers, so answers are drawn: at temperature 1 from the whole vocabulary, for anything else is another distribution.
 
 Shapes: B rows, N completion tokens of a row (two answers to its prompt), D model, V vocabulary.
 """

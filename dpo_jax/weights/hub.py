@@ -28,7 +28,7 @@ def resolve_model(model: str, *, what: str = "model", with_weights: bool = True)
       with_weights: False downloads the config and the tokenizer alone.
 
     Raises:
-      UserError: no such directory, no config.json in it, or the hub cannot give it; says what to do instead.
+      UserError: no such directory, no config.json in it, or it cannot be downloaded; with what to do instead.
     """
     given, local = f"{what}={model!r}", local_model(model, what=what)
     if local is not None:
@@ -63,7 +63,7 @@ def local_model(model: str, *, what: str = "model") -> Path | None:
 
 
 def _hub_problem(model: str, error: Exception, what: str) -> str:
-    """What went wrong with a download and how to go on, in one line."""
+    """What went wrong with a download and what to do instead, in one line."""
     hub = constants.ENDPOINT
     without = f"use --config.{what}=DIRECTORY, or --config=configs/hhh.py:tiny, which needs no download"
     if isinstance(error, hub_errors.HFValidationError):

@@ -1,7 +1,7 @@
 """Hugging Face directories ↔ sharded parameters: read a checkpoint, write one.
 
 No whole model on any host: reading holds one device's part of one leaf at a time, writing one tensor (or a slice of a
-table). `tensors.py` says how our tree and a checkpoint's tensors correspond.
+table). `model/tensors.py` maps our parameter tree to a checkpoint's tensors.
 """
 
 import contextlib
@@ -27,9 +27,8 @@ from dpo_jax.model.families import config_from_hf, hf_config
 from dpo_jax.model.lora import BRANCH
 from dpo_jax.model.params import Params
 from dpo_jax.model.tensors import Leaf, Parts, Sizes, first_rows, model_leaves, sizes, tensors, whole_shape
-from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
+from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_FILES, WEIGHTS
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtype -> its name in a safetensors file
 # Buffers that old exports hold and that follow from config.json.
 HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -108,9 +107,9 @@ def _check_tensors(directory: Path, stored: Mapping[str, Any], config: ModelConf
             f"are these the weights of its {CONFIG}?"
         )
     for name, shape in needed.items():
-        found = tuple(stored[name].get_shape())
-        if found != shape:
-            raise UserError(f"{directory}: tensor {name!r} has shape {found}, {CONFIG} needs {shape}")
+        if tuple(stored[name].get_shape()) != shape:
+            has = tuple(stored[name].get_shape())
+            raise UserError(f"{directory}: tensor {name!r} has shape {has}, {CONFIG} needs {shape}")
         if stored[name].get_dtype() not in FLOATS.values():
             raise UserError(
                 f"{directory}: tensor {name!r} is {stored[name].get_dtype()}, needs one of {', '.join(FLOATS)}; "
@@ -179,7 +178,7 @@ def _read(tensor: Any, leaf: Leaf, letters: Sizes, first_row: int, bounds: Mappi
     cut: list[slice] = []
     for axis in leaf.theirs:
         start, stop = bounds[axis[0]]
-        inner = math.prod(letters[letter] for letter in axis[1:])  # whole heads are read: only they lie in one stretch
+        inner = math.prod(letters[letter] for letter in axis[1:])  # whole heads are read: only they are contiguous
         before = first_row if not view else 0
         view.append(slice(before + start * inner, before + stop * inner))
         shape += [stop - start, *(letters[letter] for letter in axis[1:])]
@@ -226,12 +225,14 @@ def save_weights(
     adapters = {path[1:]: flat.pop(path) for path in list(flat) if path[0] == BRANCH}
     adapters |= {path: lora_scale * b for path, b in adapters.items() if path[-1] == "b"}
     assert set(flat) == {leaf.path for leaf in model_leaves(numbers)}, f"not the tree of this config: {sorted(flat)}"
-    files = _plan_files(numbers, jnp.dtype(dtype).itemsize, max_shard_bytes)
+    files = _shard(numbers, jnp.dtype(dtype).itemsize, max_shard_bytes)
     with new_directory(directory) as new:
         if new:
             (new / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
             _write_index(new, files, jnp.dtype(dtype).itemsize, numbers)
-            _copy_files(tokenizer_from, new)
+            for file in (*TOKENIZER_FILES, GENERATION_CONFIG):
+                if tokenizer_from and (tokenizer_from / file).is_file():
+                    shutil.copyfile(tokenizer_from / file, new / file)
         with jax.transfer_guard("allow"):  # row numbers go to the device unasked; a guard is for the training loop
             for file, held in files.items():
                 _write_file(new / file if new else None, held, flat | adapters, sizes(numbers), name)
@@ -272,8 +273,8 @@ def new_directory(directory: Path) -> Iterator[Path | None]:
 Tensors = dict[str, Parts]
 
 
-def _plan_files(config: ModelConfig, itemsize: int, max_bytes: float) -> dict[str, Tensors]:
-    """Which tensors lie in which file."""
+def _shard(config: ModelConfig, itemsize: int, max_bytes: float) -> dict[str, Tensors]:
+    """Which tensors each file holds."""
     letters = sizes(config)
     shards: list[Tensors] = [{}]
     used = 0
@@ -292,17 +293,9 @@ def _plan_files(config: ModelConfig, itemsize: int, max_bytes: float) -> dict[st
 def _write_index(directory: Path, files: Mapping[str, Tensors], itemsize: int, config: ModelConfig) -> None:
     if len(files) > 1:
         count = config.parameter_count()
-        index = {
-            "metadata": {"total_parameters": count, "total_size": count * itemsize},
-            "weight_map": {name: file for file, held in files.items() for name in held},
-        }
+        sizes_of = {"total_parameters": count, "total_size": count * itemsize}
+        index = {"metadata": sizes_of, "weight_map": {name: file for file, held in files.items() for name in held}}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_files(source: Path | None, directory: Path) -> None:
-    for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if source else ():
-        if (Path(source or "") / name).is_file():
-            shutil.copyfile(Path(source or "") / name, directory / name)
 
 
 def _write_file(path: Path | None, held: Tensors, flat: Mapping, letters: Sizes, dtype: str) -> None:

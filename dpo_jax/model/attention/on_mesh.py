@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.parallel.spread import mesh_axes
+from dpo_jax.parallel.spread import mesh_axes, per_device
 
 
 def on_own_heads(
@@ -22,9 +22,6 @@ def on_own_heads(
       q_BTHE, k_BTGE, v_BTGE: of all devices. Fewer kv-heads than devices in the `tensor` axis are all on each of them.
       others: arrays `[B, ...]`, by row, or scalars.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return attend(q_BTHE, k_BTGE, v_BTGE, *others)
     # P takes an empty tuple for no axis at all.
     rows, by_head, by_kv_head = (mesh_axes(name) for name in ("rows", "heads", "kv_heads"))
     heads = q_BTHE.shape[2]
@@ -39,9 +36,5 @@ def on_own_heads(
         return attend(q_BTHE, k_BTGE, v_BTGE, *others)
 
     by_row = tuple(P(rows) if x.ndim else P() for x in others)
-    return jax.shard_map(
-        local,
-        in_specs=(P(rows, None, by_head), P(rows, None, by_kv_head), P(rows, None, by_kv_head), *by_row),
-        out_specs=P(rows, None, by_head),
-        check_vma=False,  # kernels do not say over which axes their results vary
-    )(q_BTHE, k_BTGE, v_BTGE, *others)
+    in_specs = (P(rows, None, by_head), P(rows, None, by_kv_head), P(rows, None, by_kv_head), *by_row)
+    return per_device(local, in_specs, P(rows, None, by_head))(q_BTHE, k_BTGE, v_BTGE, *others)
