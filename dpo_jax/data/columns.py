@@ -164,7 +164,7 @@ def parse_comparison(row: Row) -> LabeledComparison | Skip:
     label = row.get("label")
     if label not in ("A", "B", "Tie"):
         return Skip("bad_label", f"label is {label!r:.40}, needed is A, B or Tie")
-    return _labeled(*map(row.get, ("prompt_conversation", "completion_a", "completion_b")), label)
+    return _labeled(row.get("prompt_conversation"), row.get("completion_a"), row.get("completion_b"), label)
 
 
 # The first match counts, so a form is listed before every form whose columns are a part of its own.

@@ -1,32 +1,23 @@
 """Raw files to training and evaluation pairs, with a report of every row that was read and of every one left out."""
 
-import collections
-import itertools
-import json
-import shutil
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from dpo_jax.data.cache.fingerprint import identity
 from dpo_jax.data.cache.shared import open_or_build
-from dpo_jax.data.cache.store import QUARANTINE, Pair, PairCache
-from dpo_jax.data.comparison import DELIBERATE, LabeledComparison, Skip
-from dpo_jax.data.files import BadLine, read_rows
-from dpo_jax.data.lengths import PARTS, length_report, token_table
+from dpo_jax.data.cache.store import QUARANTINE, PairCache
+from dpo_jax.data.comparison import DELIBERATE
+from dpo_jax.data.lengths import length_report, token_table
 from dpo_jax.data.mixture import apportion
-from dpo_jax.data.render import Renderer, make_renderer, render_batch
-from dpo_jax.data.sources import DataSources, Source, find_sources
+from dpo_jax.data.render import Renderer, make_renderer
+from dpo_jax.data.sources import DataSources, find_sources
 from dpo_jax.data.split import Pairs, Split, split
-from dpo_jax.disk import digest
+from dpo_jax.data.tokenise import copy_bad_rows, tokenise
 from dpo_jax.errors import UserError
-
-_BATCH = 512  # rows parsed and tokenised together: enough for the tokenizer's threads, little memory
-_PLAINLY = 20_000  # rows without one good one
-_WRONG_COLUMNS = ("unknown_columns", "missing_column")
 
 
 @dataclass(frozen=True)
@@ -103,7 +94,7 @@ def prepare(
     renderer = make_renderer(
         tokenizer, request.prompt_format, request.max_prompt_length, request.max_completion_length, request.overlong
     )
-    decides = identity(data, renderer, request.drop_ties, Path(__file__))
+    decides = identity(data, renderer, request.drop_ties)
     total = sum(file["bytes"] or 0 for source in decides["sources"] for file in source["files"])
     so_far = np.zeros(3, np.int64)  # bytes, rows, pairs
 
@@ -116,7 +107,7 @@ def prepare(
     cache, built = open_or_build(
         request.cache_dir,
         decides,
-        lambda path: _produce(data.sources, renderer, request.drop_ties, path, quarantine, tell),
+        lambda path: tokenise(data.sources, renderer, request.drop_ties, path, quarantine, tell),
     )
     written = _copy_quarantine(cache, quarantine)
     _refuse_bad(cache.manifest["sources"], request.max_bad_fraction, written)
@@ -127,122 +118,6 @@ def prepare(
         raise UserError(f"dataset={empty[0]}: no training pair is left; {_drop_summary(cache.manifest['sources'])}")
     report = _report(request, renderer, cache, divided) | _mixture_report(request, data, divided)
     return Prepared(divided, {**report, "quarantine": written}, built)
-
-
-def _produce(
-    sources: tuple[Source, ...],
-    renderer: Renderer,
-    drop_ties: bool,
-    bad_rows: Path,
-    quarantine: Path | None,
-    tell: Callable[[int, int, int], None],
-) -> Generator[Pair, None, dict[str, Any]]:
-    """Yields the pairs of all sources; returns the manifest's entries: what was read, kept, dropped and truncated.
-
-    Bad rows go to the file `bad_rows`, and to `quarantine` too where reading stops at once. `tell` is given the bytes,
-    rows and pairs that are new since its last call.
-    """
-    names = list(dict.fromkeys(source.name for source in sources))
-    entries: list[dict[str, Any]] = []
-    start = 0
-    with open(bad_rows, "w") as file:
-        for source in sources:
-            tally = _Tally(source, file)
-            rows = itertools.chain.from_iterable(read_rows(path, lambda n: tell(n, 0, 0)) for path in source.files)
-            while batch := list(itertools.islice(rows, _BATCH)):
-                kept = tally.kept
-                for pair in _batch_pairs(batch, renderer, drop_ties, tally):
-                    yield pair._replace(source=names.index(source.name))
-                tell(0, len(batch), tally.kept - kept)
-                if tally.read >= _PLAINLY:
-                    _refuse_wrong_columns(tally, quarantine)
-            _refuse_wrong_columns(tally, quarantine)
-            entries.append(tally.entry(start))
-            start += tally.kept
-    return {"sources": entries, "source_names": names}
-
-
-@dataclass
-class _Tally:
-    """What becomes of one source's rows: counts, and the first bad row of each reason. `bad_rows` has all of them."""
-
-    source: Source
-    bad_rows: IO[str]
-    read: int = 0
-    kept: int = 0
-    boundary_moved: int = 0
-    dropped: collections.Counter[str] = field(default_factory=collections.Counter)
-    truncated: collections.Counter[str] = field(default_factory=collections.Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def drop(self, location: str, skip: Skip, row: Any) -> None:
-        self.dropped[skip.reason] += 1
-        if skip.deliberate:
-            return
-        self.examples.setdefault(skip.reason, f"{location}: {skip.detail}" if skip.detail else location)
-        line = {"location": location, "reason": skip.reason, "detail": skip.detail, "row": row}
-        self.bad_rows.write(json.dumps(line, default=str) + "\n")
-
-    def entry(self, start: int) -> dict[str, Any]:
-        """For the manifest; `start` is the cache's first pair of this source."""
-        return {
-            "name": self.source.name,
-            "split": self.source.split,
-            "files": list(self.source.files),
-            "read": self.read,
-            "kept": self.kept,
-            "dropped": dict(self.dropped.most_common()),
-            "truncated": {part: self.truncated[part] for part in PARTS},
-            "boundary_moved": self.boundary_moved,
-            "examples": self.examples,
-            "start": start,
-            "stop": start + self.kept,
-        }
-
-
-def _batch_pairs(
-    batch: list[tuple[str, dict[str, Any] | BadLine]], renderer: Renderer, drop_ties: bool, tally: _Tally
-) -> Iterator[Pair]:
-    source = tally.source
-    good: list[tuple[str, dict[str, Any], LabeledComparison]] = []
-    tally.read += len(batch)
-    for location, row in batch:
-        if isinstance(row, BadLine):
-            tally.drop(location, Skip(row.reason), row.text)
-            continue
-        parsed = source.spec.parse(row)
-        if isinstance(parsed, LabeledComparison) and (parsed.label == "Tie" or (drop_ties and source.spec.tied(row))):
-            parsed = Skip("tie")
-        if isinstance(parsed, Skip):
-            tally.drop(location, parsed, row)
-        else:
-            good.append((location, row, parsed))
-    number = {path: n for n, path in enumerate(source.files)}
-    for (location, row, pair), rendered in zip(good, render_batch(renderer, [item[2] for item in good]), strict=True):
-        if isinstance(rendered, Skip):
-            tally.drop(location, rendered, row)
-            continue
-        tally.kept += 1
-        tally.boundary_moved += rendered.boundary_moved
-        tally.truncated.update(rendered.truncated)
-        path, _, line = location.rpartition(":")
-        origin = number[path], int(line)
-        yield Pair(rendered.prompt, rendered.chosen, rendered.rejected, 0, _prompt_hash(pair), *origin)
-
-
-def _prompt_hash(pair: LabeledComparison) -> int:
-    turns = [[message["role"], message["content"]] for message in pair.comparison.prompt_conversation]
-    return int.from_bytes(bytes.fromhex(digest(json.dumps(turns), size=8)), "little")
-
-
-def _refuse_wrong_columns(tally: _Tally, quarantine: Path | None) -> None:
-    """Stops where the columns are plainly not those of the format."""
-    wrong = sum(tally.dropped[reason] for reason in _WRONG_COLUMNS)
-    if not tally.kept and wrong > 0.9 * tally.read:
-        if quarantine is not None:  # no cache will be there to copy them from
-            tally.bad_rows.flush()
-            _copy_bad_rows(Path(tally.bad_rows.name), quarantine)
-        raise UserError(next(tally.examples[reason] for reason in _WRONG_COLUMNS if reason in tally.examples))
 
 
 def _refuse_bad(sources: list[dict[str, Any]], max_bad_fraction: float, written: str | None) -> None:
@@ -275,18 +150,8 @@ def _copy_quarantine(cache: PairCache, quarantine: Path | None) -> str | None:
         return None
     if quarantine is None:
         return str(kept)
-    _copy_bad_rows(kept, quarantine)
+    copy_bad_rows(kept, quarantine)
     return str(quarantine)
-
-
-def _copy_bad_rows(kept: Path, quarantine: Path) -> None:
-    try:
-        quarantine.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(kept, quarantine)
-    except OSError as error:
-        raise UserError(
-            f"{quarantine}: bad rows cannot be written there ({error.strerror}); choose another --workdir"
-        ) from None
 
 
 def _mixture_report(request: DataRequest, data: DataSources, divided: Split) -> dict[str, Any]:

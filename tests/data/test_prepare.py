@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_jax.data import prepare as prepare_module
+from dpo_jax.data import tokenise
 from dpo_jax.data.prepare import DataRequest, prepare
 from dpo_jax.errors import UserError
 from tests import places
@@ -324,7 +324,7 @@ def test_over_long_pairs_are_dropped_on_request(tmp_path, run):
 def test_the_batch_size_changes_nothing(tmp_path, run, monkeypatch):
     path = jsonl(tmp_path / "data.jsonl", [*rows(30), *BAD_LINES])
     whole = run(path, cache_dir=str(tmp_path / "one"))
-    monkeypatch.setattr(prepare_module, "_BATCH", 4)
+    monkeypatch.setattr(tokenise, "_BATCH", 4)
     parts = run(path, cache_dir=str(tmp_path / "two"))
     assert texts(whole.train) == texts(parts.train)
     assert np.array_equal(whole.evaluation.index, parts.evaluation.index)

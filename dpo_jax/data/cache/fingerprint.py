@@ -8,7 +8,7 @@ import tokenize
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.data import columns, comparison, datasets, render
+from dpo_jax.data import columns, comparison, datasets, render, tokenise
 from dpo_jax.data.datasets import own_code
 from dpo_jax.data.files import fingerprint
 from dpo_jax.data.render import Renderer
@@ -17,7 +17,8 @@ from dpo_jax.disk import digest
 
 # Older caches are known by digests of whole files, comments included. Code with the digest `_SAME_PAIRS` was seen to
 # make the same pairs as those files, so it uses their digests and finds their caches; other code has caches of its own.
-_SAME_PAIRS = "17dc1122f3974f9f613b0e5d"
+_SAME_PAIRS = "95f73e66379ea91320367f0c"
+_DECIDE = (columns, datasets, comparison, render, tokenise)
 _WHOLE_FILES = [
     "db500021740beb8a6a396108",
     "2a55a713c788aeb7c03a7f9f",
@@ -27,11 +28,8 @@ _WHOLE_FILES = [
 ]
 
 
-def identity(data: DataSources, renderer: Renderer, drop_ties: bool, reader: Path) -> dict[str, Any]:
-    """Everything that decides the cache's content: files, parsers and our own code, tokenizer, template, limits.
-
-    `reader` is the file of the module that reads the rows.
-    """
+def identity(data: DataSources, renderer: Renderer, drop_ties: bool) -> dict[str, Any]:
+    """Everything that decides the cache's content: files, parsers and our own code, tokenizer, template, limits."""
     return {
         "sources": [
             {
@@ -44,7 +42,7 @@ def identity(data: DataSources, renderer: Renderer, drop_ties: bool, reader: Pat
             }
             for source in data.sources
         ],
-        "code": _our_code(reader),
+        "code": _our_code(),
         "tokenizer": _tokenizer_digest(renderer.tokenizer),
         "form": renderer.form,
         "limits": [renderer.max_prompt_length, renderer.max_completion_length, renderer.overlong],
@@ -52,9 +50,8 @@ def identity(data: DataSources, renderer: Renderer, drop_ties: bool, reader: Pat
     }
 
 
-def _our_code(reader: Path) -> list[str]:
-    modules = (columns, datasets, comparison, render)
-    code = digest("".join(map(_statements, (*(Path(inspect.getfile(module)) for module in modules), reader))))
+def _our_code() -> list[str]:
+    code = digest("".join(_statements(Path(inspect.getfile(module))) for module in _DECIDE))
     return _WHOLE_FILES if code == _SAME_PAIRS else [code]
 
 
@@ -67,8 +64,9 @@ def _statements(path: Path) -> str:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(ast.parse(text)):
-        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if docstring or isinstance(node, ast.Import | ast.ImportFrom):
+        if isinstance(node, ast.Import | ast.ImportFrom) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        ):
             for number in range(node.lineno - 1, node.end_lineno or node.lineno):
                 lines[number] = ""
     return "".join(line.rstrip() + "\n" for line in lines if line.strip())

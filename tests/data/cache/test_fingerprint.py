@@ -5,10 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax.data import columns, comparison, datasets, prepare, render
 from dpo_jax.data.cache import fingerprint
-
-MODULES = (columns, datasets, comparison, render, prepare)
 
 
 def test_the_code_makes_the_pairs_of_older_caches():
@@ -16,10 +13,10 @@ def test_the_code_makes_the_pairs_of_older_caches():
 
     If you compared the caches of several datasets, and they are the same as before, make `_SAME_PAIRS` the new digest.
     """
-    assert fingerprint._our_code(Path(prepare.__file__)) == fingerprint._WHOLE_FILES
+    assert fingerprint._our_code() == fingerprint._WHOLE_FILES
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("module", fingerprint._DECIDE, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_words_decide_nothing_and_statements_everything(module, tmp_path, monkeypatch):
     text, file = Path(module.__file__).read_text(), tmp_path / "module.py"
     where = inspect.getfile
@@ -27,7 +24,7 @@ def test_words_decide_nothing_and_statements_everything(module, tmp_path, monkey
 
     def code(changed):
         file.write_text(changed)
-        return fingerprint._our_code(file if module is prepare else Path(prepare.__file__))
+        return fingerprint._our_code()
 
     assert code(text) == fingerprint._WHOLE_FILES
     import_line = next(line for line in text.splitlines() if line.startswith(("from dpo_jax.", "from typing")))
