@@ -116,7 +116,7 @@ def prepare(
     empty = [part.name for part, size in zip(data.parts, sizes, strict=True) if not size]
     if empty:
         raise UserError(f"dataset={empty[0]}: no training pair is left; {_drop_summary(cache.manifest['sources'])}")
-    report = _report(request, renderer, cache, divided) | _mixture_report(request, data, divided)
+    report = _report(request, renderer, cache, data, divided)
     return Prepared(divided, {**report, "quarantine": written}, built)
 
 
@@ -154,28 +154,11 @@ def _copy_quarantine(cache: PairCache, quarantine: Path | None) -> str | None:
     return str(quarantine)
 
 
-def _mixture_report(request: DataRequest, data: DataSources, divided: Split) -> dict[str, Any]:
-    """What each part of a mixture has and gives to an epoch."""
-    mixture = divided.mixture
-    if mixture is None:
-        return {}
-    epoch = apportion(mixture.epoch_size(request.batch_size, request.drop_remainder), mixture.weights)
-    return {
-        "mixture": [
-            {
-                "name": part.name,
-                "weight": part.weight / sum(mixture.weights),
-                "pairs": int(mixture.sizes[number]),
-                "epoch": int(epoch[number]),
-            }
-            for number, part in enumerate(data.parts)
-        ]
-    }
-
-
-def _report(request: DataRequest, renderer: Renderer, cache: PairCache, divided: Split) -> dict[str, Any]:
+def _report(
+    request: DataRequest, renderer: Renderer, cache: PairCache, data: DataSources, divided: Split
+) -> dict[str, Any]:
     shown = ("name", "split", "files", "read", "kept", "dropped", "truncated", "boundary_moved", "examples")
-    return {
+    report = {
         "dataset": request.dataset,
         "prompt_format": renderer.form,
         "held_out": " ".join(divided.notes),
@@ -187,3 +170,11 @@ def _report(request: DataRequest, renderer: Renderer, cache: PairCache, divided:
         },
         "fingerprint": Path(cache.directory).name,
     }
+    if (mixture := divided.mixture) is not None:
+        epoch = apportion(mixture.epoch_size(request.batch_size, request.drop_remainder), mixture.weights)
+        numbers = zip(data.parts, mixture.sizes.tolist(), epoch.tolist(), strict=True)
+        report["mixture"] = [
+            {"name": part.name, "weight": part.weight / sum(mixture.weights), "pairs": pairs, "epoch": taken}
+            for part, pairs, taken in numbers
+        ]
+    return report

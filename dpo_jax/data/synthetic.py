@@ -20,18 +20,11 @@ from dpo_jax.disk import read_json, write_whole
 
 MULTI_TURN_FRACTION = 0.35
 SCENE_FRACTION = 0.75  # of the dialogues with one turn, those that begin by setting the scene
-# Which grade is set against which, (better, worse), and how often.
-CONTRASTS = {("helpful", "rude"): 0.55, ("helpful", "plain"): 0.25, ("plain", "rude"): 0.2}
-# An answer's sentences, and how often each is there; chosen so that all grades are about equally long.
-SENTENCES = {
-    "helpful": {"helpful_start": 0.5, "advice": 1.0, "helpful_end": 0.35},
-    "plain": {"plain_start": 0.9, "plain_middle": 1.0, "plain_end": 0.9},
-    "rude": {"rude_start": 0.95, "rude_middle": 1.0, "rude_end": 0.8},
-}
 
-# Topics, and phrases that fit every topic. Every advice of an ask answers each of its questions with each of its tips.
-# No thing starts with a vowel, so "a {thing}" is always right. The grades share words on purpose ("help", "good luck",
-# "ask me again", the tips).
+# The grammar. `contrasts`: a better grade, a worse one, and how often they meet. `sentences`: the kinds that an answer of
+# a grade is made of, and how often each is there, so that all grades are about equally long. `topics`, and `phrases`
+# that fit every topic: every advice of an ask answers each of its questions with each of its tips. No thing starts with
+# a vowel, so "a {thing}" is always right. The grades share words on purpose ("help", "good luck", "ask me again").
 GRAMMAR = Path(__file__).with_suffix(".json")
 
 
@@ -44,7 +37,7 @@ def write_hh(directory: Path, seed: int, train_pairs: int, test_pairs: int) -> N
     grammar = read_json(GRAMMAR)
     rows: dict[str, dict[str, str]] = {}
     while len(rows) < train_pairs + test_pairs:
-        prompt, chosen, rejected = _pair(rng, rng.choice(grammar["topics"]), grammar["phrases"])
+        prompt, chosen, rejected = _pair(rng, rng.choice(grammar["topics"]), grammar)
         rows.setdefault(prompt, {"chosen": f"{prompt} {chosen}", "rejected": f"{prompt} {rejected}"})
     (directory / "synthetic").mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) + "\n" for row in rows.values()]
@@ -115,30 +108,31 @@ def _to_tokenizers(model: bytes) -> Tokenizer:
     return tokenizer
 
 
-def _pair(rng: random.Random, topic: dict[str, Any], phrases: dict[str, list[str]]) -> tuple[str, str, str]:
+def _pair(rng: random.Random, topic: dict[str, Any], grammar: dict[str, Any]) -> tuple[str, str, str]:
     """Prompt (it ends with "Assistant:"), better answer, worse answer."""
     slots = {"thing": rng.choice(topic["things"]), "when": rng.choice(topic["whens"])}
     turns = 2 if rng.random() < MULTI_TURN_FRACTION else 1
     asks = rng.sample(topic["asks"], turns)
-    opening = [rng.choice(("", *phrases["greeting"]))]
+    opening = [rng.choice(("", *grammar["phrases"]["greeting"]))]
     if turns == 1 and rng.random() < SCENE_FRACTION:
         opening.append(topic["scene"])
     prompt = "\n\nHuman: " + _join([*opening, rng.choice(asks[0]["questions"])], slots)
     if turns == 2:
         grade = rng.choices(("helpful", "plain"), (0.7, 0.3))[0]
-        question = [rng.choice(phrases["link"]), rng.choice(asks[1]["questions"])]
-        prompt += f"\n\nAssistant: {_answer(rng, grade, asks[0], slots, phrases)}\n\nHuman: {_join(question, slots)}"
-    better, worse = rng.choices(list(CONTRASTS), list(CONTRASTS.values()))[0]
-    chosen, rejected = (_answer(rng, grade, asks[-1], slots, phrases) for grade in (better, worse))
+        question = [rng.choice(grammar["phrases"]["link"]), rng.choice(asks[1]["questions"])]
+        prompt += f"\n\nAssistant: {_answer(rng, grade, asks[0], slots, grammar)}\n\nHuman: {_join(question, slots)}"
+    better, worse, _ = rng.choices(grammar["contrasts"], [share for *_, share in grammar["contrasts"]])[0]
+    chosen, rejected = (_answer(rng, grade, asks[-1], slots, grammar) for grade in (better, worse))
     return f"{prompt}\n\nAssistant:", chosen, rejected
 
 
 def _answer(
-    rng: random.Random, grade: str, ask: dict[str, list[str]], slots: dict[str, str], phrases: dict[str, list[str]]
+    rng: random.Random, grade: str, ask: dict[str, list[str]], slots: dict[str, str], grammar: dict[str, Any]
 ) -> str:
     """An answer of this grade; it names one of the ask's tips, as a worse one may, too."""
-    choices = {**phrases, "advice": ask["advice"], "tip": ask["tips"]}
-    sentences = [rng.choice(choices[kind]) for kind, share in SENTENCES[grade].items() if rng.random() < share]
+    choices = {**grammar["phrases"], "advice": ask["advice"], "tip": ask["tips"]}
+    kinds = grammar["sentences"][grade]
+    sentences = [rng.choice(choices[kind]) for kind, share in kinds.items() if rng.random() < share]
     return _join(sentences, slots | {slot: rng.choice(choices[slot]) for slot in ("tip", "who", "habit")})
 
 
