@@ -21,8 +21,8 @@ from dpo_jax.disk import read_json, write_whole
 MULTI_TURN_FRACTION = 0.35
 SCENE_FRACTION = 0.75  # of the dialogues with one turn, those that begin by setting the scene
 
-# The grammar. `contrasts`: a better grade, a worse one, and how often they meet. `sentences`: the kinds that an answer of
-# a grade is made of, and how often each is there, so that all grades are about equally long. `topics`, and `phrases`
+# The grammar. `contrasts`: a better grade, a worse one, and how often they meet. `sentences`: the kinds that an answer
+# of a grade is made of, and how often each is there, so that all grades are about equally long. `topics`, and `phrases`
 # that fit every topic: every advice of an ask answers each of its questions with each of its tips. No thing starts with
 # a vowel, so "a {thing}" is always right. The grades share words on purpose ("help", "good luck", "ask me again").
 GRAMMAR = Path(__file__).with_suffix(".json")
