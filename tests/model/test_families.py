@@ -26,6 +26,7 @@ from tests.model.families import PLACED, TextPairs, difference, load, row_logits
 
 torch = pytest.importorskip("torch", reason="needs the parity extra")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.extras
 
 VOCAB = 512
 BETA = 0.1

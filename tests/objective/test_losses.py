@@ -214,6 +214,7 @@ def test_every_loss_was_recorded():
     assert {name for case in CASES for name in parse_loss(case["loss"])} == set(LOSSES)
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("loss", [*LOSSES, "sigmoid:1.0,sft:0.2"])
 def test_trl_itself_says_the_same(loss):
     """The trainers' code as installed (the `parity` extra), on one case of every loss."""
@@ -228,6 +229,7 @@ def test_trl_itself_says_the_same(loss):
     _compare(case, _ours(case, data), theirs)
 
 
+@pytest.mark.extras
 def test_trls_callback_moves_the_reference_as_ours_does():
     """TR-DPO's soft update, by `SyncRefModelCallback`."""
     pytest.importorskip("trl", reason="needs the parity extra: torch and trl")

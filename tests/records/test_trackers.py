@@ -120,6 +120,7 @@ def _wandb_records(path, kind):
             whole = b""
 
 
+@pytest.mark.extras
 @pytest.mark.filterwarnings("default")  # the package's own
 def test_wandb_itself_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed (an extra)")
@@ -144,6 +145,7 @@ def test_wandb_itself_offline(tmp_path, monkeypatch):
     assert first["train/dpo_loss"] == 0.6512
 
 
+@pytest.mark.extras
 @pytest.mark.filterwarnings("default")
 def test_trackio_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when the package is imported

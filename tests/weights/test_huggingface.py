@@ -439,6 +439,7 @@ def test_unreachable_hub(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------- transformers
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("name", sorted(d.name for d in GOLDEN.iterdir()))
 def test_logits_of_transformers(name):
     config, _ = weights.read_config(GOLDEN / name)

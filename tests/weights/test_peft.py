@@ -86,6 +86,7 @@ def test_exports_are_the_policy(name, targets, tmp_path):
         np.testing.assert_allclose(kernels[key] + scale * b @ a, merged[key], atol=1e-5)
 
 
+@pytest.mark.extras
 @pytest.mark.filterwarnings("ignore")  # torch's and PEFT's own
 @pytest.mark.parametrize("name", ["llama_untied_gqa", "gemma2", "phi3", "mixtral"])
 def test_peft_loads_the_adapter_and_gives_the_same_logits_and_gradients(name, tmp_path):
