@@ -18,6 +18,8 @@ EMPTY = -1
 # At most this part of a batch of long groups is long groups: the rest are any others.
 LONG_PART = 0.25
 ROUNDS = 200
+FITTING = 60  # rounds of `fit_slots`, with so many exchanges drawn for a row in each:
+DRAWS = 16
 # Possible exchanges weighed at once: few enough for the processor's cache.
 CHUNK = 200_000
 
@@ -185,6 +187,45 @@ def members(placed: np.ndarray, batch_size: int) -> np.ndarray:
     return -np.sort(-placed.reshape(len(placed), -1), axis=1)[:, :batch_size]
 
 
+def fit_slots(
+    placed: np.ndarray, lengths: np.ndarray, widths: np.ndarray, rng: np.random.Generator, across: bool
+) -> np.ndarray:
+    """Exchange groups of rows whose completions do not fit slot by slot, though they do together.
+
+    Of several exchanges drawn for each such row, the one that leaves least overflow in both rows. Only where
+    completions may go into any slot: else `balance` has done what can be done.
+    """
+    n, rows, K = placed.shape
+    if len(widths) <= 3:
+        return placed
+    flat = placed.reshape(n * rows, K).copy()
+    over = lambda rows: (np.maximum(slot_loads(lengths, rows, widths) - widths, 0) ** 2).sum(-1)
+    overflow = over(flat)
+    for _ in range(FITTING):
+        hot = np.flatnonzero(overflow > 0)
+        if len(hot) == 0:
+            break
+        draws = max(1, min(DRAWS, CHUNK // 100 // len(hot)))
+        x = np.repeat(hot, draws)
+        y = _partners(rng, x, rows, len(flat), across)
+        i, j = rng.integers(0, K, (2, len(x)))
+        a, b, pair = flat[x], flat[y], np.arange(len(x))
+        legal = (x != y) & ((x // rows == y // rows) | ((a[pair, i] < 0) == (b[pair, j] < 0)))
+        a[pair, i], b[pair, j] = b[pair, j], a[pair, i]
+        after = np.stack([over(a), over(b)])
+        gain = np.where(legal, overflow[x] + overflow[y] - after.sum(0), 0).reshape(len(hot), draws)
+        best = np.arange(len(hot)) * draws + gain.argmax(1)
+        best = best[gain.max(1) > 0]
+        # A row may take part in one exchange at a time.
+        both = np.stack([x[best], y[best]], 1)
+        first = np.zeros(both.size, bool)
+        first[np.unique(both.reshape(-1), return_index=True)[1]] = True
+        best = best[first.reshape(-1, 2).all(1)]
+        flat[x[best]], flat[y[best]] = a[best], b[best]
+        overflow[x[best]], overflow[y[best]] = after[:, best]
+    return flat.reshape(n, rows, K)
+
+
 # (shape, widths for batches of long groups) -> placement int64 [steps, rows, places], bool [steps]: is for long groups
 Placing = Callable[[RowShape, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -229,5 +270,6 @@ def _filled(
         if part.any():
             sums, target = balanced(lengths, widths)
             rows = deal(batches[part], sums, shape.rows, shape.places, target)
-            placed[part] = balance(rows, sums, target, rng, across=across)
+            balanced_rows = balance(rows, sums, target, rng, across=across)
+            placed[part] = fit_slots(balanced_rows, lengths, widths, rng, across=across)
     return placed

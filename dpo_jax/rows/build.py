@@ -56,7 +56,7 @@ def build_rows(groups: GroupSource | Sequence[Group], placed: np.ndarray, shape:
     spec = batch_spec(dataclasses.replace(shape, places=K), (B,))
     out: Batch[np.ndarray] = spec.map(lambda x: np.zeros(x.shape, x.dtype))
     out.is_group[:] = placed >= 0
-    for b in range(B):
+    for b in np.flatnonzero((placed >= 0).any(1)):
         here = np.flatnonzero(placed[b] >= 0)
         if not len(here):  # a row of padding
             continue
@@ -65,7 +65,8 @@ def build_rows(groups: GroupSource | Sequence[Group], placed: np.ndarray, shape:
         out.completion_tokens[b, here] = [[len(ids) for ids in completions] for _, *completions in held]
         slots = np.broadcast_to(np.arange(shape.n), (len(here), shape.n))
         if out.slots is not None:
-            out.slots[b, here] = slots = assign_slots(out.completion_tokens[b, None, here], shape.completions)[0]
+            (slots,) = assign_slots(out.completion_tokens[b, here][None], shape.completions)
+            out.slots[b, here] = slots
         used = list(shape.starts)
         for k, (prompt, *completions), mine in zip(here, held, slots, strict=True):
             prompt_end = used[0] + len(prompt)

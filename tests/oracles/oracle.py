@@ -31,14 +31,16 @@ def _rotate(x_THE, positions, theta):
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def attend(q_THE, k_TGE, v_TGE):
-    """Causal grouped-query attention of one sequence, head by head."""
+def attend(q_THE, k_TGE, v_TGE, window=0):
+    """Causal grouped-query attention of one sequence, head by head; a token sees `window` positions, 0: all."""
     T, H, E = q_THE.shape
     repeat = H // k_TGE.shape[1]
     out = np.zeros_like(q_THE)
     for h in range(H):
         scores = q_THE[:, h] @ k_TGE[:, h // repeat].T / np.sqrt(E)
         scores[np.triu_indices(T, 1)] = -np.inf
+        if window:
+            scores[np.tril_indices(T, -window)] = -np.inf
         probs = np.exp(scores - scores.max(-1, keepdims=True))
         out[:, h] = probs / probs.sum(-1, keepdims=True) @ v_TGE[:, h // repeat]
     return out
@@ -53,7 +55,8 @@ def hidden(params, ids, c: ModelConfig):
         a, m = ({k: v[i] for k, v in p["layers"][name].items()} for name in ("attention", "mlp"))
         h = _norm(x, p["layers"]["input_norm"]["scale"][i], c.rms_norm_eps)
         q, k, v = (np.einsum("td,dhe->the", h, a[n]) for n in "qkv")
-        out = attend(_rotate(q, positions, c.rope_theta), _rotate(k, positions, c.rope_theta), v)
+        window = c.sliding_window if c.sliding_layers and c.sliding_layers[i] else 0
+        out = attend(_rotate(q, positions, c.rope_theta), _rotate(k, positions, c.rope_theta), v, window)
         x = x + np.einsum("the,hed->td", out, a["o"])
         h = _norm(x, p["layers"]["mlp_norm"]["scale"][i], c.rms_norm_eps)
         gate = h @ m["gate"]
