@@ -58,8 +58,6 @@ def build_rows(groups: GroupSource | Sequence[Group], placed: np.ndarray, shape:
     out.is_group[:] = placed >= 0
     for b in np.flatnonzero((placed >= 0).any(1)):
         here = np.flatnonzero(placed[b] >= 0)
-        if not len(here):  # a row of padding
-            continue
         held = [groups[int(placed[b, k])] for k in here]
         assert all(len(ids) == 1 + shape.n for ids in held), f"groups of other than {shape.n} completions for {shape}"
         out.completion_tokens[b, here] = [[len(ids) for ids in completions] for _, *completions in held]
