@@ -21,7 +21,7 @@ from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.forward import init_params
 from dpo_jax.model.options import Lora
 from dpo_jax.model.params import Params
-from dpo_jax.model.tensors import Leaf, Parts, model_leaves, sizes, tensors
+from dpo_jax.model.tensors import Leaf, model_leaves, sizes
 
 BRANCH = "lora"  # of the parameter tree, and the variable collection that `model.py` reads
 ALL = "all"
@@ -70,9 +70,3 @@ def init_adapters(key: jax.Array, config: ModelConfig, lora: Lora) -> Params:
         flat[(BRANCH, *leaf.path, "a")] = box(a, (layers, *axes[:inputs], "rank"))
         flat[(BRANCH, *leaf.path, "b")] = box(jnp.zeros(b_shape, jnp.float32), (layers, "rank", *axes[inputs:]))
     return flax.traverse_util.unflatten_dict(flat)
-
-
-def adapted_tensors(config: ModelConfig, lora: Lora) -> dict[str, Parts]:
-    """Every tensor of the checkpoint with an adapter on some of what it holds, and all that it holds."""
-    mine = adapted(config, lora)
-    return {name: parts for name, parts in tensors(config).items() if any(leaf in mine for leaf, _ in parts)}

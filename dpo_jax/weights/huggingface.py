@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,17 +226,27 @@ def save_weights(
     adapters = {path[1:]: flat.pop(path) for path in list(flat) if path[0] == BRANCH}
     adapters |= {path: lora_scale * b for path, b in adapters.items() if path[-1] == "b"}
     assert set(flat) == {leaf.path for leaf in model_leaves(numbers)}, f"not the tree of this config: {sorted(flat)}"
-    files = _shard(numbers, jnp.dtype(dtype).itemsize, max_shard_bytes)
+    letters, held = sizes(numbers), tensors(numbers)
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        held,
+        get_storage_size=lambda parts: math.prod(whole_shape(parts, letters)) * jnp.dtype(dtype).itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=int(max_shard_bytes),
+    )
     with new_directory(directory) as new:
         if new:
             (new / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-            _write_index(new, files, jnp.dtype(dtype).itemsize, numbers)
+            if split.is_sharded:
+                metadata = {"total_parameters": numbers.parameter_count(), **split.metadata}
+                index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+                (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             for file in (*TOKENIZER_FILES, GENERATION_CONFIG):
                 if tokenizer_from and (tokenizer_from / file).is_file():
                     shutil.copyfile(tokenizer_from / file, new / file)
         with jax.transfer_guard("allow"):  # row numbers go to the device unasked; a guard is for the training loop
-            for file, held in files.items():
-                _write_file(new / file if new else None, held, flat | adapters, sizes(numbers), name)
+            for file, names in split.filename_to_tensors.items():
+                part = {tensor: held[tensor] for tensor in names}
+                _write_file(new / file if new else None, part, flat | adapters, letters, name)
 
 
 @contextlib.contextmanager
@@ -270,35 +281,7 @@ def new_directory(directory: Path) -> Iterator[Path | None]:
         multihost_utils.sync_global_devices("dpo_jax.weights.huggingface.new_directory")
 
 
-Tensors = dict[str, Parts]
-
-
-def _shard(config: ModelConfig, itemsize: int, max_bytes: float) -> dict[str, Tensors]:
-    """Which tensors each file holds."""
-    letters = sizes(config)
-    shards: list[Tensors] = [{}]
-    used = 0
-    for name, parts in tensors(config).items():
-        size = math.prod(whole_shape(parts, letters)) * itemsize
-        if shards[-1] and used + size > max_bytes:
-            shards.append({})
-            used = 0
-        shards[-1][name] = parts
-        used += size
-    if len(shards) == 1:
-        return {WEIGHTS: shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def _write_index(directory: Path, files: Mapping[str, Tensors], itemsize: int, config: ModelConfig) -> None:
-    if len(files) > 1:
-        count = config.parameter_count()
-        sizes_of = {"total_parameters": count, "total_size": count * itemsize}
-        index = {"metadata": sizes_of, "weight_map": {name: file for file, held in files.items() for name in held}}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_file(path: Path | None, held: Tensors, flat: Mapping, letters: Sizes, dtype: str) -> None:
+def _write_file(path: Path | None, held: dict[str, Parts], flat: Mapping, letters: Sizes, dtype: str) -> None:
     """Gather tensor by tensor and, if there is a path, write each at once.
 
     The safetensors library writes a file from tensors that are all in memory; the format (a JSON header, its length

@@ -14,9 +14,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.lora import BRANCH, Lora, adapted, adapted_tensors
+from dpo_jax.model.lora import BRANCH, Lora, adapted
 from dpo_jax.model.params import Params
-from dpo_jax.model.tensors import Parts, sizes
+from dpo_jax.model.tensors import Parts, sizes, tensors
 from dpo_jax.weights.huggingface import gather_to_host, new_directory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -45,10 +45,9 @@ def save_adapters(adapters: Params, config: ModelConfig, lora: Lora, directory: 
 
 def adapter_config(config: ModelConfig, lora: Lora, base: str) -> dict[str, Any]:
     """What adapter_config.json holds; keys that are not there have PEFT's defaults."""
-    ranks = {_module(name): len(_adapted_parts(parts, config, lora)) * lora.rank
-             for name, parts in adapted_tensors(config, lora).items()}  # fmt: skip
+    ranks = {module.rpartition(".")[2]: len(mine) * lora.rank for module, _, mine in _linears(config, lora)}
     # Where several adapters share one Linear its rank is larger, and its alpha such that the scale is the same.
-    wider = {module.rsplit(".", 1)[-1]: rank for module, rank in ranks.items() if rank != lora.rank}
+    wider = {name: rank for name, rank in ranks.items() if rank != lora.rank}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -59,30 +58,28 @@ def adapter_config(config: ModelConfig, lora: Lora, base: str) -> dict[str, Any]
         "use_rslora": lora.rslora,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({module.rsplit(".", 1)[-1] for module in ranks}),
+        "target_modules": sorted(ranks),
         "rank_pattern": wider,
         "alpha_pattern": {name: lora.scale * (math.sqrt(r) if lora.rslora else r) for name, r in wider.items()},
     }
 
 
-def _module(tensor: str) -> str:
-    return tensor.removesuffix(".weight")
-
-
-def _adapted_parts(parts: Parts, config: ModelConfig, lora: Lora) -> Parts:
-    mine = adapted(config, lora)
-    return [(leaf, index) for leaf, index in parts if leaf in mine]
+def _linears(config: ModelConfig, lora: Lora) -> Iterator[tuple[str, Parts, Parts]]:
+    """Every Linear with an adapter: its name, all of our projections that it holds, and those that are adapted."""
+    kernels = adapted(config, lora)
+    for name, parts in tensors(config).items():
+        if mine := [part for part in parts if part[0] in kernels]:
+            yield name.removesuffix(".weight"), parts, mine
 
 
 def _tensors(flat: dict[tuple[str, ...], np.ndarray], config: ModelConfig, lora: Lora) -> Iterator[tuple[str, Any]]:
     """PEFT's tensors: A `[r, D]` and B `[O, r]` of every Linear.
 
-    Where a Linear holds several of our projections one below the other, their A lie one below the other too, and their
-    B on the diagonal; outputs without an adapter have rows of zeros in B.
+    Where a Linear holds several of our projections one below the other, so are their A, and their B are the blocks of
+    a diagonal; outputs without an adapter have rows of zeros in B.
     """
     letters = sizes(config)
-    for name, parts in adapted_tensors(config, lora).items():
-        mine = _adapted_parts(parts, config, lora)
+    for module, parts, mine in _linears(config, lora):
         outputs = [leaf.tensor_shape(letters)[0] for leaf, _ in parts]
         a_rD: list[np.ndarray] = []
         b_Or = np.zeros((sum(outputs), lora.rank * len(mine)), next(iter(flat.values())).dtype)
@@ -94,5 +91,5 @@ def _tensors(flat: dict[tuple[str, ...], np.ndarray], config: ModelConfig, lora:
                 a_rD.append(a.reshape(-1, lora.rank).T)
                 b_Or[row : row + rows, column : column + lora.rank] = b.reshape(lora.rank, rows).T
             row += rows
-        yield f"{PREFIX}{_module(name)}.lora_A.weight", np.ascontiguousarray(np.concatenate(a_rD))
-        yield f"{PREFIX}{_module(name)}.lora_B.weight", b_Or
+        yield f"{PREFIX}{module}.lora_A.weight", np.ascontiguousarray(np.concatenate(a_rD))
+        yield f"{PREFIX}{module}.lora_B.weight", b_Or

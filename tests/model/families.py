@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
@@ -28,6 +29,11 @@ TEXTS = [
 CUTS = ((30, 9, 12), (19, 15, 6), (25, 11, 16))
 SHAPE = RowShape(64, (32, 32), rows=2, places=3)
 PLACED = np.array([[2, 0, -1], [1, -1, -1]])
+
+
+def sweep(names, *quick):
+    """Parameters of a test: all names, those that are not `quick` marked slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def token_ids(text: str, vocab: int) -> np.ndarray:

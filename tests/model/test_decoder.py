@@ -20,7 +20,7 @@ from dpo_jax.sampling.engine import generate
 from dpo_jax.training.step import init_state, make_train_step
 from dpo_jax.weights import huggingface as weights
 from tests.model import families
-from tests.model.families import GOLDEN, TextPairs, difference, load, row_logits, sequence_logits, unpacked
+from tests.model.families import GOLDEN, TextPairs, difference, load, row_logits, sequence_logits, sweep, unpacked
 
 # One of each kind; `test_weights.py` compares the logits of every recorded model.
 NAMES = """
@@ -34,7 +34,7 @@ def golden(name: str) -> tuple[ModelConfig, dict]:
     return config, load(GOLDEN / name, config)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, "qwen2_window", "gemma3_text", "phi3_longrope", "mixtral"))
 def test_packed_rows_are_plain_sequences(name):
     config, params = golden(name)
     rows, slots = families.batch(PAIRS)
@@ -42,7 +42,7 @@ def test_packed_rows_are_plain_sequences(name):
     assert difference(packed, sequence_logits(params, config, PAIRS.sequences())) < 2e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, "qwen2_window", "gemma3_text", "phi3_longrope", "qwen3_moe"))
 def test_the_sampler_is_the_whole_model_run_again(name):
     config, params = golden(name)
     prompts = [PAIRS.ids[0][0][:n].tolist() for n in (30, 3, 26)]
@@ -108,7 +108,7 @@ def test_longrope_looks_at_each_pair_alone():
     assert difference(sequence_logits(params, no_scaling, short), alone) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["gemma2", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("name", sweep(["gemma2", "phi3", "qwen3_moe"], "gemma2"))
 def test_bfloat16(name):
     config, params = golden(name)
     rows, slots = families.batch(PAIRS)
@@ -128,7 +128,7 @@ def _loss(params, rows, config, slots, remat="none"):
 _grad = jax.jit(jax.grad(_loss, has_aux=True), static_argnums=(2, 3, 4))
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "mixtral"])
+@pytest.mark.parametrize("name", sweep(["gemma3_text", "mixtral"], "gemma3_text"))
 def test_remat_changes_no_gradient(name):
     config, params = golden(name)
     rows, slots = families.batch(PAIRS)
@@ -137,7 +137,7 @@ def test_remat_changes_no_gradient(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), other, grads[0])
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "mixtral", "phi3_longrope", "qwen2_window"])
+@pytest.mark.parametrize("name", sweep(["gemma3_text", "mixtral", "phi3_longrope", "qwen2_window"], "mixtral"))
 def test_gradients_of_microbatches_add_up(name):
     """Added where they arise, whatever a family's layers are handed. The update is the gradient itself."""
     config, params = golden(name)
@@ -177,11 +177,16 @@ def on_one_device(name: str):
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        *((name, sizes) for name in ("gemma3_text", "mixtral") for sizes in ((1, 8, 1), (2, 2, 2))),
-        ("gemma3_text", (1, 1, 1)),
-        ("olmo2", (2, 2, 2)),
-        ("qwen3_moe", (2, 2, 2)),
+        ("gemma3_text", (2, 2, 2)),
         ("three experts", (2, 2, 2)),  # they do not divide: the ffn of each is spread
+        *(
+            pytest.param(name, sizes, marks=pytest.mark.slow)
+            for name, sizes in (
+                *((name, (1, 8, 1)) for name in ("gemma3_text", "mixtral")),
+                *((name, (2, 2, 2)) for name in ("mixtral", "olmo2", "qwen3_moe")),
+                ("gemma3_text", (1, 1, 1)),
+            )
+        ),
     ],
 )
 def test_a_mesh_changes_nothing(name, sizes):

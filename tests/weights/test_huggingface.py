@@ -234,6 +234,7 @@ def test_host_memory_is_bounded_by_one_leaf(tmp_path, monkeypatch):
     assert saving < 4 * tensor
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_export(tmp_path):
     """Parameters spread over two processes: both gather, the first one writes."""
     params = random_params(UNTIED)
@@ -242,7 +243,8 @@ def test_two_processes_write_one_export(tmp_path):
 import sys, jax, jax.numpy as jnp
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
 from jax.sharding import NamedSharding, PartitionSpec as P
-from dpo_jax import tensors, weights
+from dpo_jax.model import tensors
+from dpo_jax.weights import huggingface as weights
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 config, hf = weights.read_config(sys.argv[3])
 specs = {"D": P("fsdp"), "VD": P(None, "fsdp")}
@@ -345,7 +347,7 @@ def test_damaged_directories(saved):
     with pytest.raises(UserError, match=r"model-00001-of-00001\.safetensors, which is not there"):
         load(saved, UNTIED)
     index.write_text("{")
-    with pytest.raises(UserError, match=r"index\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"index\.json is not valid JSON"):
         load(saved, UNTIED)
     (saved / "config.json").write_text("[]")
     with pytest.raises(UserError, match="holds list, needs an object"):

@@ -151,6 +151,7 @@ def test_a_run_holds_the_adapters_alone(finished):
     assert weights.read_config(workdir / "export")[0].lora_scale == 1
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_is_never_stopped(finished, environment, tmp_path):
     code, _ = test_train._stop_at(tmp_path / "run", environment, "train", 3, signal.SIGKILL, **LORA_RUN)
     assert code == -signal.SIGKILL
