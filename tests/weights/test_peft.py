@@ -1,4 +1,4 @@
-"""What a LoRA run leaves: exports that are the policy, adapters that PEFT loads; a stopped run goes on unchanged."""
+"""What a LoRA run leaves: exports that are the policy, adapters that PEFT loads; a stopped run resumes unchanged."""
 
 import dataclasses
 import json
@@ -132,6 +132,7 @@ def finished(tmp_path_factory, environment):
     return workdir, test_train._finish(workdir, environment, **LORA_RUN)
 
 
+@pytest.mark.slow
 def test_a_run_holds_the_adapters_alone(finished):
     workdir, printed = finished
     records = {(r["split"], r["step"]): r for r in read_records(workdir / "metrics.jsonl")}
@@ -152,7 +153,7 @@ def test_a_run_holds_the_adapters_alone(finished):
 
 
 @pytest.mark.slow
-def test_killed_and_gone_on_is_never_stopped(finished, environment, tmp_path):
+def test_killed_and_resumed_is_never_stopped(finished, environment, tmp_path):
     code, _ = test_train._stop_at(tmp_path / "run", environment, "train", 3, signal.SIGKILL, **LORA_RUN)
     assert code == -signal.SIGKILL
     test_train._finish(tmp_path / "run", environment, **LORA_RUN)  # from a checkpoint, if one was whole by then
