@@ -441,7 +441,6 @@ def test_unreachable_hub(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------- transformers
 
 
-@pytest.mark.extras
 @pytest.mark.parametrize("name", sorted(d.name for d in GOLDEN.iterdir()))
 def test_logits_of_transformers(name):
     config, _ = weights.read_config(GOLDEN / name)
@@ -469,6 +468,7 @@ def torch_logits():
     return run
 
 
+@pytest.mark.extras
 @needs_stories
 def test_stories_both_ways(torch_logits, tmp_path):
     """We read a real checkpoint as transformers does, and transformers reads our export as we do."""
@@ -496,6 +496,7 @@ ROPES = {
 }
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize(
     ("base", "rope"),
     [
