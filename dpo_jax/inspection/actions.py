@@ -46,7 +46,6 @@ def inspect_data(s: Settings, *, workdir: str, html: str, examples: int, shards:
         dataset=s.data.dataset,
         model=s.model,
         report=prepared.report,
-        lengths=prepared.train.lengths,
         schedule=use,
         note=note,
         examples=pair_examples(prepared, policy.tokenizer, examples),
@@ -93,7 +92,8 @@ def _progress(console: Console) -> Iterator[Progress]:
             nonlocal last_line
             if time.monotonic() - last_line >= LINE_SECONDS:
                 last_line = time.monotonic()
-                say(console, _words(reading))
+                read = f"read {reading.bytes / 1e6:,.1f} of {reading.total_bytes / 1e6:,.1f} MB"
+                say(console, f"{read}: {reading.rows:,} rows, {reading.kept:,} kept")
 
         yield line
         return
@@ -106,13 +106,6 @@ def _progress(console: Console) -> Iterator[Progress]:
             bar.update(bar.tasks[0].id, completed=reading.bytes, rows=f"{reading.rows:,} rows, {reading.kept:,} kept")
 
         yield advance
-
-
-def _words(reading: Reading) -> str:
-    return (
-        f"read {reading.bytes / 1e6:,.1f} of {reading.total_bytes / 1e6:,.1f} MB: {reading.rows:,} rows, "
-        f"{reading.kept:,} kept"
-    )
 
 
 def _console() -> Console:

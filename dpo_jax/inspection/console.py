@@ -8,19 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_jax.data.lengths import PARTS
-from dpo_jax.inspection.gather import (
-    SHAPE_HEAD,
-    Example,
-    Inspection,
-    Piece,
-    ScheduleUse,
-    bad_rows,
-    length_bias,
-    visible_text,
-)
+from dpo_jax.inspection.gather import SHAPE_HEAD, Example, Inspection, bad_rows
 from dpo_jax.records.records import printable
-from dpo_jax.report.sections import mixture_parts
+from dpo_jax.report.sections import length_words, mixture_parts
 
 DIGITS = {"mean": 1, "p50": 1, "p90": 1, "max": 0}
 STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
@@ -30,9 +20,11 @@ LOSS_MARKS = ("«", "»")  # around the loss tokens, where there are no colours
 def print_inspection(inspection: Inspection, console: Console) -> None:
     """Print everything; without colours the loss tokens stand in `LOSS_MARKS`."""
     print_rows(inspection.report, console)
-    _lengths(inspection, console)
-    if inspection.schedule:
-        _schedule(inspection.schedule, console)
+    _lengths(inspection.report["splits"], console)
+    if schedule := inspection.schedule:
+        entries = [[f"{c:,}" if isinstance(c, int) else c for c in row] for row in schedule.rows]
+        _table(console, f"Schedule of the first epoch: {schedule.where}", SHAPE_HEAD, entries)
+        say(console, schedule.words + "\n")
     else:
         say(console, inspection.note + "\n")
     coloured = console.is_terminal and not console.no_color and console.color_system is not None
@@ -46,15 +38,8 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
 def print_rows(report: Mapping[str, Any], console: Console) -> None:
     """What was read, kept and dropped, by source and split; what is wrong with the files; where evaluation is from."""
     entries = [
-        (
-            source["name"],
-            source["split"],
-            f"{source['read']:,}",
-            f"{source['kept']:,}",
-            _counts(source["dropped"]),
-            _counts(source["truncated"]),
-        )
-        for source in report["sources"]
+        (s["name"], s["split"], f"{s['read']:,}", f"{s['kept']:,}", _counts(s["dropped"]), _counts(s["truncated"]))
+        for s in report["sources"]
     ]
     _table(console, "Rows", ("source", "split", "read", "kept", "dropped", "truncated"), entries, words=(0, 1, 4, 5))
     for name, split, reason, number, first in bad_rows(report):
@@ -71,41 +56,28 @@ def say(console: Console, line: str) -> None:
     console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
-def _lengths(inspection: Inspection, console: Console) -> None:
+def _lengths(splits: Mapping[str, Any], console: Console) -> None:
     entries = [
         (split, f"{entry['pairs']:,}", part, *(f"{stats[key]:,.{i}f}" for key, i in DIGITS.items()))
-        for split, entry in inspection.report["splits"].items()
+        for split, entry in splits.items()
         for part, stats in entry["tokens"].items()
     ]
     head = ("split", "pairs", "tokens of", "mean", "p50", "p90", "max")
     _table(console, "Lengths in tokens", head, entries, words=(0, 2))
-    say(console, length_bias(inspection) + "\n")
-
-
-def _schedule(schedule: ScheduleUse, console: Console) -> None:
-    entries = [[f"{c:,}" if isinstance(c, int) else c for c in row] for row in schedule.rows]
-    _table(console, f"Schedule of the first epoch: {schedule.where}", SHAPE_HEAD, entries)
-    say(console, schedule.words + "\n")
+    say(console, length_words(splits["train"]["longer"]) + "\n")
 
 
 def _example(example: Example, console: Console, coloured: bool) -> None:
-    tokens = ", ".join(f"{part} {sum(len(p.ids) for p in getattr(example, part))}" for part in PARTS)
+    tokens = ", ".join(f"{part} {sum(len(p.ids) for p in pieces)}" for part, pieces in example.parts.items())
     rule = Text(f"pair {example.number} of {printable(example.source)}: {tokens} tokens", style="bold")
     console.print(rule, soft_wrap=True)
-    for part in PARTS:
-        text = Text()
-        if part != "prompt":
-            text.append(f"{part}: ", style="bold")
-        text.append_text(_coloured(getattr(example, part), part, marks=not coloured and part != "prompt"))
-        console.print(text, soft_wrap=True)
+    for part, pieces in example.parts.items():
+        answer, (start, end) = part != "prompt", ("", "") if coloured or part == "prompt" else LOSS_MARKS
+        text = Text.assemble((f"{part}: ", "bold") if answer else "", start)
+        for piece in pieces:
+            text.append(piece.visible, style=STYLES[part] + (" bold" if piece.special else ""))
+        console.print(text.append(end), soft_wrap=True)
     console.print()
-
-
-def _coloured(pieces: Sequence[Piece], part: str, *, marks: bool) -> Text:
-    text = Text(LOSS_MARKS[0] if marks else "")
-    for piece in pieces:
-        text.append(visible_text(piece), style=STYLES[part] + (" bold" if piece.special else ""))
-    return text.append(LOSS_MARKS[1] if marks else "")
 
 
 def _counts(reasons: Mapping[str, int]) -> str:

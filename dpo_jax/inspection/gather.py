@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.data.comparison import DELIBERATE
-from dpo_jax.data.lengths import length_report
+from dpo_jax.data.lengths import PARTS
 from dpo_jax.data.prepare import Pairs, Prepared
 from dpo_jax.records.records import printable
-from dpo_jax.report.lengths import length_words
 from dpo_jax.rows.schedule import Schedule
 
 _CONTEXT = 4  # pieces before a piece, decoded with it: some decoders drop the space in front of a text
@@ -26,16 +25,22 @@ class Piece:
     ids: tuple[int, ...]
     special: bool = False
 
+    @property
+    def visible(self) -> str:
+        """The text without anything that a reader could overlook: line ends, control characters, blank tokens."""
+        text = printable(self.text)
+        if text.isspace():
+            text = "".join(c if c == "\n" else "⇥" if c == "\t" else "·" for c in text)
+        return text.replace("\n", "⏎\n")
+
 
 @dataclass(frozen=True)
 class Example:
-    """A training pair as the model sees it: its number, where it is from, and the pieces of its three parts."""
+    """A training pair as the model sees it: its number, where it is from, and the pieces of each of `PARTS`."""
 
     number: int
     source: str
-    prompt: tuple[Piece, ...]
-    chosen: tuple[Piece, ...]
-    rejected: tuple[Piece, ...]
+    parts: Mapping[str, tuple[Piece, ...]]
 
 
 @dataclass(frozen=True)
@@ -58,22 +63,15 @@ class Inspection:
 
     dataset, model: as the config names them.
     report: a run's data.json.
-    lengths: int [n, 3] of the training pairs, tokens of prompt, chosen, rejected.
     schedule: None where there are too few pairs for a batch; `note` is then the reason.
     """
 
     dataset: str
     model: str
     report: Mapping[str, Any]
-    lengths: np.ndarray
     schedule: ScheduleUse | None
     note: str
     examples: tuple[Example, ...]
-
-
-def length_bias(inspection: Inspection) -> str:
-    """A sentence: how often the chosen answer is the longer one. What prefers length is learned as length."""
-    return length_words(length_report(inspection.lengths)["longer"], "training pairs")
 
 
 def bad_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, int, str]]:
@@ -116,7 +114,8 @@ def pair_examples(prepared: Prepared, tokenizer: Any, number: int) -> tuple[Exam
     for position in np.linspace(0, len(pairs) - 1, min(number, len(pairs)), dtype=np.int64).tolist():
         prompt, chosen, rejected = (ids.tolist() for ids in pairs[position])
         parts = [pieces(tokenizer, prompt)] + [pieces(tokenizer, ids, before=prompt) for ids in (chosen, rejected)]
-        shown.append(Example(position, prepared.report["source_names"][pairs.source[position]], *parts))
+        source = prepared.report["source_names"][pairs.source[position]]
+        shown.append(Example(position, source, dict(zip(PARTS, parts, strict=True))))
     return tuple(shown)
 
 
@@ -144,14 +143,6 @@ def _whole_characters(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     """The last few of `ids`, beginning with a whole character."""
     few = range(_CONTEXT, _CONTEXT + _CHARACTER)
     return next((list(ids[-n:]) for n in few if not _decode(tokenizer, list(ids[-n:])).startswith("\ufffd")), [])
-
-
-def visible_text(piece: Piece) -> str:
-    """A piece's text without anything that a reader could overlook: line ends, control characters, blank tokens."""
-    text = printable(piece.text)
-    if text.isspace():
-        text = "".join(c if c == "\n" else "⇥" if c == "\t" else "·" for c in text)
-    return text.replace("\n", "⏎\n")
 
 
 def _added(tokenizer: Any, context: list[int], ids: list[int]) -> str:

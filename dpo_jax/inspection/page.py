@@ -1,21 +1,10 @@
 """An inspection as one self-contained page, in the look of a run's report: its template's values."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from dpo_jax.data.lengths import PARTS, length_report
-from dpo_jax.inspection.gather import (
-    SHAPE_HEAD,
-    Example,
-    Inspection,
-    bad_rows,
-    length_bias,
-    visible_text,
-)
+from dpo_jax.inspection.gather import SHAPE_HEAD, Inspection, bad_rows
 from dpo_jax.report.html import write_page
-from dpo_jax.report.lengths import length_charts
-from dpo_jax.report.sections import mixture_parts
+from dpo_jax.report.sections import data_lengths, mixture_parts
 
 
 def write_inspection(inspection: Inspection, path: Path) -> Path:
@@ -25,7 +14,8 @@ def write_inspection(inspection: Inspection, path: Path) -> Path:
       UserError: the place cannot be written.
     """
     report = inspection.report
-    dataset = inspection.dataset if report.get("mixture") else Path(inspection.dataset).name
+    mixture = "; ".join(mixture_parts(report))
+    dataset = inspection.dataset if mixture else Path(inspection.dataset).name
     pairs = {name: entry["pairs"] for name, entry in report["splits"].items()}
     dropped = sum(sum(source["dropped"].values()) for source in report["sources"])
     return write_page(
@@ -34,26 +24,12 @@ def write_inspection(inspection: Inspection, path: Path) -> Path:
         option="--html",
         title=f"Data: {dataset} for {Path(inspection.model).name}",
         counts=f"{pairs['train']:,} training pairs, {pairs['eval']:,} held out, {dropped:,} rows dropped",
-        origin=_origin(report),
+        origin=(f"Mixture: {mixture}. " if mixture else "") + f"Evaluation: {report['held_out'].removesuffix('.')}.",
         report=report,
         bad=bad_rows(report),
-        bias=length_bias(inspection),
-        histograms=length_charts(length_report(inspection.lengths).get("histograms", {})),
+        lengths=data_lengths(report),
         schedule=inspection.schedule,
         shape_head=SHAPE_HEAD,
         note=inspection.note,
-        examples=[_example(example) for example in inspection.examples],
+        examples=inspection.examples,
     )
-
-
-def _origin(report: Mapping[str, Any]) -> str:
-    mixture = "; ".join(mixture_parts(report))
-    return (f"Mixture: {mixture}. " if mixture else "") + f"Evaluation: {report['held_out'].removesuffix('.')}."
-
-
-def _example(example: Example) -> dict[str, Any]:
-    """By part: (text, ids, whether special) of each piece."""
-    pieces = {part: getattr(example, part) for part in PARTS}
-    return {"source": example.source, "number": example.number} | {
-        part: [(visible_text(p), " ".join(map(str, p.ids)), p.special) for p in pieces[part]] for part in PARTS
-    }

@@ -3,6 +3,7 @@
 Every number in it is one of the run's files. The format: https://huggingface.co/docs/hub/model-cards.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from dpo_jax.data.datasets import DATASETS
 from dpo_jax.data.sources import hub_dataset
 from dpo_jax.records.records import before_after, show_metric
 from dpo_jax.report.html import render
-from dpo_jax.report.runs import RunFiles, accuracy_error, hardware, held_out_pairs, last_step, metric_label
+from dpo_jax.report.runs import RunFiles, metric_label
 from dpo_jax.weights.hub import CARD
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -33,7 +34,8 @@ def write_card(run: RunFiles, directory: Path, *, base: Path | None) -> None:
     """
     adapter = (directory / "adapter_config.json").exists()
     model, splits = run.saved.model, run.data.get("splits", {})
-    metadata, on_hub, last_name = _metadata(run, base, adapter=adapter), _is_hub_id(model), Path(model).name or "model"
+    datasets, on_hub, last_name = _hub_datasets(run), _is_hub_id(model), Path(model).name or "model"
+    metadata = _metadata(run, datasets, base, adapter=adapter)
     text = render(
         "report/templates/card.md",
         metadata=metadata.to_yaml(),
@@ -46,22 +48,21 @@ def write_card(run: RunFiles, directory: Path, *, base: Path | None) -> None:
         loss=run.saved.loss,
         adapter=adapter,
         chat=run.data.get("prompt_format") == "chat",
-        recipe=[(f"`{key}`", f"`{value}`") for key, value in (*run.saved.recipe, ("updates", last_step(run)))],
+        recipe=[(f"`{key}`", f"`{value}`") for key, value in (*run.saved.recipe, ("updates", run.last_step))],
         counts=[f"{splits[name]['pairs']:,} {words}" for name, words in SPLIT_WORDS.items() if name in splits],
         held_out=run.data.get("held_out"),
-        licences=_licences(run),
+        licences=sorted({f"{known.hub}: {known.licence}" for known in DATASETS.values() if known.hub in datasets}),
         sources=_source_rows(run),
         without_paths=_without_paths,
         results=_results(run),
-        held_out_pairs=held_out_pairs(run),
+        held_out_pairs=run.held_out_pairs,
         versions=", ".join(f"{name} {version}" for name, version in run.about.get("versions", {}).items()),
-        hardware=hardware(run),
+        hardware=run.hardware,
     )
     (directory / CARD).write_text(text, encoding="utf-8")
 
 
-def _metadata(run: RunFiles, base: Path | None, *, adapter: bool) -> ModelCardData:
-    datasets = _hub_datasets(run)
+def _metadata(run: RunFiles, datasets: list[str], base: Path | None, *, adapter: bool) -> ModelCardData:
     known = _base_card(base)
     return ModelCardData(
         base_model=run.saved.model if _is_hub_id(run.saved.model) else None,
@@ -82,13 +83,10 @@ def _is_hub_id(model: str) -> bool:
 
 def _base_card(base: Path | None) -> Mapping[str, Any]:
     """The front matter of the base model's card; empty where there is none that can be read."""
-    path = None if base is None else base / CARD
-    if path is None or not path.is_file():
-        return {}
-    try:
-        return metadata_load(path) or {}
-    except Exception:  # another project's file, which may hold anything; our card can do without it
-        return {}
+    if base is not None:
+        with contextlib.suppress(Exception):  # not there, or another project's file, which may hold anything
+            return metadata_load(base / CARD) or {}
+    return {}
 
 
 def _hub_datasets(run: RunFiles) -> list[str]:
@@ -117,17 +115,16 @@ def _source_rows(run: RunFiles) -> list[tuple[str, ...]]:
     def counts(reasons: Mapping[str, int]) -> str:
         return ", ".join(f"{reason} {n:,}" for reason, n in reasons.items() if n)
 
-    rows = []
-    for source in run.data.get("sources", []):
-        numbers = (f"{source['read']:,}", f"{source['kept']:,}")
-        reasons = (counts(source.get(key, {})) for key in ("dropped", "truncated"))
-        rows.append((source["name"], source["split"], *numbers, *reasons))
-    return rows
-
-
-def _licences(run: RunFiles) -> list[str]:
-    names = _hub_datasets(run)
-    return sorted({f"{spec.hub}: {spec.licence}" for spec in DATASETS.values() if spec.hub in names})
+    return [
+        (
+            s["name"],
+            s["split"],
+            f"{s['read']:,}",
+            f"{s['kept']:,}",
+            *(counts(s.get(k, {})) for k in ("dropped", "truncated")),
+        )
+        for s in run.data.get("sources", [])
+    ]
 
 
 def _without_paths(text: str) -> str:
@@ -142,7 +139,7 @@ def _without_paths(text: str) -> str:
 def _results(run: RunFiles) -> list[tuple[str, str, str]]:
     rows = []
     for name, before, after in before_after(run.records):
-        error = accuracy_error(run, after) if name == "accuracy" else None
+        error = run.error(name, after)
         shown = ["–" if v is None else show_metric(name, v) for v in (before, after)]
         rows.append((metric_label(name), shown[0], shown[1] + (f" ± {error:.3f}" if error is not None else "")))
     return rows

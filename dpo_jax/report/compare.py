@@ -6,19 +6,8 @@ from typing import Any
 from dpo_jax.config.saved import differing_keys
 from dpo_jax.records.records import HELD_OUT, before_after
 from dpo_jax.report.charts import Chart, line_chart
-from dpo_jax.report.html import RUN_COLORS
-from dpo_jax.report.runs import (
-    OTHER_PLOTS,
-    Plot,
-    RunFiles,
-    accuracy_error,
-    last_step,
-    main_plots,
-    median,
-    metric_label,
-    metric_series,
-    training_values,
-)
+from dpo_jax.report.html import run_color
+from dpo_jax.report.runs import OTHER_PLOTS, Plot, RunFiles, main_plots, metric_label, metric_series
 
 AFTER = ("after", "greedy")
 ANSWERED = 4  # prompts shown
@@ -33,16 +22,12 @@ def compare_page(runs: Sequence[RunFiles]) -> dict[str, Any]:
     return {
         "title": "Compared: " + ", ".join(names),
         "names": names,
-        "colors": [_color(i) for i in range(len(runs))],
+        "colors": [run_color(i) for i in range(len(runs))],
         "finals": _finals(runs),
         "differences": [(key, [table.get(key) for table in tables]) for key in differing_keys(tables)],
         "figures": [figure for figure in figures if figure],
         "answered": _answers(runs),
     }
-
-
-def _color(i: int) -> str:
-    return f"run-{i % RUN_COLORS}"
 
 
 def _names(runs: Sequence[RunFiles]) -> list[str]:
@@ -61,12 +46,12 @@ def _finals(runs: Sequence[RunFiles]) -> list[tuple[str, str, float | None, list
         if known:
             # Accuracy alone can be ranked: loss, margin and rewards depend on each run's beta.
             ranked = name == "accuracy"
-            cells = [(v, accuracy_error(run, v) if ranked else None) for run, v in zip(runs, values, strict=True)]
+            cells = [(value, run.error(name, value)) for run, value in zip(runs, values, strict=True)]
             rows.append((name, metric_label(name), max(known) if ranked else None, cells))
     alone = {
-        ("step", "Last step"): map(last_step, runs),
-        ("pairs_per_second", "Pairs per second (median)"): (median(run, "pairs_per_second") for run in runs),
-        ("memory_gb", "Peak memory, GB"): (max(training_values(run, "memory_gb"), default=None) for run in runs),
+        ("step", "Last step"): (run.last_step for run in runs),
+        ("pairs_per_second", "Pairs per second (median)"): (run.median("pairs_per_second") for run in runs),
+        ("memory_gb", "Peak memory, GB"): (max(run.training_values("memory_gb"), default=None) for run in runs),
     }
     return rows + [(*names, None, [(value, None) for value in values]) for names, values in alone.items()]
 
@@ -82,6 +67,6 @@ def _answers(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
 
 
 def _figure(runs: Sequence[RunFiles], names: Sequence[str], plot: Plot, name: str) -> Chart | None:
-    each = [metric_series(run, plot, name, names[i], _color(i)) for i, run in enumerate(runs)]
+    each = [metric_series(run, plot, name, names[i], run_color(i)) for i, run in enumerate(runs)]
     series = [s for of_run in each for s in of_run]
     return line_chart(metric_label(name), series, guide=plot.guide, from_zero=plot.from_zero)

@@ -17,8 +17,12 @@ from markupsafe import Markup
 from dpo_jax.errors import UserError
 from dpo_jax.records.records import printable, show_metric
 
-RUN_COLORS = 8  # --run-0 … --run-7, then again from the start
 _PACKAGE = Path(__file__).parents[1]  # templates are named from here: report/templates/run.html
+
+
+def run_color(i: int) -> str:
+    """The CSS variable of a run's colour, or of a line's among several; there are eight."""
+    return f"run-{i % 8}"
 
 
 def render(template: str, **values: Any) -> str:
@@ -54,18 +58,17 @@ def jinja_environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"json": json.dumps, "size": _size, "shown": _shown}
+    environment.filters |= {
+        "json": json.dumps,
+        "size": _size,
+        "shown": lambda value, name: show_metric(name, value).replace("-", "−"),
+    }
     return environment
 
 
 def _visible(value: Any) -> Any:
     """What a template writes of a value: control characters become visible, so an answer cannot hide anything."""
     return value if hasattr(value, "__html__") else printable(str(value))
-
-
-def _shown(value: float, name: str) -> str:
-    """A metric's value for a person, with a real minus sign."""
-    return show_metric(name, value).replace("-", "−")
 
 
 def _size(held: int) -> str:

@@ -11,20 +11,10 @@ from dpo_jax.report.runs import (
     OTHER_PLOTS,
     Plot,
     RunFiles,
-    accuracy_error,
-    hardware,
-    held_out_pairs,
-    last_step,
-    length_plot,
+    grouped_plots,
     main_plots,
-    median,
     metric_label,
     metric_series,
-    source_plot,
-    sources,
-    total_steps,
-    training_seconds,
-    training_values,
 )
 
 NOT_CHARTED = {"step", "pairs", "tokens", "kl_error"}  # the last one is the KL's whiskers
@@ -50,26 +40,26 @@ def run_page(run: RunFiles) -> dict[str, Any]:
         "held_out": sections.held_out_rows(run),
         "groups": sections.group_tables(run),
         "samples": sections.samples_by_prompt(run),
-        "lengths": sections.data_lengths(run),
+        "lengths": sections.data_lengths(run.data),
         "checkpoints": sections.checkpoint_words(run),
     }
 
 
 def _progress(run: RunFiles) -> str:
-    steps, total = last_step(run), total_steps(run)
-    pairs, seconds = held_out_pairs(run), training_seconds(run)
+    steps, total = run.last_step, run.total_steps
+    pairs, seconds = run.held_out_pairs, run.training_seconds
     words = [
         run.name,
         f"step {steps:,}" + (f" of {total:,}" if total else ""),
         f"{pairs:,} held-out pairs" if pairs else "",
         f"{duration(seconds)} of updates" if seconds else "",
-        hardware(run),
+        run.hardware,
     ]
     return " · ".join(filter(None, words))
 
 
 def _warnings(run: RunFiles) -> list[str]:
-    steps, total = last_step(run), total_steps(run)
+    steps, total = run.last_step, run.total_steps
     warnings = []
     if total and steps < total:
         warnings.append(f"The run has not reached its end: its last record is of step {steps} of {total}.")
@@ -96,8 +86,7 @@ def _headline(run: RunFiles) -> list[dict[str, Any]]:
             note += " Chance is 0.5; before training all pairs tie."
         if name == "dpo_loss" and not run.saved.is_dpo:
             note = f"That of {run.saved.loss}."
-        error = accuracy_error(run, after) if name == "accuracy" else None
-        values = {"before": before if compared else None, "after": after, "error": error}
+        values = {"before": before if compared else None, "after": after, "error": run.error(name, after)}
         blocks.append({"name": name, "title": title, "note": note, "compared": compared} | values)
     return blocks
 
@@ -107,7 +96,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     about, words = run.about, run.saved.words
 
     def typical(form: str, name: str) -> str:
-        value = median(run, name)
+        value = run.median(name)
         return "" if value is None else form.format(value)
 
     shapes = [f"{s['rows']} × [{' | '.join(map(str, s['widths']))}] tokens" for s in about.get("rows", [])[:1]]
@@ -130,11 +119,11 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         ],
         "Precision": words["Precision"] + ([f"{about['compute_dtype']} compute"] if about else words["Compute"]),
         "Longest, in tokens": words["Longest, in tokens"],
-        "Devices": [hardware(run), f"{about['processes']} processes" if about.get("processes", 1) > 1 else ""],
+        "Devices": [run.hardware, f"{about['processes']} processes" if about.get("processes", 1) > 1 else ""],
         "Mesh": [f"{axis} {size}" for axis, size in about.get("mesh", {}).items()] or words["Mesh"],
         "Speed (median)": [typical("{:.1f} pairs/s", "pairs_per_second"), typical("{:.3g} s a step", "step_seconds")],
         "Computed tokens that are real": [typical("{:.1%}", "useful_token_fraction")],
-        "Peak memory": [f"{peak:.2f} GB" if (peak := max(training_values(run, "memory_gb"), default=0)) else ""],
+        "Peak memory": [f"{peak:.2f} GB" if (peak := max(run.training_values("memory_gb"), default=0)) else ""],
     }
     return [(name, ", ".join(filter(None, parts))) for name, parts in facts.items() if any(parts)]
 
@@ -152,13 +141,12 @@ def duration(seconds: float) -> str:
 
 
 def _curves(run: RunFiles) -> dict[str, list[Chart]]:
-    grouped = [source_plot(run)] * bool(sources(run)) + [length_plot(run)]
     charted = {name for plot in (*MAIN_PLOTS, *OTHER_PLOTS) for name in plot.names} | NOT_CHARTED
     numeric = dict.fromkeys(name for r in run.records for name, value in r.items() if isinstance(value, int | float))
     others = [Plot(metric_label(name), (name,)) for name in numeric if name not in charted and "/" not in name]
     return {
         "main": _figures(run, main_plots([run]), small=False),
-        "small": _figures(run, (*grouped, *OTHER_PLOTS), small=True),
+        "small": _figures(run, (*grouped_plots(run), *OTHER_PLOTS), small=True),
         "further": _figures(run, others, small=True),
     }
 

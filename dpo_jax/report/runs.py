@@ -13,7 +13,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.records.length_bias import GROUPS, RATIO
 from dpo_jax.records.records import Record, metric_of, read_records
 from dpo_jax.report.charts import Series
-from dpo_jax.report.html import RUN_COLORS
+from dpo_jax.report.html import run_color
 
 EXPORTS = ("export", "export-adapter")
 
@@ -98,6 +98,56 @@ class RunFiles:
     checkpoints: Mapping[int, int] = field(default_factory=dict)
     exports: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
+    @property
+    def total_steps(self) -> int:
+        """Updates of DPO that the run was to make; 0 if no file has them."""
+        return int(self.about.get("steps") or self.saved.steps)
+
+    @property
+    def last_step(self) -> int:
+        """The last DPO step on record; the final evaluation may be of a step that `log_every` skipped."""
+        return max((r["step"] for r in self.records if r["split"] in ("train", "eval")), default=0)
+
+    @property
+    def hardware(self) -> str:
+        """Devices that the run used: "8 × TPU v5 lite"; empty if no file has them."""
+        return f"{self.about['devices']} × {self.about['device']}" if self.about.get("device") else ""
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Time spent in DPO's updates alone, without evaluations: each record has the mean of the steps up to it."""
+        seconds = {
+            r["step"]: r["step_seconds"] for r in self.records if r["split"] == "train" and r.get("step_seconds")
+        }
+        steps = sorted(seconds)
+        return sum(seconds[n] * (n - before) for before, n in zip([0, *steps], steps, strict=False)) if steps else None
+
+    @property
+    def sources(self) -> list[str]:
+        """Prompt sources that evaluations tell apart, in the order of their first record."""
+        named = dict.fromkeys(n.partition("/")[2] for r in self.records for n in r if n.startswith("accuracy/"))
+        return [name for name in named if name not in GROUPS]
+
+    @property
+    def held_out_pairs(self) -> int:
+        """How many pairs an evaluation covers; 0 if no file has it."""
+        counts = [r["pairs"] for r in self.records if r["split"] == "eval" and r.get("pairs")]
+        return int(counts[-1] if counts else self.data.get("splits", {}).get("eval", {}).get("pairs", 0))
+
+    def error(self, name: str, value: float | None, pairs: int | None = None) -> float | None:
+        """The standard error of a held-out accuracy over `pairs` (all of them), sqrt(p(1 − p) / n); of others None."""
+        pairs = pairs or self.held_out_pairs
+        return math.sqrt(value * (1 - value) / pairs) if name == "accuracy" and pairs and value is not None else None
+
+    def training_values(self, name: str) -> list[float]:
+        """A metric's values in the training records."""
+        return [r[name] for r in self.records if r["split"] == "train" and r.get(name) is not None]
+
+    def median(self, name: str) -> float | None:
+        """The median of `training_values`."""
+        values = self.training_values(name)
+        return statistics.median(values) if values else None
+
 
 def main_plots(runs: Sequence[RunFiles]) -> tuple[Plot, ...]:
     """`MAIN_PLOTS`, without notes that hold for DPO alone where a run minimised another loss."""
@@ -145,70 +195,19 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def total_steps(run: RunFiles) -> int:
-    """Updates of DPO that the run was to make; 0 if no file has them."""
-    return int(run.about.get("steps") or run.saved.steps)
-
-
-def hardware(run: RunFiles) -> str:
-    """Devices that the run used: "8 × TPU v5 lite"; empty if no file has them."""
-    return f"{run.about['devices']} × {run.about['device']}" if run.about.get("device") else ""
-
-
-def training_seconds(run: RunFiles) -> float | None:
-    """Time spent in DPO's updates, without evaluations and the like: each record has the mean of the steps up to it."""
-    records = {r["step"]: r["step_seconds"] for r in run.records if r["split"] == "train" and r.get("step_seconds")}
-    steps = sorted(records)
-    return sum(records[n] * (n - before) for before, n in zip([0, *steps], steps, strict=False)) if steps else None
-
-
-def length_plot(run: RunFiles) -> Plot:
-    """Held-out accuracy of pairs whose chosen answer is the shorter, the longer, or neither."""
-    lines = tuple((LENGTH_WORDS[group], f"run-{i}") for i, group in enumerate(GROUPS))
-    names = tuple(f"accuracy/{group}" for group in GROUPS)
+def grouped_plots(run: RunFiles) -> list[Plot]:
+    """Held-out accuracy by source, and by whether the chosen answer is the shorter, the longer, or neither."""
     note = f"Longer: by over {RATIO - 1:.0%} of tokens. A policy that has learned length loses where chosen is shorter."
-    return Plot("Accuracy by length", names, note, guide=(0.5, "chance"), lines=lines)
-
-
-def sources(run: RunFiles) -> list[str]:
-    """Prompt sources that evaluations tell apart, in the order of their first record."""
-    named = dict.fromkeys(n.partition("/")[2] for r in run.records for n in r if n.startswith("accuracy/"))
-    return [name for name in named if name not in GROUPS]
-
-
-def source_plot(run: RunFiles) -> Plot:
-    """Held-out accuracy by the pairs' source."""
-    names = sources(run)
-    lines = tuple((name, f"run-{i % RUN_COLORS}") for i, name in enumerate(names))
-    return Plot("Accuracy by source", tuple(f"accuracy/{name}" for name in names), guide=(0.5, "chance"), lines=lines)
-
-
-def last_step(run: RunFiles) -> int:
-    """The last DPO step on record; the final evaluation may be of a step that `log_every` skipped."""
-    return max((r["step"] for r in run.records if r["split"] in ("train", "eval")), default=0)
-
-
-def held_out_pairs(run: RunFiles) -> int:
-    """How many pairs an evaluation covers; 0 if no file has it."""
-    counts = [r["pairs"] for r in run.records if r["split"] == "eval" and r.get("pairs")]
-    return int(counts[-1] if counts else run.data.get("splits", {}).get("eval", {}).get("pairs", 0))
-
-
-def accuracy_error(run: RunFiles, accuracy: float | None, pairs: int | None = None) -> float | None:
-    """The standard error of a held-out accuracy over `pairs` (all of them), sqrt(p(1 − p) / n)."""
-    pairs = pairs or held_out_pairs(run)
-    return math.sqrt(accuracy * (1 - accuracy) / pairs) if pairs and accuracy is not None else None
-
-
-def training_values(run: RunFiles, name: str) -> list[float]:
-    """A metric's values in the training records."""
-    return [r[name] for r in run.records if r["split"] == "train" and r.get(name) is not None]
-
-
-def median(run: RunFiles, name: str) -> float | None:
-    """The median of a metric over the training records."""
-    values = training_values(run, name)
-    return statistics.median(values) if values else None
+    by_source = ("Accuracy by source", {name: name for name in run.sources}, "")
+    plots = []
+    for title, groups, words in (by_source, ("Accuracy by length", LENGTH_WORDS, note)):
+        names, lines = (
+            [f"accuracy/{name}" for name in groups],
+            [(w, run_color(i)) for i, w in enumerate(groups.values())],
+        )
+        if groups:
+            plots.append(Plot(title, tuple(names), words, guide=(0.5, "chance"), lines=tuple(lines)))
+    return plots
 
 
 def metric_series(run: RunFiles, plot: Plot, name: str, label: str, color: str) -> list[Series]:
@@ -223,10 +222,8 @@ def metric_series(run: RunFiles, plot: Plot, name: str, label: str, color: str) 
 def held_out_series(run: RunFiles, name: str, label: str, color: str) -> Series:
     """A metric over the evaluations; accuracy has its standard errors."""
     points = _points(run, "eval", name)
-    errors = {}
-    if name == "accuracy":
-        pairs = held_out_pairs(run)
-        errors = {step: error for step, value in points if (error := accuracy_error(run, value, pairs))}
+    pairs = run.held_out_pairs
+    errors = {step: error for step, value in points if (error := run.error(name, value, pairs))}
     if name == "kl":
         errors = {r["step"]: r["kl_error"] for r in run.records if r["split"] == "eval" and r.get("kl_error")}
     return Series(label, color, points, held_out=True, errors=errors)

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.records.length_bias import GROUPS, RATIO
+from dpo_jax.data.lengths import PARTS, bin_points
+from dpo_jax.records.length_bias import RATIO
 from dpo_jax.records.records import Record, before_after, show_metric
-from dpo_jax.report.lengths import length_charts, length_words
-from dpo_jax.report.runs import LENGTH_WORDS, RunFiles, accuracy_error, metric_label, sources
+from dpo_jax.report.charts import Chart, Series, histogram_chart
+from dpo_jax.report.runs import LENGTH_WORDS, RunFiles, metric_label
 
 
 def held_out_rows(run: RunFiles) -> list[tuple[str, str, float | None, float | None]]:
@@ -28,8 +29,8 @@ def group_tables(run: RunFiles) -> list[tuple[str, list[tuple[Any, ...]], str]]:
             "Near 0 margins do not depend on length; near 1 the policy prefers what is longer, near -1 what is shorter."
         )
     tables = [
-        ("by source", _group_rows(run, last, {name: name for name in sources(run)}), ""),
-        ("by length", _group_rows(run, last, {name: LENGTH_WORDS[name] for name in GROUPS}), note.replace(" -", " −")),
+        ("by source", _group_rows(run, last, {name: name for name in run.sources}), ""),
+        ("by length", _group_rows(run, last, LENGTH_WORDS), note.replace(" -", " −")),
     ]
     return [table for table in tables if table[1]]
 
@@ -40,7 +41,7 @@ def _group_rows(run: RunFiles, last: Record, names: Mapping[str, str]) -> list[t
     for name, words in names.items():
         accuracy, pairs = last.get(f"accuracy/{name}"), last.get(f"pairs/{name}")
         if accuracy is not None:
-            error = accuracy_error(run, accuracy, pairs) or None
+            error = run.error("accuracy", accuracy, pairs) or None
             rows.append((words, pairs, accuracy, error, last.get(f"margin/{name}")))
     return rows
 
@@ -66,19 +67,48 @@ def mixture_parts(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def data_lengths(run: RunFiles) -> dict[str, Any]:
-    """How often the chosen answer is the longer one, and histograms, of the training pairs."""
-    train = run.data.get("splits", {}).get("train", {})
-    words = length_words(train["longer"], "training pairs") if "longer" in train else ""
-    return {"words": words, "charts": length_charts(train.get("histograms", {}))}
+def data_lengths(report: Mapping[str, Any]) -> dict[str, Any]:
+    """How often the chosen answer is the longer one, and histograms, of the training pairs of a data.json."""
+    train = report.get("splits", {}).get("train", {})
+    words = length_words(train["longer"]) if "longer" in train else ""
+    return {"words": words, "charts": _length_charts(train["histograms"]) if "histograms" in train else []}
+
+
+def length_words(longer: Mapping[str, float]) -> str:
+    """A sentence: how often the chosen answer is the longer one. What prefers length is learned as length.
+
+    >>> length_words({"chosen": 0.25, "rejected": 0.7, "mean_difference": -3.0})
+    'The chosen answer is longer in 25.0% of the training pairs, as long in 5.0%; by -3.0 tokens on average.'
+    """
+    equal = max(0.0, 1 - longer["chosen"] - longer["rejected"])
+    return (
+        f"The chosen answer is longer in {longer['chosen']:.1%} of the training pairs, as long in {equal:.1%}; "
+        f"by {longer['mean_difference']:+.1f} tokens on average."
+    )
+
+
+def _length_charts(histograms: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
+    """Figures of the parts' lengths and of chosen − rejected, from `data.lengths.length_report`."""
+    charts = []
+    for part in PARTS:
+        points, width = bin_points(histograms[part])
+        note = f"Training pairs in bins of {width} tokens." if width > 1 else "Training pairs by tokens."
+        line = Series("pairs", "accent" if part == "prompt" else part, points)
+        charts.append(histogram_chart(part.capitalize(), [line], width, unit="tokens", note=note))
+    points, width = bin_points(histograms["difference"])
+    sides = [
+        Series("rejected longer", "rejected", [p for p in points if p[0] < 0]),
+        Series("chosen longer or as long", "chosen", [p for p in points if p[0] >= 0]),
+    ]
+    charts.append(histogram_chart("Chosen minus rejected", sides, width, unit="tokens", note="In tokens, by pair."))
+    return [chart for chart in charts if chart]
 
 
 def checkpoint_words(run: RunFiles) -> list[tuple[int, str, int]]:
     """Checkpoints: (number, what each holds, bytes)."""
-    return [(number, _updates(number, run.saved.sft_steps), held) for number, held in run.checkpoints.items()]
-
-
-def _updates(number: int, sft: int) -> str:
-    dpo = max(0, number - sft)
-    parts = [f"{min(number, sft)} updates of SFT"] * bool(sft) + [f"{dpo} of DPO"] * bool(dpo or not sft)
-    return ", ".join(parts)
+    rows, sft = [], run.saved.sft_steps
+    for number, held in run.checkpoints.items():
+        dpo = max(0, number - sft)
+        parts = [f"{min(number, sft)} updates of SFT"] * bool(sft) + [f"{dpo} of DPO"] * bool(dpo or not sft)
+        rows.append((number, ", ".join(parts), held))
+    return rows

@@ -285,7 +285,8 @@ def test_progress_is_told_line_by_line_without_a_terminal(tiny, tmp_path, capsys
 def test_a_terminal_shows_colours_and_no_marks():
     console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=80, _environ={})
     part = lambda *texts: tuple(Piece(text, (n,), text.startswith("<")) for n, text in enumerate(texts))
-    example = inspection.Example(0, "own", part("<s>", "Hi"), part(" yes", "\n", "</s>"), part(" no", " "))
+    parts = {"prompt": part("<s>", "Hi"), "chosen": part(" yes", "\n", "</s>"), "rejected": part(" no", " ")}
+    example = inspection.Example(0, "own", parts)
     inspection_text._example(example, console, coloured=True)
     text = console.file.getvalue()
     assert "«" not in text
@@ -325,7 +326,7 @@ def test_a_space_that_the_decoder_drops_in_front_is_kept(tiny):
     ("text", "words"), [("\n", "⏎\n"), (" \t", "·⇥"), (" a", " a"), (".\n", ".⏎\n"), ("\x1b[2J", "␛[2J")]
 )
 def test_nothing_blank_stays_invisible(text, words):
-    assert inspection.visible_text(Piece(text, (0,))) == words
+    assert Piece(text, (0,)).visible == words
 
 
 @pytest.mark.parametrize("values", [[0], [3, 3, 5], [-7, 0, 200], range(-90, 91), [1000]])

@@ -16,7 +16,7 @@ from dpo_jax.records.records import HELD_OUT
 from dpo_jax.report import charts
 from dpo_jax.report import command as report
 from dpo_jax.report.html import jinja_environment
-from dpo_jax.report.runs import LENGTH_WORDS, held_out_series, load_run, training_seconds
+from dpo_jax.report.runs import LENGTH_WORDS, held_out_series, load_run
 from tests.report.example_run import CONFIG, DATA, SOURCES, answers, make_run
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -279,7 +279,7 @@ def test_files_and_time_are_those_of_the_directory(tmp_path):
     assert "5 min 12 s of updates · 8 × TPU v5 lite" in page.text  # 200 steps of 1.56 s
     records = [{"step": s, "split": "train", "step_seconds": 2.0} for s in (1, 10, 15)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert training_seconds(load_run(tmp_path / "run")) == 30.0
+    assert load_run(tmp_path / "run").training_seconds == 30.0
 
 
 def test_runs_are_compared(tmp_path, capsys, monkeypatch):
