@@ -38,8 +38,7 @@ from dpo_jax.objective.losses import Scored, sigmoid
 from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.rows.build import build_rows
 from dpo_jax.rows.shape import RowShape
-from dpo_jax.sampling.choice import Choice
-from dpo_jax.sampling.engine import generate
+from dpo_jax.sampling.engine import Choice, generate
 
 SMALL = bool(os.environ.get("DPO_JAX_SMALL"))  # short runs, for tests
 

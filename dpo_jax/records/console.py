@@ -15,19 +15,12 @@ LINE = {name: metric.short for name, metric in METRICS.items() if metric.short}
 
 
 class RunConsole:
-    """Prints a run's records, messages and tables.
-
-    Args:
-      total_steps: steps of each phase by its split, such as {"sft": 60, "train": 200}.
-      quiet: print nothing.
-      console: where to print; standard output unless given.
-    """
+    """Prints a run's records, messages and tables; its arguments are those of `MetricsWriter`."""
 
     def __init__(self, total_steps: Mapping[str, int], *, quiet: bool, console: Console | None = None):
         self._total = dict(total_steps)
-        self._console = console or Console(quiet=quiet)
-        if quiet:
-            self._console.quiet = True
+        self._console = console or Console()
+        self._console.quiet |= quiet
         self._started: dict[str, tuple[int, float]] = {}
         self._tasks: dict[str, TaskID] = {}
         self._progress = None
@@ -58,10 +51,9 @@ class RunConsole:
     def before_after_table(self, title: str, rows: Sequence[tuple[str, float | None, float | None]]) -> None:
         """Print a table of (metric, before, after), as `before_after` makes it, and end the progress lines."""
         self.close()
-        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-        table.add_column("")
-        for name in ("before", "after", "change"):
-            table.add_column(name, justify="right")
+        table = _table(title)
+        for name in ("", "before", "after", "change"):
+            table.add_column(name, justify="right" if name else "left")
         for name, before, after in rows:
             change = "" if before is None or after is None else f"{after - before:+{metric_of(name).form}}"
             table.add_row(name, *("–" if v is None else show_metric(name, v) for v in (before, after)), change)
@@ -69,7 +61,7 @@ class RunConsole:
 
     def side_by_side(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print texts in columns, a line between rows."""
-        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", show_lines=True)
+        table = _table(title, show_lines=True)
         for name in columns:
             table.add_column(name, ratio=1, overflow="fold")
         for row in rows:
@@ -91,10 +83,9 @@ class RunConsole:
         return f"left {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
     def _line(self, record: Record, left: str) -> str:
-        split = record["split"]
-        total = self._total.get(split, self._total.get("train"))
-        words = [f"step {record['step']}" + (f"/{total}" if total else ""), split, *_numbers(record, LINE), left]
-        return " ".join(words).rstrip()
+        total = self._total.get(record["split"], self._total.get("train"))
+        step = f"step {record['step']}" + (f"/{total}" if total else "")
+        return " ".join([step, record["split"], *_numbers(record, LINE), left]).rstrip()
 
     def _advance(self, progress: Progress, record: Record, left: str) -> None:
         split, loss = record["split"], "dpo_loss" if "dpo_loss" in record else "loss"
@@ -105,6 +96,10 @@ class RunConsole:
             self._tasks[split] = progress.add_task(split, total=self._total[split], **fields)
         else:
             progress.update(self._tasks[split], **fields)
+
+
+def _table(title: str, *, show_lines: bool = False) -> Table:
+    return Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", show_lines=show_lines)
 
 
 def _numbers(record: Record, names: Mapping[str, str]) -> list[str]:

@@ -32,11 +32,7 @@ def length_correlation(lengths: np.ndarray, margin: np.ndarray) -> float | None:
     """Pearson's correlation, over pairs, of (chosen − rejected tokens) with the reward margin.
 
     Near 0 the margins do not depend on length; near 1 the policy has learned to prefer what is longer. None where
-    either does not vary: then there is none.
-
-    Args:
-      lengths: int `[n, 3]`, tokens of prompt, chosen, rejected.
-      margin: float `[n]`.
+    either does not vary: then there is none. `lengths` is as in `length_groups`, `margin` float `[n]`.
     """
     difference = lengths[:, 1].astype(np.float64) - lengths[:, 2]
     if len(margin) < 2 or not difference.std() or not margin.std():

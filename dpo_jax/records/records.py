@@ -56,6 +56,8 @@ METRICS = {
     "step_seconds": Metric("Seconds a step", ".3f"),
     "memory_gb": Metric("Peak memory, GB", ".2f"),
 }
+# Control characters, but for line ends and tabs, and what is shown in their place.
+_VISIBLE = {c: 0x2400 + c if c < 32 else 0xFFFD for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 HELD_OUT = tuple(name for name, metric in METRICS.items() if metric.held_out)
 
 
@@ -67,17 +69,12 @@ def metric_of(name: str) -> Metric:
 
 def show_metric(name: str, value: float | None) -> str:
     """A metric's value for a person: `show_metric("dpo_loss", 0.69315)` is "0.6931"."""
-    if value is None or not math.isfinite(value):
-        return "nan"
-    return format(value, metric_of(name).form)
+    return "nan" if value is None or not math.isfinite(value) else format(value, metric_of(name).form)
 
 
 def printable(text: str) -> str:
     """Make control characters visible: a model's answer may hold escape codes that would drive the terminal."""
-    return "".join(
-        c if c in "\n\t" or 32 <= ord(c) < 127 or ord(c) >= 160 else chr(0x2400 + ord(c)) if ord(c) < 32 else "\ufffd"
-        for c in text
-    )
+    return text.translate(_VISIBLE)
 
 
 def read_records(path: Path) -> list[Record]:

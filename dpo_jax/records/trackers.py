@@ -16,6 +16,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.records.records import Record
 
 Log = Callable[[Record], None]
+Tracker = tuple[Log, Callable[[bool], None]]  # what takes a record, and what ends it (True: the run failed)
 
 
 def check_packages(projects: Mapping[str, str]) -> None:
@@ -55,8 +56,7 @@ def open_trackers(workdir: Path, projects: Mapping[str, str], config: Mapping[st
     wanted = {package: project for package, project in projects.items() if project}
     path = workdir / "trackers.json"
     ids = read_json(path) if path.exists() else {}
-    new = {package: secrets.token_hex(4) for package in wanted if package not in ids}
-    if new:
+    if new := {package: secrets.token_hex(4) for package in wanted if package not in ids}:
         ids |= new
         write_json(path, ids)
     with ExitStack() as stack:
@@ -80,7 +80,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{record['split']}/{name}": v for name, v in record.items() if not isinstance(v, str)}
 
 
-def _wandb(project: str, workdir: Path, run_id: str, config: dict[str, Any]) -> tuple[Log, Callable[[bool], None]]:
+def _wandb(project: str, workdir: Path, run_id: str, config: dict[str, Any]) -> Tracker:
     import wandb  # an extra, slow to import
 
     run = wandb.init(
@@ -93,7 +93,7 @@ def _wandb(project: str, workdir: Path, run_id: str, config: dict[str, Any]) -> 
     return lambda record: run.log(_numbers(record)), lambda failed: run.finish(exit_code=int(failed))
 
 
-def _trackio(project: str, workdir: Path, run_id: str, config: dict[str, Any]) -> tuple[Log, Callable[[bool], None]]:
+def _trackio(project: str, workdir: Path, run_id: str, config: dict[str, Any]) -> Tracker:
     import trackio  # an extra, slow to import
 
     # A run is known by its name there, so that of the directory alone could be another run's.
@@ -101,8 +101,4 @@ def _trackio(project: str, workdir: Path, run_id: str, config: dict[str, Any]) -
     return lambda record: run.log(_numbers(record), step=record["step"]), lambda failed: run.finish()
 
 
-# (project, workdir, the run's id, config) → what takes a record, and what ends it (True: the run failed).
-TRACKERS: dict[str, Callable[[str, Path, str, dict[str, Any]], tuple[Log, Callable[[bool], None]]]] = {
-    "wandb": _wandb,
-    "trackio": _trackio,
-}
+TRACKERS = {"wandb": _wandb, "trackio": _trackio}  # called with project, workdir, the run's id there, config

@@ -48,7 +48,7 @@ class MetricsWriter:
         self._workdir, self._flushed = workdir, -math.inf
         if workdir is not None:
             path = workdir / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            workdir.mkdir(parents=True, exist_ok=True)
             truncate_records(path, lambda record: True)
             self._events = open_events(workdir / "tensorboard", read_records(path))
             self._file = path.open("a", encoding="utf-8")
@@ -89,8 +89,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """End the progress lines and close the files."""
-        self.console.close()
-        for file in (self._file, self._events):
+        for file in (self.console, self._file, self._events):
             if file:
                 file.close()
 

@@ -24,13 +24,10 @@ SPLIT_WORDS = {"train": "training pairs", "eval": "held-out pairs"}
 
 
 def write_card(run: RunFiles, directory: Path, *, base: Path | None) -> None:
-    """Write DIRECTORY/README.md, of a whole model or of adapters in PEFT's layout.
+    """Write README.md into an export, of a whole model or of adapters in PEFT's layout.
 
-    Args:
-      run: as its files have it.
-      directory: an export.
-      base: the files of the model that was trained, whose licence the card takes over; None if it was made from
-        scratch.
+    `base` has the files of the model that was trained, whose licence the card takes over; None if it was made from
+    scratch.
     """
     adapter = (directory / "adapter_config.json").exists()
     model, splits = run.saved.model, run.data.get("splits", {})

@@ -45,22 +45,19 @@ class Series:
 class Chart:
     """A figure, ready to be drawn.
 
-    domain: the horizontal axis's ends, in `unit`.
+    scale: of its axes, the horizontal one in `unit`.
     marks: a colour, and (CSS class, SVG path) of what is drawn in it.
     key: of the legend: colour, class of its mark, name, value.
-    rows, columns: an axis's ticks: percent from the top or the left, text.
-    guide: percent from the top, and its name.
     readout: JSON of the points of each entry of the legend, for the page's script.
+    guide: a value worth comparing with, and its name: (0.5, "chance").
     note: one line under the chart.
     small: a lower plot.
     """
 
     title: str
-    domain: tuple[float, float]
+    scale: "Scale"
     marks: Sequence[tuple[str, Sequence[tuple[str, Markup]]]]
     key: Sequence[tuple[str, str, str, str]]
-    rows: Sequence[tuple[float, str]]
-    columns: Sequence[tuple[float, str]]
     readout: Markup
     guide: tuple[float, str] | None = None
     note: str = ""
@@ -87,6 +84,11 @@ class Scale:
         """Percent from the top."""
         return 100 * (self.y[1] - y) / (self.y[1] - self.y[0])
 
+    def ticks(self) -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:
+        """Of the vertical and of the horizontal axis: percent from the top or the left, text."""
+        rows = [(self.down(y), label(y)) for y in ticks(*self.y, 5)]
+        return rows, [(self.across(x), label(x)) for x in ticks(*self.x, 5) if x == round(x)]
+
 
 def line_chart(
     title: str,
@@ -97,15 +99,9 @@ def line_chart(
     from_zero: bool = False,
     small: bool = False,
 ) -> Chart | None:
-    """A figure of the lines; None if no line has a finite point.
+    """A figure of the lines; None if no line has a finite point. See `Chart` for the options.
 
-    Args:
-      title: what is drawn.
-      series: the lines; those of held-out data are drawn last, on top.
-      note: one line under the chart.
-      guide: a value worth comparing with, and its name: (0.5, "chance").
-      from_zero: the vertical axis starts at zero.
-      small: a lower plot.
+    Lines of held-out data are drawn last, on top; with `from_zero` the vertical axis starts at zero.
     """
     lines = [(s, points) for s in series if (points := finite(s.points))]
     if not lines:
@@ -117,12 +113,11 @@ def line_chart(
     on_top = sorted(lines, key=lambda line: line[0].held_out)
     return Chart(
         title,
-        scale.x,
+        scale,
         [(s.color, _marks(s, points, scale)) for s, points in on_top],
         [_key(s, label(points[-1][1])) for s, points in lines if s.name is not None],
-        *_ticks(scale),
         _readout(lines),
-        (scale.down(guide[0]), guide[1]) if guide else None,
+        guide,
         note,
         small,
     )
@@ -132,11 +127,10 @@ def histogram_chart(title: str, series: Sequence[Series], width: float, *, unit:
     """A small figure of counts in bins of equal width; None if nothing is counted.
 
     Args:
-      title: what is counted.
+      title, note: see `Chart`.
       series: points are (middle of a bin, count), from left to right, drawn as steps over one another.
       width: of a bin, in `unit`.
       unit: of the horizontal axis, shown under the pointer, such as "tokens".
-      note: one line under the chart.
     """
     lines = [(s, points) for s in series if (points := finite(s.points)) and any(y for _, y in points)]
     if not lines:
@@ -145,7 +139,7 @@ def histogram_chart(title: str, series: Sequence[Series], width: float, *, unit:
     scale = Scale(x=(min(xs) - width / 2, max(xs) + width / 2), y=(0.0, most * 1.06))
     marks = [(s.color, [("steps", _steps(points, width, scale))]) for s, points in lines]
     key = [_key(s, "") for s, _ in lines if s.name is not None]
-    return Chart(title, scale.x, marks, key, *_ticks(scale), _readout(lines), note=note, small=True, unit=unit)
+    return Chart(title, scale, marks, key, _readout(lines), note=note, small=True, unit=unit)
 
 
 def finite(points: Sequence[tuple[float, float | None]]) -> list[Point]:
@@ -226,19 +220,9 @@ def _marks(series: Series, points: list[Point], scale: Scale) -> list[tuple[str,
     if len(points) >= SMOOTH_FROM and not series.exact:
         return [("raw", _path(thin(points), scale)), ("mean", _path(thin(running_mean(points)), scale))]
     if len(points) > 1:
-        return [("mean", _path(part, scale)) for part in _unbroken(series.points)]
+        parts = groupby(series.points, lambda point: bool(finite([point])))
+        return [("mean", _path(finite(list(part)), scale)) for unbroken, part in parts if unbroken]
     return [_dots(points, scale)]
-
-
-def _unbroken(points: Sequence[tuple[float, float | None]]) -> list[list[Point]]:
-    parts = [finite(list(part)) for _, part in groupby(points, lambda p: p[1] is not None and math.isfinite(p[1]))]
-    return [part for part in parts if part]
-
-
-def _ticks(scale: Scale) -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:
-    """The ticks of the vertical and of the horizontal axis, see `Chart`."""
-    rows = [(scale.down(y), label(y)) for y in ticks(*scale.y, 5)]
-    return rows, [(scale.across(x), label(x)) for x in ticks(*scale.x, 5) if x == round(x)]
 
 
 def _key(series: Series, value: str) -> tuple[str, str, str, str]:

@@ -9,7 +9,6 @@ from dpo_jax.report.charts import Chart, line_chart
 from dpo_jax.report.html import run_color
 from dpo_jax.report.runs import OTHER_PLOTS, Plot, RunFiles, main_plots, metric_label, metric_series
 
-AFTER = ("after", "greedy")
 ANSWERED = 4  # prompts shown
 
 
@@ -59,7 +58,11 @@ def _finals(runs: Sequence[RunFiles]) -> list[tuple[str, str, float | None, list
 def _answers(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """Prompts that every run answered after training, with each run's answer."""
     by_run = [
-        {s.get("prompt", ""): s.get("answer", "") for s in run.samples if (s.get("when"), s.get("mode")) == AFTER}
+        {
+            s.get("prompt", ""): s.get("answer", "")
+            for s in run.samples
+            if (s.get("when"), s.get("mode")) == ("after", "greedy")
+        }
         for run in runs
     ]
     shared = [prompt for prompt in by_run[0] if all(prompt in answers for answers in by_run)]

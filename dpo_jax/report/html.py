@@ -73,9 +73,6 @@ def _visible(value: Any) -> Any:
 
 def _size(held: int) -> str:
     """Bytes for a person."""
-    value, unit = float(held), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
+    thousands = min(4, (len(str(held)) - 1) // 3)
+    value, unit = held / 1000**thousands, ("B", "kB", "MB", "GB", "TB")[thousands]
     return f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"

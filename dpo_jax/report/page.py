@@ -29,6 +29,7 @@ HEADLINE = {
 def run_page(run: RunFiles) -> dict[str, Any]:
     """The values of the page's template."""
     model, dataset = run.saved.title
+    held_out = [(name, metric_label(name), *values) for name, *values in before_after(run.records) if "/" not in name]
     return {
         "title": f"{model}: DPO on {dataset}" if model and dataset else f"DPO run {run.name}",
         "run": run,
@@ -37,7 +38,7 @@ def run_page(run: RunFiles) -> dict[str, Any]:
         "headline": _headline(run),
         "facts": _facts(run),
         "curves": _curves(run),
-        "held_out": sections.held_out_rows(run),
+        "held_out": held_out,
         "groups": sections.group_tables(run),
         "samples": sections.samples_by_prompt(run),
         "lengths": sections.data_lengths(run.data),

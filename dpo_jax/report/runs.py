@@ -56,15 +56,14 @@ MAIN_PLOTS = (
         lines=TWO,
     ),
 )
-KL_PLOT = Plot(
-    "KL from the reference",
-    ("kl",),
-    "Nats an answer, on answers that the policy draws at temperature 1 to held-out prompts; whiskers: one standard "
-    "error. Not of the data set's answers: rewards are of those.",
-    from_zero=True,
-)
 OTHER_PLOTS = (
-    KL_PLOT,
+    Plot(
+        "KL from the reference",
+        ("kl",),
+        "Nats an answer, on answers that the policy draws at temperature 1 to held-out prompts; whiskers: one standard "
+        "error. Not of the data set's answers: rewards are of those.",
+        from_zero=True,
+    ),
     Plot(
         "Completion log-probabilities",
         ("chosen_logp", "rejected_logp"),

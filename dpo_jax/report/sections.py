@@ -5,15 +5,9 @@ from typing import Any
 
 from dpo_jax.data.lengths import PARTS, bin_points
 from dpo_jax.records.length_bias import RATIO
-from dpo_jax.records.records import Record, before_after, show_metric
+from dpo_jax.records.records import Record, show_metric
 from dpo_jax.report.charts import Chart, Series, histogram_chart
-from dpo_jax.report.runs import LENGTH_WORDS, RunFiles, metric_label
-
-
-def held_out_rows(run: RunFiles) -> list[tuple[str, str, float | None, float | None]]:
-    """Held-out metrics: (name, its words, before, after)."""
-    rows = before_after(run.records)
-    return [(name, metric_label(name), before, after) for name, before, after in rows if "/" not in name]
+from dpo_jax.report.runs import LENGTH_WORDS, RunFiles
 
 
 def group_tables(run: RunFiles) -> list[tuple[str, list[tuple[Any, ...]], str]]:

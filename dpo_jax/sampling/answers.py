@@ -12,8 +12,7 @@ from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.rows.build import GroupSource
-from dpo_jax.sampling.choice import Choice
-from dpo_jax.sampling.engine import generate
+from dpo_jax.sampling.engine import Choice, generate
 
 
 def answer_prompts(
@@ -29,10 +28,8 @@ def answer_prompts(
     """Answer the prompts of `pairs`.
 
     Args:
-      params: the policy's.
+      params, tokenizer, layout: the policy's.
       pairs: whose prompts are answered; their own answers stand beside.
-      tokenizer: the policy's.
-      layout: of the model.
       modes: how tokens are chosen, by name.
       new_tokens: most tokens of an answer.
       seed: of the draws.
@@ -55,8 +52,7 @@ def answer_prompts(
 
 def stop_tokens(pairs: GroupSource, tokenizer: Any) -> list[int]:
     """The tokens that end an answer, as the completions of `pairs` do; [-1], which nothing is, if there are none."""
-    # A chat template ends a turn with a token of its own, which need not be the tokenizer's eos.
-    # It may be followed by a newline.
+    # A chat template ends a turn with a token of its own, not always the tokenizer's eos; a newline may follow it.
     last = {int(i) for n in range(len(pairs)) for ids in pairs[n][1:] for i in ids[-2:]}
     return sorted({tokenizer.eos_token_id, *(last & set(tokenizer.all_special_ids))} - {None}) or [-1]
 

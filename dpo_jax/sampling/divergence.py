@@ -25,8 +25,7 @@ from dpo_jax.parallel.watchdog import LONGER, beat
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.build import build_rows
 from dpo_jax.rows.shape import RowShape
-from dpo_jax.sampling.choice import Choice
-from dpo_jax.sampling.engine import generate
+from dpo_jax.sampling.engine import Choice, generate
 
 # Answers drawn to a prompt: a group of them is a row, so that the prompt is computed once for both.
 DRAWS = 2
@@ -109,9 +108,8 @@ def make_on_policy_kl(
         # Which of the stop tokens ended an answer is not known, nor needed: no distribution is conditioned on it.
         ended = [ids if len(ids) == new_tokens else [*ids, stop[0]] for ids in drawn]
         arrays = [np.asarray(ids, np.int32) for ids in ended]
-        answers = [
-            (np.asarray(prompt, np.int32), *arrays[DRAWS * i : DRAWS * (i + 1)]) for i, prompt in enumerate(prompts)
-        ]
+        questions = [np.asarray(prompt, np.int32) for prompt in prompts]
+        answers = [(prompt, *arrays[DRAWS * i : DRAWS * (i + 1)]) for i, prompt in enumerate(questions)]
         beat("computing the KL divergence", LONGER)
         nats = divergence(params, ref_params, answers)  # type: ignore[arg-type]
         means = nats.mean(axis=1)

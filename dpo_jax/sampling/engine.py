@@ -3,6 +3,7 @@
 Shapes: B prompts, T prompt tokens, S cache columns, V vocabulary.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -15,9 +16,34 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax.model.attention.cached import empty_cache
 from dpo_jax.model.forward import ModelOptions, decode, unembedding
 from dpo_jax.model.params import Params
-from dpo_jax.sampling.choice import Choice, pick
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0  # what logits are divided by before a draw; 0 is greedy
+    top_p: float = 1.0  # mass of the nucleus that is drawn from; 1 is the whole vocabulary
+
+
+def pick(key: jax.Array, logits_BV: jax.Array, choice: Choice) -> jax.Array:
+    """Next tokens `[B]`: the most likely one at temperature 0, else a draw from the nucleus.
+
+    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): the smallest set of most likely tokens whose
+    probabilities sum to at least `top_p`; its most likely token always belongs to it.
+    """
+    if choice.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1)
+    logits_BV = logits_BV / choice.temperature
+    if choice.top_p < 1:
+        falling = jnp.sort(logits_BV, axis=-1, descending=True)
+        probs = jax.nn.softmax(falling, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs  # mass of the more likely tokens
+        least = jnp.min(jnp.where(before < choice.top_p, falling, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
+    return jax.random.categorical(key, logits_BV, axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "new_tokens", "choice", "stop"))
@@ -65,13 +91,13 @@ def generate(
     *,
     stop: Sequence[int],
     new_tokens: int,
-    choice: Choice = Choice(),  # noqa: B008 (frozen)
+    choice: Choice = Choice(),
     seed: int = 0,
 ) -> list[list[int]]:
     """Continue prompts.
 
     Args:
-      params: the policy's parameters.
+      params: the policy's.
       prompts: token ids, at least one each.
       model: how it is computed.
       stop: token ids that end an answer; not part of what is returned.

@@ -30,7 +30,7 @@ from dpo_jax.parallel.mesh import replicated
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.rows.schedule import Schedule
 from dpo_jax.sampling import answers, divergence
-from dpo_jax.sampling.choice import Choice
+from dpo_jax.sampling.engine import Choice
 from dpo_jax.training.about import write_about
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.optimizer import optimizer, rate_schedule

@@ -46,9 +46,6 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     return config_from_hf(hf, str(Path(directory) / CONFIG)), hf
 
 
-# ---------------------------------------------------------------------------------------------------------- read
-
-
 def load_weights(directory: Path, config: ModelConfig, shardings: Any, dtype: Any) -> Params:
     """Read a checkpoint into sharded arrays; every process reads only the parts of its own devices.
 
@@ -108,13 +105,13 @@ def _check_tensors(directory: Path, stored: Mapping[str, Any], config: ModelConf
             f"are these the weights of its {CONFIG}?"
         )
     for name, shape in needed.items():
-        if tuple(stored[name].get_shape()) != shape:
-            has = tuple(stored[name].get_shape())
+        has, kind = tuple(stored[name].get_shape()), stored[name].get_dtype()
+        if has != shape:
             raise UserError(f"{directory}: tensor {name!r} has shape {has}, {CONFIG} needs {shape}")
-        if stored[name].get_dtype() not in FLOATS.values():
+        if kind not in FLOATS.values():
             raise UserError(
-                f"{directory}: tensor {name!r} is {stored[name].get_dtype()}, needs one of {', '.join(FLOATS)}; "
-                "quantized checkpoints are not supported"
+                f"{directory}: tensor {name!r} is {kind}, needs one of {', '.join(FLOATS)}; quantized checkpoints are "
+                "not supported"
             )
     extra = [name for name in stored if name not in needed and not name.endswith(HARMLESS_SUFFIXES)]
     if config.tie_word_embeddings and "lm_head.weight" in extra:
@@ -135,10 +132,10 @@ def _more(names: list[str]) -> str:
 def _check_tied(directory: Path, stored: Mapping[str, Any]) -> None:
     """A tied model's file may hold the table twice; two different tables are an untied model, as in transformers."""
     table, head = stored["model.embed_tokens.weight"], stored["lm_head.weight"]
-    (rows, width), same = table.get_shape(), table.get_shape() == head.get_shape()
+    rows, width = table.get_shape()
     step = max(1, int(PIECE_BYTES) // (4 * width))
-    runs = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
-    if not same or not all(np.array_equal(table[run], head[run]) for run in runs):
+    runs = (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+    if table.get_shape() != head.get_shape() or not all(np.array_equal(table[run], head[run]) for run in runs):
         raise UserError(
             f"{directory}: tie_word_embeddings is true but 'lm_head.weight' is not 'model.embed_tokens.weight'; "
             f"set it to false in {CONFIG}"
@@ -188,9 +185,6 @@ def _read(tensor: Any, leaf: Leaf, letters: Sizes, first_row: int, bounds: Mappi
     return tensor[tuple(view)].reshape(shape)[tuple(cut)].transpose([order.index(letter) for letter in leaf.axes])
 
 
-# --------------------------------------------------------------------------------------------------------- write
-
-
 def save_weights(
     params: Params,
     config: ModelConfig | Mapping[str, Any],
@@ -209,7 +203,7 @@ def save_weights(
       params: the parameter tree of `model.py`, plain arrays, sharded anyhow. Adapters in it (`lora.py`) are merged into
         their kernels, one tensor at a time and in float32.
       config: the loaded model's own config.json, or one by `hf_config`, or only the numbers.
-      directory: the new directory.
+      directory: to write.
       dtype: of the file: float32, bfloat16 or float16.
       tokenizer_from: a directory whose tokenizer files and generation_config.json are copied.
       max_shard_bytes: the most that one safetensors file holds (a larger tensor has a file of its own).

@@ -7,8 +7,7 @@ import pytest
 from flax import linen as nn
 
 from dpo_jax.model.forward import ModelOptions, init_params
-from dpo_jax.sampling.choice import Choice, pick
-from dpo_jax.sampling.engine import generate
+from dpo_jax.sampling.engine import Choice, generate, pick
 from tests.oracles import oracle
 from tests.oracles.oracle import CONFIG
 
