@@ -17,9 +17,10 @@ from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.prepare import Prepared, Progress, Reading
 from dpo_jax.errors import UserError
 from dpo_jax.inspection.console import print_inspection, print_rows, say
-from dpo_jax.inspection.gather import Inspection, pair_examples, schedule_use
-from dpo_jax.inspection.page import write_inspection
+from dpo_jax.inspection.gather import SHAPE_HEAD, Inspection, bad_rows, pair_examples, schedule_use
 from dpo_jax.model.tuning import row_limits
+from dpo_jax.report.html import write_page
+from dpo_jax.report.sections import data_lengths, mixture_parts
 from dpo_jax.rows.schedule import make_schedule
 from dpo_jax.training import inputs
 from dpo_jax.weights.find import Policy, find_policy
@@ -43,8 +44,6 @@ def inspect_data(s: Settings, *, workdir: str, html: str, examples: int, shards:
     else:
         use = schedule_use(schedule, where, inputs.run_steps(s, schedule.steps_per_epoch))
     shown = Inspection(
-        dataset=s.data.dataset,
-        model=s.model,
         report=prepared.report,
         schedule=use,
         note=note,
@@ -52,7 +51,7 @@ def inspect_data(s: Settings, *, workdir: str, html: str, examples: int, shards:
     )
     print_inspection(shown, _console())
     if html:
-        print(f"page {write_inspection(shown, Path(html))}")
+        print(f"page {_write_page(s, shown, Path(html))}")
 
 
 def prepare_data(s: Settings, *, workdir: str) -> None:
@@ -65,6 +64,30 @@ def prepare_data(s: Settings, *, workdir: str) -> None:
     place = f"{shared}/{Path(cache.directory).name} (copy in {cache.directory})" if shared else cache.directory
     made = f"built in {time.monotonic() - start:.1f} s" if prepared.built else "already there"
     say(console, f"cache {place}: {len(cache):,} pairs, {size / 1e6:,.1f} MB, {made}")
+
+
+def _write_page(s: Settings, inspection: Inspection, path: Path) -> Path:
+    """Write the inspection as one self-contained page, in the look of a run's report."""
+    report = inspection.report
+    mixture = "; ".join(mixture_parts(report))
+    dataset = s.data.dataset if mixture else Path(s.data.dataset).name
+    pairs = {name: entry["pairs"] for name, entry in report["splits"].items()}
+    dropped = sum(sum(source["dropped"].values()) for source in report["sources"])
+    return write_page(
+        path,
+        "inspection/templates/inspection.html",
+        option="--html",
+        title=f"Data: {dataset} for {Path(s.model).name}",
+        counts=f"{pairs['train']:,} training pairs, {pairs['eval']:,} held out, {dropped:,} rows dropped",
+        origin=(f"Mixture: {mixture}. " if mixture else "") + f"Evaluation: {report['held_out'].removesuffix('.')}.",
+        report=report,
+        bad=bad_rows(report),
+        lengths=data_lengths(report),
+        schedule=inspection.schedule,
+        shape_head=SHAPE_HEAD,
+        note=inspection.note,
+        examples=inspection.examples,
+    )
 
 
 def _pairs(s: Settings, given: str) -> tuple[Policy, Prepared, str]:

@@ -1,4 +1,4 @@
-"""A run's data in numbers and in tokens: gathered here, shown by `console` and `page`."""
+"""A run's data in numbers and in tokens: gathered here, shown by `console` and on a page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 
 from dpo_jax.data.comparison import DELIBERATE
 from dpo_jax.data.lengths import PARTS
-from dpo_jax.data.prepare import Pairs, Prepared
+from dpo_jax.data.prepare import Prepared
 from dpo_jax.records.records import printable
 from dpo_jax.rows.schedule import Schedule
 
@@ -61,13 +61,10 @@ class ScheduleUse:
 class Inspection:
     """All that is shown.
 
-    dataset, model: as the config names them.
     report: a run's data.json.
     schedule: None where there are too few pairs for a batch; `note` is then the reason.
     """
 
-    dataset: str
-    model: str
     report: Mapping[str, Any]
     schedule: ScheduleUse | None
     note: str
@@ -109,8 +106,7 @@ def schedule_use(schedule: Schedule, where: str, run_steps: int) -> ScheduleUse:
 
 def pair_examples(prepared: Prepared, tokenizer: Any, number: int) -> tuple[Example, ...]:
     """Training pairs spread evenly over the files, so over the sources too."""
-    pairs: Pairs = prepared.train
-    shown = []
+    pairs, shown = prepared.train, []
     for position in np.linspace(0, len(pairs) - 1, min(number, len(pairs)), dtype=np.int64).tolist():
         prompt, chosen, rejected = (ids.tolist() for ids in pairs[position])
         parts = [pieces(tokenizer, prompt)] + [pieces(tokenizer, ids, before=prompt) for ids in (chosen, rejected)]

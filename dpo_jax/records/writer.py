@@ -57,7 +57,9 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        for file in (self.console, self._file, self._events):
+            if file:
+                file.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one record: `step`, `split`, and numbers (also NumPy scalars and arrays of one element) or strings."""
@@ -86,12 +88,6 @@ class MetricsWriter:
             with (self._workdir / EVENTS).open("a", encoding="utf-8") as file:
                 file.write(json_line(event))
         self.message(words)
-
-    def close(self) -> None:
-        """End the progress lines and close the files."""
-        for file in (self.console, self._file, self._events):
-            if file:
-                file.close()
 
 
 def _plain(value: Any) -> str | int | float | None:

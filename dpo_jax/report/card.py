@@ -69,7 +69,7 @@ def _metadata(run: RunFiles, datasets: list[str], base: Path | None, *, adapter:
         tags=["dpo", "dpo_jax", "preference-alignment", *(["lora", "peft"] if adapter else [])],
         language=known.get("language"),
         model_name=f"{Path(run.saved.model or run.name).name}-dpo",
-        eval_results=_eval_results(run, datasets[0] if datasets else "preferences"),
+        eval_results=_eval_results(run, datasets[0] if datasets else "preferences") or None,
         **{key: known[key] for key in LICENSE_KEYS if key in known},
     )
 
@@ -92,10 +92,7 @@ def _hub_datasets(run: RunFiles) -> list[str]:
     return list(dict.fromkeys(filter(None, map(hub_dataset, names))))
 
 
-def _eval_results(run: RunFiles, dataset: str) -> list[EvalResult] | None:
-    accuracy = next((after for name, _, after in before_after(run.records) if name == "accuracy"), None)
-    if accuracy is None:
-        return None
+def _eval_results(run: RunFiles, dataset: str) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-generation",
@@ -105,6 +102,8 @@ def _eval_results(run: RunFiles, dataset: str) -> list[EvalResult] | None:
             metric_name="preference accuracy",
             metric_value=round(accuracy, 4),
         )
+        for name, _, accuracy in before_after(run.records)
+        if name == "accuracy" and accuracy is not None
     ]
 
 

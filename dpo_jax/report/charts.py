@@ -111,16 +111,9 @@ def line_chart(
     lows = [*ys, *([guide[0]] if guide else []), *([0.0] if from_zero else [])]
     scale = Scale(x=(min(0.0, *xs), max(*xs, min(xs) + 1)), y=_padded(min(lows), max(lows), from_zero))
     on_top = sorted(lines, key=lambda line: line[0].held_out)
-    return Chart(
-        title,
-        scale,
-        [(s.color, _marks(s, points, scale)) for s, points in on_top],
-        [_key(s, label(points[-1][1])) for s, points in lines if s.name is not None],
-        _readout(lines),
-        guide,
-        note,
-        small,
-    )
+    marks = [(s.color, _marks(s, points, scale)) for s, points in on_top]
+    key = [_key(s, label(points[-1][1])) for s, points in lines if s.name is not None]
+    return Chart(title, scale, marks, key, _readout(lines), guide, note, small)
 
 
 def histogram_chart(title: str, series: Sequence[Series], width: float, *, unit: str, note: str = "") -> Chart | None:
@@ -160,8 +153,7 @@ def label(value: float) -> str:
     """A tick's text: 0.25, 12,000, 5e-7."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    shown = f"{value:.4g}"
-    return re.sub(r"e([+-])0*", lambda m: "e" + m[1].replace("+", ""), shown).replace("-", "−")
+    return re.sub(r"e([+-])0*", lambda m: "e" + m[1].replace("+", ""), f"{value:.4g}").replace("-", "−")
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
@@ -172,8 +164,7 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
     kept = []
     for start in range(0, len(points), width):
         stretch = points[start : start + width]
-        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
-        kept += sorted(ends)
+        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
     return kept
 
 

@@ -18,8 +18,8 @@ from dpo_jax.report.runs import load_run
 
 def write_report(workdir: Path, out: Path | None = None) -> Path:
     """Write the run's page, WORKDIR/report.html unless `out` is given, and return its path."""
-    values = run_page(load_run(workdir))
-    return write_page(out or workdir / "report.html", "report/templates/run.html", option="--out", **values)
+    path, values = out or workdir / "report.html", run_page(load_run(workdir))
+    return write_page(path, "report/templates/run.html", option="--out", **values)
 
 
 def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:

@@ -57,14 +57,10 @@ def _finals(runs: Sequence[RunFiles]) -> list[tuple[str, str, float | None, list
 
 def _answers(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """Prompts that every run answered after training, with each run's answer."""
-    by_run = [
-        {
-            s.get("prompt", ""): s.get("answer", "")
-            for s in run.samples
-            if (s.get("when"), s.get("mode")) == ("after", "greedy")
-        }
-        for run in runs
-    ]
+    by_run = []
+    for run in runs:
+        shown = (s for s in run.samples if (s.get("when"), s.get("mode")) == ("after", "greedy"))
+        by_run.append({s.get("prompt", ""): s.get("answer", "") for s in shown})
     shared = [prompt for prompt in by_run[0] if all(prompt in answers for answers in by_run)]
     return [(prompt, [answers[prompt] for answers in by_run]) for prompt in shared[:ANSWERED]]
 

@@ -6,16 +6,7 @@ from typing import Any
 from dpo_jax.records.records import before_after
 from dpo_jax.report import sections
 from dpo_jax.report.charts import Chart, line_chart
-from dpo_jax.report.runs import (
-    MAIN_PLOTS,
-    OTHER_PLOTS,
-    Plot,
-    RunFiles,
-    grouped_plots,
-    main_plots,
-    metric_label,
-    metric_series,
-)
+from dpo_jax.report.runs import OTHER_PLOTS, Plot, RunFiles, grouped_plots, main_plots, metric_label, metric_series
 
 NOT_CHARTED = {"step", "pairs", "tokens", "kl_error"}  # the last one is the KL's whiskers
 HEADLINE = {
@@ -142,7 +133,7 @@ def duration(seconds: float) -> str:
 
 
 def _curves(run: RunFiles) -> dict[str, list[Chart]]:
-    charted = {name for plot in (*MAIN_PLOTS, *OTHER_PLOTS) for name in plot.names} | NOT_CHARTED
+    charted = {name for plot in (*main_plots([run]), *OTHER_PLOTS) for name in plot.names} | NOT_CHARTED
     numeric = dict.fromkeys(name for r in run.records for name, value in r.items() if isinstance(value, int | float))
     others = [Plot(metric_label(name), (name,)) for name in numeric if name not in charted and "/" not in name]
     return {

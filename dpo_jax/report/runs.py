@@ -168,6 +168,7 @@ def load_run(workdir: Path) -> RunFiles:
         read_json(path) if (path := workdir / name).exists() else {}
         for name in ("config.json", "data.json", "run.json")
     )
+    numbered = [path for path in _children(workdir / "checkpoints") if path.name.isdigit()]
     run = RunFiles(
         name=workdir.resolve().name,
         saved=saved_config(config),
@@ -175,9 +176,7 @@ def load_run(workdir: Path) -> RunFiles:
         samples=read_records(workdir / "samples.jsonl"),
         data=data,
         about=about,
-        checkpoints=dict(
-            sorted((int(p.name), _size(p)) for p in _children(workdir / "checkpoints") if p.name.isdigit())
-        ),
+        checkpoints=dict(sorted((int(p.name), _size(p)) for p in numbered)),
         exports={name: files for name in EXPORTS if (files := {p.name: _size(p) for p in _children(workdir / name)})},
     )
     if not (run.saved.table or run.records):
@@ -196,16 +195,16 @@ def _size(path: Path) -> int:
 
 def grouped_plots(run: RunFiles) -> list[Plot]:
     """Held-out accuracy by source, and by whether the chosen answer is the shorter, the longer, or neither."""
-    note = f"Longer: by over {RATIO - 1:.0%} of tokens. A policy that has learned length loses where chosen is shorter."
+    longer = (
+        f"Longer: by over {RATIO - 1:.0%} of tokens. A policy that has learned length loses where chosen is shorter."
+    )
     by_source = ("Accuracy by source", {name: name for name in run.sources}, "")
     plots = []
-    for title, groups, words in (by_source, ("Accuracy by length", LENGTH_WORDS, note)):
-        names, lines = (
-            [f"accuracy/{name}" for name in groups],
-            [(w, run_color(i)) for i, w in enumerate(groups.values())],
-        )
+    for title, groups, note in (by_source, ("Accuracy by length", LENGTH_WORDS, longer)):
         if groups:
-            plots.append(Plot(title, tuple(names), words, guide=(0.5, "chance"), lines=tuple(lines)))
+            lines = tuple((words, run_color(i)) for i, words in enumerate(groups.values()))
+            names = tuple(f"accuracy/{name}" for name in groups)
+            plots.append(Plot(title, names, note, guide=(0.5, "chance"), lines=lines))
     return plots
 
 
@@ -220,8 +219,7 @@ def metric_series(run: RunFiles, plot: Plot, name: str, label: str, color: str) 
 
 def held_out_series(run: RunFiles, name: str, label: str, color: str) -> Series:
     """A metric over the evaluations; accuracy has its standard errors."""
-    points = _points(run, "eval", name)
-    pairs = run.held_out_pairs
+    points, pairs = _points(run, "eval", name), run.held_out_pairs
     errors = {step: error for step, value in points if (error := run.error(name, value, pairs))}
     if name == "kl":
         errors = {r["step"]: r["kl_error"] for r in run.records if r["split"] == "eval" and r.get("kl_error")}

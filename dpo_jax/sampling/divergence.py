@@ -65,13 +65,11 @@ def make_divergence(layout: Layout, new_tokens: int) -> Callable[[Params, Params
 
     def divergence(params: Params, ref_params: Params, answers: Sequence[Triple]) -> np.ndarray:
         longest = max(len(prompt) for prompt, *_ in answers)
-        groups = -(-len(answers) // shards)
-        placed = np.full(groups * shards, -1)
-        placed[: len(answers)] = np.arange(len(answers))
+        placed = np.pad(np.arange(len(answers)), (0, -len(answers) % shards), constant_values=-1)
         prompt, answer = (-(-n // multiple) * multiple for n in (longest, new_tokens))
         shape, mine = RowShape(prompt, (answer,) * DRAWS, len(placed)), local_rows(mesh, shards)
         rows = build_rows(answers, placed[:, None], shape)
-        batch = rows.map(lambda x: x.reshape(groups, shards, *x.shape[1:])[:, mine])
+        batch = rows.map(lambda x: x.reshape(-1, shards, *x.shape[1:])[:, mine])
         nats = compiled(params, ref_params, to_global(batch, mesh, shards), shape)
         return jax.device_get(nats).astype(np.float64).reshape(-1, DRAWS)[: len(answers)]
 

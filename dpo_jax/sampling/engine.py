@@ -97,9 +97,8 @@ def generate(
     """Continue prompts.
 
     Args:
-      params: the policy's.
+      params, model: the policy's parameters, and how it is computed.
       prompts: token ids, at least one each.
-      model: how it is computed.
       stop: token ids that end an answer; not part of what is returned.
       new_tokens: the most tokens of an answer.
       choice: of every next token; greedy unless given.

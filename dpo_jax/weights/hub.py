@@ -49,8 +49,7 @@ def local_model(model: str, *, what: str = "model") -> Path | None:
     Raises:
       UserError: no such directory, or no config.json in it.
     """
-    given = f"{what}={model!r}"
-    path = Path(model).expanduser()
+    given, path = f"{what}={model!r}", Path(model).expanduser()
     if model and path.is_dir():
         if not (path / CONFIG).is_file():
             raise UserError(f"{given}: the directory has no {CONFIG}; give a Hugging Face model directory")
