@@ -37,10 +37,10 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
 
 def print_rows(report: Mapping[str, Any], console: Console) -> None:
     """What was read, kept and dropped, by source and split; what is wrong with the files; where evaluation is from."""
-    entries = [
-        (s["name"], s["split"], f"{s['read']:,}", f"{s['kept']:,}", _counts(s["dropped"]), _counts(s["truncated"]))
-        for s in report["sources"]
-    ]
+    entries = []
+    for source in report["sources"]:
+        reasons = [_counts(source[key]) for key in ("dropped", "truncated")]
+        entries.append((source["name"], source["split"], f"{source['read']:,}", f"{source['kept']:,}", *reasons))
     _table(console, "Rows", ("source", "split", "read", "kept", "dropped", "truncated"), entries, words=(0, 1, 4, 5))
     for name, split, reason, number, first in bad_rows(report):
         say(console, f"bad: {number:,} {reason} in {name} ({split}), first {first}")

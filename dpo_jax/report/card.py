@@ -111,16 +111,11 @@ def _source_rows(run: RunFiles) -> list[tuple[str, ...]]:
     def counts(reasons: Mapping[str, int]) -> str:
         return ", ".join(f"{reason} {n:,}" for reason, n in reasons.items() if n)
 
-    return [
-        (
-            s["name"],
-            s["split"],
-            f"{s['read']:,}",
-            f"{s['kept']:,}",
-            *(counts(s.get(k, {})) for k in ("dropped", "truncated")),
-        )
-        for s in run.data.get("sources", [])
-    ]
+    rows = []
+    for source in run.data.get("sources", []):
+        reasons = [counts(source.get(key, {})) for key in ("dropped", "truncated")]
+        rows.append((source["name"], source["split"], f"{source['read']:,}", f"{source['kept']:,}", *reasons))
+    return rows
 
 
 def _without_paths(text: str) -> str:
