@@ -130,7 +130,7 @@ def _without_paths(text: str) -> str:
 def _results(run: RunFiles) -> list[tuple[str, str, str]]:
     rows = []
     for name, before, after in before_after(run.records):
-        error = run.error(name, after)
+        error = run.standard_error(name, after)
         shown = ["–" if v is None else show_metric(name, v) for v in (before, after)]
         rows.append((metric_label(name), shown[0], shown[1] + (f" ± {error:.3f}" if error is not None else "")))
     return rows

@@ -42,30 +42,6 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Chart:
-    """A figure, ready to be drawn.
-
-    scale: of its axes, the horizontal one in `unit`.
-    marks: a colour, and (CSS class, SVG path) of what is drawn in it.
-    key: of the legend: colour, class of its mark, name, value.
-    readout: JSON of the points of each entry of the legend, for the page's script.
-    guide: a value worth comparing with, and its name: (0.5, "chance").
-    note: one line under the chart.
-    small: a lower plot.
-    """
-
-    title: str
-    scale: "Scale"
-    marks: Sequence[tuple[str, Sequence[tuple[str, Markup]]]]
-    key: Sequence[tuple[str, str, str, str]]
-    readout: Markup
-    guide: tuple[float, str] | None = None
-    note: str = ""
-    small: bool = False
-    unit: str = "step"
-
-
-@dataclass(frozen=True)
 class Scale:
     """Data coordinates to thousandths of the plot, origin at the top left."""
 
@@ -84,10 +60,34 @@ class Scale:
         """Percent from the top."""
         return 100 * (self.y[1] - y) / (self.y[1] - self.y[0])
 
-    def ticks(self) -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:
-        """Of the vertical and of the horizontal axis: percent from the top or the left, text."""
+    def axes(self) -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:
+        """Ticks of the vertical and of the horizontal axis: percent from the top or the left, text."""
         rows = [(self.down(y), label(y)) for y in ticks(*self.y, 5)]
         return rows, [(self.across(x), label(x)) for x in ticks(*self.x, 5) if x == round(x)]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure, ready to be drawn.
+
+    scale: of its axes, the horizontal one in `unit`.
+    marks: a colour, and (CSS class, SVG path) of what is drawn in it.
+    key: of the legend: colour, class of its mark, name, value.
+    readout: JSON of the points of each entry of the legend, for the page's script.
+    guide: a value worth comparing with, and its name: (0.5, "chance").
+    note: one line under the chart.
+    small: a lower plot.
+    """
+
+    title: str
+    scale: Scale
+    marks: Sequence[tuple[str, Sequence[tuple[str, Markup]]]]
+    key: Sequence[tuple[str, str, str, str]]
+    readout: Markup
+    guide: tuple[float, str] | None = None
+    note: str = ""
+    small: bool = False
+    unit: str = "step"
 
 
 def line_chart(

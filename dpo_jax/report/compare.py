@@ -45,7 +45,7 @@ def _finals(runs: Sequence[RunFiles]) -> list[tuple[str, str, float | None, list
         if known:
             # Accuracy alone can be ranked: loss, margin and rewards depend on each run's beta.
             ranked = name == "accuracy"
-            cells = [(value, run.error(name, value)) for run, value in zip(runs, values, strict=True)]
+            cells = [(value, run.standard_error(name, value)) for run, value in zip(runs, values, strict=True)]
             rows.append((name, metric_label(name), max(known) if ranked else None, cells))
     alone = {
         ("step", "Last step"): (run.last_step for run in runs),

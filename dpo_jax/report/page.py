@@ -78,7 +78,7 @@ def _headline(run: RunFiles) -> list[dict[str, Any]]:
             note += " Chance is 0.5; before training all pairs tie."
         if name == "dpo_loss" and not run.saved.is_dpo:
             note = f"That of {run.saved.loss}."
-        values = {"before": before if compared else None, "after": after, "error": run.error(name, after)}
+        values = {"before": before if compared else None, "after": after, "error": run.standard_error(name, after)}
         blocks.append({"name": name, "title": title, "note": note, "compared": compared} | values)
     return blocks
 

@@ -133,7 +133,7 @@ class RunFiles:
         counts = [r["pairs"] for r in self.records if r["split"] == "eval" and r.get("pairs")]
         return int(counts[-1] if counts else self.data.get("splits", {}).get("eval", {}).get("pairs", 0))
 
-    def error(self, name: str, value: float | None, pairs: int | None = None) -> float | None:
+    def standard_error(self, name: str, value: float | None, pairs: int | None = None) -> float | None:
         """The standard error of a held-out accuracy over `pairs` (all of them), sqrt(p(1 − p) / n); of others None."""
         pairs = pairs or self.held_out_pairs
         return math.sqrt(value * (1 - value) / pairs) if name == "accuracy" and pairs and value is not None else None
@@ -220,7 +220,7 @@ def metric_series(run: RunFiles, plot: Plot, name: str, label: str, color: str) 
 def held_out_series(run: RunFiles, name: str, label: str, color: str) -> Series:
     """A metric over the evaluations; accuracy has its standard errors."""
     points, pairs = _points(run, "eval", name), run.held_out_pairs
-    errors = {step: error for step, value in points if (error := run.error(name, value, pairs))}
+    errors = {step: error for step, value in points if (error := run.standard_error(name, value, pairs))}
     if name == "kl":
         errors = {r["step"]: r["kl_error"] for r in run.records if r["split"] == "eval" and r.get("kl_error")}
     return Series(label, color, points, held_out=True, errors=errors)

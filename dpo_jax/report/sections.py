@@ -35,7 +35,7 @@ def _group_rows(run: RunFiles, last: Record, names: Mapping[str, str]) -> list[t
     for name, words in names.items():
         accuracy, pairs = last.get(f"accuracy/{name}"), last.get(f"pairs/{name}")
         if accuracy is not None:
-            error = run.error("accuracy", accuracy, pairs) or None
+            error = run.standard_error("accuracy", accuracy, pairs) or None
             rows.append((words, pairs, accuracy, error, last.get(f"margin/{name}")))
     return rows
 
