@@ -35,8 +35,8 @@ def _embed(table_VD: jax.Array, tokens_BT: jax.Array, spread: Spread, like_VD: j
 
         def body(_, tokens_Bn):
             rows, inside = _mine(spread.gather(tokens_Bn), table_vD.shape[0], spread)
-            found = jnp.where(inside[..., None], jnp.take(table_vD, rows, axis=0), 0)
-            return None, spread.scatter_sum(found)
+            rows_BnD = jnp.where(inside[..., None], jnp.take(table_vD, rows, axis=0), 0)
+            return None, spread.scatter_sum(rows_BnD)
 
         chunks, n = division(tokens_BT.shape[0], T, 2 * CHUNK_TOKENS, 1)
         return joined(jax.lax.scan(body, None, chunks_of(tokens_BT, chunks, n))[1], T)

@@ -159,8 +159,8 @@ def _target_logit(logits_Bns: jax.Array, rows_Bn: jax.Array, first: Any, *, gath
     if not gather:  # compared: on TPU that fuses with the reductions
         return jnp.sum(jnp.where(_is_target(rows_Bn, first, size), logits_Bns, 0.0), axis=-1)
     local = rows_Bn - first
-    found = jnp.take_along_axis(logits_Bns, jnp.clip(local, 0, size - 1)[..., None], axis=-1)[..., 0]
-    return jnp.where((local >= 0) & (local < size), found, 0.0)
+    logit_Bn = jnp.take_along_axis(logits_Bns, jnp.clip(local, 0, size - 1)[..., None], axis=-1)[..., 0]
+    return jnp.where((local >= 0) & (local < size), logit_Bn, 0.0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -209,22 +209,22 @@ def _forward(
             before, largest = largest, spread.vocab_max(largest)
             *sums, target = spread.vocab_sum([*scaled(sums, before, largest), target])
             log_sums = [jnp.log(s) + a * largest for a, s in zip(powers, sums, strict=True)]
-            found = {"logps": target - log_sums[0], "log_sum": log_sums[0]}
+            values = {"logps": target - log_sums[0], "log_sum": log_sums[0]}
             if options.log_sum_sq:
-                found["squares"] = log_sums[1] - 2 * log_sums[0]
-            return None, {name: spread.own_rows(x, B) for name, x in found.items()}
+                values["squares"] = log_sums[1] - 2 * log_sums[0]
+            return None, {name: spread.own_rows(x, B) for name, x in values.items()}
 
         chunks, n = _split(B, N, options.chunk_tokens, len(blocks[0]))
-        found = jax.lax.scan(body, None, (chunks_of(hidden_BND, chunks, n), chunks_of(targets_BN, chunks, n)))[1]
-        return {name: joined(x, N) for name, x in found.items()}
+        values = jax.lax.scan(body, None, (chunks_of(hidden_BND, chunks, n), chunks_of(targets_BN, chunks, n)))[1]
+        return {name: joined(x, N) for name, x in values.items()}
 
     rows = P(spread.rows or None)
-    found = spread.on_mesh(local, (rows, rows, P(spread.vocab or None)), rows)(hidden_BND, targets_BN, table_VD)
-    return (found["logps"], found.get("squares")), (hidden_BND, targets_BN, table_VD, found["log_sum"])
+    values = spread.on_mesh(local, (rows, rows, P(spread.vocab or None)), rows)(hidden_BND, targets_BN, table_VD)
+    return (values["logps"], values.get("squares")), (hidden_BND, targets_BN, table_VD, values["log_sum"])
 
 
 def _backward(
-    options: LogpOptions, spread: Spread, vocab: int, kept: Any, grads: Any
+    options: LogpOptions, spread: Spread, vocab: int, kept: Any, grads: tuple[jax.Array, Any]
 ) -> tuple[jax.Array, None, jax.Array]:
     hidden_BND, targets_BN, table_VD, log_sum_BN = kept
 

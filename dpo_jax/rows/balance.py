@@ -98,6 +98,13 @@ def _partners(rng: np.random.Generator, hot: np.ndarray, rows_per_batch: int, to
     return hot // rows_per_batch * rows_per_batch + rng.integers(0, rows_per_batch, len(hot))
 
 
+def _apart(both: np.ndarray) -> np.ndarray:
+    """Which exchanges between rows `[h, 2]` can be made at a time: a row takes part in the first that names it."""
+    first = np.zeros(both.size, bool)
+    first[np.unique(both.reshape(-1), return_index=True)[1]] = True
+    return first[::2] & first[1::2]
+
+
 def balance(
     placed: np.ndarray, lengths: np.ndarray, target: np.ndarray, rng: np.random.Generator, across: bool
 ) -> np.ndarray:
@@ -119,12 +126,9 @@ def balance(
             other = _emptiest(lengths[flat].sum(1), hot, target)
         else:
             other = _partners(rng, hot, rows, len(flat), across and round_ % 2 == 0)
-        # A row may take part in one exchange at a time.
         both = np.stack([hot, other], 1)
         both = both[rng.permutation(len(both))]
-        first = np.zeros(2 * len(both), bool)
-        first[np.unique(both.reshape(-1), return_index=True)[1]] = True
-        both = both[first.reshape(-1, 2).all(1) & (both[:, 0] != both[:, 1])]
+        both = both[_apart(both) & (both[:, 0] != both[:, 1])]
 
         def exchange(start: int, both: np.ndarray = both) -> None:
             x, y = both[start : start + chunk].T
@@ -139,7 +143,7 @@ def balance(
     return flat.reshape(n, rows, K)
 
 
-def batches(order: np.ndarray, batch_size: int, drop_remainder: bool) -> np.ndarray:
+def consecutive(order: np.ndarray, batch_size: int, drop_remainder: bool) -> np.ndarray:
     """Consecutive batches `[n, batch_size]` of an order; the last one padded with EMPTY or dropped."""
     n = len(order) // batch_size if drop_remainder else -(-len(order) // batch_size)
     padded = np.full(n * batch_size, EMPTY, np.int64)
@@ -216,11 +220,7 @@ def fit_slots(
         gain = np.where(legal, overflow[x] + overflow[y] - after.sum(0), 0).reshape(len(hot), draws)
         best = np.arange(len(hot)) * draws + gain.argmax(1)
         best = best[gain.max(1) > 0]
-        # A row may take part in one exchange at a time.
-        both = np.stack([x[best], y[best]], 1)
-        first = np.zeros(both.size, bool)
-        first[np.unique(both.reshape(-1), return_index=True)[1]] = True
-        best = best[first.reshape(-1, 2).all(1)]
+        best = best[_apart(np.stack([x[best], y[best]], 1))]
         flat[x[best]], flat[y[best]] = a[best], b[best]
         overflow[x[best]], overflow[y[best]] = after[:, best]
     return flat.reshape(n, rows, K)
@@ -237,7 +237,7 @@ def across_batches(lengths: np.ndarray, batch_size: int, order: Order, epoch: in
         rng = np.random.default_rng([order.seed, epoch])
         widths = np.asarray(shape.widths, np.int64)
         ids, marked = long_together(rng.permutation(len(lengths)), lengths, widths, batch_size, rng)
-        dealt = batches(ids, batch_size, order.drop_remainder)
+        dealt = consecutive(ids, batch_size, order.drop_remainder)
         marked = marked[: len(dealt)]
         return _filled(dealt, marked, lengths, shape, wide, rng, across=True), marked
 

@@ -62,7 +62,7 @@ def choose_ladder(
     sure = _shape(_ceil(batch_size, limits.row_multiple), _round_up(longest, limits.width_multiple), 1)
     size = max(batch_size, SAMPLE_GROUPS)
     if not order.shuffle:
-        ids = balance.batches(np.arange(len(lengths)), batch_size, order.drop_remainder)
+        ids = balance.consecutive(np.arange(len(lengths)), batch_size, order.drop_remainder)
         plain = np.zeros(len(ids), bool)
         few = slice(0, max(1, size // batch_size))
         place = within_batches(ids[few], plain[few], lengths, order, 0)

@@ -65,7 +65,7 @@ def schedule_epoch(lengths: np.ndarray, batch_size: int, ladder: Ladder, order: 
     assert lengths.shape[1] == len(first.widths), f"lengths {lengths.shape} for rows of {first.n} completions"
     wide = widest(ladder.shapes)
     if not ladder.home:
-        ids = balance.batches(np.arange(len(lengths)), batch_size, order.drop_remainder)
+        ids = balance.consecutive(np.arange(len(lengths)), batch_size, order.drop_remainder)
         placed, _ = within_batches(ids, np.zeros(len(ids), bool), lengths, order, 0)(first, wide)
     else:
         home, room = ladder.home[0], widest(ladder.home)

@@ -3,11 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from dpo_jax.model.families import config_from_hf
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.model.placement import abstract_whole, place_model
+from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import make_mesh, replicated
 from dpo_jax.parallel.tpu import parse_topology, quiet
 from dpo_jax.plan.compile import abstract_batch, experts_share, held_by
@@ -104,3 +106,28 @@ def test_batches_of_groups_of_any_size(n):
         assert batch.completion_tokens.shape == batch.ref_logps.shape == (M, B, K, n)
         assert batch.source.shape == (M, B, T - shape.prompt)
         assert batch.ref_whole is None
+
+
+@compiler
+@pytest.mark.parametrize(("n", "attention"), [(1, "splash"), (3, "splash"), (4, "splash"), (8, "splash"), (8, "dense")])
+def test_rows_of_any_number_of_completions_compile(n, attention):
+    processes.run_all(_compile_groups, [(n, attention)])
+
+
+def _compile_groups(n, attention):
+    """The gradient of a loss of groups, on eight chips."""
+    c = settings(batch_size=8, attention=attention)
+    mesh = make_mesh(1, -1, 1, parse_topology("v6e:2x4").devices())
+    layout = make_layout(c, config_from_hf(SMALL, "small"), mesh)
+    logps, shape = logps_fn(layout, remat="dots"), RowShape(256, (128,) * n, rows=8, places=4)
+
+    def loss(params, batch):
+        return jnp.sum(logps(params, jax.tree.map(lambda x: x[0], batch), shape).logps ** 2)
+
+    params = abstract_whole(layout, layout.dtype)
+    with jax.set_mesh(mesh), quiet():
+        traced = jax.jit(jax.grad(loss), compiler_options=layout.compiler_options).trace(
+            params, abstract_batch(shape, layout, 1)
+        )
+        text = traced.lower().compile().as_text()
+    assert ("splash_mha_fwd" in text) is (attention == "splash")

@@ -292,7 +292,7 @@ def _backward(spec, kept, grad_BTHE):
     q, grad = (_queries_first(spec, x, k_BTGE.shape[2]) for x in (q_BTHE, grad_BTHE))
     k, v = (_keys_first(spec, x) for x in (k_BTGE, v_BTGE))
 
-    def do(tile: _Tile, grads: Any) -> Any:
+    def do(tile: _Tile, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         attend = lambda q, k, v: _attend(q, k, v, tile.bias_QS, spec)
         _, pull = jax.vjp(attend, tile.queries(q), tile.keys(k), tile.keys(v))
         dq, dk, dv = pull(tile.queries(grad))
