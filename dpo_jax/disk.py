@@ -48,11 +48,7 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
 
 
 def read_json(path: Path, mend: str = "restore or remove it") -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-      path: of the file.
-      mend: what to do where it holds none, the end of the error's sentence.
+    """The JSON object in a file; `mend`, what to do where it holds none, ends the error's sentence.
 
     Raises:
       UserError: the file cannot be read, or holds anything but a JSON object.

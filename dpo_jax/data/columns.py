@@ -39,8 +39,6 @@ def parse_hh(row: Row) -> LabeledComparison | Skip:
     >>> start = "\n\nHuman: Hi\n\nAssistant:"
     >>> parse_hh({"chosen": start + " Hello!", "rejected": start + " What?"}).chosen
     ({'role': 'assistant', 'content': 'Hello!'},)
-    >>> parse_hh({"chosen": start + " Hello!", "rejected": start + " Hello! "})
-    Skip(reason='identical_answers', detail='')
     """
     turns = []
     for key in ("chosen", "rejected"):
@@ -73,8 +71,7 @@ def parse_helpsteer3(row: Row) -> LabeledComparison | Skip:
     for key in ("context", "response1", "response2", "overall_preference"):
         if row.get(key) is None:
             return _missing(row, key)
-    value = row["overall_preference"]
-    preference = _integer(value)
+    preference = _integer(value := row["overall_preference"])
     if preference is None or not -3 <= preference <= 3:
         return Skip("bad_preference", f"overall_preference is {value!r:.40}, needed is an integer from -3 to 3")
     label: Label = "Tie" if preference == 0 else "A" if preference < 0 else "B"
@@ -90,8 +87,6 @@ def parse_chosen_rejected(row: Row) -> LabeledComparison | Skip:
 
     >>> parse_chosen_rejected({"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}).comparison.prompt_conversation
     ({'role': 'user', 'content': 'Hi'},)
-    >>> parse_chosen_rejected({"prompt": "Hi", "chosen": "Hello!", "rejected": ""})
-    Skip(reason='empty_rejected', detail='')
     """
     chosen, rejected, prompt = row.get("chosen"), row.get("rejected"), row.get("prompt")
     if chosen is None or rejected is None:
@@ -120,13 +115,7 @@ def parse_chosen_rejected(row: Row) -> LabeledComparison | Skip:
 
 def parse_argilla(row: Row) -> LabeledComparison | Skip:
     """argilla/ultrafeedback-binarized-preferences: `instruction`, `chosen_response`, `rejected_response`."""
-    return parse_chosen_rejected(
-        {
-            "prompt": row.get("instruction"),
-            "chosen": row.get("chosen_response"),
-            "rejected": row.get("rejected_response"),
-        }
-    )
+    return _parse_renamed(row.get("instruction"), row.get("chosen_response"), row.get("rejected_response"))
 
 
 def parse_instruction(row: Row) -> LabeledComparison | Skip:
@@ -140,7 +129,7 @@ def parse_instruction(row: Row) -> LabeledComparison | Skip:
     if not isinstance(instruction, str) or not isinstance(extra, str | None):
         return Skip("not_text", "instruction and input must be text")
     prompt = f"{instruction}\n\n{extra}" if extra and extra.strip() else instruction
-    return parse_chosen_rejected({"prompt": prompt, "chosen": row.get("chosen"), "rejected": row.get("rejected")})
+    return _parse_renamed(prompt, row.get("chosen"), row.get("rejected"))
 
 
 def parse_ranking(row: Row) -> LabeledComparison | Skip:
@@ -150,13 +139,10 @@ def parse_ranking(row: Row) -> LabeledComparison | Skip:
     >>> parse_ranking({"conversations": [human], "chosen": good, "rejected": bad}).chosen[0]
     {'role': 'assistant', 'content': 'a'}
     """
-    system = row.get("system")
-    turns = row.get("conversations")
+    system, turns = row.get("system"), row.get("conversations")
     if isinstance(system, str) and system and isinstance(turns, list):
         turns = [{"role": "system", "content": system}, *turns]
-    return parse_chosen_rejected(
-        {"prompt": turns or None, "chosen": row.get("chosen"), "rejected": row.get("rejected")}
-    )
+    return _parse_renamed(turns or None, row.get("chosen"), row.get("rejected"))
 
 
 def parse_comparison(row: Row) -> LabeledComparison | Skip:
@@ -188,12 +174,8 @@ def parse_own(row: Row) -> LabeledComparison | Skip:
     for columns, parse in FORMS:
         if all(column in row for column in columns):
             return parse(row)
-    return Skip("unknown_columns", f"found {', '.join(map(str, row)) or 'none'}; accepted are {accepted_columns()}")
-
-
-def accepted_columns() -> str:
-    """The accepted sets of columns, as an error message lists them."""
-    return "; ".join("+".join(columns) for columns, _ in FORMS)
+    accepted = "; ".join("+".join(columns) for columns, _ in FORMS)
+    return Skip("unknown_columns", f"found {', '.join(map(str, row)) or 'none'}; accepted are {accepted}")
 
 
 def score_tie(row: Row) -> bool:
@@ -253,6 +235,10 @@ def _alternates(turns: Sequence[Message]) -> bool:
     return [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
 
 
+def _parse_renamed(prompt: Any, chosen: Any, rejected: Any) -> LabeledComparison | Skip:
+    return parse_chosen_rejected({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+
+
 def _labeled(prompt: Any, a: Any, b: Any, label: Label) -> LabeledComparison | Skip:
     parts = []
     for value, role in ((prompt, "user"), (a, "assistant"), (b, "assistant")):
@@ -270,12 +256,8 @@ def _missing(row: Row, column: str) -> Skip:
 
 def _integer(value: Any) -> int | None:
     """The integer that JSON, Parquet (a column with nulls is float) or CSV-like text means; None for anything else."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else None
-    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]", value.strip()):
-        return int(value)
-    return None
+    if isinstance(value, str):
+        whole = re.fullmatch(r"[+-]?[0-9]", value.strip()) is not None
+    else:
+        whole = value.is_integer() if isinstance(value, float) else type(value) is int
+    return int(value) if whole else None

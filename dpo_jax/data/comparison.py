@@ -21,13 +21,11 @@ A dataset is one function `row -> LabeledComparison | Skip`:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from dataclasses import dataclass
+from typing import Literal, TypedDict, get_args
 
-Role = Literal["system", "user", "assistant", "tool"]
 Label = Literal["A", "B", "Tie"]
-ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
-LABELS: tuple[str, ...] = ("A", "B", "Tie")
+ROLES = ("system", "user", "assistant", "tool")
 
 # Reasons that a sound row is left out on purpose: counted, but neither quarantined nor held against the file. Every
 # other reason means that the row does not say what its format promises.
@@ -43,12 +41,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two completions of one conversation; a completion is a list of messages, in practice one assistant turn.
-
-    >>> Comparison([{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "a"}],
-    ...            [{"role": "assistant", "content": "b"}]).completion_b
-    [{'role': 'assistant', 'content': 'b'}]
-    """
+    """Two completions of one conversation; a completion is a list of messages, in practice one assistant turn."""
 
     prompt_conversation: Sequence[Message]
     completion_a: Sequence[Message]
@@ -57,20 +50,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class LabeledComparison:
-    """A comparison and which completion is better: "A", "B" or "Tie".
-
-    >>> ask = [{"role": "user", "content": "Hi"}]
-    >>> a, b = [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]
-    >>> LabeledComparison(Comparison(ask, a, b), "B").chosen == b
-    True
-    """
+    """A comparison and which completion is better: "A", "B" or "Tie"."""
 
     comparison: Comparison
     label: Label
 
     def __post_init__(self) -> None:
-        if self.label not in LABELS:
-            raise ValueError(f"label={self.label!r}; a label is one of {', '.join(LABELS)}")
+        if self.label not in get_args(Label):
+            raise ValueError(f"label={self.label!r}; a label is one of {', '.join(get_args(Label))}")
 
     @property
     def chosen(self) -> Sequence[Message]:
@@ -83,18 +70,12 @@ class LabeledComparison:
         return self.comparison.completion_b if self._a_wins() else self.comparison.completion_a
 
     def swap(self) -> "LabeledComparison":
-        """The same judgement with A and B exchanged: swapping twice changes nothing.
-
-        >>> ask = [{"role": "user", "content": "Hi"}]
-        >>> a, b = [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]
-        >>> once = LabeledComparison(Comparison(ask, a, b), "A").swap()
-        >>> once.label, once.comparison.completion_a == b, once.chosen == a
-        ('B', True, True)
-        """
+        """The same judgement with A and B exchanged: swapping twice changes nothing."""
         swapped: dict[Label, Label] = {"A": "B", "B": "A", "Tie": "Tie"}
         old = self.comparison
-        comparison = replace(old, completion_a=old.completion_b, completion_b=old.completion_a)
-        return LabeledComparison(comparison, swapped[self.label])
+        return LabeledComparison(
+            Comparison(old.prompt_conversation, old.completion_b, old.completion_a), swapped[self.label]
+        )
 
     def _a_wins(self) -> bool:
         if self.label == "Tie":
@@ -128,8 +109,14 @@ def checked(labeled: LabeledComparison) -> LabeledComparison | Skip:
     """
     comparison = labeled.comparison
     for message in (*comparison.prompt_conversation, *comparison.completion_a, *comparison.completion_b):
-        if (skip := _message_fault(message)) is not None:
-            return skip
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            return Skip("not_text", f"a message is {message!r:.80}, needed is {{role, content}} with text")
+        if message.get("role") not in ROLES:
+            return Skip("unknown_role", f"role {message.get('role')!r}; known are {', '.join(ROLES)}")
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:  # a lone surrogate: legal in JSON, fatal in a tokenizer
+            return Skip("invalid_text", str(error))
     prompt = comparison.prompt_conversation
     if not any(message["content"].strip() for message in prompt):
         return Skip("empty_prompt")
@@ -145,17 +132,3 @@ def checked(labeled: LabeledComparison) -> LabeledComparison | Skip:
             return Skip(f"empty_{name}")
     first, second = (completion[0]["content"].strip() for completion in named.values())
     return Skip("identical_answers") if first == second else labeled
-
-
-def _message_fault(message: Message) -> Skip | None:
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        return Skip("not_text", f"a message is {message!r:.80}, needed is {{role, content}} with text")
-    if message.get("role") not in ROLES:
-        return Skip("unknown_role", f"role {message.get('role')!r}; known are {', '.join(ROLES)}")
-    content = message["content"]
-    if not content.isascii():
-        try:
-            content.encode("utf-8")
-        except UnicodeEncodeError as error:  # a lone surrogate: legal in JSON, fatal in a tokenizer
-            return Skip("invalid_text", str(error))
-    return None

@@ -10,16 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_jax.data.columns import (
-    Parser,
-    Row,
-    parse_argilla,
-    parse_chosen_rejected,
-    parse_helpsteer3,
-    parse_hh,
-    parse_own,
-    score_tie,
-)
+from dpo_jax.data import columns
+from dpo_jax.data.columns import Parser, Row
 from dpo_jax.data.comparison import LabeledComparison, Skip, checked
 from dpo_jax.errors import UserError
 
@@ -33,13 +25,8 @@ def parse_ultrafeedback(row: Row) -> LabeledComparison | Skip:
     ({'role': 'assistant', 'content': 'What?'},)
     """
     if "chosen_response" in row or "rejected_response" in row:
-        return parse_argilla(row)
-    return parse_chosen_rejected(row)
-
-
-def never_tied(row: Row) -> bool:
-    """For datasets whose parser gives ties the label "Tie", or that have no scores."""
-    return False
+        return columns.parse_argilla(row)
+    return columns.parse_chosen_rejected(row)
 
 
 @dataclass(frozen=True)
@@ -48,7 +35,7 @@ class DatasetSpec:
 
     `train` and `test` are patterns of paths inside the hub's repository (and inside a local copy of it). `subsets`
     are its top-level directories. `tied` is true of a row whose scores of chosen and rejected are equal, which
-    `drop_ties` drops; a parser's own label "Tie" is always dropped, because such a row names no winner.
+    `drop_ties` drops (never without scores); a parser's own label "Tie" is always dropped: such a row names no winner.
     """
 
     parse: Parser
@@ -57,51 +44,42 @@ class DatasetSpec:
     licence: str
     hub: str = ""
     subsets: tuple[str, ...] = ()
-    tied: Callable[[Row], bool] = never_tied
+    tied: Callable[[Row], bool] = lambda row: False
 
 
 _HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 
 DATASETS: dict[str, DatasetSpec] = {
     "hhh": DatasetSpec(
-        parse_hh, "*/train.jsonl*", "*/test.jsonl*", "MIT", hub="Anthropic/hh-rlhf", subsets=_HH_SUBSETS
+        columns.parse_hh, "*/train.jsonl*", "*/test.jsonl*", "MIT", "Anthropic/hh-rlhf", subsets=_HH_SUBSETS
     ),
     "helpsteer3": DatasetSpec(
-        parse_helpsteer3,
+        columns.parse_helpsteer3,
         "preference/train.jsonl*",
         "preference/validation.jsonl*",
         "CC-BY-4.0",
-        hub="nvidia/HelpSteer3",
+        "nvidia/HelpSteer3",
     ),
     "ultrafeedback": DatasetSpec(
         parse_ultrafeedback,
         "data/train_prefs-*.parquet",
         "data/test_prefs-*.parquet",
         "MIT",
-        hub="HuggingFaceH4/ultrafeedback_binarized",
-        tied=score_tie,
+        "HuggingFaceH4/ultrafeedback_binarized",
+        tied=columns.score_tie,
     ),
     # Written by dpo_jax.data.synthetic in HH's layout; its subsets may have any name.
-    "synthetic": DatasetSpec(parse_hh, "*/train.jsonl*", "*/test.jsonl*", "generated"),
+    "synthetic": DatasetSpec(columns.parse_hh, "*/train.jsonl*", "*/test.jsonl*", "generated"),
 }
 
 # A user's own files: any accepted columns; the split is read from the file names (see sources.py).
-OWN = DatasetSpec(parse_own, "", "", "the user's", tied=score_tie)
-
-
-def known_datasets() -> str:
-    """What `dataset` may be, as an error message lists it."""
-    return (
-        f"{', '.join(DATASETS)} (hhh/SUBSET,SUBSET with {', '.join(_HH_SUBSETS)}), a path or glob of JSONL, JSON or "
-        "Parquet files, hf:OWNER/NAME[:SPLIT], or my_module:my_function"
-    )
+OWN = DatasetSpec(columns.parse_own, "", "", "the user's", tied=columns.score_tie)
 
 
 def load_parser(name: str) -> Parser:
     """The function that `module:function` names, guarded: what it raises or returns wrongly is one bad row.
 
-    Raises:
-      UserError: there is no such module or function.
+    UserError if there is no such module or function.
     """
     module_name, _, function_name = name.partition(":")
     try:
@@ -136,13 +114,11 @@ def load_parser(name: str) -> Parser:
 def own_code(name: str) -> list[Path]:
     """The files of the code behind `module:function`: its module, and what it imports from the same package or folder.
 
-    None for a parser of this package, which has no such name.
-
-    Of an installed module outside any package only its own file counts: its folder holds every other package.
+    None for a parser of this package, which has no such name. Of an installed module outside any package only its own
+    file counts: its folder holds every other package.
     """
     module = sys.modules.get(name.partition(":")[0]) if ":" in name else None
-    file = getattr(module, "__file__", None)
-    if module is None or not file:
+    if module is None or not (file := module.__file__):
         return []
     top = sys.modules[module.__name__.partition(".")[0]]
     root = Path(file).resolve().parent

@@ -17,7 +17,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 
@@ -27,12 +27,7 @@ from dpo_jax.errors import UserError
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 # JSON files that published repositories have beside the data.
 _NOT_DATA = {
-    "config.json",
-    "manifest.json",
-    "dataset_dict.json",
-    "dataset_info.json",
-    "dataset_infos.json",
-    "state.json",
+    f"{name}.json" for name in ("config", "manifest", "dataset_dict", "dataset_info", "dataset_infos", "state")
 }
 _CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[ \t\r\n,]*")  # what is between the rows of a JSON array
@@ -56,21 +51,26 @@ def is_remote(path: str) -> bool:
 def find_files(path: str) -> list[str]:
     """The data files that `path` (a file, a glob, a directory or an fsspec address of these) names, sorted.
 
-    Raises:
-      UserError: nothing is there, or the directory holds no data file.
+    UserError if nothing is there, or the directory holds no data file.
     """
-    if is_remote(path):
-        return _find_remote(path)
-    path = os.path.expanduser(path)
+    path = path if is_remote(path) else os.path.expanduser(path)
     if os.path.isfile(path):
         return [path]
-    if os.path.isdir(path):
-        walked = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
-        return _data_files(path, list(walked))
-    matching = sorted(one for one in glob.glob(path, recursive=True) if os.path.isfile(one))
-    if not matching:
-        raise UserError(f"{path}: no such file or directory, and no file matches it as a glob; check the path")
-    return matching
+    if is_remote(path):
+        is_directory, listed = _list_remote(path)
+    elif is_directory := os.path.isdir(path):
+        listed = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]
+    else:
+        listed = [one for one in glob.glob(path, recursive=True) if os.path.isfile(one)]
+    if is_directory:
+        names = {one: one.rsplit("/", 1)[-1] for one in listed}
+        shown = {one: name for one, name in names.items() if not name.startswith(".") and name not in _NOT_DATA}
+        listed = [one for one, name in shown.items() if name.removesuffix(".gz").endswith(SUFFIXES)]
+    if not listed:
+        what = "no such file or directory, and no file matches it as a glob; check the path"
+        needed = f"no data files in this directory; needed are {', '.join(SUFFIXES)} (also .gz)"
+        raise UserError(f"{path}: {needed if is_directory else what}")
+    return sorted(listed)
 
 
 def read_rows(
@@ -80,12 +80,11 @@ def read_rows(
 
     `count` is told now and then how many bytes more of the file, packed as it is, have been read.
 
-    Raises:
-      UserError: the file is missing, empty, truncated or damaged.
+    UserError if the file is missing, empty, truncated or damaged.
     """
     rows = counted = 0
     try:
-        with _open(path) as raw:
+        with fsspec.open(path, "rb").open() if is_remote(path) else open(path, "rb") as raw:
             stream = io.BufferedReader(raw) if isinstance(raw, io.RawIOBase) else raw
             for line, row in _rows_of(stream):
                 rows += 1
@@ -107,8 +106,7 @@ def read_rows(
 def fingerprint(path: str) -> dict[str, Any]:
     """What tells this file's content from any other: path, bytes, digest (of a remote file: its store's own mark).
 
-    Raises:
-      UserError: the file cannot be read.
+    UserError if the file cannot be read.
     """
     try:
         if is_remote(path):
@@ -129,8 +127,7 @@ def fingerprint(path: str) -> dict[str, Any]:
 def download(repository: str, patterns: list[str]) -> str:
     """The local directory of a hub dataset's files that match `patterns`, downloaded if they are not there yet.
 
-    Raises:
-      UserError: the hub or the repository cannot be reached and there is no local copy.
+    UserError if the hub or the repository cannot be reached and there is no local copy.
     """
     import huggingface_hub  # here, because it is slow to import and local data needs none of it
 
@@ -150,10 +147,6 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
 
 
-def _open(path: str) -> IO[bytes]:
-    return fsspec.open(path, "rb").open() if is_remote(path) else open(path, "rb")
-
-
 def _rows_of(stream: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
     magic = stream.read(4)
     stream.seek(0)
@@ -166,10 +159,8 @@ def _rows_of(stream: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
                     yield from _parquet_rows(whole)
             else:
                 yield from _json_rows(reader)
-    elif magic == b"PAR1":
-        yield from _parquet_rows(stream)
     else:
-        yield from _json_rows(stream)
+        yield from _parquet_rows(stream) if magic == b"PAR1" else _json_rows(stream)
 
 
 def _json_rows(stream: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
@@ -237,22 +228,17 @@ def _array_rows(stream: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
 def _parquet_rows(stream: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet  # slow to import, and most runs read JSON lines
 
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=256):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+    batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=256)
+    return enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1)
 
 
-def _find_remote(path: str) -> list[str]:
+def _list_remote(path: str) -> tuple[bool, list[str]]:
+    """Whether the address is a directory, and the files in it, or those that match it."""
     try:
         filesystem, inner = fsspec.core.url_to_fs(path)
-        if filesystem.isdir(inner):
-            return _data_files(path, [filesystem.unstrip_protocol(one) for one in filesystem.find(inner)])
-        if glob.has_magic(inner):
-            matching = sorted(filesystem.glob(inner))
-        else:
-            matching = [inner] if filesystem.exists(inner) else []
+        is_directory = filesystem.isdir(inner)
+        listed = filesystem.find(inner) if is_directory else filesystem.glob(inner)
+        return is_directory, [filesystem.unstrip_protocol(one) for one in listed]
     except (ImportError, ValueError) as error:
         extra = "; run pip install 'dpo_jax[gcs]'" if path.startswith(("gs://", "gcs://")) else ""
         raise UserError(f"{path}: cannot be opened ({_one_line(error)}){extra}") from error
@@ -260,19 +246,3 @@ def _find_remote(path: str) -> list[str]:
         raise UserError(
             f"{path}: cannot be reached ({_one_line(error)}); check the address and the credentials"
         ) from error
-    if not matching:
-        raise UserError(f"{path}: no such file or directory, and no file matches it as a glob; check the address")
-    return [filesystem.unstrip_protocol(one) for one in matching]
-
-
-def _data_files(directory: str, paths: list[str]) -> list[str]:
-    data = [
-        path
-        for path in sorted(paths)
-        if (name := path.rsplit("/", 1)[-1]).removesuffix(".gz").endswith(SUFFIXES)
-        and not name.startswith(".")
-        and name not in _NOT_DATA
-    ]
-    if not data:
-        raise UserError(f"{directory}: no data files in this directory; needed are {', '.join(SUFFIXES)} (also .gz)")
-    return data

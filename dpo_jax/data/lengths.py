@@ -24,11 +24,6 @@ def token_table(lengths: np.ndarray) -> dict[str, dict[str, float]]:
     }
 
 
-def differences(lengths: np.ndarray) -> np.ndarray:
-    """Tokens by which the chosen completion is longer than the rejected one, int64 `[n]`."""
-    return lengths[:, 1].astype(np.int64) - lengths[:, 2]
-
-
 def count_bins(values: np.ndarray) -> dict[str, Any]:
     """Counts of integers in about `BINS` bins of equal width, of which one begins at 0.
 
@@ -64,7 +59,7 @@ def length_report(lengths: np.ndarray) -> dict[str, Any]:
     """
     if not len(lengths):
         return {}
-    apart = differences(lengths)
+    apart = lengths[:, 1].astype(np.int64) - lengths[:, 2]
     columns = dict(zip(PARTS, lengths.T, strict=True)) | {"difference": apart}
     return {
         "longer": {

@@ -38,13 +38,11 @@ class Mixture:
 
     def members(self, size: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
         """The pairs of an epoch, int64 `[size]`, spread evenly: every stretch has nearly the right proportions."""
-        counts = apportion(size, self.weights)
-        taken, due = [], []
-        for part, count in enumerate(counts):
+        taken = []
+        for part, count in enumerate(apportion(size, self.weights).tolist()):
             own = np.flatnonzero(self.part == part)
-            taken.append(own[_stretch(len(own), int(count), epoch, [seed, part] if shuffle else None)])
-            due.append((np.arange(count) + 0.5) / max(1, count))
-        return np.concatenate(taken)[np.argsort(np.concatenate(due), kind="stable")]
+            taken.append(own[_stretch(len(own), count, epoch, [seed, part] if shuffle else None)])
+        return spread(taken)
 
 
 def _stretch(n: int, count: int, epoch: int, seed: list[int] | None) -> np.ndarray:
@@ -62,8 +60,14 @@ def _stretch(n: int, count: int, epoch: int, seed: list[int] | None) -> np.ndarr
         order = np.concatenate([order[~again], order[again]])
         first = lap * n
         out = [order[max(0, begin - first) : max(0, end - first)]] if begin >= first else [*out, order[: end - first]]
-        rest = order[n - (first + n) % count :] if (first + n) % count else order[:0]
+        rest = order[n - (first + n) % count :]
     return np.concatenate(out) if out else rest
+
+
+def spread(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """All members of the parts, each part's at even distances."""
+    places = [(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts]
+    return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
 
 
 def apportion(total: int, weights: Sequence[float]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Raw files to training and evaluation pairs, with a report of every row that was read and of every one left out."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 
 from dpo_jax.data.cache.fingerprint import identity
 from dpo_jax.data.cache.shared import open_or_build
-from dpo_jax.data.cache.store import QUARANTINE, PairCache
+from dpo_jax.data.cache.store import QUARANTINE
 from dpo_jax.data.comparison import DELIBERATE
 from dpo_jax.data.lengths import length_report, token_table
 from dpo_jax.data.mixture import apportion
@@ -77,16 +78,14 @@ Progress = Callable[[Reading], None]
 def prepare(
     request: DataRequest, tokenizer: Any, quarantine: Path | None = None, progress: Progress | None = None
 ) -> Prepared:
-    """Pairs for `request`, from the cache if it holds exactly these, with bad rows written to `quarantine` (JSONL).
+    """Pairs for `request`, from the cache if it holds exactly these.
 
     Args:
-      request: what to prepare.
-      tokenizer: of the model.
-      quarantine: where bad rows go; None leaves them in the cache, and the report's `quarantine` names the file there.
+      request, tokenizer: what to prepare, and for which model.
+      quarantine: JSONL of the bad rows; None leaves them in the cache, and the report's `quarantine` names that file.
       progress: is told now and then how far building has come; never if the cache is there.
 
-    Raises:
-      UserError: the data cannot be found or read, too many rows are bad, or no pair is left.
+    UserError if the data cannot be found or read, too many rows are bad, or no pair is left.
     """
     if request.eval_pairs < -1:
         raise UserError(f"eval_pairs={request.eval_pairs}; use a number of pairs, 0 for none, or -1 for all")
@@ -104,59 +103,32 @@ def prepare(
             read, rows, kept = so_far.tolist()
             progress(Reading(min(read, total), total, rows, kept))
 
-    cache, built = open_or_build(
-        request.cache_dir,
-        decides,
-        lambda path: tokenise(data.sources, renderer, request.drop_ties, path, quarantine, tell),
-    )
-    written = _copy_quarantine(cache, quarantine)
-    _refuse_bad(cache.manifest["sources"], request.max_bad_fraction, written)
-    divided = split(cache, data, request.eval_pairs, request.seed)
-    sizes = [len(divided.train)] if divided.mixture is None else divided.mixture.sizes
-    empty = [part.name for part, size in zip(data.parts, sizes, strict=True) if not size]
-    if empty:
-        raise UserError(f"dataset={empty[0]}: no training pair is left; {_drop_summary(cache.manifest['sources'])}")
-    report = _report(request, renderer, cache, data, divided)
-    return Prepared(divided, {**report, "quarantine": written}, built)
-
-
-def _refuse_bad(sources: list[dict[str, Any]], max_bad_fraction: float, written: str | None) -> None:
-    for entry in sources:
+    produce = functools.partial(tokenise, data.sources, renderer, request.drop_ties, quarantine=quarantine, tell=tell)
+    cache, built = open_or_build(request.cache_dir, decides, produce)
+    written = copy_bad_rows(Path(cache.directory) / QUARANTINE, quarantine)
+    for entry in cache.manifest["sources"]:
         bad = {reason: count for reason, count in entry["dropped"].items() if reason not in DELIBERATE}
-        if sum(bad.values()) > max_bad_fraction * entry["read"]:
-            reasons = ", ".join(
-                f"{count} {reason} (first {entry['examples'][reason]})" for reason, count in bad.items()
-            )
+        if sum(bad.values()) > request.max_bad_fraction * entry["read"]:
+            reasons = ", ".join(f"{bad[reason]} {reason} (first {entry['examples'][reason]})" for reason in bad)
             raise UserError(
                 f"{entry['name']}: {sum(bad.values())} of {entry['read']} rows are bad, more than max_bad_fraction="
-                f"{max_bad_fraction}: {reasons}; mend them{f' (they are in {written})' if written else ''} or raise it"
+                f"{request.max_bad_fraction}: {reasons}; mend them"
+                f"{f' (they are in {written})' if written else ''} or raise it"
             )
+    divided = split(cache, data, request.eval_pairs, request.seed)
+    sizes = [len(divided.train)] if divided.mixture is None else divided.mixture.sizes
+    if empty := [part.name for part, size in zip(data.parts, sizes, strict=True) if not size]:
+        counts = "; ".join(
+            f"{entry['name']} ({entry['split']}): {entry['read']} rows read, {entry['kept']} kept, dropped "
+            + (", ".join(f"{count} {reason}" for reason, count in entry["dropped"].items()) or "none")
+            for entry in cache.manifest["sources"]
+        )
+        raise UserError(f"dataset={empty[0]}: no training pair is left; {counts}")
+    return Prepared(divided, _report(request, renderer, data, divided) | {"quarantine": written}, built)
 
 
-def _drop_summary(sources: list[dict[str, Any]]) -> str:
-    return "; ".join(
-        f"{entry['name']} ({entry['split']}): {entry['read']} rows read, {entry['kept']} kept, dropped "
-        + (", ".join(f"{count} {reason}" for reason, count in entry["dropped"].items()) or "none")
-        for entry in sources
-    )
-
-
-def _copy_quarantine(cache: PairCache, quarantine: Path | None) -> str | None:
-    """Copies the bad rows beside the run; a file that an earlier run left there goes if there are none."""
-    kept = Path(cache.directory) / QUARANTINE
-    if kept.stat().st_size == 0:
-        if quarantine is not None:
-            quarantine.unlink(missing_ok=True)
-        return None
-    if quarantine is None:
-        return str(kept)
-    copy_bad_rows(kept, quarantine)
-    return str(quarantine)
-
-
-def _report(
-    request: DataRequest, renderer: Renderer, cache: PairCache, data: DataSources, divided: Split
-) -> dict[str, Any]:
+def _report(request: DataRequest, renderer: Renderer, data: DataSources, divided: Split) -> dict[str, Any]:
+    cache = divided.train.cache
     shown = ("name", "split", "files", "read", "kept", "dropped", "truncated", "boundary_moved", "examples")
     report = {
         "dataset": request.dataset,

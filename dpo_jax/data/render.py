@@ -18,8 +18,6 @@ from dpo_jax.errors import UserError
 
 Ids = list[int]
 _SPEAKERS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: ", "tool": "\n\nTool: "}
-_STARTS = [chr(code) for code in range(33, 127)]  # printable ASCII that is no space
-_TAILS = ("", "bc", " bc", "...", "1", "\n\nbc")
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Renderer:
     """A tokenizer with everything that decides the ids.
 
     `boundary` is the text with which every prompt ends; a completion that begins with a character of `clean_starts`
-    has the same ids on its own as after that boundary (measured by `_clean_starts`). `leading` and `trailing` are the
+    has the same ids on its own as after that boundary (see `_measured`). `leading` and `trailing` are the
     ids around the text in the plain form (BOS as the tokenizer itself adds it, EOS).
     """
 
@@ -36,10 +34,10 @@ class Renderer:
     max_prompt_length: int
     max_completion_length: int
     overlong: Literal["truncate", "drop"]
-    boundary: str
-    clean_starts: frozenset[str]
     leading: tuple[int, ...]
     trailing: tuple[int, ...]
+    boundary: str = ""
+    clean_starts: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,7 @@ def make_renderer(
 ) -> Renderer:
     """The renderer for a transformers tokenizer; lengths are in tokens.
 
-    Raises:
-      UserError: an option is unknown, or the tokenizer lacks the chat template or the end-of-sequence token it needs.
+    UserError if an option is unknown, or the tokenizer lacks the chat template or the end-of-sequence token it needs.
     """
     if prompt_format not in ("auto", "chat", "plain"):
         raise UserError(f"prompt_format={prompt_format!r}; use auto, chat or plain")
@@ -76,9 +73,9 @@ def make_renderer(
     for name, limit in (("max_prompt_length", max_prompt_length), ("max_completion_length", max_completion_length)):
         if limit < 1:
             raise UserError(f"{name}={limit}; use at least 1 token")
-    has_template = bool(getattr(tokenizer, "chat_template", None))
+    has_template = getattr(tokenizer, "chat_template", None)
     form: Literal["chat", "plain"] = "plain" if prompt_format == "plain" or not has_template else "chat"
-    if prompt_format == "chat" and not has_template:
+    if prompt_format == "chat" != form:
         raise UserError(f"prompt_format=chat: the tokenizer {tokenizer.name_or_path} has no chat template; use plain")
     if form == "plain" and tokenizer.eos_token_id is None:
         raise UserError(
@@ -87,20 +84,9 @@ def make_renderer(
     if getattr(tokenizer, "is_fast", False):
         # One batch uses every core through the tokenizer's own threads; transformers may have turned them off.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    plain = form == "plain"
-    renderer = Renderer(
-        tokenizer=tokenizer,
-        form=form,
-        max_prompt_length=max_prompt_length,
-        max_completion_length=max_completion_length,
-        overlong="drop" if overlong == "drop" else "truncate",
-        boundary="",
-        clean_starts=frozenset(),
-        leading=_leading_ids(tokenizer) if plain else (),
-        trailing=(tokenizer.eos_token_id,) if plain else (),
-    )
-    boundary, clean_starts = _clean_starts(renderer)
-    return replace(renderer, boundary=boundary, clean_starts=clean_starts)
+    around = (_leading_ids(tokenizer), (tokenizer.eos_token_id,)) if form == "plain" else ((), ())
+    kept: Literal["truncate", "drop"] = "drop" if overlong == "drop" else "truncate"
+    return _measured(Renderer(tokenizer, form, max_prompt_length, max_completion_length, kept, *around))
 
 
 def render_batch(renderer: Renderer, pairs: Sequence[LabeledComparison]) -> list[Rendered | Skip]:
@@ -113,18 +99,14 @@ def render_batch(renderer: Renderer, pairs: Sequence[LabeledComparison]) -> list
     return [one if isinstance(one, Skip) else _limited(renderer, *next(ids)) for one in texts]
 
 
-def prompt_text(renderer: Renderer, messages: Sequence[Message]) -> str:
-    """The text that the model continues: the conversation and the beginning of the assistant's turn."""
+def _text(renderer: Renderer, messages: Sequence[Message], completion: Sequence[Message] = ()) -> str:
+    """The text of a conversation with its answer; without one, up to the beginning of the assistant's turn."""
     if renderer.form == "chat":
-        return _template(renderer, messages, add_generation_prompt=True)
-    return "".join(_SPEAKERS[message["role"]] + message["content"] for message in messages) + "\n\nAssistant:"
-
-
-def full_text(renderer: Renderer, messages: Sequence[Message], completion: Sequence[Message]) -> str:
-    """The text of a conversation with its answer, without the ids that the plain form puts around it."""
-    if renderer.form == "chat":
-        return _template(renderer, [*messages, *completion], add_generation_prompt=False)
-    return prompt_text(renderer, messages) + " " + completion[0]["content"]
+        return renderer.tokenizer.apply_chat_template(
+            [*messages, *completion], tokenize=False, add_generation_prompt=not completion
+        )
+    turns = "".join(_SPEAKERS[message["role"]] + message["content"] for message in messages) + "\n\nAssistant:"
+    return f"{turns} {completion[0]['content']}" if completion else turns
 
 
 def _texts(renderer: Renderer, pair: LabeledComparison) -> tuple[str, str, str] | Skip:
@@ -132,16 +114,10 @@ def _texts(renderer: Renderer, pair: LabeledComparison) -> tuple[str, str, str] 
     better = (pair.swap() if pair.label == "B" else pair).comparison
     prompt = better.prompt_conversation
     try:
-        chosen, rejected = (full_text(renderer, prompt, one) for one in (better.completion_a, better.completion_b))
-        return prompt_text(renderer, prompt), chosen, rejected
+        chosen, rejected = (_text(renderer, prompt, one) for one in (better.completion_a, better.completion_b))
+        return _text(renderer, prompt), chosen, rejected
     except jinja2.TemplateError as error:  # many templates refuse a system turn or two user turns in a row
         return Skip("template_error", str(error))
-
-
-def _template(renderer: Renderer, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-    return renderer.tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-    )
 
 
 def _encode(renderer: Renderer, texts: list[str]) -> list[Ids]:
@@ -155,21 +131,19 @@ def _encode(renderer: Renderer, texts: list[str]) -> list[Ids]:
 
 def _pair_ids(renderer: Renderer, texts: list[tuple[str, str, str]]) -> Iterable[tuple[Ids, Ids, Ids, bool]]:
     """Ids of prompt, chosen, rejected and whether the boundary moved, in one call of the tokenizer for the batch."""
+    clean = [all(_starts_clean(renderer, prompt, whole) for whole in answers) for prompt, *answers in texts]
     pieces: list[str] = []
-    clean: list[bool] = []
-    for prompt, chosen, rejected in texts:
-        ends = prompt.endswith(renderer.boundary)
-        alone = ends and all(_starts_clean(renderer, prompt, whole) for whole in (chosen, rejected))
-        clean.append(alone)
+    for (prompt, chosen, rejected), alone in zip(texts, clean, strict=True):
         cut = len(prompt) if alone else 0
         pieces += [prompt, chosen[cut:], rejected[cut:]]
-    ids = _encode(renderer, pieces)
-    for number, alone in enumerate(clean):
-        prompt_ids, chosen_ids, rejected_ids = ids[3 * number : 3 * number + 3]
+    ids = iter(_encode(renderer, pieces))
+    for alone, prompt_ids, chosen_ids, rejected_ids in zip(clean, ids, ids, ids, strict=True):
         start = len(prompt_ids)
         if not alone:
             # TRL 1.16: the completions begin where their ids first differ from the prompt's, both at the same token.
-            start = min(_common(prompt_ids, chosen_ids), _common(prompt_ids, rejected_ids))
+            trios = enumerate(zip(prompt_ids, chosen_ids, rejected_ids, strict=False))
+            shortest = min(len(prompt_ids), len(chosen_ids), len(rejected_ids))
+            start = next((at for at, (p, c, r) in trios if not p == c == r), shortest)
             chosen_ids, rejected_ids = chosen_ids[start:], rejected_ids[start:]
         yield (
             [*renderer.leading, *prompt_ids[:start]],
@@ -181,14 +155,8 @@ def _pair_ids(renderer: Renderer, texts: list[tuple[str, str, str]]) -> Iterable
 
 def _starts_clean(renderer: Renderer, prompt: str, whole: str) -> bool:
     at = len(prompt) + (1 if renderer.form == "plain" else 0)  # the plain form's own space is part of the boundary test
-    return whole[at : at + 1] in renderer.clean_starts and whole.startswith(prompt)
-
-
-def _common(first: Ids, second: Ids) -> int:
-    """Length of the common beginning."""
-    if second[: len(first)] == first:
-        return len(first)
-    return next(at for at, (a, b) in enumerate(zip([*first, None], [*second, None], strict=False)) if a != b)
+    begins = whole.startswith(prompt) and prompt.endswith(renderer.boundary)
+    return begins and whole[at : at + 1] in renderer.clean_starts
 
 
 def _limited(renderer: Renderer, prompt: Ids, chosen: Ids, rejected: Ids, moved: bool) -> Rendered | Skip:
@@ -216,24 +184,25 @@ def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(dressed[:start])
 
 
-def _clean_starts(renderer: Renderer) -> tuple[str, frozenset[str]]:
-    """The text with which prompts end, and the characters with which a completion may begin to be encoded alone.
+def _measured(renderer: Renderer) -> Renderer:
+    """With `boundary`, and with `clean_starts`, as what a completion may begin to be encoded alone.
 
     Every printable ASCII character is tried with several continuations behind a real boundary; all other beginnings,
     white space first, take the whole text. Equal ids prove something only where nothing can merge across the boundary:
     behind a special token, or where the tokenizer cuts the text there before it merges (Llama 2's does not).
     """
     questions = [[Message(role="user", content=text)] for text in ("Why?", "a b")]
-    prompts = [prompt_text(renderer, messages) for messages in questions]
+    prompts = [_text(renderer, messages) for messages in questions]
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*map(reversed, prompts), strict=False))
     boundary = "".join(letter for letter, _ in same)[::-1]
     backend = getattr(renderer.tokenizer, "backend_tokenizer", None)
     if backend is None or not boundary:
-        return boundary, frozenset()
+        return replace(renderer, boundary=boundary)
     (prompt_ids,) = _encode(renderer, prompts[:1])
     special = prompt_ids[-1] in renderer.tokenizer.all_special_ids
     space = " " if renderer.form == "plain" else ""
-    trials = [space + start + tail for start in _STARTS for tail in _TAILS]
+    starts = [chr(code) for code in range(33, 127)]  # printable ASCII that is no space
+    trials = [space + start + tail for start in starts for tail in ("", "bc", " bc", "...", "1", "\n\nbc")]
     whole = _encode(renderer, [prompts[0] + trial for trial in trials])
     alone = _encode(renderer, trials)
     failed = {
@@ -241,7 +210,7 @@ def _clean_starts(renderer: Renderer) -> tuple[str, frozenset[str]]:
         for trial, whole_ids, ids in zip(trials, whole, alone, strict=True)
         if whole_ids != prompt_ids + ids or not (special or _cut_between(backend, boundary, trial))
     }
-    return boundary, frozenset(_STARTS) - failed
+    return replace(renderer, boundary=boundary, clean_starts=frozenset(starts) - failed)
 
 
 def _cut_between(backend: Any, before: str, after: str) -> bool:

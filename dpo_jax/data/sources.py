@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dpo_jax.data import files
-from dpo_jax.data.datasets import DATASETS, OWN, DatasetSpec, known_datasets, load_parser
+from dpo_jax.data.datasets import DATASETS, OWN, DatasetSpec, load_parser
 from dpo_jax.errors import UserError
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -17,7 +17,7 @@ _PART = re.compile(r"\s*(.+?):((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?:,|$)")
 _SHARD = re.compile(r"(?:^|/)([\w.]+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.")
 _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 # Words in a file's path that name its split; validation comes before test, which is kept for the end.
-_EVAL_WORDS = (("validation", "valid", "val", "dev", "eval"), ("test",))
+_SPLIT_WORDS = (("train", "training"), ("validation", "valid", "val", "dev", "eval"), ("test",))
 _NONE_PUBLISHED = "no published evaluation split was found"
 
 
@@ -64,17 +64,16 @@ class DataSources:
 
 
 def find_sources(dataset: str, dataset_path: str = "", eval_path: str = "", split: str = "") -> DataSources:
-    """What to read for `dataset` (see `datasets.known_datasets`), from `dataset_path` if given.
+    """What to read for `dataset`, from `dataset_path` if given.
 
     Args:
-      dataset: one dataset, or a mixture `NAME:WEIGHT,NAME:WEIGHT`.
+      dataset: one of `DATASETS`, files, hf:OWNER/NAME or module:function, or a mixture `NAME:WEIGHT,NAME:WEIGHT`.
       dataset_path: where the raw files are; of a mixture, one path for each part, with commas between (empty: the
         hub), or one directory that holds a directory for each part, by name.
       eval_path: files in any accepted form, or the form that one's own parser reads; replaces every held-out split.
       split: the split of an `hf:` dataset to train on; empty: told by the file names.
 
-    Raises:
-      UserError: the dataset is unknown, its files are not there, or a subset is missing.
+    UserError if the dataset is unknown, its files are not there, or a subset is missing.
     """
     named = parse_mixture(dataset)
     paths = _paths(dataset_path, [name for name, _ in named])
@@ -86,10 +85,19 @@ def find_sources(dataset: str, dataset_path: str = "", eval_path: str = "", spli
         sources += [replace(source, part=number) for source in own]
     if split and not any(_HUB.fullmatch(name) for name, _ in named):
         raise UserError(f"split={split}: only an hf: dataset has splits to choose from; leave it out for {dataset}")
-    _refuse_twice(sources)
+    owner: dict[str, int] = {}
+    for path, part in ((path, source.part) for source in sources for path in source.files):
+        real = path if files.is_remote(path) else os.path.realpath(path)  # whatever path leads to it
+        if owner.setdefault(real, part) != part:
+            raise UserError(f"dataset: {path} is in two parts of the mixture; give it to one")
     if eval_path:
         sources = [source for source in sources if source.split == "train"]
-        sources.append(_held_out(eval_path, sources, own_parser=len(named) == 1 and bool(_FUNCTION.fullmatch(dataset))))
+        held = tuple(files.find_files(eval_path))
+        if both := sorted(set(held) & {path for source in sources for path in source.files}):
+            raise UserError(f"eval_path={eval_path}: {both[0]} is training data too; give other files, or no eval_path")
+        like = replace(sources[0], part=EXTRA, name=eval_path, split="test", files=held)
+        own_parser = len(named) == 1 and _FUNCTION.fullmatch(dataset)
+        sources.append(like if own_parser else replace(like, spec=OWN, parser="own"))
     return DataSources(tuple(sources), tuple(parts))
 
 
@@ -101,8 +109,7 @@ def parse_mixture(dataset: str) -> list[tuple[str, float]]:
     >>> parse_mixture("hhh/harmless-base,helpful-base")
     [('hhh/harmless-base,helpful-base', 1.0)]
 
-    Raises:
-      UserError: a part has no weight or 0, or is named twice.
+    UserError if a part has no weight or 0, or is named twice.
     """
     matches = list(_PART.finditer(dataset))
     if not matches or _HUB.fullmatch(dataset):  # hf:OWNER/NAME:2024 is a split
@@ -115,8 +122,7 @@ def parse_mixture(dataset: str) -> list[tuple[str, float]]:
             f"dataset={dataset}: a mixture has two parts or more, each with a weight above 0 (at most {_HEAVIEST:g}), "
             f"as in hhh:0.7,ultrafeedback:0.3; found {(rest or ', '.join(wrong) or 'one part')!r}"
         )
-    twice = sorted({name for name, _ in parts if [one for one, _ in parts].count(name) > 1})
-    if twice:
+    if twice := sorted({name for name, _ in parts if [one for one, _ in parts].count(name) > 1}):
         raise UserError(f"dataset={dataset}: {twice[0]} stands there twice; give it the sum of its weights")
     return parts
 
@@ -132,16 +138,6 @@ def hub_dataset(dataset: str) -> str:
     return match.group(1) if match else DATASETS[name].hub if name in DATASETS else ""
 
 
-def _refuse_twice(sources: list[Source]) -> None:
-    """No file may be in two parts of a mixture, whatever path leads to it."""
-    owner: dict[str, int] = {}
-    for source in sources:
-        for path in source.files:
-            real = path if files.is_remote(path) else os.path.realpath(path)
-            if owner.setdefault(real, source.part) != source.part:
-                raise UserError(f"dataset: {path} is in two parts of the mixture; give it to one")
-
-
 def _paths(dataset_path: str, names: list[str]) -> list[str]:
     """A path for each part."""
     given = dataset_path.split(",")
@@ -149,8 +145,8 @@ def _paths(dataset_path: str, names: list[str]) -> list[str]:
         return [dataset_path] * len(names)
     if len(given) == len(names):
         return [path.strip() for path in given]
-    below = [f"{dataset_path.rstrip('/')}/{re.split('[/:]', name)[0]}" for name in names]
-    known = [path if re.split("[/:]", name)[0] in DATASETS else "" for path, name in zip(below, names, strict=True)]
+    heads = [re.split("[/:]", name)[0] for name in names]
+    known = [f"{dataset_path.rstrip('/')}/{head}" if head in DATASETS else "" for head in heads]
     missing = [path for path in known if path and not files.is_remote(path) and not os.path.isdir(path)]
     if len(given) > 1 or missing:
         there = f"found {len(given)} paths" if len(given) > 1 else f"there is no {missing[0]}"
@@ -159,15 +155,6 @@ def _paths(dataset_path: str, names: list[str]) -> list[str]:
             f"its order (empty: from the hub), or one directory that holds a directory for each named part; {there}"
         )
     return known
-
-
-def _held_out(eval_path: str, train: list[Source], *, own_parser: bool) -> Source:
-    spec, parser = (train[0].spec, train[0].parser) if own_parser else (OWN, "own")
-    held = tuple(files.find_files(eval_path))
-    both = sorted(set(held) & {path for source in train for path in source.files})
-    if both:
-        raise UserError(f"eval_path={eval_path}: {both[0]} is training data too; give other files, or no eval_path")
-    return Source(eval_path, "test", held, spec, parser, EXTRA)
 
 
 def _find(dataset: str, dataset_path: str, split: str) -> _PartSources:
@@ -179,30 +166,29 @@ def _find(dataset: str, dataset_path: str, split: str) -> _PartSources:
     if _FUNCTION.fullmatch(dataset) and not dataset.startswith("hf:"):
         if not dataset_path:
             raise UserError(f"dataset={dataset}: needs --config.dataset_path=FILES, the rows to give to this function")
-        spec = replace(OWN, parse=load_parser(dataset), tied=lambda row: False)
-        return _directory(dataset, dataset_path, spec, parser=dataset)
+        return _directory(dataset, dataset_path, DatasetSpec(load_parser(dataset), "", "", OWN.licence), parser=dataset)
     like_path = re.search(r"[/*?\\]|\.\w+$", dataset) and ":" not in dataset
     if like_path or files.is_remote(dataset) or os.path.exists(dataset):
         if dataset_path:
             raise UserError(f"dataset={dataset} is a path, and so is dataset_path={dataset_path}; give one of them")
         return _directory(dataset, dataset, OWN, parser="own")
-    raise UserError(f"dataset={dataset or '(empty)'} is unknown; known are {known_datasets()}")
+    raise UserError(
+        f"dataset={dataset or '(empty)'} is unknown; known are {', '.join(DATASETS)} (hhh/SUBSET,SUBSET with "
+        f"{', '.join(DATASETS['hhh'].subsets)}), a path or glob of JSONL, JSON or Parquet files, "
+        "hf:OWNER/NAME[:SPLIT], or my_module:my_function"
+    )
 
 
 def _named(name: str, subsets: tuple[str, ...], path: str) -> _PartSources:
     spec = DATASETS[name]
-    unknown = [subset for subset in subsets if spec.subsets and subset not in spec.subsets]
-    if unknown and not path:
-        raise UserError(f"dataset={name}: unknown subset {unknown[0]}; known are {', '.join(spec.subsets)}")
     if path:
         return _directory(name, path, spec, parser=name, subsets=subsets)
+    if unknown := [subset for subset in subsets if spec.subsets and subset not in spec.subsets]:
+        raise UserError(f"dataset={name}: unknown subset {unknown[0]}; known are {', '.join(spec.subsets)}")
     if not spec.hub:
         raise UserError(f"dataset={name}: needs dataset_path=DIR, the directory of its files")
     wanted = subsets or spec.subsets or ("",)
-    heads = [f"{subset}/" if subset else "" for subset in wanted]
-    patterns = [
-        head + (split.removeprefix("*/") if head else split) for head in heads for split in (spec.train, spec.test)
-    ]
+    patterns = [split.replace("*", one, 1) if one else split for one in wanted for split in (spec.train, spec.test)]
     local = files.download(spec.hub, patterns)
     sources, note = _directory(name, local, spec, parser=name, subsets=wanted if spec.subsets else ())
     splits = {source.split for source in sources}
@@ -237,8 +223,7 @@ def _hub(dataset: str, repository: str, split: str, dataset_path: str) -> _PartS
         raise UserError(f"dataset={dataset}: no file of split {split}; the repository has {names}")
     train = Source(dataset, "train", chosen, OWN, "own")
     for word in ("test", "validation"):  # the split of the same kind: test_prefs for train_prefs
-        twin = of_split(split.replace("train", word, 1)) if split.startswith("train") else ()
-        if twin:
+        if split.startswith("train") and (twin := of_split(split.replace("train", word, 1))):
             return [train, Source(dataset, "test", twin, OWN, "own")], "the published held-out split"
     rest, note = _directory(dataset, directory, OWN, parser="own")
     held = [source for source in rest if source.split == "test" and not set(source.files) & set(chosen)]
@@ -281,19 +266,13 @@ def _directory(name: str, path: str, spec: DatasetSpec, parser: str, subsets: tu
 
 def _split_by_words(inside: dict[str, str]) -> dict[str, list[str]]:
     """Training and evaluation files, told by words in their paths; one that names no split is for training."""
-    words = {path: re.findall(r"[a-z]+", relative.lower()) for path, relative in inside.items()}
-    kinds: dict[str, int | None] = dict.fromkeys(words)
-    known = {"train": None, "training": None} | {word: kind for kind, names in enumerate(_EVAL_WORDS) for word in names}
-    for (
-        path,
-        named,
-    ) in words.items():  # the last known word counts: validation/train.jsonl is training data
-        kinds[path] = next((known[word] for word in reversed(named) if word in known), None)
-    best = min((kind for kind in kinds.values() if kind is not None), default=None)
-    return {
-        "train": [path for path, kind in kinds.items() if kind is None],
-        "test": [path for path, kind in kinds.items() if kind is not None and kind == best],
-    }
+    known = {word: kind for kind, names in enumerate(_SPLIT_WORDS) for word in names}
+    kinds: dict[str, int] = {}
+    for path, relative in inside.items():  # the last known word counts: validation/train.jsonl is training data
+        words = reversed(re.findall(r"[a-z]+", relative.lower()))
+        kinds[path] = next((known[word] for word in words if word in known), 0)
+    best = min(filter(None, kinds.values()), default=-1)
+    return {split: [path for path, kind in kinds.items() if kind == n] for split, n in (("train", 0), ("test", best))}
 
 
 def _relative(path: str, root: str) -> str:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo_jax.data.cache.store import PairCache
-from dpo_jax.data.mixture import Mixture, apportion
-from dpo_jax.data.sources import EXTRA, DataSources, Part
+from dpo_jax.data.mixture import Mixture, apportion, spread
+from dpo_jax.data.sources import EXTRA, DataSources
 from dpo_jax.errors import UserError
 
 
@@ -79,52 +79,45 @@ def split(cache: PairCache, data: DataSources, eval_pairs: int, seed: int) -> Sp
     else:
         train, taken, notes = _by_part(data, part_of, in_test, hashes, eval_pairs, seed)
     mixture = Mixture(part_of[train], tuple(part.weight for part in data.parts)) if len(data.parts) > 1 else None
-    groups = _groups(cache.manifest["source_names"], data, cache.source[taken], part_of[taken])
+    members = {name: cache.source[taken] == number for number, name in enumerate(cache.manifest["source_names"])}
+    members |= {part.name: part_of[taken] == number for number, part in enumerate(data.parts)}
+    groups = {name: held for name, held in members.items() if held.any() and not held.all()}
     return Split(Pairs(cache, train), Pairs(cache, taken), mixture, groups, tuple(notes))
-
-
-def _groups(names: list[str], data: DataSources, source: np.ndarray, part: np.ndarray) -> dict[str, np.ndarray]:
-    groups = {name: source == number for number, name in enumerate(names)}
-    groups |= {one.name: part == number for number, one in enumerate(data.parts)}
-    return {name: held for name, held in groups.items() if held.any() and not held.all()}
 
 
 def _by_part(
     data: DataSources, part_of: np.ndarray, in_test: np.ndarray, hashes: np.ndarray, eval_pairs: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Training pairs, evaluation pairs, and the notes, part by part."""
-    train = np.flatnonzero(~in_test)
+    """Training pairs, evaluation pairs (the first ones are from every part), and the notes of the parts."""
     wanted = apportion(eval_pairs, [part.weight for part in data.parts]) if eval_pairs > 0 else [-1] * len(data.parts)
-    taken_by_part: list[np.ndarray] = []
-    notes: dict[str, str] = {}
-    published: list[tuple[Part, np.ndarray, np.ndarray]] = []
+    kept = ~in_test
+    parts: list[tuple[np.ndarray, np.ndarray]] = []  # of each one the pairs that are held out, and those taken
     for number, part in enumerate(data.parts):
         mine = np.flatnonzero(part_of == number)
         if data.published(number):
             held = mine[in_test[mine]]
             taken = _sampled(held, int(wanted[number]), seed)
-            known = np.isin(hashes[train], hashes[taken]) & (part_of[train] != number)
-            train = train[~known]  # its own training split stays as it was published
-            published.append((part, taken, held))
+            # Its own training split stays as it was published.
+            kept &= (part_of == number) | ~np.isin(hashes, hashes[taken])
         elif eval_pairs == -1:
             raise UserError(
                 f"eval_pairs=-1 (all) needs an evaluation split, but {part.note}; give a number or eval_path"
             )
         else:
             held, taken = _hold_out(mine, hashes, int(wanted[number]), seed)
-            note = (
-                f"{part.note}: {len(taken)} pairs of {len(np.unique(hashes[held]))} prompts are held out by prompt "
-                f"(seed {seed}), none of these prompts is in training"
-            )
-            train = train[~np.isin(hashes[train], hashes[held])]
-            notes[part.name] = note
-        taken_by_part.append(taken)
-    for part, taken, held in published:  # now that all is out of training that others hold out
-        notes[part.name] = _published_note(part.note, taken, held, hashes, train, seed)
-    # Spread, so that the first pairs are from every part.
-    places = np.concatenate([(np.arange(len(x)) + 0.5) / max(1, len(x)) for x in taken_by_part])
-    told = [notes[part.name] if len(data.parts) == 1 else f"{part.name}: {notes[part.name]}." for part in data.parts]
-    return train, np.concatenate(taken_by_part)[np.argsort(places, kind="stable")], told
+            kept &= ~np.isin(hashes, hashes[held])
+        parts.append((held, taken))
+    train = np.flatnonzero(kept)
+    notes = [
+        _published_note(part.note, taken, held, hashes, train, seed)
+        if data.published(number)
+        else f"{part.note}: {len(taken)} pairs of {len(np.unique(hashes[held]))} prompts are held out by prompt "
+        f"(seed {seed}), none of these prompts is in training"
+        for number, (part, (held, taken)) in enumerate(zip(data.parts, parts, strict=True))
+    ]
+    if len(data.parts) > 1:
+        notes = [f"{part.name}: {note}." for part, note in zip(data.parts, notes, strict=True)]
+    return train, spread([taken for _, taken in parts]), notes
 
 
 def _sampled(held: np.ndarray, count: int, seed: int) -> np.ndarray:

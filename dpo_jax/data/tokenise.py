@@ -120,34 +120,33 @@ def _batch_pairs(
         tally.boundary_moved += rendered.boundary_moved
         tally.truncated.update(rendered.truncated)
         path, _, line = location.rpartition(":")
-        origin = number[path], int(line)
-        yield Pair(rendered.prompt, rendered.chosen, rendered.rejected, 0, _prompt_hash(pair), *origin)
-
-
-def _prompt_hash(pair: LabeledComparison) -> int:
-    turns = [[message["role"], message["content"]] for message in pair.comparison.prompt_conversation]
-    return int.from_bytes(bytes.fromhex(digest(json.dumps(turns), size=8)), "little")
+        turns = [[message["role"], message["content"]] for message in pair.comparison.prompt_conversation]
+        prompt_hash = int.from_bytes(bytes.fromhex(digest(json.dumps(turns), size=8)), "little")
+        yield Pair(rendered.prompt, rendered.chosen, rendered.rejected, 0, prompt_hash, number[path], int(line))
 
 
 def _refuse_wrong_columns(tally: _Tally, quarantine: Path | None) -> None:
     """Stops where the columns are plainly not those of the format."""
     wrong = sum(tally.dropped[reason] for reason in _WRONG_COLUMNS)
     if not tally.kept and wrong > 0.9 * tally.read:
-        if quarantine is not None:  # no cache will be there to copy them from
-            tally.bad_rows.flush()
-            copy_bad_rows(Path(tally.bad_rows.name), quarantine)
+        tally.bad_rows.flush()
+        copy_bad_rows(Path(tally.bad_rows.name), quarantine)  # no cache will be there to copy them from
         raise UserError(next(tally.examples[reason] for reason in _WRONG_COLUMNS if reason in tally.examples))
 
 
-def copy_bad_rows(kept: Path, quarantine: Path) -> None:
-    """Copy a cache's bad rows beside a run.
+def copy_bad_rows(kept: Path, quarantine: Path | None) -> str | None:
+    """Copies a cache's bad rows beside the run; a file that an earlier run left there goes if there are none.
 
-    Raises:
-      UserError: they cannot be written there.
+    Returns where the bad rows are, or None if there are none; UserError if they cannot be written.
     """
+    if quarantine is None:
+        return str(kept) if kept.stat().st_size else None
     try:
+        if not kept.stat().st_size:
+            quarantine.unlink(missing_ok=True)
+            return None
         quarantine.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(kept, quarantine)
+        return str(shutil.copyfile(kept, quarantine))
     except OSError as error:
         raise UserError(
             f"{quarantine}: bad rows cannot be written there ({error.strerror}); choose another --workdir"

@@ -11,6 +11,7 @@ is the shared one's, which every run looks up once: so all machines of a run rea
 """
 
 import contextlib
+import functools
 import json
 import os
 import uuid
@@ -28,9 +29,9 @@ from dpo_jax.data.cache.store import (
     cache_key,
     cache_root,
     file_sizes,
-    find_or_build,
+    find_or_write,
     holds,
-    install,
+    write_pairs,
 )
 from dpo_jax.disk import whole_file, write_json
 from dpo_jax.errors import UserError
@@ -77,20 +78,24 @@ def shared_address(cache_dir: str = "") -> str:
 def open_or_build(cache_dir: str, fingerprint: dict[str, Any], produce: Produce) -> tuple[PairCache, bool]:
     """The cache for `fingerprint` in `cache_dir` (a directory or an address), and whether anything was written to it.
 
-    Raises:
-      UserError: the directory or the address cannot be read or written, or whatever `produce` raises.
+    UserError if the directory or the address cannot be read or written; also whatever `produce` raises.
     """
-    address, root, key = shared_address(cache_dir), cache_root(cache_dir), cache_key(fingerprint)
+    address, root = shared_address(cache_dir), cache_root(cache_dir)
+    build = functools.partial(write_pairs, fingerprint=fingerprint, produce=produce)
     if not address:
-        return find_or_build(root, fingerprint, produce)
+        return find_or_write(root, fingerprint, build)
     try:
         filesystem, inner = fsspec.core.url_to_fs(address)
     except Exception as error:  # a missing library, an unknown protocol, credentials: no common class
         raise UserError(f"cache_dir={address}: {error}; for gs:// run pip install 'dpo_jax[gcs]'") from error
-    store, written = _Store(filesystem, f"{inner.rstrip('/')}/{key}", address), False
+    store, written = _Store(filesystem, f"{inner.rstrip('/')}/{cache_key(fingerprint)}", address), False
     if (manifest := _whole(store, fingerprint)) is None:
-        _check_writable(store)  # before an hour of work
-        built, _ = find_or_build(root, fingerprint, produce)
+        _make_directory(store, store.path)
+        probe = f"{store.path}/{uuid.uuid4().hex}"
+        store.ask("pipe_file", probe, b"")  # before an hour of work
+        with contextlib.suppress(FileNotFoundError):  # another builder has finished and cleared up
+            store.ask("rm", probe, answers=(FileNotFoundError,))
+        built, _ = find_or_write(root, fingerprint, build)
         manifest = _publish(store, built, fingerprint)
         written = manifest["id"] == built.manifest["id"]
 
@@ -99,7 +104,7 @@ def open_or_build(cache_dir: str, fingerprint: dict[str, Any], produce: Produce)
             store.ask("get_file", f"{store.path}/{manifest['id']}/{name}", str(directory / name))
         write_json(directory / MANIFEST, manifest)
 
-    return install(root, key, lambda mine: mine["id"] == manifest["id"], copy)[0], written
+    return find_or_write(root, fingerprint, copy, manifest["id"])[0], written
 
 
 def _whole(store: _Store, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
@@ -139,17 +144,8 @@ def _publish(store: _Store, cache: PairCache, fingerprint: dict[str, Any]) -> di
     return shared
 
 
-def _check_writable(store: _Store) -> None:
-    _make_directory(store, store.path)
-    probe = f"{store.path}/{uuid.uuid4().hex}"
-    store.ask("pipe_file", probe, b"")
-    with contextlib.suppress(FileNotFoundError):  # another builder has finished and cleared up
-        store.ask("rm", probe, answers=(FileNotFoundError,))
-
-
 def _make_directory(store: _Store, path: str) -> None:
-    protocols = store.filesystem.protocol
-    if not _BUCKETS & set([protocols] if isinstance(protocols, str) else protocols):
+    if store.address.partition("://")[0] not in _BUCKETS:
         store.ask("makedirs", path, exist_ok=True)
 
 

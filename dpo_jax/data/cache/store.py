@@ -4,12 +4,9 @@ A cache directory is `ROOT/KEY`, where KEY is a hash of the fingerprint: of ever
 written under another name and renamed when whole, so a writer that is killed leaves nothing that is taken for a cache.
 One writer at a time holds `ROOT/KEY.lock`, which the system frees when its process ends; the others wait and then read
 what it wrote.
-
-Nothing here imports JAX: a `PairCache` is opened again in every data-loading process.
 """
 
 import array
-import contextlib
 import fcntl
 import functools
 import json
@@ -38,9 +35,9 @@ _PLAIN = re.compile(r"\w[\w.-]*")  # a file's name: no directory, and nothing hi
 
 
 class Pair(NamedTuple):
-    """One pair on its way into the cache: token ids, its source's number, the hash of its prompt (64 bits).
+    """One pair on its way into the cache: token ids, its source's number, the hash of its prompt (64 bits), its row.
 
-    Its row is `line` (from 1) of the source's file number `file`.
+    The row is `line` (from 1) of the source's file number `file`.
     """
 
     prompt: list[int]
@@ -104,7 +101,7 @@ def cache_root(cache_dir: str = "") -> Path:
 
 def cache_key(fingerprint: dict[str, Any]) -> str:
     """The name of the directory of the cache with this fingerprint."""
-    return digest(_canonical(fingerprint))
+    return digest(json.dumps(fingerprint, sort_keys=True, separators=(",", ":")))
 
 
 def file_sizes(manifest: dict[str, Any]) -> dict[str, int]:
@@ -120,52 +117,36 @@ def file_sizes(manifest: dict[str, Any]) -> dict[str, int]:
 
 def holds(manifest: dict[str, Any], fingerprint: dict[str, Any]) -> bool:
     """Whether a cache with this manifest is the one for `fingerprint`."""
-    return manifest.get("format") == FORMAT and _canonical(manifest.get("fingerprint")) == _canonical(fingerprint)
+    return manifest.get("format") == FORMAT and cache_key(manifest.get("fingerprint", {})) == cache_key(fingerprint)
 
 
-def find_or_build(root: Path, fingerprint: dict[str, Any], produce: Produce) -> tuple[PairCache, bool]:
-    """The cache for `fingerprint` below `root`, and whether it had to be built (by `produce`).
-
-    Raises:
-      UserError: the directory cannot be written, or whatever `produce` raises; then no cache is left.
-    """
-    return install(
-        root,
-        cache_key(fingerprint),
-        lambda manifest: holds(manifest, fingerprint),
-        lambda directory: _write(directory, fingerprint, produce),
-    )
-
-
-def install(
-    root: Path, key: str, accepts: Callable[[dict[str, Any]], bool], write: Callable[[Path], None]
+def find_or_write(
+    root: Path, fingerprint: dict[str, Any], write: Callable[[Path], None], wanted: str = ""
 ) -> tuple[PairCache, bool]:
-    """The cache `root/key` if it is whole and its manifest is accepted, else what `write` puts there.
+    """The cache for `fingerprint` below `root` if it is whole, else what `write` puts there; and whether it did.
 
-    Args:
-      root, key: where it is kept.
-      accepts: whether the manifest of a whole cache is the wanted one.
-      write: fills an empty directory with the files of a cache; called by one process at a time.
+    `write` fills an empty directory with the files of a cache; one process at a time calls it. `wanted`: the ID of the
+    only build that will do.
 
-    Returns:
-      The cache, and whether it was written.
-
-    Raises:
-      UserError: the directory cannot be written, or whatever `write` raises; then no cache is left.
+    UserError if the directory cannot be written; also whatever `write` raises. Then no cache is left.
     """
+    key = cache_key(fingerprint)
     target = root / key
-    if (cache := _open_if_whole(target, accepts)) is not None:
+    if (cache := _open_if_whole(target, fingerprint, wanted)) is not None:
         return cache, False
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{key}.lock"):
-            if (cache := _open_if_whole(target, accepts)) is not None:  # another process built it while we waited
+        with open(root / f"{key}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel if we are killed
+            if (cache := _open_if_whole(target, fingerprint, wanted)) is not None:  # built while we waited
                 return cache, False
             _clear_left_overs(root, key)
             building = Path(tempfile.mkdtemp(prefix=f"{key}.building-", dir=root))
             try:
                 write(building)
-                _sync(building)
+                for path in building.iterdir():  # on disk before the rename: a machine that dies leaves no hollow cache
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
                 if target.exists():  # damaged or not the wanted one, or we would have returned it
                     target.rename(root / f"{key}.building-damaged-{uuid.uuid4().hex}")
                 building.rename(target)
@@ -184,9 +165,8 @@ def open_cache(directory: str) -> PairCache:
     path = Path(directory)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        lengths, source, prompt_hash, origin = (
-            np.load(path / f"{name}.npy", mmap_mode="r") for name in ("lengths", "source", "prompt_hash", "origin")
-        )
+        names = ("lengths", "source", "prompt_hash", "origin")
+        arrays = [np.load(path / f"{name}.npy", mmap_mode="r") for name in names]
         sizes = {name: (path / name).stat().st_size for name in file_sizes(manifest)}
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -194,22 +174,20 @@ def open_cache(directory: str) -> PairCache:
         ) from error
     if manifest["format"] != FORMAT or sizes != manifest["bytes"]:
         raise UserError(f"{directory}: a cache of another version, or a damaged one; delete it to build it anew")
-    return PairCache(directory, lengths, source, prompt_hash, origin, manifest)
+    return PairCache(directory, *arrays, manifest)
 
 
-def _open_if_whole(target: Path, accepts: Callable[[dict[str, Any]], bool]) -> PairCache | None:
-    if not target.is_dir():
-        return None
+def _open_if_whole(target: Path, fingerprint: dict[str, Any], wanted: str) -> PairCache | None:
     try:
         cache = open_cache(str(target))
     except UserError:
         return None
-    return cache if accepts(cache.manifest) else None
+    return cache if holds(cache.manifest, fingerprint) and wanted in ("", cache.manifest["id"]) else None
 
 
-def _write(directory: Path, fingerprint: dict[str, Any], produce: Produce) -> None:
-    """All files of a cache; the arrays cost 32 bytes of memory a pair, the records none."""
-    lengths, sources, hashes, origins = array.array("i"), array.array("i"), array.array("Q"), array.array("i")
+def write_pairs(directory: Path, fingerprint: dict[str, Any], produce: Produce) -> None:
+    """Writes all files of a cache; the arrays cost 32 bytes of memory a pair, the records none."""
+    lengths, sources, hashes, origins = (array.array(code) for code in "iiQi")
     # One record per group: the pipeline reads pairs in random order.
     writer = array_record_module.ArrayRecordWriter(str(directory / _RECORDS), "group_size:1")
     about: dict[str, Any] = {}
@@ -241,25 +219,10 @@ def _write(directory: Path, fingerprint: dict[str, Any], produce: Produce) -> No
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-def _sync(directory: Path) -> None:
-    """On disk before the rename: a machine that dies leaves no hollow cache."""
-    for path in directory.iterdir():
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
-
-
 @functools.lru_cache(maxsize=16)
 def _reader(directory: str, identity: str) -> Any:
     """The open record file of this process; `identity` tells a cache that was built anew in the same place."""
-    del identity
     return array_record_data_source.ArrayRecordDataSource(os.path.join(directory, _RECORDS))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)  # released by the kernel if we are killed
-        yield
 
 
 def _clear_left_overs(root: Path, prefix: str, older_than: float = _LEFT_OVER_SECONDS) -> None:
@@ -267,7 +230,3 @@ def _clear_left_overs(root: Path, prefix: str, older_than: float = _LEFT_OVER_SE
     for path in root.glob(f"{prefix}*"):
         if ".building-" in path.name and time.time() - path.stat().st_mtime >= older_than:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

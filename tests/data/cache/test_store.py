@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_jax.data.cache.store import Pair, cache_root, find_or_build, open_cache
+from dpo_jax.data.cache.shared import open_or_build
+from dpo_jax.data.cache.store import Pair, cache_root, open_cache
 from dpo_jax.errors import UserError
 from tests import places
 from tests.processes import run_all
@@ -48,11 +49,11 @@ def assert_holds_the_pairs(cache):
 
 
 def test_pairs_come_back_as_they_went_in(tmp_path):
-    cache, built = find_or_build(tmp_path, FINGERPRINT, produce)
+    cache, built = open_or_build(str(tmp_path), FINGERPRINT, produce)
     assert built
     assert_holds_the_pairs(cache)
     assert cache.manifest["kept"] == len(PAIRS)
-    again, built = find_or_build(tmp_path, FINGERPRINT, forbidden)
+    again, built = open_or_build(str(tmp_path), FINGERPRINT, forbidden)
     assert not built
     assert_holds_the_pairs(again)
     for index in (-1, 50):
@@ -61,14 +62,14 @@ def test_pairs_come_back_as_they_went_in(tmp_path):
 
 
 def test_another_fingerprint_is_another_cache(tmp_path):
-    first, _ = find_or_build(tmp_path, FINGERPRINT, produce)
-    second, built = find_or_build(tmp_path, {**FINGERPRINT, "limit": 4}, produce)
+    first, _ = open_or_build(str(tmp_path), FINGERPRINT, produce)
+    second, built = open_or_build(str(tmp_path), {**FINGERPRINT, "limit": 4}, produce)
     assert built
     assert first.directory != second.directory
 
 
 def test_a_cache_pickles_as_its_directory(tmp_path):
-    cache, _ = find_or_build(tmp_path, FINGERPRINT, produce)
+    cache, _ = open_or_build(str(tmp_path), FINGERPRINT, produce)
     assert len(pickle.dumps(cache)) < 400
     assert_holds_the_pairs(pickle.loads(pickle.dumps(cache)))
 
@@ -78,7 +79,7 @@ def test_an_empty_cache_is_a_cache(tmp_path):
         yield from ()
         return {}
 
-    cache, _ = find_or_build(tmp_path, FINGERPRINT, nothing)
+    cache, _ = open_or_build(str(tmp_path), FINGERPRINT, nothing)
     assert len(cache) == 0
     assert cache.lengths.shape == (0, 3)
 
@@ -89,14 +90,14 @@ def test_an_error_while_writing_leaves_nothing(tmp_path):
         raise UserError("data.jsonl: damaged")
 
     with pytest.raises(UserError, match="damaged"):
-        find_or_build(tmp_path, FINGERPRINT, failing)
+        open_or_build(str(tmp_path), FINGERPRINT, failing)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("name", ["pairs.array_record", "lengths.npy", "source.npy", "manifest.json"])
 @pytest.mark.parametrize("damage", ["missing", "shorter", "empty"])
 def test_a_damaged_cache_is_built_again(tmp_path, name, damage):
-    cache, _ = find_or_build(tmp_path, FINGERPRINT, produce)
+    cache, _ = open_or_build(str(tmp_path), FINGERPRINT, produce)
     path = Path(cache.directory) / name
     if damage == "missing":
         path.unlink()
@@ -104,18 +105,18 @@ def test_a_damaged_cache_is_built_again(tmp_path, name, damage):
         os.truncate(path, path.stat().st_size - 8 if damage == "shorter" else 0)
     with pytest.raises(UserError, match="damaged"):
         open_cache(cache.directory)
-    again, built = find_or_build(tmp_path, FINGERPRINT, produce)
+    again, built = open_or_build(str(tmp_path), FINGERPRINT, produce)
     assert built
     assert_holds_the_pairs(again)
     assert len(list(tmp_path.iterdir())) == 2  # the cache and its lock
 
 
 def test_a_cache_of_another_version_or_fingerprint_is_not_used(tmp_path):
-    cache, _ = find_or_build(tmp_path, FINGERPRINT, produce)
+    cache, _ = open_or_build(str(tmp_path), FINGERPRINT, produce)
     manifest = Path(cache.directory) / "manifest.json"
     for change in ({"format": 0}, {"fingerprint": {"files": ["b"]}}):
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
-        assert find_or_build(tmp_path, FINGERPRINT, produce)[1]
+        assert open_or_build(str(tmp_path), FINGERPRINT, produce)[1]
 
 
 def test_of_several_threads_one_writes_and_the_others_wait(tmp_path):
@@ -128,7 +129,7 @@ def test_of_several_threads_one_writes_and_the_others_wait(tmp_path):
         return (yield from produce(quarantine))
 
     threads = [
-        threading.Thread(target=lambda: found.append(find_or_build(tmp_path, FINGERPRINT, slow))) for _ in range(4)
+        threading.Thread(target=lambda: found.append(open_or_build(str(tmp_path), FINGERPRINT, slow))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -147,7 +148,7 @@ def build_slowly(root, calls):
         time.sleep(0.5)
         return (yield from produce(quarantine))
 
-    cache, _ = find_or_build(Path(root), FINGERPRINT, slow)
+    cache, _ = open_or_build(root, FINGERPRINT, slow)
     assert_holds_the_pairs(cache)
 
 
@@ -185,14 +186,14 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(tmp_path):
     build_and_be_killed(tmp_path)
     (left,) = tmp_path.glob("*.building-*")
     os.utime(left, (0, 0))  # long ago
-    cache, built = find_or_build(tmp_path, FINGERPRINT, produce)
+    cache, built = open_or_build(str(tmp_path), FINGERPRINT, produce)
     assert built
     assert_holds_the_pairs(cache)
     assert not left.exists()
 
 
 def test_opening_a_cache_imports_no_jax(tmp_path):
-    cache, _ = find_or_build(tmp_path, FINGERPRINT, produce)
+    cache, _ = open_or_build(str(tmp_path), FINGERPRINT, produce)
     code = (
         "import sys; import dpo_jax.data.prepare; from dpo_jax.data.cache.store import open_cache; "
         "assert open_cache(sys.argv[1])[3][0].tolist() == [1, 2, 3]; assert 'jax' not in sys.modules"
@@ -210,4 +211,4 @@ def test_where_caches_lie(tmp_path, monkeypatch):
     assert cache_root("gs://bucket/cache") == tmp_path  # where the copies of a shared cache lie
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        find_or_build(tmp_path / "file" / "cache", FINGERPRINT, produce)
+        open_or_build(str(tmp_path / "file" / "cache"), FINGERPRINT, produce)
