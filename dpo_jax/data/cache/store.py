@@ -166,7 +166,7 @@ def open_cache(directory: str) -> PairCache:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         names = ("lengths", "source", "prompt_hash", "origin")
-        arrays = [np.load(path / f"{name}.npy", mmap_mode="r") for name in names]
+        lengths, source, prompt_hash, origin = (np.load(path / f"{name}.npy", mmap_mode="r") for name in names)
         sizes = {name: (path / name).stat().st_size for name in file_sizes(manifest)}
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -174,7 +174,7 @@ def open_cache(directory: str) -> PairCache:
         ) from error
     if manifest["format"] != FORMAT or sizes != manifest["bytes"]:
         raise UserError(f"{directory}: a cache of another version, or a damaged one; delete it to build it anew")
-    return PairCache(directory, *arrays, manifest)
+    return PairCache(directory, lengths, source, prompt_hash, origin, manifest)
 
 
 def _open_if_whole(target: Path, fingerprint: dict[str, Any], wanted: str) -> PairCache | None:
