@@ -34,8 +34,7 @@ from dpo_jax.training.setup import (
     train_step_on,
     write_answers,
 )
-from dpo_jax.training.state import abstract_state, start_state
-from dpo_jax.training.step import TrainState
+from dpo_jax.training.step import TrainState, abstract_state, start_state
 from dpo_jax.weights.load import load_params
 
 

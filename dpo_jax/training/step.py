@@ -8,19 +8,22 @@ Shapes: M microbatches, B rows, K groups in a row, n completions of a group.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from dpo_jax.model.experts import balance_loss
 from dpo_jax.model.params import Params
+from dpo_jax.model.placement import Layout, abstract_trained
 from dpo_jax.model.remat import to_device, to_host
 from dpo_jax.objective.logps import Logps, LogpsFn
 from dpo_jax.objective.objective import Objective
+from dpo_jax.parallel.mesh import host_shardings, replicated
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.health import SKIPPED
@@ -37,7 +40,7 @@ class TrainState:
 
 
 def _reference(
-    logps: LogpsFn, objective: Objective, ref_params: Params | None, micro: Batch[jax.Array], shape: RowShape
+    logps: LogpsFn, objective: Objective, ref_params: Params | None, shape: RowShape, micro: Batch[jax.Array]
 ) -> Logps | None:
     """The reference's log-probabilities, from the batch if they were computed before."""
     if not objective.needs_reference:
@@ -52,11 +55,6 @@ def _mean_tokens(batch: Batch[jax.Array]) -> jax.Array:
     """Mean tokens `[n]` of the completions of a group, over the whole batch; at least one token in all."""
     tokens = jnp.sum(batch.completion_tokens, axis=tuple(range(batch.completion_tokens.ndim - 1)))
     return jnp.maximum(tokens, 1).astype(jnp.float32) / jnp.maximum(jnp.sum(batch.is_group), 1)
-
-
-def _summed(values: dict[str, jax.Array], is_group: jax.Array) -> dict[str, jax.Array]:
-    """Sums over groups; masked first, so that padding can hold anything finite or not."""
-    return {name: jnp.sum(jnp.where(is_group, value, 0.0)) for name, value in values.items()}
 
 
 def _batch_gradient(
@@ -74,23 +72,24 @@ def _batch_gradient(
     logps, ref_logps = models
     count = jnp.maximum(jnp.sum(batch.is_group), 1).astype(jnp.float32)
     mean_tokens = _mean_tokens(batch)
-
-    def reference_logps(micro: Batch[jax.Array]) -> Logps | None:  # constant to the gradient
-        return _reference(ref_logps, objective, ref_params, micro, shape)
+    reference_of = functools.partial(_reference, ref_logps, objective, ref_params, shape)  # constant to the gradient
 
     def loss_of(policy: Logps, reference: Logps | None, part: Batch[jax.Array]):
-        sums = _summed(objective.values(policy, reference, part, mean_tokens), part.is_group)
+        values = objective.values(policy, reference, part, mean_tokens)
+        # Masked first, so that padding can hold anything finite or not.
+        sums = {name: jnp.sum(jnp.where(part.is_group, value, 0.0)) for name, value in values.items()}
         loss = sums[objective.loss] / count
         if objective.balance:
             assert policy.balance is not None
             # A microbatch balances its own tokens; the batch's loss is the mean of theirs.
-            uneven = balance_loss(policy.balance) if part.tokens.ndim == 2 else _balance_sum(policy.balance)
+            one = part.tokens.ndim == 2
+            uneven = balance_loss(policy.balance) if one else jnp.sum(jax.vmap(balance_loss)(policy.balance))
             loss += objective.balance * uneven / batch.tokens.shape[0]
             sums["router_balance"] = uneven * count / batch.tokens.shape[0]
         return loss, sums
 
     def micro_loss(params: Params, micro: Batch[jax.Array]):
-        reference = reference_logps(micro)
+        reference = reference_of(micro)
         return loss_of(logps(params, micro, shape), reference, micro)
 
     def along(params: Params, item: tuple[Batch[jax.Array], Logps]):
@@ -101,17 +100,12 @@ def _batch_gradient(
 
     if objective.across and batch.tokens.shape[0] > 1:
         # The loss compares groups of all microbatches: first its gradient to all log-probabilities, then theirs.
-        policy, reference = jax.lax.map(lambda micro: (logps(params, micro, shape), reference_logps(micro)), batch)
+        policy, reference = jax.lax.map(lambda micro: (logps(params, micro, shape), reference_of(micro)), batch)
         cotangents, sums = jax.grad(loss_of, has_aux=True)(policy, reference, batch)
         grads, _ = _sum_of_gradients(along, params, (batch, cotangents))
     else:
         grads, sums = _sum_of_gradients(micro_loss, params, batch)
     return grads, {name: value / count for name, value in sums.items()}
-
-
-def _balance_sum(balance: dict[str, jax.Array]) -> jax.Array:
-    """The sum of the load-balancing losses of microbatches, whose sums have a leading axis."""
-    return jnp.sum(jax.vmap(balance_loss)(balance))
 
 
 def _sum_of_gradients(
@@ -165,7 +159,7 @@ def make_train_step(
     compute_dtype: Any,
     reference_logps: LogpsFn | None = None,
     optimizer_offload: bool = False,
-    compiler_options: Mapping[str, str] | None = None,
+    **jit: Any,
 ):
     """Build the jitted `train_step(state, ref_params, batch, shape, base=None) -> (state, metrics)`; donates the state.
 
@@ -175,10 +169,9 @@ def make_train_step(
       tx: the optimiser, clipping included.
       rate: the learning rate by update, to report.
       compute_dtype: master parameters are cast to it once a step, as is a reference that is kept more exactly.
-        Gradients are summed over microbatches in float32.
       reference_logps: the model with the reference's parameters, where they are kept elsewhere; None is `logps`.
       optimizer_offload: the optimiser's state is kept in the host's memory.
-      compiler_options: XLA's.
+      jit: of `jax.jit`, such as `compiler_options`.
 
     Returns:
       The step; `shape` is static, so it compiles once per row shape. `base` are branches of the parameter tree that are
@@ -194,7 +187,7 @@ def make_train_step(
         shape: RowShape,
         base: Params | None = None,
     ):
-        params, reference, base = (_cast(x, compute_dtype) for x in (state.params, ref_params, base))
+        params, reference, base = _cast((state.params, ref_params, base), compute_dtype)
         models = _over(base, logps), _over(base, reference_logps or logps)
         grads, means = _batch_gradient(models, objective, params, reference, batch, shape)
         metrics = means | {
@@ -202,17 +195,16 @@ def make_train_step(
             "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
         }
         if optimizer_offload:
-            state = TrainState(state.step, state.params, to_device(state.opt_state))
+            state = state.replace(opt_state=to_device(state.opt_state))
         # An update that is not finite would be the last one: the whole state stays, and the schedule does not move on.
         # (A conditional takes no memory; a choice between both states by jnp.where held half of the parameters more.)
         finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(means[objective.loss])
         state = jax.lax.cond(finite, functools.partial(_updated, tx), lambda state, _: state, state, grads)
         if optimizer_offload:
-            state = TrainState(state.step, state.params, to_host(state.opt_state))
+            state = state.replace(opt_state=to_host(state.opt_state))
         return state, metrics | {SKIPPED: 1.0 - finite.astype(jnp.float32)}
 
-    options = dict(compiler_options or {})
-    return jax.jit(train_step, donate_argnames="state", static_argnames="shape", compiler_options=options)
+    return jax.jit(train_step, donate_argnames="state", static_argnames="shape", **jit)
 
 
 def _updated(tx: optax.GradientTransformation, state: TrainState, grads: Params) -> TrainState:
@@ -220,23 +212,11 @@ def _updated(tx: optax.GradientTransformation, state: TrainState, grads: Params)
     return TrainState(state.step + 1, apply_updates(state.params, updates, state.step), opt_state)
 
 
-def make_eval_step(
-    logps: LogpsFn,
-    objective: Objective,
-    *,
-    compute_dtype: Any,
-    out_shardings: Any = None,
-    compiler_options: Mapping[str, str] | None = None,
-):
+def make_eval_step(logps: LogpsFn, objective: Objective, *, compute_dtype: Any, **jit: Any):
     """Build the jitted `eval_step(params, ref_params, batch, shape, base=None)` → all values of the objective by group.
 
-    Args:
-      logps, objective, compute_dtype, compiler_options: as in `make_train_step`.
-      out_shardings: of the values; replicated, so that every process can read them.
-
-    Returns:
-      The step: values `[M, B, K]` by name, meaningless where a row has no group k. Means are the caller's, who knows
-      which group is where.
+    They are `[M, B, K]` by name, meaningless where a row has no group k. Means are the caller's, who knows which group
+    is where. Arguments are as in `make_train_step`.
     """
 
     def eval_step(
@@ -246,41 +226,34 @@ def make_eval_step(
         shape: RowShape,
         base: Params | None = None,
     ):
-        compute_params, reference_params, base = (_cast(x, compute_dtype) for x in (params, ref_params, base))
+        params, reference_params, base = _cast((params, ref_params, base), compute_dtype)
         over_base = _over(base, logps)
 
         def one(micro: Batch[jax.Array]) -> tuple[Logps, Logps | None]:
-            reference = _reference(over_base, objective, reference_params, micro, shape)
-            return over_base(compute_params, micro, shape), reference
+            reference = _reference(over_base, objective, reference_params, shape, micro)
+            return over_base(params, micro, shape), reference
 
         policy, reference = jax.lax.map(one, batch)
         return objective.values(policy, reference, batch, _mean_tokens(batch))
 
-    options = dict(compiler_options or {})
-    return jax.jit(eval_step, static_argnames="shape", out_shardings=out_shardings, compiler_options=options)
+    return jax.jit(eval_step, static_argnames="shape", **jit)
 
 
-def make_logps_step(
-    logps: LogpsFn,
-    *,
-    compute_dtype: Any,
-    out_shardings: Any = None,
-    compiler_options: Mapping[str, str] | None = None,
-):
+def make_logps_step(logps: LogpsFn, *, compute_dtype: Any, **jit: Any):
     """Build the jitted `logps_step(params, batch, shape, base=None)` → what a reference is kept by, `[M, B, K, n]`.
 
-    That is its log-probabilities, and those with every token counted whole where LD-DPO weighs them.
+    That is its log-probabilities, and those with every token counted whole where LD-DPO weighs them. Arguments are as
+    in `make_train_step`.
     """
 
     def logps_step(
         params: Params, batch: Batch[jax.Array], shape: RowShape, base: Params | None = None
     ) -> list[jax.Array]:
-        params, base = _cast(params, compute_dtype), _cast(base, compute_dtype)
+        params, base = _cast((params, base), compute_dtype)
         values = jax.lax.map(lambda micro: _over(base, logps)(params, micro, shape), batch)
         return [x for x in (values.logps, values.whole) if x is not None]
 
-    options = dict(compiler_options or {})
-    return jax.jit(logps_step, static_argnames="shape", out_shardings=out_shardings, compiler_options=options)
+    return jax.jit(logps_step, static_argnames="shape", **jit)
 
 
 def make_reference_sync(alpha: float, *, shardings: Any = None):
@@ -307,3 +280,33 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
     bfloat16.
     """
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(_cast(params, jnp.float32)))
+
+
+def start_state(params: Params, tx: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """A state at update 0 on the layout's mesh; takes the parameters' memory over."""
+    init = jax.jit(init_state, static_argnums=1, donate_argnums=0, out_shardings=_state_shardings(tx, layout))
+    return init(params, tx)
+
+
+def abstract_state(tx: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """Shapes, dtypes and shardings of a state: what restoring one needs."""
+    shapes = jax.eval_shape(lambda p: init_state(p, tx), abstract_trained(layout, layout.param_dtype))
+    shardings = _state_shardings(tx, layout)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _state_shardings(tx: optax.GradientTransformation, layout: Layout) -> Any:
+    held = host_shardings(layout.trained) if layout.optimizer_offload else layout.trained
+    moments = moment_shardings(tx, abstract_trained(layout, layout.param_dtype), held, layout.mesh)
+    return TrainState(step=replicated(layout.mesh), params=layout.trained, opt_state=moments)  # type: ignore[arg-type]
+
+
+def moment_shardings(tx: optax.GradientTransformation, params: Params, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of `tx.init(params)`: every moment is sharded like its parameter, every scalar is replicated."""
+    return optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, params),
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
