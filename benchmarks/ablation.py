@@ -50,8 +50,8 @@ from dpo_jax.rows.schedule import Schedule, make_schedule
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.training import inputs
 from dpo_jax.training.reference import read_reference
-from dpo_jax.training.setup import make_layout, make_objective, make_optimizer
-from dpo_jax.training.step import LogpsFn, make_logps_step, make_train_step, start_state
+from dpo_jax.training.setup import make_layout, make_objective, make_optimizer, start_state
+from dpo_jax.training.step import LogpsFn, make_logps_step, make_train_step
 from dpo_jax.weights.find import Policy, find_policy
 from dpo_jax.weights.load import load_params
 

@@ -20,8 +20,7 @@ from dpo_jax.plan.kernels import kernel_formula
 from dpo_jax.rows.batch import Batch, batch_spec
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.reference import abstract_reference
-from dpo_jax.training.setup import eval_step_on, make_models, train_step_on
-from dpo_jax.training.step import abstract_state
+from dpo_jax.training.setup import abstract_state, eval_step_on, make_models, train_step_on
 
 
 class TooLargeError(Exception):

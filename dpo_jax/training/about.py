@@ -1,25 +1,58 @@
-"""With what a run was made: run.json, for the report and the model card."""
+"""With what a run is made: run.json, for the report and the model card, and the first lines on the console."""
 
 import importlib.metadata
 import platform
-from pathlib import Path
+from typing import Any
 
 import jax
 
 from dpo_jax.disk import write_json
+from dpo_jax.model.attention.tpu_splash import Tiling
 from dpo_jax.model.placement import Layout
 from dpo_jax.rows.schedule import Schedule
+from dpo_jax.training.setup import Run
 
 PACKAGES = ("dpo_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
 
 
-def write_about(path: Path, layout: Layout, schedule: Schedule, steps: int) -> None:
-    """Write run.json: versions, devices, the model's size, and the rows that these devices ask for.
+def introduce(run: Run, schedule: Schedule, steps: int) -> None:
+    """What is run, on what: run.json and the first lines on the console.
 
     A run that is resumed elsewhere writes that of where it is now.
     """
+    s, layout, shape = run.settings, run.layout, schedule.shapes[0]
+    if jax.process_index() == 0:
+        write_json(run.workdir / "run.json", _about(layout, schedule, steps))
+    mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
+    say = run.writer.message
+    where = f"{mesh} ({layout.platform})"
+    say(f"model {s.model}: {layout.config.parameter_count():,} parameters, {layout.dtype} on {where}")
+    if layout.lora is not None:
+        targets = ",".join(layout.lora.targets)
+        say(f"LoRA of rank {layout.lora.rank} on {targets}: {layout.trained_count:,} parameters are trained")
+    say(f"data {s.data.dataset}: {len(run.data.train):,} training pairs, {len(run.data.evaluation):,} held out")
+    for part in run.data.report.get("mixture", []):
+        say(f"  {part['name']}: {part['weight']:.1%}, {part['epoch']:,} of {part['pairs']:,} pairs an epoch")
+    if isinstance(layout.tiling, Tiling) and not all(layout.uses_kernel(s) for s in schedule.shapes):
+        say(
+            f"attention: dense blocks in place of the kernel, as sequences of up to {layout.longest} tokens go beyond "
+            f"the model's window of {layout.config.sliding_window}"
+        )
+    say(f"rows {shape.rows} x [{' | '.join(map(str, shape.widths))}] for {s.batch.size} pairs")
+    lengths = run.data.train.lengths
+    longest, limit = int((lengths[:, 0] + lengths[:, 1:].max(1)).max()), layout.config.max_position_embeddings
+    if longest > limit:
+        say(
+            f"warning: sequences of up to {longest} tokens, but the model was made for {limit}; lower max_prompt_length"
+        )
+    if run.done:
+        say(f"resuming from checkpoint {run.done}")
+
+
+def _about(layout: Layout, schedule: Schedule, steps: int) -> dict[str, Any]:
+    """Versions, devices, the model's size, and the rows that these devices ask for."""
     first = layout.mesh.devices.flat[0]
-    about = {
+    return {
         "versions": {"python": platform.python_version()} | _versions(),
         "platform": first.platform,
         "device": first.device_kind,
@@ -36,7 +69,6 @@ def write_about(path: Path, layout: Layout, schedule: Schedule, steps: int) -> N
             for shape in schedule.shapes
         ],
     }
-    write_json(path, about)
 
 
 def _versions() -> dict[str, str]:

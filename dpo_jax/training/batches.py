@@ -1,13 +1,15 @@
 """A schedule's steps as the loop takes them: read ahead, built into rows, placed on the mesh."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.model.placement import Layout
 from dpo_jax.parallel.mesh import local_rows, to_global
-from dpo_jax.parallel.watchdog import awaited
+from dpo_jax.parallel.watchdog import LONGER, awaited, beat
 from dpo_jax.rows.build import GroupSource
 from dpo_jax.rows.pipeline import StepSource, batches
 from dpo_jax.rows.schedule import Schedule, make_schedule
@@ -45,3 +47,24 @@ def loaded(source: StepSource, mesh: Mesh, what: str, start: int = 0) -> Iterato
             facts={"pairs": step.groups, "tokens": step.tokens, "useful_token_fraction": real},
             examples=step.placed,
         )
+
+
+def passed(
+    step: Callable[[Any, Any], Any], source: StepSource, mesh: Mesh, what: str
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """One pass of (batch, shape) → results over a source: each is fetched while the next one is computed.
+
+    So no more than two batches wait on the devices.
+
+    Yields:
+      The examples of each batch, -1 where there is none, and its results as NumPy arrays.
+    """
+    pending: list[tuple[np.ndarray, Any]] = []
+    compiled: set[Any] = set()
+    for item in loaded(source, mesh, f"the rows of the {what}"):
+        beat(f"computing the {what}", 1.0 if item.shape in compiled else LONGER)
+        compiled.add(item.shape)
+        pending.append((item.examples, step(item.batch, item.shape)))
+        if len(pending) > 1:
+            yield jax.device_get(pending.pop(0))
+    yield from jax.device_get(pending)

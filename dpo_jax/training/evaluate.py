@@ -7,10 +7,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.parallel.watchdog import LONGER, beat
 from dpo_jax.records.length_bias import length_correlation, length_groups
 from dpo_jax.rows.pipeline import StepSource
-from dpo_jax.training.batches import loaded
+from dpo_jax.training.batches import passed
 
 # What an evaluation tells of every group of pairs (by source, by length) apart.
 BY_GROUP = ("accuracy", "margin")
@@ -32,15 +31,7 @@ def evaluate(
         of `length_groups` are always there. `length_correlation` is left out while no pair is won: margins are then
         what rounding leaves between a policy and its equal.
     """
-    results: list[Any] = []
-    placed: list[np.ndarray] = []
-    for item in loaded(source, mesh, "the rows of the evaluation"):
-        beat("computing the evaluation", LONGER if not results else 1.0)
-        results.append(eval_step(item.batch, item.shape))
-        placed.append(item.examples)
-        if len(results) > 1:  # fetched while the next one runs, so that no more than two batches wait on the devices
-            results[-2] = jax.device_get(results[-2])
-    results[-1] = jax.device_get(results[-1])
+    placed, results = zip(*passed(eval_step, source, mesh, "evaluation"), strict=True)
     pair = np.concatenate([x[x >= 0] for x in placed])
     values = {
         name: np.concatenate([r[name][x >= 0] for r, x in zip(results, placed, strict=True)]).astype(np.float64)

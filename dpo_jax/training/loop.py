@@ -20,8 +20,7 @@ from dpo_jax.parallel.mesh import make_any
 from dpo_jax.parallel.watchdog import LONGER, beat, watch
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.training.health import SKIPPED, Health, check_first_evaluation
-from dpo_jax.training.memory import give_back, peak_gb
-from dpo_jax.training.throughput import Throughput
+from dpo_jax.training.measure import Throughput, give_back, peak_gb
 
 STOP = "stop"  # beside the metrics of an update, while they are on the devices
 State = TypeVar("State")

@@ -26,15 +26,17 @@ from dpo_jax.training.reference import (
 )
 from dpo_jax.training.setup import (
     Run,
+    abstract_state,
     eval_step_on,
     keep_bad_batch,
     make_kl,
     make_objective,
     make_optimizer,
+    start_state,
     train_step_on,
     write_answers,
 )
-from dpo_jax.training.step import TrainState, abstract_state, start_state
+from dpo_jax.training.step import TrainState
 from dpo_jax.weights.load import load_params
 
 

@@ -1,8 +1,12 @@
-"""The reference of a run: its parameters, or its log-probabilities of every pair, computed once."""
+"""The reference of a run: its parameters, or its log-probabilities of every pair, computed once and kept in a file.
+
+Training then needs no reference in memory.
+"""
 
 import dataclasses
 import functools
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,15 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.config.settings import ReferenceOptions
+from dpo_jax.data.files import fingerprint
 from dpo_jax.data.split import Pairs
+from dpo_jax.disk import digest, whole_file
 from dpo_jax.errors import UserError
 from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout, abstract_trained, abstract_whole
 from dpo_jax.parallel.mesh import any_process, from_first, replicated
 from dpo_jax.rows.batch import REFERENCE_FIELDS
 from dpo_jax.rows.schedule import Schedule
-from dpo_jax.training import checkpoint, reference_cache
-from dpo_jax.training.batches import Given, once_through
+from dpo_jax.training import checkpoint
+from dpo_jax.training.batches import Given, once_through, passed
 from dpo_jax.training.loop import Stopped
 from dpo_jax.training.setup import Run
 from dpo_jax.training.step import make_logps_step, make_reference_sync
@@ -61,14 +67,10 @@ def _copied(params: Params, dtype: Any) -> Params:
 
 
 def own_reference(saved: Path, params: Params | None, layout: Layout) -> Params:
-    """The reference that the run made itself: kept in `saved`, as nothing else can bring it back.
+    """The reference that the run made itself: kept in the directory `saved`, as nothing else can bring it back.
 
-    Under adapters it is those after the SFT phase, over the same base.
-
-    Args:
-      saved: its directory.
-      params: what is trained when DPO starts, to be saved; None in a resumed run.
-      layout: of the model.
+    It is what is trained when DPO starts (`params`, None in a resumed run): under adapters those after the SFT phase,
+    over the same base.
 
     Raises:
       UserError: it is not there any more.
@@ -91,11 +93,7 @@ def moving_step(
 ) -> Callable[..., Any]:
     """The step of TR-DPO: the reference is part of the state, and moves towards the policy now and then.
 
-    Args:
-      options: how far it moves, and how often.
-      layout: of the model.
-      update: (state, reference, batch, shape) → state, metrics.
-      start: updates made before.
+    `update` is (state, reference, batch, shape) → state, metrics; `start` updates were made before.
     """
     sync, numbers = make_reference_sync(options.sync_alpha, shardings=layout.shardings), itertools.count(start + 1)
 
@@ -109,6 +107,65 @@ def moving_step(
     return step
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The file with the values of one reference for one cache of pairs: float32 `[pairs, 2, fields]`.
+
+    Chosen and rejected have so many `fields` each (of `REFERENCE_FIELDS`), NaN where not computed yet.
+    """
+
+    path: Path
+    pairs: int
+    fields: int
+
+
+def find_place(run: Run, start_anew: bool) -> Place:
+    """The file for a run's reference.
+
+    Its name is a hash of all that decides the values: the reference's files, the pairs' cache, the dtypes of the
+    computation. What differs in any of these is another file, so an old one is never read by mistake. The values of a
+    reference that the run made stay in the run's directory; with `start_anew` it is another one than before, and its
+    old values go.
+
+    Raises:
+      UserError: the model's files cannot be read.
+    """
+    s, cache = run.settings, run.data.train.cache
+    model = run.reference_directory or (None if s.sft_steps else run.policy.directory)
+    who: Any = "this run"
+    if model is not None:
+        files = sorted([*model.glob("*.safetensors"), model / "config.json"])
+        who = [{**fingerprint(str(file)), "path": file.name} for file in files]
+    dtypes, ld_alpha = f"{run.layout.dtype} over {run.layout.base_dtype}", s.objective.ld_alpha
+    decides = {"model": who, "pairs": cache.manifest["id"], "dtypes": dtypes, "ld_alpha": ld_alpha}
+    name = f"reference-{digest(json.dumps(decides, sort_keys=True))}.npy"
+    path = (run.workdir if model is None else Path(cache.directory)) / name
+    if model is None and start_anew and jax.process_index() == 0:
+        path.unlink(missing_ok=True)
+    return Place(path, len(cache), 1 if ld_alpha == 1 else len(REFERENCE_FIELDS))
+
+
+def read_values(where: Place) -> np.ndarray:
+    """What is known; NaN for the rest. A file that is cut off or of another shape counts as none."""
+    shape = (where.pairs, 2, where.fields)
+    try:
+        values = np.load(where.path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        values = None
+    known = values is not None and values.shape == shape and values.dtype == np.float32
+    return values if known else np.full(shape, np.nan, np.float32)
+
+
+def write_values(where: Place, values: np.ndarray) -> bool:
+    """Keep the values, whole or not at all; False where the directory cannot be written."""
+    try:
+        with whole_file(where.path) as file:
+            np.save(file, values)
+    except OSError:
+        return False
+    return True
+
+
 def kept_reference(run: Run, schedule: Schedule, steps: int, start: Params | None) -> np.ndarray | None:
     """The reference's values for every pair that the run meets, by pair of the cache; None unless `reference_cache`.
 
@@ -117,38 +174,31 @@ def kept_reference(run: Run, schedule: Schedule, steps: int, start: Params | Non
     Raises:
       Stopped: SIGTERM came; what is computed is kept.
     """
-    s, train = run.settings, run.data.train
-    if not s.reference.cache:
+    train = run.data.train
+    if not run.settings.reference.cache:
         return None
-    where = reference_cache.find_place(
-        train.cache,
-        run.reference_directory or (None if s.sft_steps else run.policy.directory),
-        run.workdir,
-        dtypes=f"{run.layout.dtype} over {run.layout.base_dtype}",
-        ld_alpha=s.objective.ld_alpha,
-        start_anew=start is not None,
-    )
+    where = find_place(run, start_anew=start is not None)
     met = np.unique(np.concatenate([placed[placed >= 0] for _, placed in map(schedule.place, range(steps))]))
     needed = np.union1d(train.index[met], run.data.evaluation.index)
     # Hosts may have disks of their own, and must agree on what is to be computed together.
-    values = from_first(reference_cache.read_values(where))
+    values = from_first(read_values(where))
     missing = needed[np.isnan(values[needed]).any((1, 2))]
     run.writer.message(f"reference: {len(needed) - len(missing):,} pairs known, {len(missing):,} to compute")
     if not len(missing):
         return values
     began = saved = time.perf_counter()
-    computed = _computed(run, reference_params(run, start), dataclasses.replace(train, index=missing))
+    computed = computed_values(run, reference_params(run, start), dataclasses.replace(train, index=missing))
     for n, (ids, theirs) in enumerate(computed):
         values[missing[ids]] = theirs
         # Processes agree now and then, as each time they wait for each other.
         agreeing = jax.process_count() == 1 or n % AGREE_BATCHES == 0
         stopping = agreeing and any_process(run.stop.is_set())
         if (stopping or time.perf_counter() - saved > SAVE_SECONDS) and jax.process_index() == 0:
-            reference_cache.write_values(where, values)
+            write_values(where, values)
             saved = time.perf_counter()
         if stopping:
             raise Stopped
-    kept = jax.process_index() > 0 or reference_cache.write_values(where, values)
+    kept = jax.process_index() > 0 or write_values(where, values)
     seconds = time.perf_counter() - began
     run.writer.message(
         f"reference: {len(missing):,} pairs computed in {seconds:.1f} s"
@@ -159,9 +209,8 @@ def kept_reference(run: Run, schedule: Schedule, steps: int, start: Params | Non
 
 def held_out_reference(run: Run, params: Params | None) -> Given:
     """The reference's values of the held-out pairs: computed once, as they are the same at every evaluation."""
-    parts = list(_computed(run, params, run.data.evaluation))
-    ids = np.concatenate([ids for ids, _ in parts])
-    return _by_name(np.concatenate([values for _, values in parts])[np.argsort(ids)])
+    ids, values = map(np.concatenate, zip(*computed_values(run, params, run.data.evaluation), strict=True))
+    return _by_name(values[np.argsort(ids)])
 
 
 def given_reference(values: np.ndarray | None, pairs: Pairs) -> Given:
@@ -169,12 +218,14 @@ def given_reference(values: np.ndarray | None, pairs: Pairs) -> Given:
     return {} if values is None else _by_name(values[pairs.index])
 
 
-def _computed(run: Run, params: Params | None, pairs: Pairs) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def computed_values(run: Run, params: Params | None, pairs: Pairs) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The values of `pairs`, batch by batch: positions in `pairs`, int64 `[n]`, and float32 `[n, 2, fields]`."""
     layout, batch = run.layout, run.settings.batch
     step = make_logps_step(run.models[1], out_shardings=replicated(layout.mesh), **layout.step_options)
-    source = once_through(pairs, batch.size, batch.microbatches, layout)
     logps = lambda batch, shape: step(params, batch, shape, base=run.base)
-    return reference_cache.computed_values(logps, source, layout.mesh)
+    source = once_through(pairs, batch.size, batch.microbatches, layout)
+    for placed, values in passed(logps, source, layout.mesh, "reference"):
+        yield placed[placed >= 0], np.stack(values, axis=-1)[placed >= 0]
 
 
 def _by_name(values: np.ndarray) -> Given:

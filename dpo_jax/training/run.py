@@ -25,9 +25,10 @@ from dpo_jax.rows.schedule import Schedule, make_schedule
 from dpo_jax.sampling import answers
 from dpo_jax.training import checkpoint, inputs
 from dpo_jax.training import workdir as claim
+from dpo_jax.training.about import introduce
 from dpo_jax.training.loop import stop_signal
 from dpo_jax.training.phases import params_after_dpo
-from dpo_jax.training.setup import Run, introduce, keep_compiled, make_layout, make_models, write_answers
+from dpo_jax.training.setup import Run, keep_compiled, make_layout, make_models, write_answers
 from dpo_jax.weights.find import check_reference, find_policy
 from dpo_jax.weights.hub import resolve_model
 from dpo_jax.weights.huggingface import read_config, save_weights

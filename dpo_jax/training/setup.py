@@ -1,4 +1,4 @@
-"""What the phases of a run share, and the pieces that its settings ask for: layout, models, objective, optimiser."""
+"""What the phases of a run share, and the pieces that its settings ask for: layout, models, optimiser, state, steps."""
 
 import dataclasses
 import functools
@@ -17,24 +17,21 @@ from jax.sharding import Mesh
 from dpo_jax.config.settings import ObjectiveOptions, OptimizerOptions, Settings
 from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.prepare import Prepared
-from dpo_jax.model.attention.tpu_splash import Tiling
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.lora import on_model
 from dpo_jax.model.params import Params
-from dpo_jax.model.placement import Layout, place_model
+from dpo_jax.model.placement import Layout, abstract_trained, place_model
 from dpo_jax.model.tuning import check_compiler_options
 from dpo_jax.objective.logps import LogpsFn
 from dpo_jax.objective.objective import Objective, ld_weights, preference_objective
 from dpo_jax.objective.policy_logps import logps_fn
-from dpo_jax.parallel.mesh import replicated
+from dpo_jax.parallel.mesh import host_shardings, replicated
 from dpo_jax.records.writer import MetricsWriter
-from dpo_jax.rows.schedule import Schedule
 from dpo_jax.sampling import answers, divergence
 from dpo_jax.sampling.engine import Choice
-from dpo_jax.training.about import write_about
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.optimizer import optimizer, rate_schedule
-from dpo_jax.training.step import make_eval_step, make_train_step
+from dpo_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 from dpo_jax.weights.find import Policy
 
 Models = tuple[LogpsFn, LogpsFn]  # the policy, and the reference with its parameters where they are kept
@@ -124,6 +121,36 @@ def make_optimizer(options: OptimizerOptions, steps: int) -> tuple[optax.Gradien
     return optimizer(o.kind, rate, weight_decay=o.weight_decay, max_grad_norm=o.max_grad_norm), rate
 
 
+def start_state(params: Params, tx: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """A state at update 0 on the layout's mesh; takes the parameters' memory over."""
+    init = jax.jit(init_state, static_argnums=1, donate_argnums=0, out_shardings=_state_shardings(tx, layout))
+    return init(params, tx)
+
+
+def abstract_state(tx: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """Shapes, dtypes and shardings of a state: what restoring one needs."""
+    shapes = jax.eval_shape(lambda p: init_state(p, tx), abstract_trained(layout, layout.param_dtype))
+    shardings = _state_shardings(tx, layout)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _state_shardings(tx: optax.GradientTransformation, layout: Layout) -> Any:
+    held = host_shardings(layout.trained) if layout.optimizer_offload else layout.trained
+    moments = moment_shardings(tx, abstract_trained(layout, layout.param_dtype), held, layout.mesh)
+    return TrainState(step=replicated(layout.mesh), params=layout.trained, opt_state=moments)  # type: ignore[arg-type]
+
+
+def moment_shardings(tx: optax.GradientTransformation, params: Params, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of `tx.init(params)`: every moment is sharded like its parameter, every scalar is replicated."""
+    return optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, params),
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+
 def train_step_on(
     layout: Layout, models: Models, objective: Objective, tx: optax.GradientTransformation, rate: optax.Schedule
 ) -> Callable[..., Any]:
@@ -188,34 +215,3 @@ def make_kl(run: Run) -> Callable[[Params, Params | None], dict[str, float]]:
         seed=s.seed,
     )
     return lambda params, ref: {} if ref is None else estimate(base | params, base | ref)
-
-
-def introduce(run: Run, schedule: Schedule, steps: int) -> None:
-    """What is run, on what: run.json and the first lines on the console."""
-    s, layout, shape = run.settings, run.layout, schedule.shapes[0]
-    if jax.process_index() == 0:
-        write_about(run.workdir / "run.json", layout, schedule, steps)
-    mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
-    say = run.writer.message
-    where = f"{mesh} ({layout.platform})"
-    say(f"model {s.model}: {layout.config.parameter_count():,} parameters, {layout.dtype} on {where}")
-    if layout.lora is not None:
-        targets = ",".join(layout.lora.targets)
-        say(f"LoRA of rank {layout.lora.rank} on {targets}: {layout.trained_count:,} parameters are trained")
-    say(f"data {s.data.dataset}: {len(run.data.train):,} training pairs, {len(run.data.evaluation):,} held out")
-    for part in run.data.report.get("mixture", []):
-        say(f"  {part['name']}: {part['weight']:.1%}, {part['epoch']:,} of {part['pairs']:,} pairs an epoch")
-    if isinstance(layout.tiling, Tiling) and not all(layout.uses_kernel(s) for s in schedule.shapes):
-        say(
-            f"attention: dense blocks in place of the kernel, as sequences of up to {layout.longest} tokens go beyond "
-            f"the model's window of {layout.config.sliding_window}"
-        )
-    say(f"rows {shape.rows} x [{' | '.join(map(str, shape.widths))}] for {s.batch.size} pairs")
-    lengths = run.data.train.lengths
-    longest, limit = int((lengths[:, 0] + lengths[:, 1:].max(1)).max()), layout.config.max_position_embeddings
-    if longest > limit:
-        say(
-            f"warning: sequences of up to {longest} tokens, but the model was made for {limit}; lower max_prompt_length"
-        )
-    if run.done:
-        say(f"resuming from checkpoint {run.done}")

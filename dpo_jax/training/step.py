@@ -15,15 +15,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from dpo_jax.model.experts import balance_loss
 from dpo_jax.model.params import Params
-from dpo_jax.model.placement import Layout, abstract_trained
 from dpo_jax.model.remat import to_device, to_host
 from dpo_jax.objective.logps import Logps, LogpsFn
 from dpo_jax.objective.objective import Objective
-from dpo_jax.parallel.mesh import host_shardings, replicated
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.health import SKIPPED
@@ -280,33 +277,3 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
     bfloat16.
     """
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(_cast(params, jnp.float32)))
-
-
-def start_state(params: Params, tx: optax.GradientTransformation, layout: Layout) -> TrainState:
-    """A state at update 0 on the layout's mesh; takes the parameters' memory over."""
-    init = jax.jit(init_state, static_argnums=1, donate_argnums=0, out_shardings=_state_shardings(tx, layout))
-    return init(params, tx)
-
-
-def abstract_state(tx: optax.GradientTransformation, layout: Layout) -> TrainState:
-    """Shapes, dtypes and shardings of a state: what restoring one needs."""
-    shapes = jax.eval_shape(lambda p: init_state(p, tx), abstract_trained(layout, layout.param_dtype))
-    shardings = _state_shardings(tx, layout)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-def _state_shardings(tx: optax.GradientTransformation, layout: Layout) -> Any:
-    held = host_shardings(layout.trained) if layout.optimizer_offload else layout.trained
-    moments = moment_shardings(tx, abstract_trained(layout, layout.param_dtype), held, layout.mesh)
-    return TrainState(step=replicated(layout.mesh), params=layout.trained, opt_state=moments)  # type: ignore[arg-type]
-
-
-def moment_shardings(tx: optax.GradientTransformation, params: Params, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of `tx.init(params)`: every moment is sharded like its parameter, every scalar is replicated."""
-    return optax.tree_map_params(
-        tx,
-        lambda _, sharding: sharding,
-        jax.eval_shape(tx.init, params),
-        shardings,
-        transform_non_params=lambda _: replicated(mesh),
-    )

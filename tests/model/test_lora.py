@@ -27,7 +27,8 @@ from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import make_mesh, to_global
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.optimizer import optimizer, rate_schedule
-from dpo_jax.training.step import abstract_state, make_eval_step, make_train_step, start_state
+from dpo_jax.training.setup import abstract_state, start_state
+from dpo_jax.training.step import make_eval_step, make_train_step
 from tests.oracles import oracle
 from tests.oracles.oracle import CONFIG
 

@@ -17,7 +17,7 @@ from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.training import checkpoint
 from dpo_jax.training.optimizer import optimizer
 from dpo_jax.training.reference import own_reference
-from dpo_jax.training.step import abstract_state, start_state
+from dpo_jax.training.setup import abstract_state, start_state
 from tests.oracles.oracle import CONFIG
 
 TX = optimizer("adamw", lambda _: 0.1, weight_decay=0.0, max_grad_norm=0.0)

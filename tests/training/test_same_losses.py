@@ -18,7 +18,8 @@ from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import host_shardings, make_mesh, to_global
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.optimizer import optimizer, rate_schedule
-from dpo_jax.training.step import make_train_step, start_state
+from dpo_jax.training.setup import start_state
+from dpo_jax.training.step import make_train_step
 from tests.oracles import oracle
 
 # Divides over eight devices in every way.

@@ -18,14 +18,8 @@ from dpo_jax.parallel.mesh import make_mesh, to_global
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.optimizer import optimizer, rate_schedule
-from dpo_jax.training.step import (
-    TrainState,
-    init_state,
-    make_eval_step,
-    make_reference_sync,
-    make_train_step,
-    moment_shardings,
-)
+from dpo_jax.training.setup import moment_shardings
+from dpo_jax.training.step import TrainState, init_state, make_eval_step, make_reference_sync, make_train_step
 from tests.oracles import oracle
 from tests.oracles.oracle import CONFIG
 

@@ -1,4 +1,4 @@
-"""The memory of a process: the kernel's and the devices' own numbers, and what goes back to the system."""
+"""Throughput counts training alone; memory is as the kernel and the devices count it, and goes back to the system."""
 
 import platform
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from dpo_jax.training import memory
+from dpo_jax.training import measure
+from dpo_jax.training.measure import Throughput
 
 
 def _status(name: str) -> int:
@@ -19,7 +20,7 @@ def _status(name: str) -> int:
 
 
 def test_peak_memory_on_cpu_is_what_the_kernel_says():
-    assert memory.peak_gb() == pytest.approx(_status("VmHWM") / 1e9, rel=0.02)
+    assert measure.peak_gb() == pytest.approx(_status("VmHWM") / 1e9, rel=0.02)
 
 
 def test_what_is_free_in_the_heap_goes_back_to_the_system():
@@ -29,7 +30,7 @@ def test_what_is_free_in_the_heap_goes_back_to_the_system():
     last = bytearray(100_000)  # above them: the heap cannot just end earlier
     blocks.clear()
     before = _status("VmRSS")
-    memory.give_back()
+    measure.give_back()
     assert before - _status("VmRSS") > 150e6
     assert last is not None
 
@@ -40,4 +41,18 @@ def test_a_device_that_tells_its_peak_is_believed(monkeypatch):
             self.memory_stats = lambda: peak and {"bytes_in_use": 1, "peak_bytes_in_use": peak}
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(2_000_000_000), Device(3_500_000_000), Device(None)])
-    assert memory.peak_gb() == 3.5
+    assert measure.peak_gb() == 3.5
+
+
+def test_throughput_leaves_out_pauses():
+    now = [0.0]
+    throughput = Throughput(clock=lambda: now[0])
+    assert throughput.take() == {}
+    throughput.count(8)
+    now[0] = 2.0
+    with throughput.paused():
+        now[0] = 7.0
+    throughput.count(8)
+    now[0] = 9.0
+    assert throughput.take() == {"pairs_per_second": 4.0, "step_seconds": 2.0}
+    assert throughput.take() == {}

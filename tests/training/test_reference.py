@@ -12,7 +12,7 @@ from dpo_jax import train
 from dpo_jax.parallel import watchdog
 from dpo_jax.records.records import read_records
 from dpo_jax.rows.pipeline import StepSource
-from dpo_jax.training import reference, reference_cache
+from dpo_jax.training import batches, reference
 from dpo_jax.training.loop import Stopped
 from tests.end_to_end.test_train import CLOCK
 from tests.rows.test_pipeline import PAIRS, _schedule
@@ -101,7 +101,7 @@ def test_a_second_run_computes_nothing_and_another_model_everything(base, tmp_pa
 def test_a_signal_during_the_pass_ends_it_and_the_next_run_goes_on(base, tmp_path, monkeypatch, capsys):
     workdir, _, data = base
     kept = data | {"model": str(workdir / "export"), "reference_cache": True, "ld_alpha": 0.9}
-    compute = reference_cache.computed_values
+    compute = reference.computed_values
 
     def interrupted(*arguments):
         for n, found in enumerate(compute(*arguments)):
@@ -109,7 +109,7 @@ def test_a_signal_during_the_pass_ends_it_and_the_next_run_goes_on(base, tmp_pat
                 os.kill(os.getpid(), signal.SIGTERM)
             yield found
 
-    monkeypatch.setattr(reference_cache, "computed_values", interrupted)
+    monkeypatch.setattr(reference, "computed_values", interrupted)
     with pytest.raises(Stopped):
         _run(tmp_path / "run", **kept)
     monkeypatch.undo()
@@ -121,7 +121,7 @@ def test_a_signal_during_the_pass_ends_it_and_the_next_run_goes_on(base, tmp_pat
 def test_every_batch_is_a_sign_of_life(monkeypatch, tmp_path):
     """A pass over many pairs takes longer than a step, and its first batches are compiled."""
     beats = []
-    monkeypatch.setattr(reference_cache, "beat", lambda doing, patience=1.0: beats.append(patience))
+    monkeypatch.setattr(batches, "beat", lambda doing, patience=1.0: beats.append(patience))
     _run(tmp_path, reference_cache=True, eval_pairs=0, num_steps=8)
     assert len(beats) == 8  # of 8 pairs each
     assert beats[0] == watchdog.LONGER
@@ -129,14 +129,14 @@ def test_every_batch_is_a_sign_of_life(monkeypatch, tmp_path):
 
 
 def test_a_damaged_file_counts_as_none(tmp_path):
-    where = reference_cache.Place(tmp_path / "reference-x.npy", 3, 1)
-    assert np.isnan(reference_cache.read_values(where)).all()
+    where = reference.Place(tmp_path / "reference-x.npy", 3, 1)
+    assert np.isnan(reference.read_values(where)).all()
     values = np.arange(6, dtype=np.float32).reshape(3, 2, 1)
-    assert reference_cache.write_values(where, values)
-    np.testing.assert_array_equal(reference_cache.read_values(where), values)
+    assert reference.write_values(where, values)
+    np.testing.assert_array_equal(reference.read_values(where), values)
     where.path.write_bytes(where.path.read_bytes()[:-4])
-    assert np.isnan(reference_cache.read_values(where)).all()
-    assert np.isnan(reference_cache.read_values(reference_cache.Place(where.path, 4, 1))).all()
+    assert np.isnan(reference.read_values(where)).all()
+    assert np.isnan(reference.read_values(reference.Place(where.path, 4, 1))).all()
 
 
 def test_rows_carry_what_is_given_of_their_pairs():
