@@ -38,7 +38,7 @@ from dpo_jax.config.command_line import parse
 from dpo_jax.config.settings import Settings, read_settings
 from dpo_jax.errors import UserError
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
-from dpo_jax.model.placement import Layout
+from dpo_jax.model.placement import Layout, place_model
 from dpo_jax.model.sharding import axis_rules
 from dpo_jax.objective.logps import group_logps
 from dpo_jax.objective.policy_logps import logp_options, logps_fn
@@ -50,7 +50,7 @@ from dpo_jax.rows.schedule import Schedule, make_schedule
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.training import inputs
 from dpo_jax.training.reference import read_reference
-from dpo_jax.training.setup import make_layout, make_objective, make_optimizer, start_state
+from dpo_jax.training.setup import make_objective, make_optimizer, start_state
 from dpo_jax.training.step import LogpsFn, make_logps_step, make_train_step
 from dpo_jax.weights.find import Policy, find_policy
 from dpo_jax.weights.load import load_params
@@ -205,7 +205,7 @@ def main() -> None:
         s = read_settings(config)
         mesh = make_mesh(*s.mesh)
         policy = find_policy(s.model, workdir, s.seed)
-        layout = make_layout(s, policy.config, mesh)
+        layout = place_model(policy.config, mesh, s.layout, s.lora)
         with jax.set_mesh(mesh):
             pairs = inputs.prepare_pairs(s, policy.tokenizer, workdir, None).train
             plan = make_schedule(pairs, s.batch.size, layout.row_limits(s.batch.microbatches), s.batch.order)

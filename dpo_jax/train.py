@@ -15,9 +15,8 @@ from typing import Any
 
 from dpo_jax.config.check import check
 from dpo_jax.config.command_line import parse
-from dpo_jax.config.paths import check_paths
 from dpo_jax.config.saved import claim_workdir
-from dpo_jax.config.settings import Settings, read_settings
+from dpo_jax.config.settings import Settings, check_paths, read_settings
 from dpo_jax.config.values import check_workdir
 from dpo_jax.errors import SAVE_FAILED, SIGTERM, UserError
 from dpo_jax.records.trackers import check_packages
@@ -50,7 +49,7 @@ def _checked(config: Mapping[str, Any], workdir: Path) -> Settings:
     check(keys)
     settings = read_settings(keys)
     check_packages(settings.trackers)
-    check_paths(keys)
+    check_paths(settings)
     claim_workdir(workdir, keys, write=False)
     return settings
 
@@ -79,12 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return SIGTERM
     except Exception as e:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(
-                f"error: {e.filename or workdir}: {e.strerror}; the checkpoints that are there are kept: make room, "
-                "then the same command resumes from the newest",
-                file=sys.stderr,
-                flush=True,
-            )
+            kept = "the checkpoints that are there are kept: make room, then the same command resumes from the newest"
+            print(f"error: {e.filename or workdir}: {e.strerror}; {kept}", file=sys.stderr, flush=True)
             return processes.leave(SAVE_FAILED)
         processes.end_if_a_peer_is_gone(e)
         processes.leave(1)

@@ -37,10 +37,7 @@ def get_config(file: str = "") -> ml_collections.ConfigDict:
         config = _load(path).get_config(*([preset] if colon else []))
     except UserError as e:
         raise UserError(f"{given}: {e}") from None
-    except (
-        Exception,
-        SystemExit,
-    ) as e:  # the user's own code: whatever is wrong in it is one line
+    except (Exception, SystemExit) as e:  # the user's own code: whatever is wrong in it is one line
         raise UserError(f"{given}: {_described(e, path)}") from None
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"{given} cannot be read: get_config() must return a ConfigDict")
@@ -49,8 +46,7 @@ def get_config(file: str = "") -> ml_collections.ConfigDict:
 
 def _find(name: str) -> Path:
     """The file itself, or else the one of ours that has this name."""
-    path = Path(name)
-    ours = _home() / path
+    path, ours = Path(name), _home() / name
     return path if path.exists() or not ours.is_file() else ours
 
 

@@ -3,8 +3,10 @@
 Runs of other versions lack keys, and have keys that are unknown here.
 """
 
+import contextlib
+import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +125,7 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None
     Raises:
       UserError: the directory belongs to another config, or cannot be written.
     """
-    path = workdir / "config.json"
-    mine = dict(config)
+    path, mine = workdir / "config.json", dict(config)
     if path.exists():
         theirs = {name: key.default for name, key in KEYS.items()} | read_json(path, "delete it to start the run anew")
         changed = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
@@ -134,10 +135,21 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None
                 f"{workdir} holds a run of another config ({difference}); use another --workdir or its config"
             )
         return
-    try:
+    with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        if not write:
-            return
-        write_json(path, mine, sort_keys=True)
+        if write:
+            write_json(path, mine, sort_keys=True)
+
+
+@contextlib.contextmanager
+def writing(workdir: Path) -> Iterator[None]:
+    """Write to a workdir in here.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        yield
     except OSError as e:
-        raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); choose another --workdir") from None
+        mend = "make room there" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another --workdir"
+        raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); {mend}") from None

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.config.values import parse_options, parse_targets
+from dpo_jax.data.files import is_remote
 from dpo_jax.data.prepare import DataRequest
+from dpo_jax.data.sources import find_sources, hub_dataset, parse_mixture
 from dpo_jax.model.options import LayoutOptions, Lora
 from dpo_jax.objective.table import parse_loss
 from dpo_jax.rows.shape import Order
+from dpo_jax.weights.hub import local_model
 
 # Keys that name places on a host's own disk, which may differ between the hosts of one run.
 _OF_THE_HOST = ("model", "reference", "dataset_path", "eval_path", "cache_dir", "compilation_cache")
@@ -31,13 +34,9 @@ class ObjectiveOptions:
     """What DPO minimises.
 
     Attributes:
-      parts: losses with their weights.
-      beta: the rewards' scale.
+      parts: losses with their weights; `hyperparameters` are of single ones, by name.
       balance: weight of the experts' load-balancing loss; 0 is off.
-      ld_alpha: weight of tokens beyond the shorter completion's length; 1 is off.
-      wpo: weigh pairs by the policy's own likelihood of them.
-      f_divergence, f_alpha: from the reference.
-      hyperparameters: of single losses, by name.
+      beta, ld_alpha, wpo, f_divergence, f_alpha: see `keys.py`.
     """
 
     parts: Mapping[str, float]
@@ -54,11 +53,8 @@ class ObjectiveOptions:
 class ReferenceOptions:
     """The reference: `name` (empty: the policy when DPO starts), and what becomes of it.
 
-    Attributes:
-      name: a Hugging Face id or a directory.
-      cache: compute its log-probabilities once and free its memory.
-      sync_every: updates after which it moves towards the policy; 0: never.
-      sync_alpha: how far.
+    With `cache` its log-probabilities are computed once and its memory is freed. Every `sync_every` updates (0: never)
+    it moves towards the policy by `sync_alpha`.
     """
 
     name: str
@@ -137,41 +133,58 @@ class Settings:
 def read_settings(config: Mapping[str, Any]) -> Settings:
     """The typed values of a config that `check` has passed."""
     c = config
+
+    def read(kind: type, **given: Any) -> Any:
+        """A group whose values are those `given`, and for the rest those of the keys of its fields' names."""
+        return kind(**{f.name: c[f.name] for f in dataclasses.fields(kind) if f.name not in given}, **given)
+
     lora = Lora(c["lora_rank"], c["lora_alpha"], parse_targets(c["lora_targets"]), c["lora_rslora"])
     optimizer = OptimizerOptions(
         c["optimizer"], c["learning_rate"], c["lr_schedule"], c["warmup_steps"], c["weight_decay"], c["max_grad_norm"]
     )
-    groups: dict[str, Any] = {
-        "data": DataRequest(**{f.name: c[f.name] for f in dataclasses.fields(DataRequest)}),
-        "batch": BatchOptions(c["batch_size"], c["microbatches"], Order(c["seed"], c["shuffle"], c["drop_remainder"])),
-        "objective": ObjectiveOptions(
+    return read(
+        Settings,
+        whole=dict(config),
+        data=read(DataRequest),
+        batch=BatchOptions(c["batch_size"], c["microbatches"], Order(c["seed"], c["shuffle"], c["drop_remainder"])),
+        objective=read(
+            ObjectiveOptions,
             parts=parse_loss(c["loss"]),
             beta=c["dpo_beta"],
             balance=c["router_aux_loss_coef"],
-            ld_alpha=c["ld_alpha"],
-            wpo=c["wpo"],
-            f_divergence=c["f_divergence"],
-            f_alpha=c["f_alpha"],
             hyperparameters={n: c[n] for n in ("label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau")},
         ),
-        "reference": ReferenceOptions(
+        reference=ReferenceOptions(
             c["reference"], c["reference_cache"], c["reference_sync_steps"], c["reference_sync_alpha"]
         ),
-        "optimizer": optimizer,
-        "sft_optimizer": dataclasses.replace(optimizer, peak=c["sft_learning_rate"], schedule="constant"),
-        "lora": lora if lora.rank else None,
-        "layout": LayoutOptions(
-            param_dtype=c["param_dtype"],
-            compute_dtype=c["compute_dtype"],
+        optimizer=optimizer,
+        sft_optimizer=dataclasses.replace(optimizer, peak=c["sft_learning_rate"], schedule="constant"),
+        lora=lora if lora.rank else None,
+        layout=read(
+            LayoutOptions,
             base_dtype=c["lora_base_dtype"],
-            attention=c["attention"],
-            optimizer_offload=c["optimizer_offload"],
-            reference_offload=c["reference_offload"],
             compiler_options=parse_options(c["compiler_options"]),
             longest=c["max_prompt_length"] + c["max_completion_length"],
         ),
-        "mesh": (c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"]),
-        "trackers": {"wandb": c["wandb_project"], "trackio": c["trackio_project"]},
-    }
-    alone = [f.name for f in dataclasses.fields(Settings) if f.name not in ("whole", *groups)]
-    return Settings(whole=dict(config), **groups, **{name: c[name] for name in alone})
+        mesh=(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"]),
+        trackers={"wandb": c["wandb_project"], "trackio": c["trackio_project"]},
+    )
+
+
+def check_paths(settings: Settings) -> None:
+    """Look for the model, the reference and the data where they are local, before anything slow is imported.
+
+    What is on the hub, or in a bucket, is looked for when it is needed.
+
+    Raises:
+      UserError: one of them is not there; says what to give.
+    """
+    for what, name in (("model", settings.model), ("reference", settings.reference.name)):
+        if name and name != "tiny":
+            local_model(name, what=what)
+    data = settings.data
+    names = [name for name, _ in parse_mixture(data.dataset)]
+    elsewhere = any(map(is_remote, (*names, *data.dataset_path.split(","), data.eval_path)))
+    made = not data.dataset_path and any(name == "synthetic" or hub_dataset(name) for name in names)
+    if not elsewhere and not made:
+        find_sources(data.dataset, data.dataset_path, data.eval_path, data.split)

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from dpo_jax.config.command_line import Command, read_flags
-from dpo_jax.config.paths import check_paths
-from dpo_jax.config.settings import read_settings
+from dpo_jax.config.settings import check_paths, read_settings
 from dpo_jax.errors import UserError
 
 _USAGE = "python -m dpo_jax.data {} --config=configs/hhh.py[:PRESET] [--config.KEY=VALUE ...]"
@@ -61,10 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}; use {' or '.join(COMMANDS)}")
         config, options = read_flags([program, *rest], COMMANDS[name])
-        check_paths(config)
+        settings = read_settings(config)
+        check_paths(settings)
         from dpo_jax.inspection import actions  # takes seconds: JAX, transformers, grain
 
-        (actions.inspect_data if name == "inspect" else actions.prepare_data)(read_settings(config), **options)
+        (actions.inspect_data if name == "inspect" else actions.prepare_data)(settings, **options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

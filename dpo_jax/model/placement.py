@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from dpo_jax.model.attention.tpu_splash import Tiling
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.forward import RowTiling, init_params
-from dpo_jax.model.lora import Lora, init_adapters
+from dpo_jax.model.lora import Lora, init_adapters, on_model
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.model.sharding import adapter_shardings, param_shardings
-from dpo_jax.model.tuning import choose_tiling, row_limits
+from dpo_jax.model.tuning import check_compiler_options, choose_tiling, row_limits
 from dpo_jax.parallel.mesh import host_shardings, row_shards
 from dpo_jax.parallel.tpu import generation_of
 from dpo_jax.rows.shape import RowLimits, RowShape
@@ -92,13 +92,17 @@ def place_model(config: ModelConfig, mesh: Mesh, options: LayoutOptions, lora: L
     """Place a model on a mesh; with `lora` its adapters are what is trained.
 
     Raises:
-      UserError: the model does not divide over the mesh, or attention cannot run on these devices as asked.
+      UserError: the model does not divide over the mesh or cannot have these adapters, attention cannot run on these
+        devices as asked, or the compiler does not know an option.
     """
+    if options.compiler_options:
+        check_compiler_options(options.compiler_options, mesh)
     device = mesh.devices.flat[0]
     auto = "float32" if device.platform == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if options.compute_dtype == "auto" else options.compute_dtype)
     shardings = trained = param_shardings(config, mesh)
     if lora is not None:
+        lora = on_model(config, lora)
         trained = adapter_shardings(config, lora, mesh)
         config = dataclasses.replace(config, lora_scale=lora.scale)
     generation = generation_of(device)

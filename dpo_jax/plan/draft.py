@@ -11,7 +11,7 @@ import numpy as np
 from dpo_jax.config.settings import Settings
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families import config_from_hf
-from dpo_jax.model.placement import Layout
+from dpo_jax.model.placement import Layout, place_model
 from dpo_jax.objective.objective import Objective
 from dpo_jax.parallel.mesh import make_mesh, row_shards
 from dpo_jax.parallel.tpu import Topology
@@ -20,7 +20,7 @@ from dpo_jax.plan.lengths import Lengths
 from dpo_jax.rows.schedule import Schedule, make_schedule
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.training import inputs
-from dpo_jax.training.setup import make_layout, make_objective, make_optimizer
+from dpo_jax.training.setup import make_objective, make_optimizer
 from dpo_jax.weights import hub
 from dpo_jax.weights import huggingface as weights
 from dpo_jax.weights.find import check_reference, find_policy
@@ -99,7 +99,7 @@ def make_draft(s: Settings, model: ModelConfig, lengths: Lengths, topology: Topo
     inputs.check_division(s.batch, row_shards(mesh))
     inputs.check_experts(s, model.num_experts)
     inputs.check_enough(s.batch, len(lengths))
-    layout = make_layout(s, model, mesh)
+    layout = place_model(model, mesh, s.layout, s.lora)
     if s.reference.name:
         check_reference(find_model(s.reference.name, "reference"), layout.config, s.reference.name)
     whole, rest = divmod(lengths.pairs, s.batch.size)

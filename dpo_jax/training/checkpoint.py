@@ -91,8 +91,8 @@ def set_aside_damaged(directory: Path) -> list[str]:
         if newest < 0:
             return told
         where = directory / str(newest)
-        wrong = integrity.damage(where, (jax.process_index(), jax.process_count())) or _metadata_damage(where)
-        if not any_process(wrong is not None):
+        wrong = _damage(where, _METADATA)
+        if wrong is None:
             return told
         below = newest
         place = directory.parent / DAMAGED / str(newest)
@@ -101,15 +101,18 @@ def set_aside_damaged(directory: Path) -> list[str]:
             while place.exists():
                 place = place.with_name(place.name + "-again")
             where.rename(place)
-        told.append(f"checkpoint {newest} is damaged ({wrong or 'as another process reports'}); it is now {place}")
+        told.append(f"checkpoint {newest} is damaged ({wrong}); it is now {place}")
 
 
-def _metadata_damage(directory: Path) -> str | None:
-    try:
-        json.loads((directory / _METADATA).read_bytes())
-    except (OSError, ValueError):
-        return f"{_METADATA} cannot be read"
-    return None
+def _damage(directory: Path, *metadata: str) -> str | None:
+    """What any process finds wrong with its share of a directory's files; `metadata` are JSON that has no checksum."""
+    wrong = integrity.damage(directory, (jax.process_index(), jax.process_count()))
+    for name in metadata:
+        try:
+            json.loads((directory / name).read_bytes())
+        except (OSError, ValueError):
+            wrong = wrong or f"{name} cannot be read"
+    return (wrong or "as another process reports") if any_process(wrong is not None) else None
 
 
 def latest_step(checkpoints: Checkpoints) -> int | None:
@@ -195,11 +198,10 @@ def restore_tree(directory: Path, abstract: Any) -> Any:
     Raises:
       UserError: it cannot be read.
     """
-    wrong = integrity.damage(directory, (jax.process_index(), jax.process_count()))
-    if any_process(wrong is not None):
+    if wrong := _damage(directory):
         raise UserError(
-            f"{directory} is damaged ({wrong or 'as another process reports'}), and nothing else holds the reference "
-            "that this run made; start again in a new workdir"
+            f"{directory} is damaged ({wrong}), and nothing else holds the reference that this run made; start again "
+            "in a new workdir"
         )
     with _reading(str(directory), "start again in a new workdir"):
         return ocp.load(directory.absolute(), abstract)

@@ -13,17 +13,7 @@ from dpo_jax.weights import tiny
 def prepare_pairs(
     settings: Settings, tokenizer: Any, workdir: Path, quarantine: Path | None, progress: Progress | None = None
 ) -> Prepared:
-    """The run's training and evaluation pairs.
-
-    Args:
-      settings: of the run.
-      tokenizer: of the model.
-      workdir: where dialogues are written that the dataset `synthetic` makes.
-      quarantine, progress: see `prepare`.
-
-    Raises:
-      UserError: see `prepare`.
-    """
+    """The run's pairs, see `prepare`; `workdir` gets the dialogues of the dataset `synthetic`."""
     request = settings.data
     if request.dataset == "synthetic" and not request.dataset_path:
         request = dataclasses.replace(request, dataset_path=str(tiny.write_dialogues(workdir, settings.seed)))
@@ -31,11 +21,7 @@ def prepare_pairs(
 
 
 def check_division(batch: BatchOptions, shards: int) -> None:
-    """Refuse a batch that does not divide over the data shards and microbatches.
-
-    Raises:
-      UserError: with the nearest sizes that do.
-    """
+    """Refuse, with a UserError, a batch that does not divide over the data shards and microbatches."""
     parts = shards * batch.microbatches
     if batch.size % parts:
         near = [x for x in (batch.size // parts * parts, -(-batch.size // parts) * parts) if x > 0]
@@ -46,11 +32,7 @@ def check_division(batch: BatchOptions, shards: int) -> None:
 
 
 def check_enough(batch: BatchOptions, pairs: int) -> None:
-    """Refuse a batch that there are not enough training pairs for.
-
-    Raises:
-      UserError: with the key that mends it.
-    """
+    """Refuse, with a UserError, a batch that there are not enough training pairs for."""
     if pairs < batch.size and batch.order.drop_remainder:
         raise UserError(
             f"batch_size={batch.size} is more than the {pairs} training pairs; lower it, or set drop_remainder=False"
@@ -58,11 +40,7 @@ def check_enough(batch: BatchOptions, pairs: int) -> None:
 
 
 def check_experts(settings: Settings, experts: int) -> None:
-    """Refuse a load-balancing loss for a model that has no experts.
-
-    Raises:
-      UserError: with the key that mends it.
-    """
+    """Refuse, with a UserError, a load-balancing loss for a model that has no experts."""
     weight = settings.objective.balance
     if weight and not experts:
         raise UserError(f"router_aux_loss_coef={weight:g}: {settings.model} has no experts; leave it at 0")

@@ -10,17 +10,15 @@ from dpo_jax.disk import write_whole
 
 NAME = "checksums.json"
 THREADS = 4  # hashing leaves Python's lock, so files are read and hashed next to each other
-_CHUNK = 4 << 20  # bytes
 
 
 def write_checksums(directory: Path, leave_out: tuple[str, ...] = ()) -> None:
     """Write `checksums.json`: size and SHA-256 of every file in `directory`, each on disk before it is listed.
 
-    Args:
-      directory: whose files are complete.
-      leave_out: names of files that somebody still changes.
+    The files are complete, but for those of a name in `leave_out`, which still change.
     """
-    names = [name for name in _files(directory) if name != NAME and name not in leave_out]
+    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    names = sorted(name for name in files if name not in (NAME, *leave_out))
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         held = dict(zip(names, pool.map(lambda name: _digest(directory / name, sync=True), names), strict=True))
     listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in held.items()}
@@ -28,11 +26,9 @@ def write_checksums(directory: Path, leave_out: tuple[str, ...] = ()) -> None:
 
 
 def damage(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with the first file that is not as it was written; None if nothing is.
+    """What is wrong with the first file that is not as `checksums.json` has it; None if nothing is.
 
-    Args:
-      directory: with a `checksums.json`.
-      share: (i, n) reads every nth file from the ith on: n processes share the work.
+    A `share` of (i, n) reads every nth file from the ith on: n processes share the work.
     """
     try:
         listed = json.loads((directory / NAME).read_text())
@@ -60,15 +56,8 @@ def _difference(path: Path, name: str, size: int, digest: str) -> str | None:
 
 
 def _digest(path: Path, *, sync: bool = False) -> tuple[int, str]:
-    size, digest = 0, hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
+        digest = hashlib.file_digest(file, "sha256")
         if sync:
             os.fsync(file.fileno())
-    return size, digest.hexdigest()
-
-
-def _files(directory: Path) -> list[str]:
-    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+        return file.tell(), digest.hexdigest()

@@ -13,6 +13,7 @@ from dpo_jax.config.settings import Settings
 from dpo_jax.data.prepare import Prepared
 from dpo_jax.disk import write_whole
 from dpo_jax.model.params import Params
+from dpo_jax.model.placement import place_model
 from dpo_jax.model.tuning import exact_products
 from dpo_jax.parallel.mesh import agreed, first_process_first, make_mesh, row_shards
 from dpo_jax.records import trackers
@@ -28,7 +29,7 @@ from dpo_jax.training import workdir as claim
 from dpo_jax.training.about import introduce
 from dpo_jax.training.loop import stop_signal
 from dpo_jax.training.phases import params_after_dpo
-from dpo_jax.training.setup import Run, keep_compiled, make_layout, make_models, write_answers
+from dpo_jax.training.setup import Run, keep_compiled, make_models, write_answers
 from dpo_jax.weights.find import check_reference, find_policy
 from dpo_jax.weights.hub import resolve_model
 from dpo_jax.weights.huggingface import read_config, save_weights
@@ -56,12 +57,15 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
     with first_process_first("dpo_jax model files"):
         policy = find_policy(s.model, workdir, s.seed)
     inputs.check_experts(s, policy.config.num_experts)
-    layout = make_layout(s, policy.config, mesh)
+    layout = place_model(policy.config, mesh, s.layout, s.lora)
     reference = resolve_model(s.reference.name, what="reference") if s.reference.name else None
     if reference is not None:
         check_reference(read_config(reference)[0], layout.config, str(reference))
     with first_process_first("dpo_jax data"):  # with a cache that all share, the others find it whole
-        data = _prepare(s, policy.tokenizer, workdir)
+        quarantine = workdir / "quarantine.jsonl" if main_process else None
+        data = inputs.prepare_pairs(s, policy.tokenizer, workdir, quarantine)
+        if main_process:
+            write_whole(workdir / "data.json", json.dumps(data.report, indent=1, ensure_ascii=False) + "\n")
     inputs.check_enough(s.batch, len(data.train))
     damaged = checkpoint.set_aside_damaged(workdir / "checkpoints")
     with (
@@ -91,31 +95,10 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
         with writer:
             for line in damaged:
                 writer.message(f"warning: {line}")
-            run = Run(
-                settings=s,
-                workdir=workdir,
-                policy=policy,
-                layout=layout,
-                reference_directory=reference,
-                data=data,
-                models=make_models(s, layout),
-                base=load_base(policy, layout, s.seed),
-                checkpoints=checkpoints,
-                writer=writer,
-                stop=stop,
-                done=done,
-            )
+            models, base = make_models(s, layout), load_base(policy, layout, s.seed)
+            run = Run(s, workdir, policy, layout, reference, data, models, base, checkpoints, writer, stop, done)
             introduce(run, schedule, steps)
             return _finish(run, params_after_dpo(run, schedule, steps), steps)
-
-
-def _prepare(settings: Settings, tokenizer: Any, workdir: Path) -> Prepared:
-    main_process = jax.process_index() == 0
-    quarantine = workdir / "quarantine.jsonl" if main_process else None
-    prepared = inputs.prepare_pairs(settings, tokenizer, workdir, quarantine)
-    if main_process:
-        write_whole(workdir / "data.json", json.dumps(prepared.report, indent=1, ensure_ascii=False) + "\n")
-    return prepared
 
 
 def _identify(settings: Settings, models: dict[str, Path | None], data: Prepared, schedule: Schedule) -> dict[str, Any]:

@@ -17,11 +17,8 @@ from jax.sharding import Mesh
 from dpo_jax.config.settings import ObjectiveOptions, OptimizerOptions, Settings
 from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.prepare import Prepared
-from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.lora import on_model
 from dpo_jax.model.params import Params
-from dpo_jax.model.placement import Layout, abstract_trained, place_model
-from dpo_jax.model.tuning import check_compiler_options
+from dpo_jax.model.placement import Layout, abstract_trained
 from dpo_jax.objective.logps import LogpsFn
 from dpo_jax.objective.objective import Objective, ld_weights, preference_objective
 from dpo_jax.objective.policy_logps import logps_fn
@@ -42,14 +39,9 @@ class Run:
     """What the phases of a run share.
 
     Attributes:
-      settings: as its config asks.
-      workdir: its directory.
-      policy: the model to train; `layout` is it on the mesh.
+      policy: the model to train; `layout` is it on the mesh, `models` it and the reference as the steps see them.
       reference_directory: of the reference that the config names; None: the policy as DPO finds it.
-      data: its pairs.
-      models: the policy and the reference as the steps see them.
       base: what is under the adapters, never trained; {} if all parameters are.
-      checkpoints, writer: where it is saved, and where its records go.
       stop: set by SIGTERM.
       done: updates, of SFT and DPO together, that the newest checkpoint holds.
     """
@@ -73,18 +65,6 @@ def keep_compiled(settings: Settings) -> None:
     if settings.compilation_cache != "off" and not jax.config.values["jax_compilation_cache_dir"]:
         directory = settings.compilation_cache or str(cache_root(settings.data.cache_dir) / "compiled")
         jax.config.update("jax_compilation_cache_dir", directory)
-
-
-def make_layout(settings: Settings, config: ModelConfig, mesh: Mesh) -> Layout:
-    """The model on the mesh as the settings ask for it, adapters included.
-
-    Raises:
-      UserError: the model does not divide over the mesh, or the compiler does not know an option.
-    """
-    options, asked = settings.layout, settings.lora
-    if options.compiler_options:
-        check_compiler_options(options.compiler_options, mesh)
-    return place_model(config, mesh, options, None if asked is None else on_model(config, asked))
 
 
 def make_models(settings: Settings, layout: Layout) -> Models:

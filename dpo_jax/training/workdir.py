@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpo_jax.config.saved import writing
 from dpo_jax.data.split import Split
 from dpo_jax.disk import digest, read_json, write_json
 from dpo_jax.errors import UserError
@@ -43,9 +44,7 @@ def first_only(do: Callable[[], None]) -> None:
 def same_everywhere(parts: Mapping[str, Any]) -> None:
     """Refuse a run whose processes would not do the same: their rows would belong to different batches.
 
-    Args:
-      parts: what must be the same in all processes, by name; anything that JSON can hold. Every process calls it with
-        the same names.
+    `parts` must be the same in all processes, by name; anything that JSON can hold. Every process gives the same names.
 
     Raises:
       UserError: in all processes; those that differ from the first one name the part.
@@ -72,11 +71,9 @@ def locked(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(workdir: Path) -> Iterator[None]:
-    try:
+    with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK).open("a+")
-    except OSError as e:
-        raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); choose another --workdir") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,32 +84,29 @@ def _lock(workdir: Path) -> Iterator[None]:
                     f"workdir {workdir} is in use by {file.read().strip() or 'another run'}; wait for it or end it, or "
                     "choose another --workdir"
                 ) from None
-        try:
+        with writing(workdir):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-        except OSError as e:
-            raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); make room there") from None
         yield
 
 
 def identify(split: Split, models: Mapping[str, Path | None]) -> dict[str, Any]:
-    """What a run is begun with, beside its config: its data and the files of its models.
+    """What a run is begun with, beside its config: its pairs and the files of its models.
 
-    Args:
-      split: the pairs.
-      models: directories by the config key that they come from; None: made from scratch.
+    `models` are directories by the config key that they come from; None: made from scratch.
     """
     cache = split.train.cache
     data = {key: value for key, value in cache.manifest["fingerprint"].items() if key != "code"}
     arrays = (cache.lengths, cache.prompt_hash, split.train.index, split.evaluation.index)
     pairs = digest(np.ascontiguousarray(array).tobytes() for array in arrays)
     data |= {"training pairs": len(split.train), "held-out pairs": len(split.evaluation), "pairs": pairs}
-    return {"data": data} | {key: _model(where) for key, where in models.items() if where is not None}
-
-
-def _model(directory: Path) -> dict[str, Any]:
-    return {path.name: _sampled(path) for path in sorted([*directory.glob("*.safetensors"), directory / "config.json"])}
+    files = {
+        key: {path.name: _sampled(path) for path in sorted([*where.glob("*.safetensors"), where / "config.json"])}
+        for key, where in models.items()
+        if where is not None
+    }
+    return {"data": data} | files
 
 
 def _sampled(path: Path) -> dict[str, Any]:
@@ -144,10 +138,8 @@ def keep_identity(workdir: Path, identity: Mapping[str, Any], *, resumed: bool) 
             f"{workdir} was begun with other files ({'; '.join(changed[:_SHOWN])}{more}); bring them back, or use "
             "another --workdir"
         )
-    try:
+    with writing(workdir):
         write_json(path, mine)
-    except OSError as e:
-        raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); choose another --workdir") from None
 
 
 def _differences(theirs: Any, mine: Any, where: str = "") -> Iterator[str]:

@@ -42,7 +42,6 @@ def _python(program, *args, cwd=None):
         ("dpo_jax", 0.3),
         ("dpo_jax.config.command_line", 1.0),
         ("dpo_jax.config.settings", 1.0),
-        ("dpo_jax.config.paths", 1.0),
         ("dpo_jax.objective.table", 0.3),
         ("dpo_jax.train", 1.0),
     ],

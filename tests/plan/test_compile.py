@@ -18,7 +18,7 @@ from dpo_jax.plan.estimate import least_operations
 from dpo_jax.plan.lengths import find_lengths
 from dpo_jax.rows.schedule import make_schedule
 from dpo_jax.rows.shape import Order, RowLimits, RowShape
-from dpo_jax.training.setup import make_layout, make_models
+from dpo_jax.training.setup import make_models
 from dpo_jax.training.step import make_logps_step
 from tests import processes
 from tests.oracles import oracle
@@ -34,7 +34,7 @@ def test_a_pass_of_a_reference_in_host_memory_compiles():
 def _compile_a_pass():
     c = settings(reference_offload=True, batch_size=8, compute_dtype="bfloat16")
     mesh = make_mesh(1, -1, 1, parse_topology("v5e:2x2").devices())
-    layout = make_layout(c, config_from_hf(SMALL, "small"), mesh)
+    layout = place_model(config_from_hf(SMALL, "small"), mesh, c.layout, c.lora)
     step = make_logps_step(
         make_models(c, layout)[1],
         compute_dtype=layout.dtype,
@@ -50,7 +50,7 @@ def _compile_a_pass():
 def _draft(**changed):
     """A run on this machine's first device, of ten updates."""
     s = settings(**changed)
-    layout = make_layout(s, find_model(s.model), make_mesh(1, 1, 1, jax.devices()[:1]))
+    layout = place_model(find_model(s.model), make_mesh(1, 1, 1, jax.devices()[:1]), s.layout, s.lora)
     return Draft(s, parse_topology("v6e:1x1"), layout, schedule=None, steps=10)
 
 

@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import pytest
 
+from dpo_jax.model.placement import place_model
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.plan.draft import find_model
 from dpo_jax.plan.known import MODELS
 from dpo_jax.rows.shape import RowShape
-from dpo_jax.training.setup import make_layout
 from tests.plan.runs import settings
 
 
@@ -30,6 +30,6 @@ def test_the_kernel_attends_unless_a_sequence_goes_beyond_a_window(limits, kerne
     """Not because rows of several pairs are wide."""
     c = settings(attention="splash", max_prompt_length=limits[0], max_completion_length=limits[1])
     model = dataclasses.replace(find_model(c.model), sliding_window=2047, sliding_layers=(True,) * 30)
-    layout = make_layout(c, model, make_mesh(1, 1, 1, jax.devices()[:1]))
+    layout = place_model(model, make_mesh(1, 1, 1, jax.devices()[:1]), c.layout, c.lora)
     assert layout.uses_kernel(RowShape(4096, (2048, 2048))) is kernel
     assert dataclasses.replace(layout, config=find_model(c.model)).uses_kernel(RowShape(4096, (2048, 2048)))
