@@ -7,6 +7,7 @@ metrics are means over the groups of the whole batch, whatever the rows, the mic
 Shapes: M microbatches, B rows, K groups in a row, n completions of a group.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -192,13 +193,13 @@ def make_train_step(
             "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
         }
         if optimizer_offload:
-            state = state.replace(opt_state=to_device(state.opt_state))
+            state = dataclasses.replace(state, opt_state=to_device(state.opt_state))
         # An update that is not finite would be the last one: the whole state stays, and the schedule does not move on.
         # (A conditional takes no memory; a choice between both states by jnp.where held half of the parameters more.)
         finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(means[objective.loss])
         state = jax.lax.cond(finite, functools.partial(_updated, tx), lambda state, _: state, state, grads)
         if optimizer_offload:
-            state = state.replace(opt_state=to_host(state.opt_state))
+            state = dataclasses.replace(state, opt_state=to_host(state.opt_state))
         return state, metrics | {SKIPPED: 1.0 - finite.astype(jnp.float32)}
 
     return jax.jit(train_step, donate_argnames="state", static_argnames="shape", **jit)

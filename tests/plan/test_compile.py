@@ -118,7 +118,7 @@ def _compile_groups(n, attention):
     """The gradient of a loss of groups, on eight chips."""
     c = settings(batch_size=8, attention=attention)
     mesh = make_mesh(1, -1, 1, parse_topology("v6e:2x4").devices())
-    layout = make_layout(c, config_from_hf(SMALL, "small"), mesh)
+    layout = place_model(config_from_hf(SMALL, "small"), mesh, c.layout, c.lora)
     logps, shape = logps_fn(layout, remat="dots"), RowShape(256, (128,) * n, rows=8, places=4)
 
     def loss(params, batch):
