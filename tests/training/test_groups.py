@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dpo_jax.training.state import start_state
 
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.model.placement import place_model
@@ -14,6 +13,7 @@ from dpo_jax.objective.objective import Objective
 from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import make_mesh, to_global
 from dpo_jax.rows.shape import RowShape
+from dpo_jax.training.setup import start_state
 from dpo_jax.training.step import make_train_step
 from tests.oracles import oracle
 from tests.training.test_same_losses import CONFIG, RATE, TX, _fresh
