@@ -1,4 +1,4 @@
-"""What every config begins with: all keys at their defaults, from the table in dpo_jax/config/keys.py.
+"""What every config begins with: all keys at their defaults, from the table in dpo_jax/config/keys.toml.
 
 What each key means, its default and its legal values: that table, docs/configuration.md made from it, or
 `python -m dpo_jax.train --help`. The files beside this one change what differs for their dataset; keys are flat.

@@ -4,7 +4,7 @@ from dpo_jax.config.keys import SECTIONS, Key
 
 HEAD = """# Configuration
 
-Every key, made from the table in [keys.py](../dpo_jax/config/keys.py) by
+Every key, made from the table in [keys.toml](../dpo_jax/config/keys.toml) by
 `python -m pytest tests/test_docs.py --write-docs`; `python -m dpo_jax.train --help` prints them too. On the command
 line a key is `--config.KEY=VALUE`. A dataset's file ([configs/hhh.py](../configs/hhh.py), ...) and its presets change
 defaults. `--config=configs/hhh.py` works from every directory, also where the package is installed without a checkout.
