@@ -1,6 +1,6 @@
 """The decoder: Flax Linen modules for every supported family, each by its `ModelConfig`.
 
-Everything outside sees the plain functions of `forward.py`. Parameters carry logical axis names; `parallel/mesh.py`
+Everything outside sees the plain functions of `forward.py`. Parameters carry logical axis names; `sharding.py`
 maps them to a mesh.
 
 Shapes: B rows, T tokens of a row, D model, F ffn, H query heads, G kv-heads, E head width, V vocabulary, L layers,

@@ -4,7 +4,7 @@ Both tables are sharded into parts of whole rows (tokens of the vocabulary) over
 stay there: not the table travels but the hidden states, which are far fewer than the vocabulary has tokens. Each device
 looks up, or computes the logits of, its own part of the vocabulary for the rows of all devices that hold another part;
 sums over devices make the rest. So no device ever has the whole table, its whole gradient, or the logits of all
-completions. A vocabulary that does not divide is sharded by width (`mesh.py`); its parts, the last ones padded, are
+completions. A vocabulary that does not divide is sharded by width (`sharding.py`); its parts, the last ones padded, are
 exchanged when they are needed.
 
 Shapes: B rows, N tokens of a row, n of them in a chunk, D model, V vocabulary (v: a device's part of it).

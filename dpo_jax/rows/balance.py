@@ -18,7 +18,7 @@ EMPTY = -1
 # At most this part of a batch of long groups is long groups: the rest are any others.
 LONG_PART = 0.25
 ROUNDS = 200
-FITTING = 60  # rounds of `fit_slots`, with so many exchanges drawn for a row in each:
+FITTING = 60  # rounds of `_fit_slots`, with so many exchanges drawn for a row in each:
 DRAWS = 16
 # Possible exchanges weighed at once: few enough for the processor's cache.
 CHUNK = 200_000
@@ -106,9 +106,19 @@ def _apart(both: np.ndarray) -> np.ndarray:
 
 
 def balance(
+    placed: np.ndarray, lengths: np.ndarray, widths: np.ndarray, rng: np.random.Generator, across: bool
+) -> np.ndarray:
+    """Exchange groups between rows of `[n, rows, K]` until all fit in slots of these widths or no luck is left.
+
+    `across`: between batches too.
+    """
+    placed = _balance(placed, balanced(lengths), balanced(widths), rng, across)
+    return placed if len(widths) <= 3 else _fit_slots(placed, lengths, widths, rng, across)
+
+
+def _balance(
     placed: np.ndarray, lengths: np.ndarray, target: np.ndarray, rng: np.random.Generator, across: bool
 ) -> np.ndarray:
-    """Exchange groups between rows of `[n, rows, K]` until no slot overflows `target` or no luck is left."""
     n, rows, K = placed.shape
     flat = placed.reshape(n * rows, K).copy()
     lengths = np.concatenate([lengths, np.zeros((1, lengths.shape[1]), lengths.dtype)]).astype(np.float32)
@@ -191,17 +201,14 @@ def members(placed: np.ndarray, batch_size: int) -> np.ndarray:
     return -np.sort(-placed.reshape(len(placed), -1), axis=1)[:, :batch_size]
 
 
-def fit_slots(
+def _fit_slots(
     placed: np.ndarray, lengths: np.ndarray, widths: np.ndarray, rng: np.random.Generator, across: bool
 ) -> np.ndarray:
     """Exchange groups of rows whose completions do not fit slot by slot, though they do together.
 
-    Of several exchanges drawn for each such row, the one that leaves least overflow in both rows. Only where
-    completions may go into any slot: else `balance` has done what can be done.
+    Of several exchanges drawn for each such row, the one that leaves least overflow in both rows.
     """
     n, rows, K = placed.shape
-    if len(widths) <= 3:
-        return placed
     flat = placed.reshape(n * rows, K).copy()
     over = lambda rows: (np.maximum(slot_loads(lengths, rows, widths) - widths, 0) ** 2).sum(-1)
     overflow = over(flat)
@@ -213,9 +220,9 @@ def fit_slots(
         x = np.repeat(hot, draws)
         y = _partners(rng, x, rows, len(flat), across)
         i, j = rng.integers(0, K, (2, len(x)))
-        a, b, pair = flat[x], flat[y], np.arange(len(x))
-        legal = (x != y) & ((x // rows == y // rows) | ((a[pair, i] < 0) == (b[pair, j] < 0)))
-        a[pair, i], b[pair, j] = b[pair, j], a[pair, i]
+        a, b, at = flat[x], flat[y], np.arange(len(x))
+        legal = (x != y) & ((x // rows == y // rows) | ((a[at, i] < 0) == (b[at, j] < 0)))
+        a[at, i], b[at, j] = b[at, j], a[at, i]
         after = np.stack([over(a), over(b)])
         gain = np.where(legal, overflow[x] + overflow[y] - after.sum(0), 0).reshape(len(hot), draws)
         best = np.arange(len(hot)) * draws + gain.argmax(1)
@@ -268,8 +275,6 @@ def _filled(
     placed = np.empty((len(batches), shape.rows, shape.places), np.int64)
     for part, widths in ((~marked, np.asarray(shape.widths, np.int64)), (marked, wide)):
         if part.any():
-            sums, target = balanced(lengths, widths)
-            rows = deal(batches[part], sums, shape.rows, shape.places, target)
-            balanced_rows = balance(rows, sums, target, rng, across=across)
-            placed[part] = fit_slots(balanced_rows, lengths, widths, rng, across=across)
+            dealt = deal(batches[part], balanced(lengths), shape.rows, shape.places, balanced(widths))
+            placed[part] = balance(dealt, lengths, widths, rng, across=across)
     return placed

@@ -26,7 +26,7 @@ from dpo_jax.rows.balance import EMPTY, across_batches, needed, within_batches
 from dpo_jax.rows.build import GroupSource
 from dpo_jax.rows.ladder import Ladder, choose_ladder, widest
 from dpo_jax.rows.shape import Order, RowLimits, RowShape
-from dpo_jax.rows.slots import balanced, by_length
+from dpo_jax.rows.slots import by_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def schedule_epoch(lengths: np.ndarray, batch_size: int, ladder: Ladder, order: 
         if len(bad):  # unlucky steps: exchange once more, with some others and all the room there is
             rng = np.random.default_rng([order.seed, epoch, 2])
             part = np.union1d(bad, rng.permutation(len(placed))[: 8 * len(bad)])
-            placed[part] = balance.balance(placed[part], *balanced(lengths, room), rng, across=True)
+            placed[part] = balance.balance(placed[part], lengths, room, rng, across=True)
         if (home.rows, home.places) != (first.rows, first.places):
             again = within_batches(balance.members(placed, batch_size), marked, lengths, order, epoch)
             placed, _ = again(first, wide)

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 
 SWAPS = 64  # at most, in a row
-# The part of the completions' slots that balancing keeps free, as completions then have to fit slot by slot.
-SPARE = 0.009
 
 
 def by_length(lengths: np.ndarray) -> np.ndarray:
@@ -22,18 +20,11 @@ def by_length(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([lengths[:, :1], -np.sort(-lengths[:, 1:], axis=1)], axis=1)
 
 
-def balanced(lengths: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What rows of these widths `[1+n]` are balanced in: numbers `[N, S]` of groups, and what they may sum to, `[S]`.
-
-    Where slots are free: prompts; completions together, with room to spare, as they have to fit slot by slot; and the
-    tokens of completions beyond the narrowest slot's width, which only the wider ones can hold.
-    """
-    if len(widths) <= 3:
-        return lengths, widths
-    (prompt, *slots), narrowest = widths, min(widths[1:])
-    beyond = np.maximum(lengths[:, 1:] - narrowest, 0).sum(1)
-    sums = np.stack([lengths[:, 0], lengths[:, 1:].sum(1), beyond], axis=1)
-    return sums, np.array([prompt, sum(slots) * (1 - SPARE), sum(slots) - len(slots) * narrowest])
+def balanced(lengths: np.ndarray) -> np.ndarray:
+    """What rows are balanced in, of lengths or widths `[..., 1+n]`: every slot, or prompts and completions together."""
+    if lengths.shape[-1] <= 3:
+        return lengths
+    return np.stack([lengths[..., 0], lengths[..., 1:].sum(-1)], axis=-1)
 
 
 def assign_slots(lengths: np.ndarray, widths: Sequence[int] | np.ndarray) -> np.ndarray:
