@@ -15,27 +15,23 @@ Config = Mapping[str, Any]
 
 
 def check(config: Config) -> None:
-    """Check keys and values, alone and against each other.
-
-    Raises:
-      UserError: the first thing that is wrong.
-    """
+    """Check keys and values, alone and against each other; a UserError is of the first that is wrong."""
     for name in config:
         if name not in KEYS:
             raise unknown_key(name)
-    missing = [name for name in KEYS if name not in config]
-    if missing:
+    if missing := [name for name in KEYS if name not in config]:
         raise UserError(f"config keys are missing: {', '.join(missing)}; start from dpo_jax.get_config()")
     for name, key in KEYS.items():
         key.check(config[name])
     for rule in RULES:
         rule(config)
+    if not config["num_steps"] and not config["num_epochs"]:
+        raise UserError("num_steps and num_epochs are both 0; set one of them")
 
 
 def unknown_key(name: str) -> UserError:
     """The refusal of a key that is not in the table, with the nearest one that is."""
-    near = difflib.get_close_matches(name, KEYS, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = "".join(f"did you mean {near}? " for near in difflib.get_close_matches(name, KEYS, 1))
     return UserError(f"config key {name!r} does not exist; {hint}keys: {', '.join(sorted(KEYS))}")
 
 
@@ -45,22 +41,17 @@ def _asked(c: Config, names: Iterable[str]) -> list[str]:
 
 
 # Keys that nothing reads unless another key asks for it: the owner in words, whether it is there, its keys.
-_OWNERS: tuple[tuple[str, Callable[[Config], bool], tuple[str, ...]], ...] = (
-    ("f_divergence=alpha", lambda c: c["f_divergence"] == "alpha", ("f_alpha",)),
-    ("reference_sync_steps above 0", lambda c: c["reference_sync_steps"] > 0, ("reference_sync_alpha",)),
-    (
-        "lora_rank above 0",
-        lambda c: c["lora_rank"] > 0,
-        ("lora_alpha", "lora_rslora", "lora_targets", "lora_base_dtype"),
-    ),
+_OWNERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
+    ("f_divergence=alpha", lambda c: c["f_divergence"] == "alpha", "f_alpha"),
+    ("reference_sync_steps above 0", lambda c: c["reference_sync_steps"] > 0, "reference_sync_alpha"),
+    ("lora_rank above 0", lambda c: c["lora_rank"] > 0, "lora_alpha lora_rslora lora_targets lora_base_dtype"),
 )
 
 
 def _check_owners(c: Config) -> None:
     for owner, is_there, names in _OWNERS:
-        for name in _asked(c, names):
-            if not is_there(c):
-                raise UserError(f"{name}={c[name]} has no meaning without {owner}; leave it at {KEYS[name].default}")
+        for name in [] if is_there(c) else _asked(c, names.split()):
+            raise UserError(f"{name}={c[name]} has no meaning without {owner}; leave it at {KEYS[name].default}")
 
 
 def _check_hyperparameters(c: Config) -> None:
@@ -68,10 +59,8 @@ def _check_hyperparameters(c: Config) -> None:
     for name in _asked(c, ("label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau")):
         readers = [loss for loss, it in LOSS_FACTS.items() if name in it.hyperparameters]
         if not set(readers) & set(parse_loss(c["loss"])):
-            raise UserError(
-                f"{name} has no meaning for loss={c['loss']}; leave it at {KEYS[name].default} or use "
-                f"{', '.join(readers)}"
-            )
+            mend = f"leave it at {KEYS[name].default} or use {', '.join(readers)}"
+            raise UserError(f"{name} has no meaning for loss={c['loss']}; {mend}")
 
 
 def _check_loss(c: Config) -> None:
@@ -87,17 +76,14 @@ def _check_loss(c: Config) -> None:
     if c["wpo"] and across:
         raise UserError(f"wpo=True is not defined for {loss}: {across[0]} matches pairs with each other; set wpo=False")
     free = [name for name, it in parts.items() if it.reference is False]
-    for name in _asked(c, ("wpo", "ld_alpha")):
-        if free:
-            raise UserError(f"{name}={c[name]} is not defined for {free[0]}; leave it at {KEYS[name].default}")
+    for name in _asked(c, ("wpo", "ld_alpha")) if free else []:
+        raise UserError(f"{name}={c[name]} is not defined for {free[0]}; leave it at {KEYS[name].default}")
 
 
 def _check_reference(c: Config) -> None:
-    for name in _asked(c, ("reference", "reference_cache", "reference_sync_steps", "reference_offload")):
-        if not needs_reference(parse_loss(c["loss"])):
-            raise UserError(
-                f"{name}={c[name]!r}: loss={c['loss']} has no reference; leave it at {KEYS[name].default!r}"
-            )
+    names = ("reference", "reference_cache", "reference_sync_steps", "reference_offload")
+    for name in [] if needs_reference(parse_loss(c["loss"])) else _asked(c, names):
+        raise UserError(f"{name}={c[name]!r}: loss={c['loss']} has no reference; leave it at {KEYS[name].default!r}")
     if c["reference_cache"] and c["reference_sync_steps"]:
         raise UserError(
             f"reference_cache=True keeps a reference as it is, and reference_sync_steps={c['reference_sync_steps']} "
@@ -117,9 +103,4 @@ def _check_reference(c: Config) -> None:
             raise UserError(f"reference_offload=True: {name}={c[name]} {why}; set one of them to its default")
 
 
-def _check_length(c: Config) -> None:
-    if not c["num_steps"] and not c["num_epochs"]:
-        raise UserError("num_steps and num_epochs are both 0; set one of them")
-
-
-RULES = (_check_owners, _check_hyperparameters, _check_loss, _check_reference, _check_length)
+RULES = (_check_owners, _check_hyperparameters, _check_loss, _check_reference)

@@ -45,15 +45,7 @@ TRAIN = Command(
 
 
 def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path, bool]:
-    """Read `--config=FILE.py[:PRESET] --workdir=DIR [--config.KEY=VALUE ...] [--distributed]`.
-
-    Returns:
-      The checked config, the workdir, and whether this is one process of several.
-
-    Raises:
-      UserError: anything wrong with it, in one line.
-      SystemExit: 0 after `--help`.
-    """
+    """Training's checked config, the workdir, and whether this is one process of several; raises as `read_flags`."""
     config, values = read_flags(argv, TRAIN)
     if not values["workdir"]:
         raise UserError(f"--workdir is missing; usage: {TRAIN.usage}")

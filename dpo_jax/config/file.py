@@ -30,7 +30,9 @@ def get_config(file: str = "") -> ml_collections.ConfigDict:
     if not file:
         return ml_collections.ConfigDict({name: key.default for name, key in KEYS.items()})
     name, colon, preset = file.partition(":")
-    path, given = _find(name), f"--config={file}"
+    path, ours, given = Path(name), _home() / name, f"--config={file}"
+    if not path.exists() and ours.is_file():
+        path = ours
     if not path.is_file():
         _refuse_path(path, given)
     try:
@@ -42,12 +44,6 @@ def get_config(file: str = "") -> ml_collections.ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"{given} cannot be read: get_config() must return a ConfigDict")
     return config
-
-
-def _find(name: str) -> Path:
-    """The file itself, or else the one of ours that has this name."""
-    path, ours = Path(name), _home() / name
-    return path if path.exists() or not ours.is_file() else ours
 
 
 def _home() -> Path:

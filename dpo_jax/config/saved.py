@@ -84,15 +84,13 @@ def _words(table: Mapping[str, Any]) -> dict[str, list[str]]:
     def fill(form: str, key: str) -> str:
         return form.format(get(key)) if get(key) else ""
 
+    parts = fill("{} microbatches", "microbatches")
     return {
         "Reference": [fill("{}", "reference") or ("the policy when DPO starts" if "reference" in table else "")],
         "Loss": [fill("{}", "loss"), fill("β {}", "dpo_beta"), fill("label smoothing {}", "label_smoothing")],
         "Learning rate": [fill("{}", "learning_rate"), fill("{}", "lr_schedule"), warm_up(get("warmup_steps"))],
         "Optimizer": [fill("{}", "optimizer"), fill("decay {}", "weight_decay"), fill("clip at {}", "max_grad_norm")],
-        "Batch": [
-            fill("{} pairs", "batch_size"),
-            fill("{} microbatches", "microbatches") if get("microbatches") != 1 else "",
-        ],
+        "Batch": [fill("{} pairs", "batch_size"), parts if get("microbatches") != 1 else ""],
         "SFT first": [fill("{} steps", "sft_steps"), fill("{}", "sft_learning_rate")] if get("sft_steps") else [],
         "Trained": [fill("LoRA of rank {}", "lora_rank") or ("all parameters" if "lora_rank" in table else "")],
         "Precision": [fill("{} parameters", "param_dtype")],

@@ -28,8 +28,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
     targets: list[str] = []
     for name in (part.strip() for part in text.split(",")):
         if name not in known and name not in _ALIASES:
-            near = difflib.get_close_matches(name, [*known, *_ALIASES], 1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = "".join(f"did you mean {x}? " for x in difflib.get_close_matches(name, [*known, *_ALIASES], 1))
             raise UserError(
                 f"lora_targets={text!r}: {name!r} is no projection; {hint}there are {', '.join(known)}, with or "
                 "without _proj"
@@ -39,11 +38,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 
 def parse_options(text: str) -> dict[str, str]:
-    """`NAME=VALUE,NAME=VALUE` → compiler options.
-
-    Raises:
-      UserError: it is not of this form.
-    """
+    """`NAME=VALUE,NAME=VALUE` → compiler options; a UserError for what is not of this form."""
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
     if any(not (name and equals and value) for name, equals, value in pairs):
         raise UserError(f"compiler_options={text!r}: must be NAME=VALUE,NAME=VALUE, such as xla_tpu_...=true")

@@ -24,8 +24,7 @@ def introduce(run: Run, schedule: Schedule, steps: int) -> None:
     if jax.process_index() == 0:
         write_json(run.workdir / "run.json", _about(layout, schedule, steps))
     mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
-    say = run.writer.message
-    where = f"{mesh} ({layout.platform})"
+    say, where = run.writer.message, f"{mesh} ({layout.platform})"
     say(f"model {s.model}: {layout.config.parameter_count():,} parameters, {layout.dtype} on {where}")
     if layout.lora is not None:
         targets = ",".join(layout.lora.targets)

@@ -55,24 +55,19 @@ def open_checkpoints(directory: Path, keep: int) -> Iterator[Checkpoints]:
         for unfinished in directory.glob(f"*{_UNFINISHED}"):
             integrity.write_checksums(unfinished, leave_out=(_METADATA,))
 
-    context = ocp.Context()
+    context, newest = ocp.Context(), ocp.training.preservation_policies.LatestN(keep)
     context.async_options.post_finalization_callback = add_checksums
-    checkpoints = Checkpoints(
-        ocp.training.Checkpointer(
-            directory,
-            context=context,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+    orbax = ocp.training.Checkpointer(
+        directory, context=context, preservation_policy=newest, cleanup_tmp_directories=True
     )
     try:
-        yield checkpoints
+        yield Checkpoints(orbax)
     except Exception as e:
         processes.end_if_a_peer_is_gone(e)  # closing would wait for it
         raise
     finally:
         with _saving(directory):
-            checkpoints.orbax.close()
+            orbax.close()
 
 
 def set_aside_damaged(directory: Path) -> list[str]:
@@ -122,22 +117,14 @@ def latest_step(checkpoints: Checkpoints) -> int | None:
 
 
 def save_checkpoint(checkpoints: Checkpoints, step: int, state: object) -> None:
-    """Save `state` as checkpoint `step`, unless it is there already. It is written in the background.
-
-    Raises:
-      UserError: this save or the one before failed.
-    """
+    """Save `state` as checkpoint `step` in the background, unless it is there; a UserError if the last save failed."""
     if latest_step(checkpoints) != step:
         with _saving(checkpoints.orbax.directory):
             checkpoints.saving = checkpoints.orbax.save_async(step, state, force=True)
 
 
 def check_save(checkpoints: Checkpoints) -> None:
-    """Notice early that the save in the background has failed.
-
-    Raises:
-      UserError: it has.
-    """
+    """Raise early the UserError of a save in the background that has failed."""
     if checkpoints.saving is not None:
         with _saving(checkpoints.orbax.directory), contextlib.suppress(TimeoutError):
             checkpoints.saving.result(timeout=0)
@@ -180,11 +167,7 @@ def _reading(what: str, mend: str) -> Iterator[None]:
 
 
 def save_tree(directory: Path, tree: Any) -> None:
-    """Save a tree once (the reference of a run that made its own).
-
-    Raises:
-      UserError: it cannot be saved.
-    """
+    """Save a tree once (the reference of a run that made its own); a UserError if that fails."""
     with _saving(directory):
         ocp.save(directory.absolute(), tree, overwrite=True)
         if jax.process_index() == 0:
@@ -193,11 +176,7 @@ def save_tree(directory: Path, tree: Any) -> None:
 
 
 def restore_tree(directory: Path, abstract: Any) -> Any:
-    """Restore what `save_tree` saved, with the shapes, dtypes and shardings of `abstract`.
-
-    Raises:
-      UserError: it cannot be read.
-    """
+    """Restore what `save_tree` saved as `restore` does; a UserError if it is damaged."""
     if wrong := _damage(directory):
         raise UserError(
             f"{directory} is damaged ({wrong}), and nothing else holds the reference that this run made; start again "

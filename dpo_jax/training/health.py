@@ -23,10 +23,29 @@ FLOOR = 0.05  # of the median: where losses hardly differ (at the start all are 
 
 
 @dataclasses.dataclass
-class Losses:
-    """The last losses of a phase."""
+class Health:
+    """What the updates of a phase were like so far.
 
-    last: collections.deque[float] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=WINDOW))
+    Attributes:
+      split: of the phase's records.
+      max_bad_steps: more skipped updates in a row than this end the run.
+      keep_bad_batch: (split, update, examples of its batch) → the file that names them.
+      losses: the last ones that were finite.
+      in_a_row: skipped updates up to now, without a good one between them.
+      since_record: updates skipped since the last record.
+    """
+
+    split: str
+    max_bad_steps: int
+    keep_bad_batch: Callable[[str, int, np.ndarray], Path]
+    losses: collections.deque[float] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=WINDOW))
+    in_a_row: int = 0
+    since_record: int = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether too many updates in a row were skipped."""
+        return self.in_a_row > self.max_bad_steps
 
     def spike_over(self, loss: float) -> float | None:
         """The median of the losses before if `loss` is a spike over them, else None. `loss` is then one of them.
@@ -36,38 +55,13 @@ class Losses:
         if not math.isfinite(loss):  # its update is skipped and reported as such
             return None
         spiked = None
-        if len(self.last) >= ENOUGH:
-            median = statistics.median(self.last)
-            spread = 1.4826 * statistics.median(abs(x - median) for x in self.last)
+        if len(self.losses) >= ENOUGH:
+            median = statistics.median(self.losses)
+            spread = 1.4826 * statistics.median(abs(x - median) for x in self.losses)
             if loss > median + SIGMAS * max(spread, FLOOR * abs(median)):
                 spiked = median
-        self.last.append(loss)
+        self.losses.append(loss)
         return spiked
-
-
-@dataclasses.dataclass
-class Health:
-    """What the updates of a phase were like so far.
-
-    Attributes:
-      split: of the phase's records.
-      max_bad_steps: more skipped updates in a row than this end the run.
-      keep_bad_batch: (split, update, examples of its batch) → the file that names them.
-      in_a_row: skipped updates up to now, without a good one between them.
-      since_record: updates skipped since the last record.
-    """
-
-    split: str
-    max_bad_steps: int
-    keep_bad_batch: Callable[[str, int, np.ndarray], Path]
-    losses: Losses = dataclasses.field(default_factory=Losses)
-    in_a_row: int = 0
-    since_record: int = 0
-
-    @property
-    def over(self) -> bool:
-        """Whether too many updates in a row were skipped."""
-        return self.in_a_row > self.max_bad_steps
 
     def check(self, n: int, loss: float, values: Mapping[str, float], examples: np.ndarray, log: MetricsWriter) -> None:
         """Count and report a skipped update and a loss spike of update `n`.
@@ -76,8 +70,7 @@ class Health:
           UserError: too many updates in a row were skipped; the batch is written out.
         """
         event = {"step": n, "split": self.split, "loss": loss, "grad_norm": values["grad_norm"]}
-        median = self.losses.spike_over(loss)
-        if median is not None:
+        if (median := self.spike_over(loss)) is not None:
             log.event(
                 {**event, "event": "spike", "median": median, "pairs": examples.tolist()},
                 f"warning: {self.split} step {n}: the loss is {loss:.4g}, the median before it {median:.4g} (a spike)",
@@ -108,11 +101,7 @@ class Health:
 
 
 def check_first_evaluation(values: Mapping[str, float]) -> None:
-    """Refuse to train from numbers that are not finite before any update.
-
-    Raises:
-      UserError: with the likely causes.
-    """
+    """Refuse, with a UserError, to train from numbers that are not finite before any update."""
     if not all(map(math.isfinite, values.values())):
         raise UserError(
             "the evaluation before any update is not finite: the weights of the model or the reference are damaged, "

@@ -41,17 +41,12 @@ def check_enough(batch: BatchOptions, pairs: int) -> None:
 
 def check_experts(settings: Settings, experts: int) -> None:
     """Refuse, with a UserError, a load-balancing loss for a model that has no experts."""
-    weight = settings.objective.balance
-    if weight and not experts:
+    if (weight := settings.objective.balance) and not experts:
         raise UserError(f"router_aux_loss_coef={weight:g}: {settings.model} has no experts; leave it at 0")
 
 
 def run_steps(settings: Settings, steps_per_epoch: int) -> int:
-    """Updates of the run's DPO phase.
-
-    Raises:
-      UserError: all of them would be warm-up.
-    """
+    """Updates of the run's DPO phase; a UserError if all of them would be warm-up."""
     steps = settings.num_steps or max(1, round(settings.num_epochs * steps_per_epoch))
     warmup = settings.optimizer.warmup
     if steps > 1 and warmup >= steps:

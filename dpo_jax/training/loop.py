@@ -54,16 +54,14 @@ class Phase(Generic[State]):
     """What one phase does and how often.
 
     Attributes:
-      split: of its records.
+      split, updates: of its records, and how many updates it has.
       loss: the metric that is its loss.
-      updates: how many it has.
       step: (state, batch, shape) → state, metrics on the devices: `grad_norm`, `skipped` (1: the update was not made)
         and the loss among them.
       log_every: in updates, at least 1.
       eval_every, checkpoint_every: in updates; 0 is only at the end.
       evaluate: state → the values of an `eval` record; None: there is nothing to evaluate.
-      save: (updates done, state); saves a checkpoint.
-      check_save: raises where a save in the background has failed.
+      save, check_save: saves a checkpoint (updates done, state); raises where a save in the background has failed.
       max_bad_steps, keep_bad_batch: see `Health`.
       stuck_after: seconds in which nothing moves, after which the process ends; 0: never.
     """

@@ -54,8 +54,7 @@ def peak_gb() -> float:
     the resident set of the whole process.
     """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [held["peak_bytes_in_use"] for held in stats if "peak_bytes_in_use" in held]
-    if peaks:
+    if peaks := [held["peak_bytes_in_use"] for held in stats if "peak_bytes_in_use" in held]:
         return max(peaks) / 1e9
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident * (1 if sys.platform == "darwin" else 1024) / 1e9  # Linux counts KiB

@@ -23,7 +23,7 @@ def rate_schedule(kind: str, *, peak: float, warmup_steps: int, total_steps: int
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest),
     }[kind]
-    if warmup_steps == 0:
+    if not warmup_steps:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
 
@@ -58,11 +58,8 @@ def apply_updates(params: Params, updates: Params, count: jax.Array) -> Params:
 
     In bfloat16 a rate of 1e-6 moves hardly any weight by as much as half of the distance to the next number: rounded to
     the nearest one, parameters would stay as they are. They are rounded up or down at random, with odds that make the
-    mean exact (stochastic rounding, Gupta et al. 2015, arXiv 1502.02551).
-
-    Args:
-      params, updates: trees of arrays.
-      count: of updates made before, int32: the draws follow from it, so a resumed run makes the same.
+    mean exact (stochastic rounding, Gupta et al. 2015, arXiv 1502.02551). The draws follow from `count`, the updates
+    made before, so a resumed run makes the same.
     """
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count), len(leaves))

@@ -1,20 +1,22 @@
-"""The two phases of a run: a light SFT on chosen completions, if any, then DPO."""
+"""The phases of a run, a light SFT on chosen completions, if any, then DPO, and the evaluation of held-out pairs."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dpo_jax.model.params import Params
 from dpo_jax.objective.objective import Objective, sft_objective
+from dpo_jax.records.length_bias import length_correlation, length_groups
 from dpo_jax.rows.build import FirstOnly
 from dpo_jax.rows.pipeline import StepSource
 from dpo_jax.rows.schedule import Schedule, make_schedule
-from dpo_jax.training import checkpoint
-from dpo_jax.training.batches import loaded, once_through, step_source
-from dpo_jax.training.evaluate import evaluate
+from dpo_jax.training import checkpoint, setup
+from dpo_jax.training.batches import loaded, once_through, passed, step_source
 from dpo_jax.training.loop import Phase, State, run_phase
 from dpo_jax.training.reference import (
     abstract_reference,
@@ -24,20 +26,12 @@ from dpo_jax.training.reference import (
     moving_step,
     reference_params,
 )
-from dpo_jax.training.setup import (
-    Run,
-    abstract_state,
-    eval_step_on,
-    keep_bad_batch,
-    make_kl,
-    make_objective,
-    make_optimizer,
-    start_state,
-    train_step_on,
-    write_answers,
-)
+from dpo_jax.training.setup import Run
 from dpo_jax.training.step import TrainState
 from dpo_jax.weights.load import load_params
+
+# What an evaluation tells of every group of pairs (by source, by length) apart.
+BY_GROUP = ("accuracy", "margin")
 
 
 def params_after_sft(run: Run) -> Params:
@@ -45,17 +39,17 @@ def params_after_sft(run: Run) -> Params:
     s, layout, steps = run.settings, run.layout, run.settings.sft_steps
     if not steps:
         return load_params(run.policy, layout, s.seed)
-    tx, rate = make_optimizer(s.sft_optimizer, steps)
+    tx, rate = setup.make_optimizer(s.sft_optimizer, steps)
     if run.done:
-        state = checkpoint.restore(run.checkpoints, run.done, abstract_state(tx, layout))
+        state = checkpoint.restore(run.checkpoints, run.done, setup.abstract_state(tx, layout))
     else:
-        state = start_state(load_params(run.policy, layout, s.seed), tx, layout)
+        state = setup.start_state(load_params(run.policy, layout, s.seed), tx, layout)
     if run.done < steps:
         pairs, limits = FirstOnly(run.data.train), layout.row_limits(s.batch.microbatches)
         schedule = make_schedule(pairs, s.batch.size, limits, s.batch.order, run.data.split.mixture)
         source = step_source(schedule, layout.mesh, steps, s.batch.microbatches)
         objective = sft_objective()
-        update = functools.partial(train_step_on(layout, run.models, objective, tx, rate), base=run.base)
+        update = functools.partial(setup.train_step_on(layout, run.models, objective, tx, rate), base=run.base)
         step = lambda state, batch, shape: update(state, None, batch, shape)
         state = _run_phase(run, "sft", objective.loss, source, step, state)
     return state.params
@@ -65,27 +59,27 @@ def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
     """What is trained, after `steps` updates of DPO over the schedule's pairs, begun or resumed."""
     s, layout = run.settings, run.layout
     sft_steps, moves = s.sft_steps, s.reference.moves
-    tx, rate = make_optimizer(s.optimizer, steps)
-    objective = make_objective(s.objective)
+    tx, rate = setup.make_optimizer(s.optimizer, steps)
+    objective = setup.make_objective(s.objective)
     in_step = objective.needs_reference and not s.reference.cache
     begins = run.done <= sft_steps
     reference = None
     if begins:
-        state = start_state(params_after_sft(run), tx, layout)
+        state = setup.start_state(params_after_sft(run), tx, layout)
     elif moves:
-        tree: Any = {"state": abstract_state(tx, layout), "reference": abstract_reference(layout)}
+        tree: Any = {"state": setup.abstract_state(tx, layout), "reference": abstract_reference(layout)}
         tree = checkpoint.restore(run.checkpoints, run.done, tree)
         state, reference = tree["state"], tree["reference"]
     else:
-        state = checkpoint.restore(run.checkpoints, run.done, abstract_state(tx, layout))
+        state = checkpoint.restore(run.checkpoints, run.done, setup.abstract_state(tx, layout))
     if in_step and reference is None:
         reference = reference_params(run, state.params if begins else None)
     values = kept_reference(run, schedule, steps, state.params if begins else None)
     if begins:
-        write_answers(run, state.params, "before", 0)
+        setup.write_answers(run, state.params, "before", 0)
 
     source = step_source(schedule, layout.mesh, steps, s.batch.microbatches, given_reference(values, run.data.train))
-    train_step = functools.partial(train_step_on(layout, run.models, objective, tx, rate), base=run.base)
+    train_step = functools.partial(setup.train_step_on(layout, run.models, objective, tx, rate), base=run.base)
     if moves:  # the reference is a part of the state, here and in checkpoints
         tree = {"state": state, "reference": reference}
         parts = lambda tree: (tree["state"], tree["reference"])
@@ -125,7 +119,7 @@ def _run_phase(
         save=lambda n, state: checkpoint.save_checkpoint(run.checkpoints, before + n, state),
         check_save=functools.partial(checkpoint.check_save, run.checkpoints),
         max_bad_steps=s.max_bad_steps,
-        keep_bad_batch=functools.partial(keep_bad_batch, run),
+        keep_bad_batch=functools.partial(setup.keep_bad_batch, run),
         stuck_after=s.stuck_after_seconds,
     )
     mesh = run.layout.mesh
@@ -141,8 +135,8 @@ def _evaluator(
     A reference that stays is asked once; `values` are its values, where they are known.
     """
     pairs, batch, layout = run.data.evaluation, run.settings.batch, run.layout
-    eval_step = eval_step_on(layout, run.models[0], objective)
-    moves, estimate_kl = run.settings.reference.moves, make_kl(run)
+    eval_step = setup.eval_step_on(layout, run.models[0], objective)
+    moves, estimate_kl = run.settings.reference.moves, setup.make_kl(run)
     source = once_through(pairs, batch.size, batch.microbatches, layout, given_reference(values, pairs))
 
     def held_out(state: TrainState, reference: Params | None) -> dict[str, Any]:
@@ -154,3 +148,37 @@ def _evaluator(
         return evaluate(step, source, layout.mesh, run.data.split.groups) | estimate_kl(state.params, reference)
 
     return held_out
+
+
+def evaluate(
+    eval_step: Callable[[Any, Any], Mapping[str, jax.Array]],
+    source: StepSource,
+    mesh: Mesh,
+    groups: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, float]:
+    """Means over all pairs of `source`, how many there are (`pairs`), and how their margins depend on length.
+
+    `length_correlation` is left out while no pair is won: margins are then what rounding leaves between a policy and
+    its equal.
+
+    Args:
+      eval_step: (batch, shape) → values `[M, B, K]` by name, see `step.make_eval_step`.
+      source, mesh: the rows of one pass, and where they are computed.
+      groups: bool `[pairs of source]` by name: for these, `accuracy/NAME`, `margin/NAME` and `pairs/NAME` too; those
+        of `length_groups` are always there.
+    """
+    placed, results = zip(*passed(eval_step, source, mesh, "evaluation"), strict=True)
+    pair = np.concatenate([x[x >= 0] for x in placed])
+    values = {
+        name: np.concatenate([r[name][x >= 0] for r, x in zip(results, placed, strict=True)]).astype(np.float64)
+        for name in results[0]
+    }
+    out = {name: float(x.mean()) for name, x in values.items()} | {"pairs": len(pair)}
+    lengths = source.schedule.lengths
+    if out["accuracy"] and (correlation := length_correlation(lengths[pair], values["margin"])) is not None:
+        out["length_correlation"] = correlation
+    for group, members in {**(groups or {}), **length_groups(lengths)}.items():
+        if (mine := members[pair]).any():
+            out |= {f"{name}/{group}": float(values[name][mine].mean()) for name in BY_GROUP if name in values}
+            out[f"pairs/{group}"] = int(mine.sum())
+    return out

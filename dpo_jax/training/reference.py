@@ -3,6 +3,7 @@
 Training then needs no reference in memory.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -148,12 +149,11 @@ def find_place(run: Run, start_anew: bool) -> Place:
 def read_values(where: Place) -> np.ndarray:
     """What is known; NaN for the rest. A file that is cut off or of another shape counts as none."""
     shape = (where.pairs, 2, where.fields)
-    try:
+    with contextlib.suppress(OSError, ValueError, EOFError):
         values = np.load(where.path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        values = None
-    known = values is not None and values.shape == shape and values.dtype == np.float32
-    return values if known else np.full(shape, np.nan, np.float32)
+        if values.shape == shape and values.dtype == np.float32:
+            return values
+    return np.full(shape, np.nan, np.float32)
 
 
 def write_values(where: Place, values: np.ndarray) -> bool:

@@ -86,12 +86,8 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
         if main_process:
             _forget_after(workdir, s.sft_steps, done)
             logs = stack.enter_context(trackers.open_trackers(workdir, s.trackers, s.whole))
-        writer = MetricsWriter(
-            workdir if main_process else None,
-            total_steps={"sft": s.sft_steps, "train": steps},
-            quiet=not main_process,
-            logs=logs,
-        )
+        total, where = {"sft": s.sft_steps, "train": steps}, workdir if main_process else None
+        writer = MetricsWriter(where, total_steps=total, quiet=not main_process, logs=logs)
         with writer:
             for line in damaged:
                 writer.message(f"warning: {line}")
@@ -104,14 +100,13 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
 def _identify(settings: Settings, models: dict[str, Path | None], data: Prepared, schedule: Schedule) -> dict[str, Any]:
     """What the run is begun with, the same in all processes; `models` are directories by their config key."""
     identity = claim.identify(data.split, models)
-    claim.same_everywhere(
-        {
-            "config": settings.same_on_all_hosts,
-            "training or held-out pairs": identity["data"]["pairs"],
-            "row shapes": [dataclasses.asdict(shape) for shape in schedule.shapes],
-            "model files": [identity.get(key) for key in models],
-        }
-    )
+    parts = {
+        "config": settings.same_on_all_hosts,
+        "training or held-out pairs": identity["data"]["pairs"],
+        "row shapes": [dataclasses.asdict(shape) for shape in schedule.shapes],
+        "model files": [identity.get(key) for key in models],
+    }
+    claim.same_everywhere(parts)
     return identity
 
 
@@ -139,14 +134,9 @@ def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
     if s.export and not agreed((export / "config.json").exists()):
         if layout.lora is not None:
             save_adapters(params, layout.config, layout.lora, workdir / "export-adapter", base=s.model)
-        save_weights(
-            run.base | params,
-            run.policy.hf_config(),
-            export,
-            dtype=s.layout.param_dtype,
-            tokenizer_from=run.policy.tokenizer_directory,
-            lora_scale=layout.config.lora_scale,
-        )
+        whole, tokenizer, scale = run.base | params, run.policy.tokenizer_directory, layout.config.lora_scale
+        dtype, hf_config = s.layout.param_dtype, run.policy.hf_config()
+        save_weights(whole, hf_config, export, dtype=dtype, tokenizer_from=tokenizer, lora_scale=scale)
     records = read_records(workdir / "metrics.jsonl")
     if jax.process_index() == 0:
         for name in EXPORTS:

@@ -69,25 +69,16 @@ def keep_compiled(settings: Settings) -> None:
 
 def make_models(settings: Settings, layout: Layout) -> Models:
     """The policy and the reference as the steps see them."""
-    objective = settings.objective
-    make = functools.partial(
-        logps_fn, layout, remat=settings.remat, weights=ld_weights(objective.ld_alpha), log_sum_sq=objective.wpo
-    )
-    logps = make(balance=objective.balance > 0)
+    o = settings.objective
+    make = functools.partial(logps_fn, layout, remat=settings.remat, weights=ld_weights(o.ld_alpha), log_sum_sq=o.wpo)
+    logps = make(balance=o.balance > 0)
     return logps, make(from_host=True) if layout.reference_offload else logps
 
 
 def make_objective(options: ObjectiveOptions) -> Objective:
     """What DPO's phase minimises."""
-    return preference_objective(
-        options.parts,
-        beta=options.beta,
-        wpo=options.wpo,
-        balance=options.balance,
-        f_divergence=options.f_divergence,
-        f_alpha=options.f_alpha,
-        **options.hyperparameters,
-    )
+    given: dict[str, Any] = {x: getattr(options, x) for x in ("beta", "wpo", "balance", "f_divergence", "f_alpha")}
+    return preference_objective(options.parts, **{**given, **options.hyperparameters})
 
 
 def make_optimizer(options: OptimizerOptions, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -152,14 +143,9 @@ def write_answers(run: Run, params: Params, when: str, step: int) -> None:
     shown = dataclasses.replace(pairs, index=pairs.index[: s.sample_prompts])
     if not len(shown):
         return
+    modes = {"greedy": Choice(), "sampled": Choice(s.sample_temperature, s.sample_top_p)}
     records = answers.answer_prompts(
-        run.base | params,
-        shown,
-        run.policy.tokenizer,
-        run.layout,
-        modes={"greedy": Choice(), "sampled": Choice(s.sample_temperature, s.sample_top_p)},
-        new_tokens=s.sample_tokens,
-        seed=s.seed,
+        run.base | params, shown, run.policy.tokenizer, run.layout, modes=modes, new_tokens=s.sample_tokens, seed=s.seed
     )
     answers.append_samples(run.workdir / "samples.jsonl", [{"when": when, "step": step} | r for r in records])
 
@@ -187,11 +173,6 @@ def make_kl(run: Run) -> Callable[[Params, Params | None], dict[str, float]]:
     pairs = dataclasses.replace(held_out, index=held_out.index[: s.kl_prompts])
     if not len(pairs) or run.layout.reference_offload:
         return lambda params, reference: {}
-    estimate = divergence.make_on_policy_kl(
-        run.layout,
-        [pairs[i][0].tolist() for i in range(len(pairs))],
-        stop=answers.stop_tokens(pairs, run.policy.tokenizer),
-        new_tokens=s.sample_tokens,
-        seed=s.seed,
-    )
+    prompts, stop = [pairs[i][0].tolist() for i in range(len(pairs))], answers.stop_tokens(pairs, run.policy.tokenizer)
+    estimate = divergence.make_on_policy_kl(run.layout, prompts, stop=stop, new_tokens=s.sample_tokens, seed=s.seed)
     return lambda params, ref: {} if ref is None else estimate(base | params, base | ref)

@@ -26,11 +26,7 @@ _SHOWN = 3  # differences said in an error
 
 
 def first_only(do: Callable[[], None]) -> None:
-    """Do something in the first process; every process calls it, and all fail where it does.
-
-    Raises:
-      UserError: what `do` raised.
-    """
+    """Do something in the first process; every process calls it, and all raise a UserError where it does."""
     refused = None
     if jax.process_index() == 0:
         try:

@@ -16,7 +16,7 @@ from configs import hhh
 from dpo_jax import train
 from dpo_jax.records.length_bias import GROUPS
 from dpo_jax.records.records import read_records
-from dpo_jax.training import phases
+from dpo_jax.training import phases, setup
 from dpo_jax.weights import huggingface as weights
 from tests import processes
 
@@ -226,7 +226,7 @@ def test_the_python_call_on_eight_devices_evaluates_as_one_device_does(finished,
     And whatever the number of evaluations, the reference is asked once: each is then the policy's forward pass alone.
     """
     asked, evaluated = [], []
-    ask, make = phases.held_out_reference, phases.eval_step_on
+    ask, make = phases.held_out_reference, setup.eval_step_on
     monkeypatch.setattr(phases, "held_out_reference", lambda *args: asked.append(args) or ask(*args))
 
     def eval_step_on(*arguments):
@@ -235,7 +235,7 @@ def test_the_python_call_on_eight_devices_evaluates_as_one_device_does(finished,
             evaluated.append(reference) or step(params, reference, *rest, **more)
         )
 
-    monkeypatch.setattr(phases, "eval_step_on", eval_step_on)
+    monkeypatch.setattr(setup, "eval_step_on", eval_step_on)
     changed = SETTINGS | {"sft_steps": 0, "num_steps": 2, "export": False, "sample_prompts": 0}
     config = hhh.get_config("tiny")
     config.update(changed | {"mesh_data": 2, "mesh_fsdp": 4})

@@ -12,7 +12,7 @@ from dpo_jax.records.length_bias import GROUPS, length_correlation, length_group
 from dpo_jax.rows.schedule import make_schedule
 from dpo_jax.rows.shape import Order, RowLimits
 from dpo_jax.training.batches import step_source
-from dpo_jax.training.evaluate import evaluate
+from dpo_jax.training.phases import evaluate
 from tests.oracles import oracle
 
 PAIRS = oracle.RandomGroups(np.random.default_rng(0).integers(1, 9, (21, 3)))
