@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.model.params import Params
+from dpo_jax.model.config import Params
 from dpo_jax.objective.objective import Objective, sft_objective
 from dpo_jax.rows.build import FirstOnly
 from dpo_jax.rows.pipeline import StepSource
