@@ -38,8 +38,7 @@ from dpo_jax.config.command_line import parse
 from dpo_jax.config.settings import Settings, read_settings
 from dpo_jax.errors import UserError
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
-from dpo_jax.model.placement import Layout, place_model
-from dpo_jax.model.sharding import axis_rules
+from dpo_jax.model.placement import Layout, axis_rules, place_model
 from dpo_jax.objective.logps import group_logps
 from dpo_jax.objective.policy_logps import logp_options, logps_fn
 from dpo_jax.objective.token_logps import LogpOptions

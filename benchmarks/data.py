@@ -124,7 +124,7 @@ def planning(args: argparse.Namespace, cache: str) -> None:
     start = time.perf_counter()
     ladder = choose_ladder(million, 64, RowLimits(8), Order())
     plan = schedule_epoch(million, 64, ladder, Order())
-    print(f"\nplanning: {len(million):,} pairs in {len(plan):,} steps, {time.perf_counter() - start:.1f} s")
+    print(f"\nplanning: {len(million):,} pairs in {len(plan.placed):,} steps, {time.perf_counter() - start:.1f} s")
 
 
 def feeding(args: argparse.Namespace, base: Path, cache: str) -> None:

@@ -1,4 +1,4 @@
-"""The numbers of a decoder (`families.py` reads them from a Hugging Face `config.json`)."""
+"""The numbers of a decoder (`families.py` reads them from a `config.json`), and the type of its parameters."""
 
 import dataclasses
 import functools
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+Params = dict[str, Any]  # parameters, a nested dict of arrays: {"embedding": ..., "layers": {"attention": {"q": ...}}}
 ACTIVATIONS: dict[str, Callable] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),

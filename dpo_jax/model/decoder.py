@@ -7,6 +7,7 @@ Shapes: B rows, T tokens of a row, D model, F ffn, H query heads, G kv-heads, E 
 X experts.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -17,22 +18,44 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from dpo_jax.model.attention.cpu_tiles import Skipping
+from dpo_jax.model.attention.tpu_splash import Tiling
 from dpo_jax.model.config import ACTIVATIONS, ModelConfig
-from dpo_jax.model.embedding import embed
 from dpo_jax.model.experts import Grouped, balance_sums, experts_mlp, route
 from dpo_jax.model.remat import REMAT_POLICIES, to_device
 from dpo_jax.model.rotary import apply_rotary
+from dpo_jax.model.vocabulary import embed
+
+RowTiling = Tiling | Skipping | None  # how attention of rows runs; None: as dense blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """How a model is computed; static where functions are compiled.
+
+    Attributes:
+      dtype: of activations and matrix products.
+      remat: a name in `REMAT_POLICIES`.
+      tiling: how attention of rows runs; None is as dense blocks.
+      from_host: the layers' parameters are in the host's memory and come to the device a layer at a time.
+      longest: no sequence has more tokens; None: than the row has room for. Several groups share a slot, so rows have
+        more room than a sequence; what is as wide as `longest` needs no window and no other rope.
+      grouped: how the gradient of experts' weights runs; None is as XLA does it.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    tiling: RowTiling = None
+    from_host: bool = False
+    longest: int | None = None
+    grouped: Grouped | None = None
 
 
 def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], dtype) -> jax.Array:
-    """A weight with logical axis names, drawn from N(0, 0.02²) as Llama's are, in the compute dtype."""
-    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
-    return jnp.asarray(module.param(name, init, shape, jnp.float32), dtype)
-
-
-def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], dtype) -> jax.Array:
-    init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
-    return jnp.asarray(module.param(name, init, shape, jnp.float32), dtype)
+    """A weight with logical axis names, in the compute dtype: drawn from N(0, 0.02²) as Llama's are, a bias zero."""
+    draw = nn.initializers.zeros if name.endswith("bias") else nn.initializers.normal(0.02)
+    return jnp.asarray(module.param(name, nn.with_logical_partitioning(draw, axes), shape, jnp.float32), dtype)
 
 
 Adapter = tuple[jax.Array, jax.Array] | None
@@ -82,9 +105,8 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         n, dtype = len(self.axes), x.dtype
-        init = nn.with_logical_partitioning(
-            nn.initializers.zeros if self.unit_offset else nn.initializers.ones, self.axes
-        )
+        draw = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        init = nn.with_logical_partitioning(draw, self.axes)
         scale = jnp.asarray(self.param("scale", init, x.shape[-n:], jnp.float32), jnp.float32)
         # Rows and tokens as one axis: with two, XLA of jaxlib 0.10 takes 9 ms for the backward pass on CPU, not 0.6.
         y = x.astype(jnp.float32).reshape(-1, *x.shape[2:])
@@ -103,33 +125,27 @@ class Attention(nn.Module):
     def __call__(self, x_BTD: jax.Array, context: dict[str, Any], cache: Any) -> tuple[jax.Array, Any]:
         c, dtype = self.config, x_BTD.dtype
         D, H, G, E = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        wq_DHE = _kernel(self, "q", (D, H, E), ("embed", "heads", "head_dim"), dtype)
-        wk_DGE = _kernel(self, "k", (D, G, E), ("embed", "kv_heads", "head_dim"), dtype)
-        wv_DGE = _kernel(self, "v", (D, G, E), ("embed", "kv_heads", "head_dim"), dtype)
+        heads = {"q": (H, "heads"), "k": (G, "kv_heads"), "v": (G, "kv_heads")}
+        w_DNE = {x: _kernel(self, x, (D, N, E), ("embed", axis, "head_dim"), dtype) for x, (N, axis) in heads.items()}
         wo_HED = _kernel(self, "o", (H, E, D), ("heads", "head_dim", "embed"), dtype)
-        bias_HE = bias_GE = bias_vGE = bias_D = None
+        bias: dict[str, jax.Array] = {}
         if c.attention_bias:
-            bias_HE = _bias(self, "q_bias", (H, E), ("heads", "head_dim"), dtype)
-            bias_GE = _bias(self, "k_bias", (G, E), ("kv_heads", "head_dim"), dtype)
-            bias_vGE = _bias(self, "v_bias", (G, E), ("kv_heads", "head_dim"), dtype)
+            bias = {x: _kernel(self, f"{x}_bias", (N, E), (axis, "head_dim"), dtype) for x, (N, axis) in heads.items()}
         if c.output_bias:
-            bias_D = _bias(self, "o_bias", (D,), ("norm",), dtype)
+            bias["o"] = _kernel(self, "o_bias", (D,), ("norm",), dtype)
         adapters = {name: _adapter(self, name, c.lora_scale, dtype) for name in "qkvo"}
-        q_BTHE = _project(x_BTD, wq_DHE, adapters["q"], bias=bias_HE)
-        k_BTGE = _project(x_BTD, wk_DGE, adapters["k"], bias=bias_GE)
-        v_BTGE = _project(x_BTD, wv_DGE, adapters["v"], bias=bias_vGE)
+        q_BTHE, k_BTGE, v_BTGE = (_project(x_BTD, w_DNE[x], adapters[x], bias=bias.get(x)) for x in "qkv")
         if c.qk_norm:
-            over = ("head_dim",) if c.qk_norm == "head" else ("heads", "head_dim")
-            k_over = tuple("kv_heads" if axis == "heads" else axis for axis in over)
-            q_BTHE = RMSNorm(c.rms_norm_eps, over, c.unit_offset, name="q_norm")(q_BTHE)
-            k_BTGE = RMSNorm(c.rms_norm_eps, k_over, c.unit_offset, name="k_norm")(k_BTGE)
+            q_over, k_over = (((axis,) if c.qk_norm == "projection" else ()) for axis in ("heads", "kv_heads"))
+            q_BTHE = RMSNorm(c.rms_norm_eps, (*q_over, "head_dim"), c.unit_offset, name="q_norm")(q_BTHE)
+            k_BTGE = RMSNorm(c.rms_norm_eps, (*k_over, "head_dim"), c.unit_offset, name="k_norm")(k_BTGE)
         q_BTHE, k_BTGE = (apply_rotary(x, context["angles"]) for x in (q_BTHE, k_BTGE))
         q_BTHE = nn.with_logical_constraint(checkpoint_name(q_BTHE, "q"), ("rows", "tokens", "heads", "head_dim"))
         k_BTGE = nn.with_logical_constraint(checkpoint_name(k_BTGE, "k"), ("rows", "tokens", "kv_heads", "head_dim"))
         v_BTGE = nn.with_logical_constraint(checkpoint_name(v_BTGE, "v"), ("rows", "tokens", "kv_heads", "head_dim"))
         out_BTHE, cache = self.attend(q_BTHE, k_BTGE, v_BTGE, context, cache)
         out_BTHE = nn.with_logical_constraint(out_BTHE, ("rows", "tokens", "heads", "head_dim"))
-        return _project(out_BTHE, wo_HED, adapters["o"], contracted=2, bias=bias_D), cache
+        return _project(out_BTHE, wo_HED, adapters["o"], contracted=2, bias=bias.get("o")), cache
 
 
 class Mlp(nn.Module):
@@ -189,8 +205,12 @@ class Block(nn.Module):
             return RMSNorm(c.rms_norm_eps, ("norm",), c.unit_offset, name=name)(x) if c.norms in (when, "both") else x
 
         x_BTD = nn.with_logical_constraint(x_BTD, ("rows", "tokens", "activation"))
+        context = context | layer
+        if "local_angles" in context:
+            choose = functools.partial(jnp.where, layer["slides"])
+            context["angles"] = jax.tree.map(choose, context["local_angles"], context["angles"])
         normed = norm("input_norm", x_BTD, "pre")
-        update, cache = Attention(c, self.attend, name="attention")(normed, _of_layer(context, layer), cache)
+        update, cache = Attention(c, self.attend, name="attention")(normed, context, cache)
         x_BTD = x_BTD + norm("attention_out_norm", update, "post")
         normed, sums = norm("mlp_norm", x_BTD, "pre"), None
         if c.num_experts:
@@ -204,30 +224,24 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token ids to final hidden states. Layers are scanned, so compile time does not grow with depth."""
 
-    config: ModelConfig
+    model: ModelOptions
     attend: Callable
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    from_host: bool = False
-    grouped: Grouped | None = None
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, context: dict[str, Any], cache: Any = None) -> tuple[jax.Array, Any]:
         """Final hidden states; and of every layer `[L, ...]` its cache and its `balance_sums` (None where unasked)."""
-        c, context = self.config, dict(context)
+        model, c, context = self.model, self.model.config, dict(context)
         layer = context.pop("layers")
-        table_VD = _kernel(self, "embedding", (c.vocab_size, c.hidden_size), ("vocab", "table"), self.dtype)
+        table_VD = _kernel(self, "embedding", (c.vocab_size, c.hidden_size), ("vocab", "table"), model.dtype)
         if not c.tie_word_embeddings:
             # Read by `unembedding`, outside of this module: the projection runs on completion tokens only.
-            _kernel(self, "lm_head", (c.vocab_size, c.hidden_size), ("vocab", "table"), self.dtype)
+            _kernel(self, "lm_head", (c.vocab_size, c.hidden_size), ("vocab", "table"), model.dtype)
         x_BTD = nn.with_logical_constraint(embed(table_VD, tokens_BT), ("rows", "tokens", "activation"))
         if c.scale_embeddings:
-            x_BTD = x_BTD * jnp.asarray(c.hidden_size**0.5, self.dtype)
-        block: Any = Block
-        if self.from_host:
-            block = nn.map_variables(block, "params", trans_in_fn=to_device)
-        if REMAT_POLICIES[self.remat] is not None:
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            x_BTD = x_BTD * jnp.asarray(c.hidden_size**0.5, model.dtype)
+        block: Any = nn.map_variables(Block, "params", trans_in_fn=to_device) if model.from_host else Block
+        if REMAT_POLICIES[model.remat] is not None:
+            block = nn.remat(block, policy=REMAT_POLICIES[model.remat], prevent_cse=False)
         layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},
@@ -237,14 +251,5 @@ class Decoder(nn.Module):
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x_BTD, outs = layers(c, self.attend, self.grouped, name="layers")(x_BTD, cache, layer, context)
+        x_BTD, outs = layers(c, self.attend, model.grouped, name="layers")(x_BTD, cache, layer, context)
         return RMSNorm(c.rms_norm_eps, ("norm",), c.unit_offset, name="final_norm")(x_BTD), outs
-
-
-def _of_layer(context: dict[str, Any], layer: dict[str, jax.Array]) -> dict[str, Any]:
-    """The context of one layer, with its window and its rope."""
-    context = context | layer
-    if "local_angles" in context:
-        choose = functools.partial(jnp.where, layer["slides"])
-        context["angles"] = jax.tree.map(choose, context["local_angles"], context["angles"])
-    return context

@@ -24,11 +24,9 @@ Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate [X, D, F], up [X, D, F]
 
 
 def route(logits_BTX: jax.Array, choices: int, *, normalised: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The experts of every token.
+    """The experts of every token, `choices` each, by the router's logits.
 
     Args:
-      logits_BTX: the router's.
-      choices: experts per token.
       normalised: the chosen probabilities are divided by their sum.
 
     Returns:
@@ -42,7 +40,7 @@ def route(logits_BTX: jax.Array, choices: int, *, normalised: bool) -> tuple[jax
 
 
 def balance_sums(probs_BTX: jax.Array, chosen_BTC: jax.Array, counted_BT: jax.Array) -> dict[str, jax.Array]:
-    """What one layer adds to the load-balancing loss: see `balance_loss`. Only tokens that are `counted` count."""
+    """What one layer's counted tokens add to `balance_loss`: `assigned` `[X]`, `probability` `[X]`, `tokens` `[]`."""
     X = probs_BTX.shape[-1]
     counted = counted_BT.astype(jnp.float32)
     is_chosen_BTX = jnp.sum(chosen_BTC[..., None] == jnp.arange(X)[None, None, None, :], axis=2).astype(jnp.float32)
@@ -60,11 +58,8 @@ def balance_loss(sums: dict[str, jax.Array]) -> jax.Array:
     1·C where all experts are equally used. The sums of several microbatches may be added before: the value is then
     that of all their tokens, while a gradient taken per microbatch sees that microbatch's own f.
 
-    Args:
-      sums: `assigned` `[X]`, `probability` `[X]` and `tokens` `[]`, summed over layers (`balance_sums`).
-
-    Returns:
-      float32 scalar, not yet times the model's `router_aux_loss_coef`.
+    `sums` are `balance_sums`, summed over layers; the value is a float32 scalar, not yet times the model's
+    `router_aux_loss_coef`.
     """
     tokens = jnp.maximum(sums["tokens"], 1.0)
     used_X, probability_X = jax.lax.stop_gradient(sums["assigned"]) / tokens, sums["probability"] / tokens
@@ -93,27 +88,20 @@ def _product(x_RI: jax.Array, w_XIO: jax.Array, sizes_X: jax.Array, grouped: Gro
     return jax.lax.ragged_dot(x_RI, w_XIO, sizes_X)
 
 
-def _product_forward(x_RI: jax.Array, w_XIO: jax.Array, sizes_X: jax.Array, grouped: Grouped) -> tuple[jax.Array, Any]:
-    return _product(x_RI, w_XIO, sizes_X, grouped), (x_RI, w_XIO, sizes_X)
-
-
 def _product_backward(grouped: Grouped, kept: Any, grad_RO: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x_RI, w_XIO, sizes_X = kept
     back_RI = jax.lax.ragged_dot(grad_RO, w_XIO.swapaxes(1, 2), sizes_X)
     padded = lambda x: jnp.pad(x, ((0, -len(x) % TILE_ROWS), (0, 0)))  # with rows of no expert
     sides = (min(TILE_SIDE, -(-size // 128) * 128) for size in w_XIO.shape[1:])
-    grad_XIO = tgmm(
-        padded(x_RI).swapaxes(0, 1),
-        padded(grad_RO),
-        sizes_X,
-        w_XIO.dtype,
-        (TILE_ROWS, *sides),
-        interpret=grouped.interpret,
-    )
+    transposed, tiling = padded(x_RI).swapaxes(0, 1), (TILE_ROWS, *sides)
+    grad_XIO = tgmm(transposed, padded(grad_RO), sizes_X, w_XIO.dtype, tiling, interpret=grouped.interpret)
     return back_RI, grad_XIO, None
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(
+    lambda x_RI, w_XIO, sizes_X, grouped: (_product(x_RI, w_XIO, sizes_X, grouped), (x_RI, w_XIO, sizes_X)),
+    _product_backward,
+)
 
 
 def _mlp(
@@ -140,10 +128,8 @@ def _mlp(
     expert_R = jnp.where((expert_R >= 0) & (expert_R < X), expert_R, X)  # those of other devices come last
     order_R = jnp.argsort(expert_R, stable=True)
     sizes_X = jnp.sum(expert_R[:, None] == jnp.arange(X)[None, :], axis=0, dtype=jnp.int32)
-    if grouped is None:
-        product = lambda x_RI, w_XIO: jax.lax.ragged_dot(x_RI, w_XIO, sizes_X)
-    else:
-        product = lambda x_RI, w_XIO: _product(x_RI, w_XIO, sizes_X, grouped)
+    run = jax.lax.ragged_dot if grouped is None else functools.partial(_product, grouped=grouped)
+    product = lambda x_RI, w_XIO: run(x_RI, w_XIO, sizes_X)
     # Rows of no group hold anything on some backends, and so would their gradient.
     here_R = (expert_R < X)[order_R][:, None] if expert_axes else None
     masked = lambda x: x if here_R is None else jnp.where(here_R, x, 0)

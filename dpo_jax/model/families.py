@@ -92,7 +92,8 @@ FAMILIES = {
         fixed={"qk_norm": "head"},
         keys=_BIAS
         | _EXPERTS
-        | {"moe_intermediate_size": "intermediate_size", "hidden_act": "hidden_act"}
+        | {"moe_intermediate_size": "intermediate_size"}
+        | _ACT
         | {"num_experts": "num_experts", "norm_topk_prob": "norm_topk_prob"},
         aliases={"num_local_experts": "num_experts"},  # transformers 5
         # Layers of different parameters cannot be scanned as one: all have experts, as in every published checkpoint.
@@ -111,11 +112,7 @@ _ROPES = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_
 
 
 def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
-    """Read a Hugging Face `config.json`.
-
-    Args:
-      hf: the parsed file.
-      where: the file's name, for messages.
+    """Read a parsed Hugging Face `config.json`, which messages call `where`.
 
     Raises:
       UserError: what is not supported (`model_type`, activation, rope type, ...), a missing key, or a senseless value.
@@ -135,8 +132,9 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
         values |= {field: getattr(c, key) for key, fields in family.keys.items() for field in fields.split()}
         values |= {"model_type": model_type, **family.fixed, **_windows(hf, c, family), **_rope(hf, c, family)}
         if values["hidden_act"] not in ACTIVATIONS:
-            able = ", ".join(ACTIVATIONS)
-            raise UserError(f"hidden_act={values['hidden_act']!r} is not supported; supported: {able}")
+            raise UserError(
+                f"hidden_act={values['hidden_act']!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
+            )
         return ModelConfig(**values)
     except Exception as e:  # a value of a wrong type or size, met here or in transformers
         words = str(e) if isinstance(e, UserError) else f"not a {model_type} model's numbers ({type(e).__name__}: {e})"
@@ -207,10 +205,8 @@ def _rope(hf: Mapping[str, Any], theirs: Any, family: Family) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if theirs.model_type == "gemma3_text":
         local, rope = rope["sliding_attention"], rope["full_attention"]
-        if local["rope_type"] != "default":
-            raise UserError(
-                f"rope type {local['rope_type']!r} of sliding_attention is not supported; supported: default"
-            )
+        if (kind := local["rope_type"]) != "default":
+            raise UserError(f"rope type {kind!r} of sliding_attention is not supported; supported: default")
         values["rope_local_theta"] = float(local["rope_theta"])
     kind = rope["rope_type"]
     partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0

@@ -3,7 +3,6 @@
 Shapes: B rows, T tokens of a row, S columns of a cache, D model, V vocabulary, L layers.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,45 +15,13 @@ from dpo_jax.model.attention.cached import cached_attention
 from dpo_jax.model.attention.cpu_tiles import Skipping, tiled_attention
 from dpo_jax.model.attention.dense import Scores, dense_attention
 from dpo_jax.model.attention.tpu_splash import Tiling, splash_attention
-from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.decoder import Decoder
-from dpo_jax.model.experts import Grouped
-from dpo_jax.model.params import Params
+from dpo_jax.model.config import ModelConfig, Params
+from dpo_jax.model.decoder import Decoder, ModelOptions
 from dpo_jax.model.rotary import rotary_angles
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
 
-RowTiling = Tiling | Skipping | None  # how attention of rows runs; None: as dense blocks
-
 NO_WINDOW = 2**30  # positions, more than any row has
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelOptions:
-    """How a model is computed; static where functions are compiled.
-
-    Attributes:
-      config: the model's numbers.
-      dtype: of activations and matrix products.
-      remat: a name in `REMAT_POLICIES`.
-      tiling: how attention of rows runs; None is as dense blocks.
-      from_host: the layers' parameters are in the host's memory and come to the device a layer at a time.
-      longest: no sequence has more tokens; None: than the row has room for. Several groups share a slot, so rows have
-        more room than a sequence; what is as wide as `longest` needs no window and no other rope.
-      grouped: how the gradient of experts' weights runs; None is as XLA does it.
-    """
-
-    config: ModelConfig
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    tiling: RowTiling = None
-    from_host: bool = False
-    longest: int | None = None
-    grouped: Grouped | None = None
-
-
-def _decoder(model: ModelOptions, attend: Callable) -> Decoder:
-    return Decoder(model.config, attend, model.dtype, model.remat, model.from_host, model.grouped)
 
 
 def _context(
@@ -63,8 +30,6 @@ def _context(
     """What the layers need of positions; under `layers`, what differs between them, `[L]` each.
 
     Args:
-      config: the model's numbers.
-      positions_BT: of the tokens.
       reach: no sequence is longer. A window as wide needs no mask, an original context as wide no other rope.
       last_BT: gives the last position of every token's sequence.
     """
@@ -136,8 +101,6 @@ def hidden_states(
     Args:
       params: the decoder's parameters, adapters among them or not.
       batch: one microbatch, of which `tokens`, `positions` and `segments` matter.
-      shape: the row's widths.
-      model: how the model is computed.
       balance: whether the experts' sums are asked for.
 
     Returns:
@@ -149,7 +112,7 @@ def hidden_states(
     if balance:
         assert model.config.num_experts, f"{model.config.model_type} has no experts"
         context["counted"] = batch.segments != 0
-    decoder = _decoder(model, _row_attention(model, shape))
+    decoder = Decoder(model, _row_attention(model, shape))
     hidden, (_, sums) = decoder.apply(_variables(params), batch.tokens, context)
     return hidden, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums) if balance else None
 
@@ -172,7 +135,7 @@ def decode(
     # As far as a row may come: were its rope to change on the way, the cached keys would be of another one.
     last_BT = lambda: jnp.sum(real_BS, axis=1, keepdims=True) - 1
     context = _context(model.config, positions_BT, real_BS.shape[1], last_BT) | {"where": where, "real": real_BS}
-    hidden, (cache, _) = _decoder(model, attend).apply(_variables(params), tokens_BT, context, cache)
+    hidden, (cache, _) = Decoder(model, attend).apply(_variables(params), tokens_BT, context, cache)
     return hidden, cache
 
 
@@ -181,15 +144,9 @@ def unembedding(params: Params) -> jax.Array:
     return params["lm_head" if "lm_head" in params else "embedding"]
 
 
-@functools.cache
-def _init_module(config: ModelConfig) -> tuple[Decoder, RowShape]:
-    shape = RowShape(1, (1, 1))
-    return Decoder(config, _row_attention(ModelOptions(config), shape)), shape
-
-
 def init_params(key: jax.Array, config: ModelConfig) -> Params:
     """Fresh float32 parameters with their logical axis names (`nn.LogicallyPartitioned` leaves)."""
-    module, shape = _init_module(config)
+    model, shape = ModelOptions(config), RowShape(1, (1, 1))
     ids = jnp.zeros((1, shape.length), jnp.int32)
-    batch = Batch(ids, ids, ids, ids, ids, ids)
-    return module.init(key, ids, _row_context(ModelOptions(config), batch, shape))["params"]
+    context = _row_context(model, Batch(ids, ids, ids, ids, ids, ids), shape)
+    return Decoder(model, _row_attention(model, shape)).init(key, ids, context)["params"]

@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.errors import UserError
-from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.config import ModelConfig, Params
 from dpo_jax.model.forward import init_params
 from dpo_jax.model.options import Lora
-from dpo_jax.model.params import Params
 from dpo_jax.model.tensors import Leaf, model_leaves, sizes
 
 BRANCH = "lora"  # of the parameter tree, and the variable collection that `model.py` reads

@@ -25,8 +25,7 @@ def _inverse_frequencies(head_dim: int, theta: float, scaling: tuple[tuple[str, 
         scaled = []
         for f in freqs:
             wavelength = 2 * math.pi / f
-            smooth = (old_context / wavelength - low) / (high - low)
-            smooth = min(max(smooth, 0.0), 1.0)
+            smooth = min(max((old_context / wavelength - low) / (high - low), 0.0), 1.0)
             scaled.append((1 - smooth) * f / factor + smooth * f)
         return tuple(scaled)
     return tuple(freqs)

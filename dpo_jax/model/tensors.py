@@ -52,14 +52,12 @@ def _in_layer(path: str, name: str, ours: str, *theirs: str) -> Leaf:
 
 
 def _attention(qkv: tuple[str, str, str]) -> tuple[Leaf, ...]:
-    # torch's Linear keeps its weight as [out, in], we keep [in, out] with the heads as an axis.
-    names = [f"self_attn.{name}.weight" for name in qkv]
-    return (
-        _in_layer("attention.q", names[0], "LDHE", "HE", "D"),
-        _in_layer("attention.k", names[1], "LDGE", "GE", "D"),
-        _in_layer("attention.v", names[2], "LDGE", "GE", "D"),
-        _in_layer("attention.o", "self_attn.o_proj.weight", "LHED", "D", "HE"),
+    # torch's Linear keeps its weight as [out, in], we keep [in, out] with the heads (N: H or G) as an axis.
+    projections = (
+        _in_layer(f"attention.{x}", f"self_attn.{name}.weight", f"LD{N}E", f"{N}E", "D")
+        for x, name, N in zip("qkv", qkv, "HGG", strict=True)
     )
+    return (*projections, _in_layer("attention.o", "self_attn.o_proj.weight", "LHED", "D", "HE"))
 
 
 def _feed_forward(kernels: str, names: tuple[str, str, str], router: str = "") -> tuple[Leaf, ...]:
@@ -103,10 +101,9 @@ NORMS = {
         mlp_out_norm="post_feedforward_layernorm",
     ),
 }
-QKV_BIASES = (
-    _in_layer("attention.q_bias", "self_attn.q_proj.bias", "LHE", "HE"),
-    _in_layer("attention.k_bias", "self_attn.k_proj.bias", "LGE", "GE"),
-    _in_layer("attention.v_bias", "self_attn.v_proj.bias", "LGE", "GE"),
+QKV_BIASES = tuple(
+    _in_layer(f"attention.{x}_bias", f"self_attn.{x}_proj.bias", f"L{N}E", f"{N}E")
+    for x, N in zip("qkv", "HGG", strict=True)
 )
 O_BIAS = _in_layer("attention.o_bias", "self_attn.o_proj.bias", "LD", "D")
 QK_NORMS = {"": (), "head": _qk_norms("E", "E"), "projection": _qk_norms("HE", "GE")}

@@ -12,7 +12,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.model.attention.cpu_tiles import Skipping
 from dpo_jax.model.attention.tpu_splash import Tiling
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.forward import RowTiling
+from dpo_jax.model.decoder import RowTiling
 from dpo_jax.parallel.mesh import replicated
 from dpo_jax.parallel.tpu import generation_of, quiet
 from dpo_jax.rows.shape import RowLimits
@@ -25,13 +25,12 @@ def row_limits(config: ModelConfig, row_multiple: int, platform: str) -> RowLimi
     # and small products make a key about 2.5 times as dear, but tiles see about half of the keys (measured on
     # SmolLM2-135M).
     layer = (c.active_parameter_count() - c.vocab_size * c.hidden_size) / c.num_hidden_layers
-    key_cost = 4 * c.num_attention_heads * c.head_dim / (2 * layer)
     return RowLimits(
         row_multiple=row_multiple,
         # Sublanes of a bfloat16 register on TPU. Not its 128 lanes: only the attention kernel wants them, and pads for
         # itself; rows that wide would compute up to a fifth more.
         width_multiple=16 if platform == "tpu" else 8,
-        key_cost=key_cost,
+        key_cost=4 * c.num_attention_heads * c.head_dim / (2 * layer),
     )
 
 

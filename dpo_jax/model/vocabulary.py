@@ -1,4 +1,4 @@
-"""What both ends of a model share that are as wide as its vocabulary: parts of a table, and chunks of tokens.
+"""The ends of a model that are as wide as its vocabulary: parts of a table, chunks of tokens, and the embedding.
 
 Both tables are sharded into parts of whole rows (tokens of the vocabulary) over the mesh's fsdp and tensor axes, and
 stay there: not the table travels but the hidden states, which are far fewer than the vocabulary has tokens. Each device
@@ -7,7 +7,7 @@ sums over devices make the rest. So no device ever has the whole table, its whol
 completions. A vocabulary that does not divide is sharded by width (`sharding.py`); its parts, the last ones padded, are
 exchanged when they are needed.
 
-Shapes: B rows, N tokens of a row, n of them in a chunk, D model, V vocabulary (v: a device's part of it).
+Shapes: B rows, N (or T) tokens of a row, n of them in a chunk, D model, V vocabulary (v: a device's part of it).
 """
 
 import functools
@@ -44,8 +44,7 @@ _exchanged.defvjp(lambda table_VD, spread, vocab: (_exchanged(table_VD, spread, 
 
 def chunks_of(x_BN: jax.Array, chunks: int, n: int) -> jax.Array:
     """`[B, N, ...]` → `[chunks, B, n, ...]`, padded with zeros."""
-    pad = ((0, 0), (0, chunks * n - x_BN.shape[1]), *((0, 0),) * (x_BN.ndim - 2))
-    x = jnp.pad(x_BN, pad)
+    x = jnp.pad(x_BN, ((0, 0), (0, chunks * n - x_BN.shape[1]), *((0, 0),) * (x_BN.ndim - 2)))
     return jnp.moveaxis(x.reshape(x.shape[0], chunks, n, *x.shape[2:]), 1, 0)
 
 
@@ -60,3 +59,64 @@ def division(rows: int, N: int, chunk_tokens: int, least: int) -> tuple[int, int
     chunks = min(N, max(least, -(-rows * N // chunk_tokens)))
     n = -(-N // chunks)
     return -(-N // n), n
+
+
+def embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """The rows of `table_VD` for `tokens_BT` int32: `[B, T, D]`."""
+    spread = Spread.of(tokens_BT.shape[0])
+    table_VD = table_parts(table_VD, spread)
+    return _embed(table_VD, tokens_BT, spread, jax.ShapeDtypeStruct(table_VD.shape, table_VD.dtype))
+
+
+def _mine(tokens: jax.Array, part: int, spread: Spread) -> tuple[jax.Array, jax.Array]:
+    """Row numbers in this device's part of the table, and whether they are in it."""
+    local = tokens - spread.offset(part)
+    return jnp.clip(local, 0, part - 1), (local >= 0) & (local < part)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _embed(table_VD: jax.Array, tokens_BT: jax.Array, spread: Spread, like_VD: jax.ShapeDtypeStruct) -> jax.Array:
+    def local(table_vD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        if not spread.vocab:
+            return jnp.take(table_vD, tokens_BT, axis=0)
+        T = tokens_BT.shape[1]
+
+        def body(_, tokens_Bn):
+            rows, inside = _mine(spread.gather(tokens_Bn), table_vD.shape[0], spread)
+            rows_BnD = jnp.where(inside[..., None], jnp.take(table_vD, rows, axis=0), 0)
+            return None, spread.scatter_sum(rows_BnD)
+
+        chunks, n = division(tokens_BT.shape[0], T, 2 * CHUNK_TOKENS, 1)
+        return joined(jax.lax.scan(body, None, chunks_of(tokens_BT, chunks, n))[1], T)
+
+    rows = P(spread.rows or None)
+    return spread.on_mesh(local, (P(spread.vocab or None), rows), rows)(table_VD, tokens_BT)
+
+
+def _embed_backward(
+    spread: Spread, like_VD: jax.ShapeDtypeStruct, tokens_BT: jax.Array, grad_BTD: jax.Array
+) -> tuple[jax.Array, None]:
+    part = like_VD.shape[0] // spread.size(spread.vocab)
+
+    def local(grad_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        T = tokens_BT.shape[1]
+
+        def body(total_vD, chunk):
+            grad_BnD, tokens_Bn = (spread.gather(x) for x in chunk)
+            rows, inside = _mine(tokens_Bn, part, spread)
+            grad_BnD = jnp.where(inside[..., None], grad_BnD, 0).astype(jnp.float32)
+            return total_vD.at[rows].add(grad_BnD), None
+
+        chunks, n = division(tokens_BT.shape[0], T, 2 * CHUNK_TOKENS, 1) if spread.vocab else (1, T)
+        start = jnp.zeros((part, grad_BTD.shape[-1]), jnp.float32)
+        total, _ = jax.lax.scan(body, start, (chunks_of(grad_BTD, chunks, n), chunks_of(tokens_BT, chunks, n)))
+        return spread.copies_sum(total.astype(like_VD.dtype))
+
+    rows = P(spread.rows or None)
+    return spread.on_mesh(local, (rows, rows), P(spread.vocab or None))(grad_BTD, tokens_BT), None
+
+
+_embed.defvjp(
+    lambda table_VD, tokens_BT, spread, like_VD: (_embed(table_VD, tokens_BT, spread, like_VD), tokens_BT),
+    _embed_backward,
+)

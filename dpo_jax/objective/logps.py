@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.model.params import Params
+from dpo_jax.model.config import Params
 from dpo_jax.objective.token_logps import LogpOptions, token_logps
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
@@ -36,6 +36,11 @@ class Logps:
     whole: jax.Array | None = None
     balance: dict[str, jax.Array] | None = None
 
+    @property
+    def all_whole(self) -> jax.Array:
+        """Log-probabilities with every token counted whole."""
+        return self.logps if self.whole is None else self.whole
+
 
 # (params, one microbatch, its row shape) -> sums by group
 LogpsFn = Callable[[Params, Batch[jax.Array], RowShape], Logps]
@@ -55,11 +60,8 @@ def group_logps(
     """Summed log-probabilities of the completions of every group in a row.
 
     Args:
-      hidden_BTD: final hidden states of the rows.
-      batch: one microbatch.
+      hidden_BTD: final hidden states of the rows of one microbatch.
       table_VD: the vocabulary projection.
-      shape: the row's widths.
-      options: how the vocabulary is gone through.
       weights: of completion tokens; None: 1 each.
 
     Returns:

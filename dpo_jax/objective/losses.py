@@ -46,16 +46,20 @@ def difference(x: jax.Array) -> jax.Array:
     return x[..., 0] - x[..., 1]
 
 
+def _scores(pairs: Scored) -> jax.Array:
+    """(r_w, r_l), `[..., 2]`."""
+    assert pairs.scores is not None
+    return pairs.scores
+
+
 def _margin(pairs: Scored) -> jax.Array:
     """h. Taken model by model first, as TRL does: equal models then give exactly 0 and a loss of exactly ln 2."""
-    assert pairs.scores is not None
-    return difference(pairs.scores)
+    return difference(_scores(pairs))
 
 
 def _both(pairs: Scored) -> tuple[jax.Array, jax.Array]:
-    """(r_w, r_l)."""
-    assert pairs.scores is not None
-    return pairs.scores[..., 0], pairs.scores[..., 1]
+    """r_w and r_l."""
+    return _scores(pairs)[..., 0], _scores(pairs)[..., 1]
 
 
 def _smoothed(z: jax.Array, label_smoothing: float) -> jax.Array:
@@ -95,8 +99,7 @@ def ipo(pairs: Scored, *, beta: float) -> jax.Array:
 
     Azar et al. 2023, arXiv 2310.12036, equation 17 (β is τ there); per token, as its authors meant it and TRL has it.
     """
-    assert pairs.scores is not None
-    return (difference(pairs.scores / pairs.tokens) - 1 / (2 * beta)) ** 2
+    return (difference(_scores(pairs) / pairs.tokens) - 1 / (2 * beta)) ** 2
 
 
 def exo_pair(pairs: Scored, *, beta: float, label_smoothing: float) -> jax.Array:
@@ -200,8 +203,7 @@ def sigmoid_norm(pairs: Scored, *, beta: float) -> jax.Array:
 
     Length-normalised DPO of Lambert et al. 2024 (Tülu 3), arXiv 2411.15124.
     """
-    assert pairs.scores is not None
-    return -jax.nn.log_sigmoid(beta * difference(pairs.scores / pairs.tokens))
+    return -jax.nn.log_sigmoid(beta * difference(_scores(pairs) / pairs.tokens))
 
 
 def sft(pairs: Scored) -> jax.Array:

@@ -46,10 +46,6 @@ class Objective:
     balance: float = 0.0
 
 
-def _forward_kl(log_ratio: jax.Array, alpha: float) -> jax.Array:
-    return 1 - jnp.exp(jnp.minimum(-log_ratio, LARGEST_EXPONENT))
-
-
 def _alpha(log_ratio: jax.Array, alpha: float) -> jax.Array:
     if abs(alpha - 1) < 1e-6:
         return log_ratio
@@ -60,7 +56,7 @@ def _alpha(log_ratio: jax.Array, alpha: float) -> jax.Array:
 # (t^(α−1) − 1)/(α−1), which is the first for α → 1 and the second for α = 0. Constants cancel in a difference.
 DIVERGENCES: dict[str, Callable[[jax.Array, float], jax.Array]] = {
     "reverse_kl": lambda log_ratio, alpha: log_ratio,
-    "forward_kl": _forward_kl,
+    "forward_kl": lambda log_ratio, alpha: 1 - jnp.exp(jnp.minimum(-log_ratio, LARGEST_EXPONENT)),
     "js": lambda log_ratio, alpha: math.log(2) + jax.nn.log_sigmoid(log_ratio),
     "alpha": _alpha,
 }
@@ -74,8 +70,7 @@ def _wpo_weight(policy: Logps, tokens: jax.Array) -> jax.Array:
     mean of `sft` by the mean weight).
     """
     assert policy.log_sum_sq is not None
-    whole = policy.logps if policy.whole is None else policy.whole
-    return jax.lax.stop_gradient(jnp.exp(jnp.sum((whole - policy.log_sum_sq) / tokens, axis=-1)))
+    return jax.lax.stop_gradient(jnp.exp(jnp.sum((policy.all_whole - policy.log_sum_sq) / tokens, axis=-1)))
 
 
 def ld_weights(alpha: float) -> TokenWeights | None:
@@ -120,16 +115,13 @@ def preference_objective(
     """
     reference_needed = needs_reference(parts)
     per_token = any(LOSS_FACTS[name].per_token for name in parts) and not reference_needed
-    functions = {}
-    for name in parts:
-        known = {"beta": beta} | hyperparameters
-        chosen = {k: known[k] for k in LOSS_FACTS[name].hyperparameters if k in known}
-        functions[name] = lambda pairs, fn=LOSSES[name], chosen=chosen: fn(pairs, **chosen)
+    known = {"beta": beta} | hyperparameters
+    taken = {name: {k: known[k] for k in LOSS_FACTS[name].hyperparameters if k in known} for name in parts}
 
     def values(policy: Logps, reference: Logps | None, batch: Batch, mean_tokens: jax.Array) -> dict[str, jax.Array]:
         assert (reference is not None) == reference_needed
         pairs = _scored(policy, reference, batch, mean_tokens, lambda x: DIVERGENCES[f_divergence](x, f_alpha))
-        losses = {name: fn(pairs) for name, fn in functions.items()}
+        losses = {name: LOSSES[name](pairs, **numbers) for name, numbers in taken.items()}
         if wpo:
             weight = _wpo_weight(policy, pairs.tokens)
             losses = {name: weight * loss for name, loss in losses.items()}
@@ -142,13 +134,12 @@ def preference_objective(
 
 
 def _scored(policy: Logps, reference: Logps | None, batch: Batch, mean_tokens: jax.Array, divergence) -> Scored:
-    whole = policy.logps if policy.whole is None else policy.whole
     return Scored(
         policy=policy.logps,
         reference=None if reference is None else reference.logps,
         scores=None if reference is None else divergence(policy.logps - reference.logps),
         tokens=jnp.maximum(batch.completion_tokens, 1).astype(jnp.float32),
-        chosen_logp=whole[..., 0],
+        chosen_logp=policy.all_whole[..., 0],
         chosen_tokens=mean_tokens[0],
         is_pair=batch.is_group,
     )
@@ -177,7 +168,5 @@ def _rewards(pairs: Scored, beta: float, per_token: bool) -> dict[str, jax.Array
 def sft_objective() -> Objective:
     """Mean negative log-likelihood per token of the chosen completions, the first ones of their groups."""
 
-    def values(policy: Logps, reference: Logps | None, batch: Batch, mean_tokens: jax.Array) -> dict[str, jax.Array]:
-        return {"loss": sft(_scored(policy, None, batch, mean_tokens, None))}
-
+    values = lambda policy, _, batch, mean_tokens: {"loss": sft(_scored(policy, None, batch, mean_tokens, None))}
     return Objective(values, "loss", needs_reference=False)

@@ -5,28 +5,22 @@ import dataclasses
 import flax.linen as nn
 import jax
 
+from dpo_jax.model.config import Params
 from dpo_jax.model.experts import Grouped
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
-from dpo_jax.model.params import Params
-from dpo_jax.model.placement import Layout
+from dpo_jax.model.placement import Layout, axis_rules
 from dpo_jax.model.remat import to_device
-from dpo_jax.model.sharding import axis_rules
 from dpo_jax.objective.logps import Logps, LogpsFn, TokenWeights, group_logps
-from dpo_jax.objective.token_logps import LogpOptions, on_platform
+from dpo_jax.objective.token_logps import LogpOptions
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
 
 
 def logp_options(layout: Layout) -> LogpOptions:
-    """How log-probabilities of this model are computed on these devices."""
-    options = on_platform(layout.platform)
-    return dataclasses.replace(options, softcap=layout.config.final_logit_softcapping)
-
-
-def model_options(layout: Layout, *, remat: str, from_host: bool = False) -> ModelOptions:
-    """How rows of this model are computed on these devices; see `ModelOptions`."""
-    grouped = Grouped() if layout.platform == "tpu" else None
-    return ModelOptions(layout.config, layout.dtype, remat, layout.tiling, from_host, layout.longest, grouped)
+    """The fastest way through this model's vocabulary on these devices."""
+    # Forward and backward of 768 tokens over 49,152 by 576 on two cores: 444 ms in place of 605; 4096 were slower.
+    block = 2048 if layout.platform == "cpu" else None
+    return LogpOptions(block=block, softcap=layout.config.final_logit_softcapping)
 
 
 def logps_fn(
@@ -45,7 +39,8 @@ def logps_fn(
     """
     rules = axis_rules(layout.config, layout.mesh)
     vocabulary = dataclasses.replace(logp_options(layout), log_sum_sq=log_sum_sq)
-    model = model_options(layout, remat=remat, from_host=from_host)
+    grouped, longest = Grouped() if layout.platform == "tpu" else None, layout.options.longest
+    model = ModelOptions(layout.config, layout.dtype, remat, layout.tiling, from_host, longest, grouped)
 
     def logps_of(params: Params, micro: Batch[jax.Array], shape: RowShape) -> Logps:
         with nn.logical_axis_rules(rules):

@@ -43,12 +43,6 @@ class LogpOptions:
     log_sum_sq: bool = False
 
 
-def on_platform(platform: str) -> LogpOptions:
-    """The fastest way through the vocabulary on cpu, gpu or tpu."""
-    # Forward and backward of 768 tokens over 49,152 by 576 on two cores: 444 ms in place of 605; 4096 were slower.
-    return LogpOptions(block=2048 if platform == "cpu" else None)
-
-
 def token_logps(
     hidden_BND: jax.Array, targets_BN: jax.Array, table_VD: jax.Array, options: LogpOptions
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -58,7 +52,6 @@ def token_logps(
       hidden_BND: the hidden states that predict the targets.
       targets_BN: int32 token ids.
       table_VD: the vocabulary projection.
-      options: see there.
 
     Returns:
       float32 `[B, N]`, and the same of log Σ p² or None.
@@ -129,13 +122,9 @@ def _through(blocks: tuple[np.ndarray, jax.Array], carry: Any, body: Callable) -
 
 
 def _real(spread: Spread, part: int, vocab: int, first: Any, size: int) -> jax.Array | None:
-    """Which rows of this device's part are tokens: bool `[size]`; None: no row of any part is padding.
+    """Which of `size` rows from row `first` of this device's part are tokens; None: no row of any part is padding.
 
-    Args:
-      spread: see there.
-      part: rows of a device's part.
-      vocab: tokens that there are.
-      first, size: where in the part they begin, and how many they are.
+    A part has `part` rows, the vocabulary `vocab` tokens.
     """
     if part * spread.size(spread.vocab) == vocab:
         return None

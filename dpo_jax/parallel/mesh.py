@@ -1,4 +1,4 @@
-"""The mesh, and host arrays → global arrays. Mesh axis names occur here and in `model/sharding.py`, nowhere else."""
+"""The mesh, and host arrays → global arrays. Mesh axis names occur here and in `model/placement.py`, nowhere else."""
 
 import contextlib
 import functools

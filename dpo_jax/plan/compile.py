@@ -9,8 +9,7 @@ from typing import Any
 import jax
 
 from dpo_jax.errors import UserError
-from dpo_jax.model.placement import Layout, abstract_trained, abstract_whole
-from dpo_jax.model.sharding import axis_rules
+from dpo_jax.model.placement import Layout, abstract_trained, abstract_whole, axis_rules
 from dpo_jax.model.tuning import exact_products
 from dpo_jax.parallel.mesh import batch_sharding
 from dpo_jax.parallel.tpu import quiet

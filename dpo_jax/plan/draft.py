@@ -58,7 +58,7 @@ class Draft:
         """The row shapes that an epoch uses, and the share of steps that each has."""
         epoch = self.schedule.epoch(0)
         used, counts = np.unique(epoch.shape, return_counts=True)
-        return {epoch.shapes[i]: float(n) / len(epoch) for i, n in zip(used, counts, strict=True)}
+        return {epoch.shapes[i]: float(n) / len(epoch.placed) for i, n in zip(used, counts, strict=True)}
 
     @property
     def main_shape(self) -> RowShape:

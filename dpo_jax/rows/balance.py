@@ -30,12 +30,10 @@ def deal(batches: np.ndarray, lengths: np.ndarray, rows: int, places: int, targe
     weights = (lengths / np.maximum(target, 1)).sum(-1)
     weight = np.where(batches >= 0, weights[batches], -1.0)
     by_size = np.take_along_axis(batches, np.argsort(-weight, axis=1, kind="stable"), axis=1)
+    by_size = np.pad(by_size, ((0, 0), (0, -size % rows)), constant_values=EMPTY)
     placed = np.full((n, rows, places), EMPTY, np.int64)
     load = np.zeros((n, rows))
-    for k in range(-(-size // rows)):
-        dealt = by_size[:, k * rows : (k + 1) * rows]
-        if dealt.shape[1] < rows:
-            dealt = np.pad(dealt, ((0, 0), (0, rows - dealt.shape[1])), constant_values=EMPTY)
+    for k, dealt in enumerate(by_size.reshape(n, -1, rows).swapaxes(0, 1)):
         emptiest = np.argsort(load, axis=1, kind="stable")
         np.put_along_axis(placed[:, :, k], emptiest, dealt, axis=1)
         added = np.where(dealt >= 0, weights[dealt], 0.0)
@@ -125,7 +123,6 @@ def _balance(
     target = target.astype(np.float32)
     chunk = max(1, CHUNK // (K * K))
     overflow = _overflow(lengths[flat].sum(1), target)
-    pool = _threads()
     for round_ in range(ROUNDS):
         hot = np.flatnonzero(overflow > 0)
         if len(hot) == 0:
@@ -136,8 +133,7 @@ def _balance(
             other = _emptiest(lengths[flat].sum(1), hot, target)
         else:
             other = _partners(rng, hot, rows, len(flat), across and round_ % 2 == 0)
-        both = np.stack([hot, other], 1)
-        both = both[rng.permutation(len(both))]
+        both = np.stack([hot, other], 1)[rng.permutation(len(hot))]
         both = both[_apart(both) & (both[:, 0] != both[:, 1])]
 
         def exchange(start: int, both: np.ndarray = both) -> None:
@@ -149,7 +145,7 @@ def _balance(
 
         starts = range(0, len(both), chunk)
         # No row occurs twice, so the order in which threads come does not matter.
-        list(pool.map(exchange, starts) if len(starts) > 1 else map(exchange, starts))
+        list(_threads().map(exchange, starts) if len(starts) > 1 else map(exchange, starts))
     return flat.reshape(n, rows, K)
 
 
@@ -187,8 +183,8 @@ def long_together(
     home = np.zeros(len(order), bool)  # the places of marked batches, in turns, so that long groups spread over them
     home[: full * batch_size] = np.repeat(marked[:full], batch_size)
     places = np.flatnonzero(home).reshape(batches, batch_size).T.reshape(-1)
-    taken = places[: int(long.sum())]
-    if len(taken) < int(long.sum()):
+    taken = places[: long.sum()]
+    if len(taken) < long.sum():
         return order, np.ones(n_batches, bool)  # most groups are long: no batch is special
     out = np.full(len(order), EMPTY, np.int64)
     out[taken] = order[long]
@@ -245,8 +241,7 @@ def across_batches(lengths: np.ndarray, batch_size: int, order: Order, epoch: in
         widths = np.asarray(shape.widths, np.int64)
         ids, marked = long_together(rng.permutation(len(lengths)), lengths, widths, batch_size, rng)
         dealt = consecutive(ids, batch_size, order.drop_remainder)
-        marked = marked[: len(dealt)]
-        return _filled(dealt, marked, lengths, shape, wide, rng, across=True), marked
+        return _filled(dealt, marked[: len(dealt)], lengths, shape, wide, rng, across=True)
 
     return place
 
@@ -254,11 +249,8 @@ def across_batches(lengths: np.ndarray, batch_size: int, order: Order, epoch: in
 def within_batches(batches: np.ndarray, marked: np.ndarray, lengths: np.ndarray, order: Order, epoch: int) -> Placing:
     """Batches `[n, batch_size]` that stay as they are: groups move between the rows of their own batch."""
 
-    def place(shape: RowShape, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rng = np.random.default_rng([order.seed, epoch, 3])
-        return _filled(batches, marked, lengths, shape, wide, rng, across=False), marked
-
-    return place
+    rng = lambda: np.random.default_rng([order.seed, epoch, 3])
+    return lambda shape, wide: _filled(batches, marked, lengths, shape, wide, rng(), across=False)
 
 
 def _filled(
@@ -270,11 +262,11 @@ def _filled(
     rng: np.random.Generator,
     *,
     across: bool,
-) -> np.ndarray:
-    """Common batches aim at `shape`, those of long groups at `wide` widths."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Common batches aim at `shape`, those of long groups at `wide` widths; see `Placing`."""
     placed = np.empty((len(batches), shape.rows, shape.places), np.int64)
     for part, widths in ((~marked, np.asarray(shape.widths, np.int64)), (marked, wide)):
         if part.any():
             dealt = deal(batches[part], balanced(lengths), shape.rows, shape.places, balanced(widths))
             placed[part] = balance(dealt, lengths, widths, rng, across=across)
-    return placed
+    return placed, marked

@@ -45,13 +45,7 @@ class FirstOnly:
 
 
 def build_rows(groups: GroupSource | Sequence[Group], placed: np.ndarray, shape: RowShape) -> Batch[np.ndarray]:
-    """The rows `[B, ...]` of groups.
-
-    Args:
-      groups: where the token ids come from.
-      placed: int `[B, K]` group indices; -1 is an empty place.
-      shape: the slots' widths.
-    """
+    """The rows `[B, ...]` of groups; `placed` are their indices, int `[B, K]`, -1 in an empty place."""
     B, K = placed.shape
     spec = batch_spec(dataclasses.replace(shape, places=K), (B,))
     out: Batch[np.ndarray] = spec.map(lambda x: np.zeros(x.shape, x.dtype))

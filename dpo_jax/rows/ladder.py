@@ -53,13 +53,12 @@ def choose_ladder(
     Args:
       lengths: int `[N, 1+n]` tokens of prompt and completions of every group of an epoch.
       batch_size: groups a step.
-      limits: divisors of rows and widths, and the price of attention.
-      order: as `schedule_epoch` will have it.
       longest: int `[1+n]`, of all groups (`slots.by_length`), where other epochs have others.
     """
     lengths = by_length(np.asarray(lengths, np.int64))
     longest = lengths.max(0) if longest is None else np.asarray(longest, np.int64)
-    sure = _shape(_ceil(batch_size, limits.row_multiple), _round_up(longest, limits.width_multiple), 1)
+    alone = -(-batch_size // limits.row_multiple) * limits.row_multiple  # rows of one group each
+    sure = _shape(alone, _round_up(longest, limits.width_multiple), 1)
     size = max(batch_size, SAMPLE_GROUPS)
     if not order.shuffle:
         ids = balance.consecutive(np.arange(len(lengths)), batch_size, order.drop_remainder)
@@ -74,7 +73,8 @@ def choose_ladder(
         shapes = [*shapes[:-1], _shape(last.rows, need, last.places)]
         return Ladder(tuple(dict.fromkeys((*shapes, sure))), ())
     sample = lengths[np.random.default_rng([order.seed, 1]).permutation(len(lengths))[:size]]
-    neutral = RowLimits(_home_multiple(batch_size), key_cost=NEUTRAL_KEY_COST)  # nothing of this machine
+    # Nothing of this machine: rows divide by a power of two for about eight groups a row, and few devices need others.
+    neutral = RowLimits(2 ** int(math.log2(min(8, max(1, batch_size // 8)))), key_cost=NEUTRAL_KEY_COST)
     home = _choose((lengths, sample), batch_size, neutral, longest, ROOM, across_batches(sample, batch_size, order, 0))
     if home[0].rows % limits.row_multiple == 0:
         shapes = [_shape(s.rows, _round_up(np.array(s.widths), limits.width_multiple), s.places) for s in home]
@@ -142,7 +142,6 @@ def _rungs(need: np.ndarray, marked: np.ndarray, room: float) -> tuple[list[np.n
     """Nested widths for what batches need `[n, 1+n]`, at most three, and how many batches each serves.
 
     Args:
-      need: widths that each batch's fullest rows need.
       marked: bool `[n]`, batches of long groups: they have the widest shape.
       room: how much wider than any need the widest is; 0 in file order, where every epoch is the same.
     """
@@ -161,14 +160,8 @@ def _rungs(need: np.ndarray, marked: np.ndarray, room: float) -> tuple[list[np.n
 def _row_candidates(batch_size: int, multiple: int) -> list[int]:
     """Numbers of rows to try: multiples of `multiple`, geometrically spaced up to one group a row."""
     most = -(-batch_size // multiple)
-    return [
-        multiple * m for m in sorted({*range(1, min(most, 8) + 1), *(min(most, round(8 * 1.3**i)) for i in range(20))})
-    ]
-
-
-def _home_multiple(batch_size: int) -> int:
-    """A power of two that rows divide by for their own sake: about eight groups a row, and few devices need others."""
-    return 2 ** int(math.log2(min(8, max(1, batch_size // 8))))
+    tried = {*range(1, min(most, 8) + 1), *(min(most, round(8 * 1.3**i)) for i in range(20))}
+    return [multiple * m for m in sorted(tried)]
 
 
 def _places(batch_size: int, rows: int) -> int:
@@ -186,10 +179,6 @@ def widest(shapes: tuple[RowShape, ...]) -> np.ndarray:
 def _shape(rows: int, widths: np.ndarray, places: int) -> RowShape:
     prompt, *completions = (int(x) for x in widths)
     return RowShape(prompt, tuple(completions), rows, places)
-
-
-def _ceil(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 def _round_up(x: np.ndarray, multiple: int) -> np.ndarray:

@@ -43,22 +43,14 @@ class EpochSchedule:
     shape: np.ndarray
     placed: list[np.ndarray]
 
-    def __len__(self) -> int:
-        return len(self.placed)
-
 
 def schedule_epoch(lengths: np.ndarray, batch_size: int, ladder: Ladder, order: Order, epoch: int = 0) -> EpochSchedule:
-    """Place every group of one epoch.
+    """Place every group of one epoch (number from 0): none occurs twice, and only the remainder is missing.
 
     Args:
       lengths: int `[N, 1+n]` tokens of prompt and completions of every group of the epoch.
       batch_size: groups a step, exactly.
       ladder: from `choose_ladder` for these lengths.
-      order: in which order groups come.
-      epoch: number from 0.
-
-    Returns:
-      The placement; no group occurs twice, and only the remainder is missing.
     """
     lengths = by_length(np.asarray(lengths, np.int64))
     first = ladder.shapes[0]
@@ -79,11 +71,9 @@ def schedule_epoch(lengths: np.ndarray, batch_size: int, ladder: Ladder, order: 
             again = within_batches(balance.members(placed, batch_size), marked, lengths, order, epoch)
             placed, _ = again(first, wide)
     index = np.full(len(placed), len(ladder.shapes) - 1, np.int8)
-    need = needed(placed, lengths, wide)
     for i, shape in reversed(list(enumerate(ladder.shapes))):
         if (shape.rows, shape.places) == (first.rows, first.places):
-            if shape.n > 2:  # what rows need depends on the widths that their slots are filled for
-                need = needed(placed, lengths, shape.widths)
+            need = needed(placed, lengths, shape.widths)
             index[(need <= np.asarray(shape.widths)).all(1)] = i
     steps = [_final(rows, ladder.shapes[rung]) for rung, rows in zip(index, placed, strict=True)]
     return EpochSchedule(ladder.shapes, index, steps)
@@ -147,24 +137,19 @@ class Schedule:
         schedule = self.epoch(epoch)
         return schedule.shapes[schedule.shape[i]], schedule.placed[i]
 
+    @functools.lru_cache(maxsize=4)  # noqa: B019 (a run has two schedules, until it ends)
     def epoch(self, number: int) -> EpochSchedule:
         """The placement of a whole epoch, number from 0."""
-        return _epoch_schedule(self, number)
+        members = self.members(number)
+        of_members = schedule_epoch(self.lengths[members], self.batch_size, self.ladder, self.order, number)
+        named = np.append(members, EMPTY)  # EMPTY is -1: the last
+        return dataclasses.replace(of_members, placed=[named[rows] for rows in of_members.placed])
 
     def members(self, epoch: int) -> np.ndarray:
         """The groups from which an epoch is made, int64."""
         if self.mixture is None:
             return np.arange(len(self.groups))
         return self.mixture.members(self.epoch_size, self.order.seed, epoch, self.order.shuffle)
-
-
-@functools.lru_cache(maxsize=4)
-def _epoch_schedule(schedule: Schedule, epoch: int) -> EpochSchedule:
-    members = schedule.members(epoch)
-    s = schedule
-    of_members = schedule_epoch(s.lengths[members], s.batch_size, s.ladder, s.order, epoch)
-    named = np.append(members, EMPTY)  # EMPTY is -1: the last
-    return dataclasses.replace(of_members, placed=[named[rows] for rows in of_members.placed])
 
 
 def make_schedule(

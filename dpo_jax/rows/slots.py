@@ -81,11 +81,8 @@ def slot_loads(lengths: np.ndarray, placed: np.ndarray, widths: Sequence[int] | 
         return held.sum(-2)
     rows = held.reshape(-1, *held.shape[-2:])
     slots = assign_slots(rows[..., 1:], widths[1:])
-    loads = np.zeros((len(rows), lengths.shape[1]), np.int64)
-    loads[:, 0] = rows[..., 0].sum(1)
-    for k in range(rows.shape[1]):
-        np.put_along_axis(in_slots := np.zeros_like(loads[:, 1:]), slots[:, k], rows[:, k, 1:], axis=1)
-        loads[:, 1:] += in_slots
+    in_slots = np.take_along_axis(rows[..., 1:], np.argsort(slots, axis=-1), axis=-1)
+    loads = np.concatenate([rows[..., :1], in_slots], axis=-1).sum(1)
     return loads.reshape(*placed.shape[:-1], lengths.shape[1])
 
 

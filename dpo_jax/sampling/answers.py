@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
+from dpo_jax.model.config import Params
 from dpo_jax.model.forward import ModelOptions
-from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.rows.build import GroupSource

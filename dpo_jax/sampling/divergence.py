@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.model.config import Params
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
-from dpo_jax.model.params import Params
-from dpo_jax.model.placement import Layout
-from dpo_jax.model.sharding import axis_rules
+from dpo_jax.model.placement import Layout, axis_rules
 from dpo_jax.model.tuning import row_limits
 from dpo_jax.objective.token_logps import token_kl
 from dpo_jax.parallel.mesh import local_rows, replicated, row_shards, to_global

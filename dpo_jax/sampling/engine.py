@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.model.attention.cached import empty_cache
+from dpo_jax.model.config import Params
 from dpo_jax.model.forward import ModelOptions, decode, unembedding
-from dpo_jax.model.params import Params
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that few lengths are compiled
 

@@ -34,8 +34,8 @@ def introduce(run: Run, schedule: Schedule, steps: int) -> None:
         say(f"  {part['name']}: {part['weight']:.1%}, {part['epoch']:,} of {part['pairs']:,} pairs an epoch")
     if isinstance(layout.tiling, Tiling) and not all(layout.uses_kernel(s) for s in schedule.shapes):
         say(
-            f"attention: dense blocks in place of the kernel, as sequences of up to {layout.longest} tokens go beyond "
-            f"the model's window of {layout.config.sliding_window}"
+            f"attention: dense blocks in place of the kernel, as sequences of up to {layout.options.longest} tokens go "
+            f"beyond the model's window of {layout.config.sliding_window}"
         )
     say(f"rows {shape.rows} x [{' | '.join(map(str, shape.widths))}] for {s.batch.size} pairs")
     lengths = run.data.train.lengths

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.model.params import Params
+from dpo_jax.model.config import Params
 from dpo_jax.objective.objective import Objective, sft_objective
 from dpo_jax.records.length_bias import length_correlation, length_groups
 from dpo_jax.rows.build import FirstOnly

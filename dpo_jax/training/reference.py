@@ -22,7 +22,7 @@ from dpo_jax.data.files import fingerprint
 from dpo_jax.data.split import Pairs
 from dpo_jax.disk import digest, whole_file
 from dpo_jax.errors import UserError
-from dpo_jax.model.params import Params
+from dpo_jax.model.config import Params
 from dpo_jax.model.placement import Layout, abstract_trained, abstract_whole
 from dpo_jax.parallel.mesh import any_process, from_first, replicated
 from dpo_jax.rows.batch import REFERENCE_FIELDS

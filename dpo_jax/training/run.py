@@ -12,7 +12,7 @@ from dpo_jax.config.saved import claim_workdir
 from dpo_jax.config.settings import Settings
 from dpo_jax.data.prepare import Prepared
 from dpo_jax.disk import write_whole
-from dpo_jax.model.params import Params
+from dpo_jax.model.config import Params
 from dpo_jax.model.placement import place_model
 from dpo_jax.model.tuning import exact_products
 from dpo_jax.parallel.mesh import agreed, first_process_first, make_mesh, row_shards

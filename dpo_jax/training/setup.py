@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from dpo_jax.config.settings import ObjectiveOptions, OptimizerOptions, Settings
 from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.prepare import Prepared
-from dpo_jax.model.params import Params
+from dpo_jax.model.config import Params
 from dpo_jax.model.placement import Layout, abstract_trained
 from dpo_jax.objective.logps import LogpsFn
 from dpo_jax.objective.objective import Objective, ld_weights, preference_objective
@@ -72,7 +72,7 @@ def make_models(settings: Settings, layout: Layout) -> Models:
     o = settings.objective
     make = functools.partial(logps_fn, layout, remat=settings.remat, weights=ld_weights(o.ld_alpha), log_sum_sq=o.wpo)
     logps = make(balance=o.balance > 0)
-    return logps, make(from_host=True) if layout.reference_offload else logps
+    return logps, make(from_host=True) if layout.options.reference_offload else logps
 
 
 def make_objective(options: ObjectiveOptions) -> Objective:
@@ -106,7 +106,7 @@ def abstract_state(tx: optax.GradientTransformation, layout: Layout) -> TrainSta
 
 
 def _state_shardings(tx: optax.GradientTransformation, layout: Layout) -> Any:
-    held = host_shardings(layout.trained) if layout.optimizer_offload else layout.trained
+    held = host_shardings(layout.trained) if layout.options.optimizer_offload else layout.trained
     moments = moment_shardings(tx, abstract_trained(layout, layout.param_dtype), held, layout.mesh)
     return TrainState(step=replicated(layout.mesh), params=layout.trained, opt_state=moments)  # type: ignore[arg-type]
 
@@ -127,7 +127,7 @@ def train_step_on(
 ) -> Callable[..., Any]:
     """`make_train_step` for a model on its mesh."""
     logps, reference_logps = models
-    options = {"optimizer_offload": layout.optimizer_offload} | layout.step_options
+    options = {"optimizer_offload": layout.options.optimizer_offload} | layout.step_options
     return make_train_step(logps, objective, tx, rate, reference_logps=reference_logps, **options)
 
 
@@ -171,7 +171,7 @@ def make_kl(run: Run) -> Callable[[Params, Params | None], dict[str, float]]:
     """
     s, held_out, base = run.settings, run.data.evaluation, run.base
     pairs = dataclasses.replace(held_out, index=held_out.index[: s.kl_prompts])
-    if not len(pairs) or run.layout.reference_offload:
+    if not len(pairs) or run.layout.options.reference_offload:
         return lambda params, reference: {}
     prompts, stop = [pairs[i][0].tolist() for i in range(len(pairs))], answers.stop_tokens(pairs, run.policy.tokenizer)
     estimate = divergence.make_on_policy_kl(run.layout, prompts, stop=stop, new_tokens=s.sample_tokens, seed=s.seed)

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpo_jax.model.config import Params
 from dpo_jax.model.experts import balance_loss
-from dpo_jax.model.params import Params
 from dpo_jax.model.remat import to_device, to_host
 from dpo_jax.objective.logps import Logps, LogpsFn
 from dpo_jax.objective.objective import Objective

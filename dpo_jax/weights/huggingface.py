@@ -23,10 +23,9 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
-from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.config import ModelConfig, Params
 from dpo_jax.model.families import config_from_hf, hf_config
 from dpo_jax.model.lora import BRANCH
-from dpo_jax.model.params import Params
 from dpo_jax.model.tensors import Leaf, Parts, Sizes, first_rows, model_leaves, sizes, tensors, whole_shape
 from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_FILES, WEIGHTS
 

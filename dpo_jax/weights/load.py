@@ -8,10 +8,10 @@ import flax.linen as nn
 import jax
 
 from dpo_jax.errors import UserError
+from dpo_jax.model.config import Params
 from dpo_jax.model.forward import init_params
 from dpo_jax.model.lora import init_adapters
 from dpo_jax.model.options import LayoutOptions
-from dpo_jax.model.params import Params
 from dpo_jax.model.placement import Layout, place_model
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.weights import huggingface as weights

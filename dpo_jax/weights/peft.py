@@ -13,9 +13,8 @@ import flax.traverse_util
 import numpy as np
 from safetensors.numpy import save_file
 
-from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.config import ModelConfig, Params
 from dpo_jax.model.lora import BRANCH, Lora, adapted
-from dpo_jax.model.params import Params
 from dpo_jax.model.tensors import Parts, sizes, tensors
 from dpo_jax.weights.huggingface import gather_to_host, new_directory
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
-from dpo_jax.model.sharding import axis_rules, param_shardings
+from dpo_jax.model.placement import axis_rules, param_shardings
 from dpo_jax.objective.logps import group_logps
 from dpo_jax.objective.objective import preference_objective
 from dpo_jax.parallel.mesh import make_mesh

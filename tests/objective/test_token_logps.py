@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.model.embedding import embed
+from dpo_jax.model.vocabulary import embed
 from dpo_jax.objective.token_logps import LogpOptions, token_logps
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.parallel.spread import Spread

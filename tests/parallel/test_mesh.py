@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.errors import UserError
-from dpo_jax.model.sharding import axis_rules, param_shardings
+from dpo_jax.model.placement import axis_rules, param_shardings
 from dpo_jax.parallel.mesh import local_rows, make_mesh, row_shards, to_global
 from tests.oracles.oracle import CONFIG
 

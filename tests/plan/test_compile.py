@@ -39,7 +39,7 @@ def _compile_a_pass():
         make_models(c, layout)[1],
         compute_dtype=layout.dtype,
         out_shardings=replicated(mesh),
-        compiler_options=layout.compiler_options,
+        compiler_options=layout.options.compiler_options,
     )
     batch = abstract_batch(RowShape(128, (64, 64), 4, 2), layout, 1)
     with jax.set_mesh(mesh), quiet():
@@ -126,7 +126,7 @@ def _compile_groups(n, attention):
 
     params = abstract_whole(layout, layout.dtype)
     with jax.set_mesh(mesh), quiet():
-        traced = jax.jit(jax.grad(loss), compiler_options=layout.compiler_options).trace(
+        traced = jax.jit(jax.grad(loss), compiler_options=layout.options.compiler_options).trace(
             params, abstract_batch(shape, layout, 1)
         )
         text = traced.lower().compile().as_text()

@@ -47,7 +47,7 @@ def _run(sizes=(1, 1, 1), remat="dots", steps=3, microbatches=1, **options):
         fresh = [jax.tree.map(jnp.array, _fresh(seed)) for seed in (0, 1)]
         state = start_state(jax.device_put(fresh[0], layout.shardings), TX, layout)
         reference = jax.device_put(fresh[1], layout.reference_shardings)
-        from_host = layout.reference_offload
+        from_host = layout.options.reference_offload
         step = make_train_step(
             logps_fn(layout, remat=remat),
             preference_objective({"sigmoid": 1.0}, beta=0.1),
@@ -55,7 +55,7 @@ def _run(sizes=(1, 1, 1), remat="dots", steps=3, microbatches=1, **options):
             RATE,
             compute_dtype=jnp.float32,
             reference_logps=logps_fn(layout, remat=remat, from_host=True) if from_host else None,
-            optimizer_offload=layout.optimizer_offload,
+            optimizer_offload=layout.options.optimizer_offload,
         )
         batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE, microbatches), mesh, 8 // microbatches)
         metrics = []

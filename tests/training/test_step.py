@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from dpo_jax.model.forward import ModelOptions, hidden_states, init_params, unembedding
-from dpo_jax.model.sharding import axis_rules, param_shardings
+from dpo_jax.model.placement import axis_rules, param_shardings
 from dpo_jax.objective.logps import Logps, group_logps
 from dpo_jax.objective.objective import preference_objective, sft_objective
 from dpo_jax.parallel.mesh import make_mesh, to_global

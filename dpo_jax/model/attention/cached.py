@@ -27,7 +27,7 @@ def cached_attention(
     window: jax.Array | None = None,
     scores: Scores = PLAIN,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Causal attention over a key/value cache, for sampling.
+    """Attention of new tokens to all before them: `[B, Q, H, E]`, and the new cache.
 
     Args:
       q_BQHE, k_BQGE, v_BQGE: the new tokens' queries, keys and values.
@@ -35,10 +35,6 @@ def cached_attention(
       where: int32 scalar, the column of the first new token (the same for all rows: prompts are padded on the left).
       real_BS: bool `[B, S]`, False at padding columns.
       window: how many positions a token sees, int32 scalar; padding is on the left, so columns differ as positions do.
-      scores: how they are made.
-
-    Returns:
-      `[B, Q, H, E]` and the new cache.
     """
     k_BSGE = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BQGE.astype(cache[0].dtype), where, axis=1)
     v_BSGE = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BQGE.astype(cache[1].dtype), where, axis=1)

@@ -59,21 +59,16 @@ class _Spec:
         prompt, *completions = (-(-w // self.tile) * self.tile for w in self.shape.widths)
         return RowShape(prompt, tuple(completions))
 
-    def pad(self, x: jax.Array, axis: int) -> jax.Array:
-        """Slots padded to whole tiles."""
-        parts, begin = [], 0
-        for width, wide in zip(self.shape.widths, self.padded.widths, strict=True):
-            part = jax.lax.slice_in_dim(x, begin, begin + width, axis=axis)
-            parts.append(jnp.pad(part, [(0, wide - width if i == axis else 0) for i in range(x.ndim)]))
-            begin += width
-        return jnp.concatenate(parts, axis)
+    def pad(self, x_BT: jax.Array) -> jax.Array:
+        """The slots of `[B, T, ...]` padded to whole tiles."""
+        slots = zip(self.shape.starts, self.shape.widths, self.padded.widths, strict=True)
+        others = [(0, 0)] * (x_BT.ndim - 2)
+        parts = [jnp.pad(x_BT[:, a : a + w], [(0, 0), (0, wide - w), *others]) for a, w, wide in slots]
+        return jnp.concatenate(parts, 1)
 
-    def unpad(self, x: jax.Array, axis: int) -> jax.Array:
-        parts, begin = [], 0
-        for width, wide in zip(self.shape.widths, self.padded.widths, strict=True):
-            parts.append(jax.lax.slice_in_dim(x, begin, begin + width, axis=axis))
-            begin += wide
-        return jnp.concatenate(parts, axis)
+    def unpad(self, x_BT: jax.Array) -> jax.Array:
+        slots = zip(self.padded.starts, self.shape.widths, strict=True)
+        return jnp.concatenate([x_BT[:, a : a + w] for a, w in slots], 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +119,7 @@ def _stretches(spec: _Spec, kind: _Kind, segments_BT: jax.Array) -> tuple[jax.Ar
     """
     P = spec.padded.prompt
     in_tile_BNQ = segments_BT[:, kind.starts[:, None] + np.arange(spec.tile)[None]]
-    real = in_tile_BNQ != 0
-    low = jnp.min(jnp.where(real, in_tile_BNQ, np.iinfo(np.int32).max), -1)[..., None]
+    low = jnp.min(jnp.where(in_tile_BNQ != 0, in_tile_BNQ, np.iinfo(np.int32).max), -1)[..., None]
     high = jnp.max(in_tile_BNQ, -1)[..., None]
     wanted_BNT = (low <= segments_BT[:, None]) & (segments_BT[:, None] <= high)
     columns = np.arange(segments_BT.shape[1])
@@ -147,10 +141,8 @@ def _schedule(spec: _Spec, kind: _Kind, segments_BT: jax.Array) -> tuple[jax.Arr
     firsts_BN2, sizes_BN2 = _stretches(spec, kind, segments_BT)
     B, N, _ = sizes_BN2.shape
     widths = np.asarray([(0, 0), *kind.widths])
-    holds = (sizes_BN2.reshape(-1, 1, 2) <= widths[None]).all(-1)
-    rank = jnp.argmax(holds, -1)
-    order = jnp.argsort(rank)
-    row = np.repeat(np.arange(B), N)
+    rank = jnp.argmax((sizes_BN2.reshape(-1, 1, 2) <= widths[None]).all(-1), -1)
+    order, row = jnp.argsort(rank), np.repeat(np.arange(B), N)
     table = jnp.concatenate([jnp.stack([row, np.tile(kind.starts, B)], 1), firsts_BN2.reshape(-1, 2)], 1)
     bounds = jnp.searchsorted(rank[order], jnp.arange(1, len(widths) + 1), side="left")
     return table[order].astype(jnp.int32), bounds.astype(jnp.int32)
@@ -179,7 +171,8 @@ class _Tile:
         firsts = [jnp.minimum(in_prompt, P - widths[0]), jnp.minimum(in_own, T - widths[1])]
         pieces = [(first, size, i == 1) for i, (first, size) in enumerate(zip(firsts, widths, strict=True)) if size]
         self.pieces = [piece[:2] for piece in pieces]
-        q_Q, k_S = self.start + jnp.arange(spec.tile), self._columns()
+        q_Q = self.start + jnp.arange(spec.tile)
+        k_S = jnp.concatenate([first + jnp.arange(size) for first, size in self.pieces])
         segment = lambda x_BT, first, size: jax.lax.dynamic_slice(x_BT, (row, first), (1, size))[0]
         of_keys = lambda x_BT: jnp.concatenate([segment(x_BT, *piece) for piece in self.pieces])
         of_queries = lambda x_BT: segment(x_BT, self.start, spec.tile)
@@ -189,17 +182,13 @@ class _Tile:
         own: Any = P
         for border in spec.padded.borders:
             own = jnp.where(self.start < border, own, border)
-        begin = jnp.where(is_own_S, own, 0)
-        end = jnp.where(is_own_S, T, P)
+        begin, end = jnp.where(is_own_S, own, 0), jnp.where(is_own_S, T, P)
         seen = (queries_Q[:, None] == of_keys(segments_BT)[None]) & (queries_Q != 0)[:, None]
         seen &= (k_S[None] <= q_Q[:, None]) & ((k_S >= begin) & (k_S < end))[None]
         if window is not None:
             seen &= of_queries(window[0])[:, None] - of_keys(window[0])[None] < window[1]
         # As numbers to add, made once for all heads: XLA would make the mask anew for each.
         self.bias_QS = jax.lax.optimization_barrier(jnp.where(seen, 0.0, MASKED).astype(jnp.float32))
-
-    def _columns(self) -> jax.Array:
-        return jnp.concatenate([first + jnp.arange(size) for first, size in self.pieces])
 
     def queries(self, x_BGMTE: jax.Array) -> jax.Array:
         """`[B, G, M, T, E]` → `[G, M*Q, E]`."""
@@ -233,7 +222,9 @@ class _Tile:
 def _for_each_tile(
     spec: _Spec, segments_BT: jax.Array, window: Window, do: Callable[[_Tile, Any], Any], carry: Any
 ) -> Any:
-    """`carry = do(tile, carry)` for every tile with tokens. `segments_BT` and positions are padded to whole tiles."""
+    """`carry = do(tile, carry)` for every tile with tokens."""
+    segments_BT = spec.pad(segments_BT)
+    window = None if window is None else (spec.pad(window[0]), window[1])
     for kind in _kinds(spec):
         table, bounds = _schedule(spec, kind, segments_BT)
         for i, widths in enumerate(kind.widths):
@@ -248,21 +239,21 @@ def _for_each_tile(
 def _queries_first(spec: _Spec, x_BTHE: jax.Array, groups: int) -> jax.Array:
     """`[B, T, G*M, E]` → `[B, G, M, T', E]`."""
     B, _, H, E = x_BTHE.shape
-    return spec.pad(x_BTHE, 1).reshape(B, -1, groups, H // groups, E).transpose(0, 2, 3, 1, 4)
+    return spec.pad(x_BTHE).reshape(B, -1, groups, H // groups, E).transpose(0, 2, 3, 1, 4)
 
 
 def _queries_last(spec: _Spec, x_BGMTE: jax.Array, like: jax.Array) -> jax.Array:
     x = x_BGMTE.transpose(0, 3, 1, 2, 4)
-    return spec.unpad(x.reshape(*x.shape[:2], *like.shape[2:]), 1).astype(like.dtype)
+    return spec.unpad(x.reshape(*x.shape[:2], *like.shape[2:])).astype(like.dtype)
 
 
 def _keys_first(spec: _Spec, x_BTGE: jax.Array) -> jax.Array:
     """`[B, T, G, E]` → `[B, G, T', E]`."""
-    return spec.pad(x_BTGE, 1).transpose(0, 2, 1, 3)
+    return spec.pad(x_BTGE).transpose(0, 2, 1, 3)
 
 
 def _keys_last(spec: _Spec, x_BGTE: jax.Array, like: jax.Array) -> jax.Array:
-    return spec.unpad(x_BGTE.transpose(0, 2, 1, 3), 1).astype(like.dtype)
+    return spec.unpad(x_BGTE.transpose(0, 2, 1, 3)).astype(like.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -270,25 +261,19 @@ def _tiled(spec: _Spec, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.
     return _forward(spec, q, k, v, segments, window)[0]
 
 
-def _padded(spec: _Spec, segments: jax.Array, window: Window) -> tuple[jax.Array, Window]:
-    return spec.pad(segments, 1), None if window is None else (spec.pad(window[0], 1), window[1])
-
-
 def _forward(spec, q_BTHE, k_BTGE, v_BTGE, segments_BT, window):
-    segments, padded_window = _padded(spec, segments_BT, window)
     q = _queries_first(spec, q_BTHE, k_BTGE.shape[2])
     k, v = (_keys_first(spec, x) for x in (k_BTGE, v_BTGE))
 
     def do(tile: _Tile, out: jax.Array) -> jax.Array:
         return tile.put_queries(out, _attend(tile.queries(q), tile.keys(k), tile.keys(v), tile.bias_QS, spec))
 
-    out = _for_each_tile(spec, segments, padded_window, do, jnp.zeros_like(q))
+    out = _for_each_tile(spec, segments_BT, window, do, jnp.zeros_like(q))
     return _queries_last(spec, out, q_BTHE), (q_BTHE, k_BTGE, v_BTGE, segments_BT, window)
 
 
 def _backward(spec, kept, grad_BTHE):
     q_BTHE, k_BTGE, v_BTGE, segments_BT, window = kept
-    segments, padded_window = _padded(spec, segments_BT, window)
     q, grad = (_queries_first(spec, x, k_BTGE.shape[2]) for x in (q_BTHE, grad_BTHE))
     k, v = (_keys_first(spec, x) for x in (k_BTGE, v_BTGE))
 
@@ -300,7 +285,7 @@ def _backward(spec, kept, grad_BTHE):
 
     # Keys gather what many tiles add: in float32.
     zeros = (jnp.zeros_like(q), *(jnp.zeros(x.shape, jnp.float32) for x in (k, v)))
-    dq, dk, dv = _for_each_tile(spec, segments, padded_window, do, zeros)
+    dq, dk, dv = _for_each_tile(spec, segments_BT, window, do, zeros)
     return _queries_last(spec, dq, q_BTHE), _keys_last(spec, dk, k_BTGE), _keys_last(spec, dv, v_BTGE), None, None
 
 
@@ -322,9 +307,9 @@ def tiled_attention(
 
     On a mesh every device runs its own rows and heads.
     """
-    scale = float(scores.scale or q_BTHE.shape[-1] ** -0.5)
     # Rows that are narrower than a tile are not padded to one.
     tile = min(skipping.tile, -(-max(shape.widths) // 8) * 8)
+    scale = float(scores.scale or q_BTHE.shape[-1] ** -0.5)
     spec = _Spec(RowShape(shape.prompt, shape.completions), tile, scale, scores.softcap)
     local = lambda q, k, v, segments, *window: _tiled(spec, q, k, v, segments, window or None)
     return on_own_heads(local, q_BTHE, k_BTGE, v_BTGE, segments_BT, *(window or ()))

@@ -49,13 +49,7 @@ def _heads_first(x_BTHE: jax.Array, groups: int) -> jax.Array:
     return jax.lax.optimization_barrier(x.reshape(B, groups, H // groups * T, E))
 
 
-def attend(
-    q_BQHE: jax.Array,
-    k_BSGE: jax.Array,
-    v_BSGE: jax.Array,
-    mask_BQS: jax.Array,
-    scores: Scores,
-) -> jax.Array:
+def attend(q_BQHE: jax.Array, k_BSGE: jax.Array, v_BSGE: jax.Array, mask_BQS: jax.Array, scores: Scores) -> jax.Array:
     """Softmax attention of grouped queries; scores and softmax in float32. Returns [B, Q, H, E]."""
     B, Q, H, E = q_BQHE.shape
     S, G = k_BSGE.shape[1:3]
@@ -97,9 +91,6 @@ def dense_attention(
       q_BTHE: queries `[B, T, H, E]`, rotary positions applied.
       k_BTGE, v_BTGE: keys and values `[B, T, G, E]`, `H` a multiple of `G`.
       segments_BT: int32 `[B, T]`, group number in the row from 1; 0 is padding.
-      shape: the widths of the row.
-      window: see `Window`.
-      scores: how they are made.
 
     Returns:
       `[B, T, H, E]`. Values at padding tokens are finite and mean nothing.
@@ -112,9 +103,8 @@ def dense_attention(
             k_BSGE, v_BSGE, segments_BS = (_pieces(x, pieces) for x in (k_BTGE, v_BTGE, segments_BT))
             row_S = jnp.concatenate([jnp.arange(a, b) for a, b in pieces])
             causal_QS = row_S[None, :] <= jnp.arange(begin, end)[:, None]
-            segments_BQ = segments_BT[:, begin:end]
-            same_BQS = (segments_BQ[:, :, None] == segments_BS[:, None, :]) & (segments_BQ != 0)[:, :, None]
-            mask_BQS = same_BQS & causal_QS[None]
+            segments_BQ1 = segments_BT[:, begin:end, None]
+            mask_BQS = (segments_BQ1 == segments_BS[:, None, :]) & (segments_BQ1 != 0) & causal_QS[None]
             if window is not None:
                 positions_BT, size = window
                 mask_BQS &= positions_BT[:, begin:end, None] - _pieces(positions_BT, pieces)[:, None, :] < size

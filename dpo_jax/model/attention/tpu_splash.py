@@ -71,10 +71,8 @@ def tile(shape: RowShape, largest: int) -> tuple[int, int]:
     The side for which the tiles that are not skipped have the fewest scores, a tile's own cost included.
     """
     sides = range(LANES, max(LANES, largest) + 1, LANES)
-    lengths = {side: -(-shape.length // side) * side for side in sides}
-    cost = {side: tiles_run(shape, side) * (side**2 + TILE_COST) for side in sides}
-    side = min(sides, key=lambda s: (cost[s], s))
-    return side, lengths[side]
+    side = min(sides, key=lambda side: (tiles_run(shape, side) * (side**2 + TILE_COST), side))
+    return side, -(-shape.length // side) * side
 
 
 def tiles_run(shape: RowShape, side: int) -> int:
@@ -101,13 +99,12 @@ def _kernel(shape: RowShape, heads: int, tiling: Tiling, softcap: float | None) 
     mask = masks.MultiHeadMask([RowMask(length, shape)] * heads)
     forward, mask_function = mask_info.process_mask(mask, (side, side), head_shards=1, q_seq_shards=1)
     backward, _ = mask_info.process_mask_dkv(mask, (side, side), head_shards=1, q_seq_shards=1, shrink_grid=False)
+    sides: dict[str, Any] = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), side)
     return kernels.SplashAttentionKernel(
         forward,
         None,  # the backward kernel is one
         backward,
-        block_sizes=kernels.BlockSizes(
-            block_q=side, block_kv=side, block_q_dkv=side, block_kv_dkv=side, use_fused_bwd_kernel=True
-        ),
+        block_sizes=kernels.BlockSizes(**sides, use_fused_bwd_kernel=True),
         is_mqa=False,
         save_residuals=False,
         mask_value=kernels.DEFAULT_MASK_VALUE,
@@ -116,25 +113,6 @@ def _kernel(shape: RowShape, heads: int, tiling: Tiling, softcap: float | None) 
         mask_function=mask_function,
         interpret=tiling.interpret,
     )
-
-
-def _local(
-    q_BTHE: jax.Array,
-    k_BTGE: jax.Array,
-    v_BTGE: jax.Array,
-    segments_BT: jax.Array,
-    *,
-    shape: RowShape,
-    tiling: Tiling,
-    softcap: float | None,
-) -> jax.Array:
-    """The rows and heads of one device."""
-    pad = tile(shape, tiling.largest)[1] - shape.length
-    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q_BTHE, k_BTGE, v_BTGE))
-    segments = jnp.pad(segments_BT, ((0, 0), (0, pad)))
-    kernel = _kernel(shape, q_BTHE.shape[2], tiling, softcap)
-    out = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(segments, segments))
-    return out.transpose(0, 2, 1, 3)[:, : shape.length]
 
 
 def splash_attention(
@@ -152,6 +130,14 @@ def splash_attention(
     It has no window: one counts positions, the kernel's mask counts columns. On a mesh every device runs its own rows
     and heads. What the backward pass needs of it carries the checkpoint name `attention_out`.
     """
+    pad = (0, tile(shape, tiling.largest)[1] - shape.length)
+
+    def local(q_BTHE: jax.Array, k_BTGE: jax.Array, v_BTGE: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        inputs = (jnp.pad(x, ((0, 0), pad, (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q_BTHE, k_BTGE, v_BTGE))
+        segments = jnp.pad(segments_BT, ((0, 0), pad))
+        kernel = _kernel(shape, q_BTHE.shape[2], tiling, scores.softcap)
+        out = jax.vmap(kernel)(*inputs, kernels.SegmentIds(segments, segments))
+        return out.transpose(0, 2, 1, 3)[:, : shape.length]
+
     q_BTHE = q_BTHE * jnp.asarray(scores.scale or q_BTHE.shape[-1] ** -0.5, q_BTHE.dtype)
-    local = functools.partial(_local, shape=shape, tiling=tiling, softcap=scores.softcap)
     return on_own_heads(local, q_BTHE, k_BTGE, v_BTGE, segments_BT)

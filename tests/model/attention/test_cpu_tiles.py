@@ -148,7 +148,7 @@ def test_the_widths_hold_every_stretch_and_hardly_more():
     slots = RowShape(1200, (344, 424))
     lengths = np.random.default_rng(0).integers((60, 10, 10), (240, 80, 100), size=(8, 3))
     spec = tiles._Spec(slots, 64, 1.0, None)
-    segments = spec.pad(_rows([lengths], slots), 1)
+    segments = spec.pad(_rows([lengths], slots))
     shown = 0
     for kind in tiles._kinds(spec):
         _, needed = jax.jit(functools.partial(tiles._stretches, spec, kind))(segments)
