@@ -60,8 +60,7 @@ def group_logps(
     """Summed log-probabilities of the completions of every group in a row.
 
     Args:
-      hidden_BTD: final hidden states of the rows of one microbatch.
-      table_VD: the vocabulary projection.
+      hidden_BTD, table_VD: final hidden states of the rows of one microbatch, and the vocabulary projection.
       weights: of completion tokens; None: 1 each.
 
     Returns:

@@ -50,8 +50,7 @@ def token_logps(
 
     Args:
       hidden_BND: the hidden states that predict the targets.
-      targets_BN: int32 token ids.
-      table_VD: the vocabulary projection.
+      targets_BN, table_VD: int32 token ids, and the vocabulary projection.
 
     Returns:
       float32 `[B, N]`, and the same of log Σ p² or None.

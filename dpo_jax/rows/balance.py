@@ -248,7 +248,6 @@ def across_batches(lengths: np.ndarray, batch_size: int, order: Order, epoch: in
 
 def within_batches(batches: np.ndarray, marked: np.ndarray, lengths: np.ndarray, order: Order, epoch: int) -> Placing:
     """Batches `[n, batch_size]` that stay as they are: groups move between the rows of their own batch."""
-
     rng = lambda: np.random.default_rng([order.seed, epoch, 3])
     return lambda shape, wide: _filled(batches, marked, lengths, shape, wide, rng(), across=False)
 
