@@ -35,6 +35,18 @@ def cache_dir(tmp_path_factory):
     os.environ["DPO_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items):
+    """Of a test that is marked `sweep` the first case is quick, and all others are slow."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("sweep"):
+            name = item.nodeid.partition("[")[0]
+            if name in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(name)
+
+
 def pytest_addoption(parser):
     parser.addoption("--write-docs", action="store_true", help="put what this run measured into the tables of docs/")
 

@@ -15,6 +15,8 @@ from tests import processes
 from tests.end_to_end.test_processes import _same
 from tests.end_to_end.test_train import _command, _finish, _values, environment  # noqa: F401 (a fixture)
 
+pytestmark = pytest.mark.slow
+
 FAST = {
     "batch_size": 4,
     "max_completion_length": 32,

@@ -9,6 +9,8 @@ import pytest
 from tests.fakes.launching import ACTIVE, FAST, RUN, SLICE, steps, wait_for
 from tests.fakes.world import world
 
+pytestmark = pytest.mark.slow
+
 # ---- a slice that is lost
 
 

@@ -17,6 +17,8 @@ from dpo_jax.objective.losses import LOSSES
 from dpo_jax.records.records import read_records
 from tests import processes
 
+pytestmark = pytest.mark.slow
+
 # Rows of docs/losses.md and what differs from beta 0.1, 30 updates of 32 pairs at 3e-4.
 RUNS = {name: {"loss": name} for name in LOSSES}
 RUNS["robust"] |= {"label_smoothing": 0.1}

@@ -13,6 +13,8 @@ import nbclient
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SOURCES = sorted(Path("notebooks").glob("*.py"))
 SKIPPED = "skip-in-tests"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}

@@ -12,6 +12,8 @@ from dpo_jax.records.records import read_records
 from tests import processes
 from tests.end_to_end.test_train import _command, _finish, _values, environment  # noqa: F401 (a fixture)
 
+pytestmark = pytest.mark.slow
+
 CHANGED = {
     "sft_steps": 0,
     "num_steps": 8,

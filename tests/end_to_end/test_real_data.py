@@ -10,7 +10,10 @@ from dpo_jax.records import length_bias
 from tests import places
 
 SHARED = places.SHARED
-pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not beside this checkout")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not beside this checkout"),
+]
 
 CASES = {
     "hhh": ("hhh", "hh", {"hhh/harmless-base": 2312, "hhh/helpful-online": 1137}),

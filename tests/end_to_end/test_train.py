@@ -20,6 +20,8 @@ from dpo_jax.training import phases, setup
 from dpo_jax.weights import huggingface as weights
 from tests import processes
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "batch_size": 8,
     "sft_steps": 4,

@@ -34,6 +34,7 @@ def golden(name: str) -> tuple[ModelConfig, dict]:
     return config, load(GOLDEN / name, config)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", sweep(NAMES, "qwen2_window", "gemma3_text", "phi3_longrope", "mixtral"))
 def test_packed_rows_are_plain_sequences(name):
     config, params = golden(name)
@@ -42,6 +43,7 @@ def test_packed_rows_are_plain_sequences(name):
     assert difference(packed, sequence_logits(params, config, PAIRS.sequences())) < 2e-5
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", sweep(NAMES, "qwen2_window", "gemma3_text", "phi3_longrope", "qwen3_moe"))
 def test_the_sampler_is_the_whole_model_run_again(name):
     config, params = golden(name)
@@ -108,6 +110,7 @@ def test_longrope_looks_at_each_pair_alone():
     assert difference(sequence_logits(params, no_scaling, short), alone) > 1e-2
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", sweep(["gemma2", "phi3", "qwen3_moe"], "gemma2"))
 def test_bfloat16(name):
     config, params = golden(name)
@@ -128,6 +131,7 @@ def _loss(params, rows, config, slots, remat="none"):
 _grad = jax.jit(jax.grad(_loss, has_aux=True), static_argnums=(2, 3, 4))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", sweep(["gemma3_text", "mixtral"], "gemma3_text"))
 def test_remat_changes_no_gradient(name):
     config, params = golden(name)
@@ -137,6 +141,7 @@ def test_remat_changes_no_gradient(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), other, grads[0])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", sweep(["gemma3_text", "mixtral", "phi3_longrope", "qwen2_window"], "mixtral"))
 def test_gradients_of_microbatches_add_up(name):
     """Added where they arise, whatever a family's layers are handed. The update is the gradient itself."""
@@ -174,6 +179,7 @@ def on_one_device(name: str):
     return config, params, rows, slots, jax.device_get(_grad(params, rows, config, slots))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [

@@ -41,6 +41,7 @@ def _inputs(vocab):
     return table, hidden, jnp.asarray(rng.integers(0, vocab, (ROWS, N))), weights
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)])
 @pytest.mark.parametrize("vocab", [40, 36, 31, 5])  # divides, does not; some parts are padding and nothing else
 @pytest.mark.parametrize(("softcap", "width"), [(None, "fsdp"), (2.0, None), (2.0, ("tensor", "fsdp"))])

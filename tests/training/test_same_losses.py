@@ -74,6 +74,7 @@ def _same(ours, theirs):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), ours[:2], theirs[:2])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
 def test_every_mesh_gives_the_same_losses(sizes, plain):
     """With the vocabulary over all devices, and fewer kv-heads than tensor shards."""
@@ -108,6 +109,7 @@ def test_every_remat_policy_gives_the_same_losses(remat, microbatches, plain):
     _same(_run(remat=remat, microbatches=microbatches), plain)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("sizes", "microbatches"), [((2, 2, 2), 2), ((1, 1, 8), 4), ((1, 4, 2), 2)])
 def test_every_mesh_sums_the_gradients_of_microbatches(sizes, microbatches, plain):
     _same(_run(sizes, microbatches=microbatches, attention="splash"), plain)

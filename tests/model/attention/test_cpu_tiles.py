@@ -117,6 +117,7 @@ def test_a_window_counts_positions(size):
     _same((q, k, v, segments, cotangent, jnp.asarray(positions), jnp.int32(size)))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("sizes", "kv_heads"), [((2, 2, 2), 2), ((1, 4, 2), 1), ((1, 2, 4), 8)])
 def test_every_mesh_runs_its_own_rows_and_heads(sizes, kv_heads):
     inputs = _inputs(jnp.float32, 8, kv_heads, rows=4)

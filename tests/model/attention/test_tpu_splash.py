@@ -62,6 +62,7 @@ def _value_and_gradients(attend, q, k, v, segments, cotangent):
     return jax.tree.map(lambda x: np.asarray(x, np.float32), (jnp.where(real, out, 0), *pull(cotangent)))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("dtype", "within"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-3)])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("heads", [(4, 2), (4, 4), (4, 1)])
@@ -83,6 +84,7 @@ def test_scale_is_what_scores_are_multiplied_by():
     np.testing.assert_allclose(np.asarray(ours)[real], np.asarray(theirs)[real], atol=1e-5)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("sizes", "kv_heads"),
     [((2, 2, 2), 2), ((1, 2, 4), 2), ((1, 1, 8), 2), ((1, 4, 2), 1), ((1, 2, 4), 8)],
