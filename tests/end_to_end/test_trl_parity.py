@@ -88,6 +88,7 @@ def run_in_process(tmp_path: Path, settings: dict) -> list[dict]:
     return read_records(tmp_path / "run" / "metrics.jsonl")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", TINY["runs"])
 def test_tiny_agrees_with_trl(name, tmp_path):
     golden = TINY["runs"][name]
@@ -97,6 +98,7 @@ def test_tiny_agrees_with_trl(name, tmp_path):
     compare(ours, golden["steps"], loss=1e-4, logp=5e-4, reward=1e-4, grad_norm=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "stories260k").is_dir(), reason="needs ../shared/data/stories260k, which is not here")
 def test_stories260k_agrees_with_trl(tmp_path):
     """A trained model, a SentencePiece tokenizer, HH's plain form."""
@@ -111,6 +113,7 @@ def test_stories260k_agrees_with_trl(tmp_path):
     compare(ours, run["steps"], loss=5e-5, logp=1e-3, reward=2e-4, grad_norm=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2, reason="set DPO_JAX_SMOLLM2 to a directory with SmolLM2-135M-Instruct")
 @pytest.mark.skipif(not (SHARED / "trl" / "trl.json").is_file(), reason="needs ../shared/data/trl, which is not here")
 def test_smollm2_agrees_with_trl(tmp_path):

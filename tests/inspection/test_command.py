@@ -208,6 +208,7 @@ def test_prepare_builds_once_and_prints_where(tiny, capsys, monkeypatch):
     assert {path.name for path in (root / "tiny-0").iterdir()} == {"synthetic-0", "tokenizer-0"}
 
 
+@pytest.mark.slow
 def test_prepare_onto_a_shared_cache(tiny, tmp_path, capsys, monkeypatch):
     address = f"file://{tmp_path}/shared"
     for machine, said in (("one", "built in"), ("two", "already there")):
@@ -245,6 +246,7 @@ def test_bad_input_is_one_line_and_exit_code_2(args, words, tiny, capsys, monkey
     assert re.fullmatch(rf"error: .*{words}.*\n", said), said
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_command():
     assert command("inspct", expect=2) == "error: unknown command 'inspct'; use inspect or prepare\n"
 
@@ -270,6 +272,7 @@ def test_too_few_pairs_for_a_batch_can_be_looked_at(tiny, tmp_path, capsys, monk
     assert "no schedule: batch_size=32" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_progress_is_told_line_by_line_without_a_terminal(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DPO_JAX_CACHE", str(tmp_path))
     shutil.copytree(tiny[1] / "tiny-0", tmp_path / "tiny-0")

@@ -98,6 +98,7 @@ def _hh_lengths(n):
     return np.concatenate([tokens(prompts)[:, None], drawn], axis=1)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("source", ["real", "published"])
 @pytest.mark.parametrize(("batch_size", "real"), [(16, 0.93), (64, 0.95)])
 def test_rows_of_eight_answers_are_well_filled(batch_size, real, source):

@@ -57,6 +57,7 @@ def _same(ours, theirs):
                 assert b[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (a["split"], a["step"], key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"ld_alpha": 0.5}, {"microbatches": 2, "batch_size": 16, "loss": "ipo"}])
 def test_the_metrics_are_those_of_a_reference_in_the_step(base, tmp_path, more):
     _, records, data = base
@@ -64,6 +65,7 @@ def test_the_metrics_are_those_of_a_reference_in_the_step(base, tmp_path, more):
     _same(_run(tmp_path / "kept", reference_cache=True, **data, **more), theirs)
 
 
+@pytest.mark.slow
 def test_a_second_run_computes_nothing_and_another_model_everything(base, tmp_path, monkeypatch, capsys):
     workdir, _, data = base
     model, other = workdir / "export", tmp_path / "other"
@@ -98,6 +100,7 @@ def test_a_second_run_computes_nothing_and_another_model_everything(base, tmp_pa
     assert "reference: 0 pairs known" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_pass_ends_it_and_the_next_run_goes_on(base, tmp_path, monkeypatch, capsys):
     workdir, _, data = base
     kept = data | {"model": str(workdir / "export"), "reference_cache": True, "ld_alpha": 0.9}

@@ -164,6 +164,7 @@ def assert_sharded(params, reference, opt_state, sizes):
     assert query.addressable_shards[0].data.shape == (2, 16 // fsdp, 4 // tensor, 4)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("microbatches", [2, 8])
 def test_microbatches_do_not_change_the_result(microbatches, one_device):
     state, _, metrics = _run((1, 1, 1), microbatches, devices=jax.devices()[:1])
@@ -208,6 +209,7 @@ def test_losses_across_pairs_are_the_float64_oracles(across_one_device):
         assert float(first[name]) == pytest.approx(value, abs=1e-4), name
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("sizes", "microbatches"), [((8, 1, 1), 1), ((1, 1, 1), 2), ((1, 2, 1), 4)])
 def test_losses_across_pairs_see_the_whole_batch(sizes, microbatches, across_one_device):
     devices = jax.devices()[: int(np.prod(sizes))]
@@ -323,6 +325,7 @@ def test_padding_may_hold_anything(one_device):
     _close(jax.device_get(metrics), one_device[2][0], atol=1e-6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("objective", "trained"), [(OBJECTIVE, "one_device"), (ACROSS, "across_one_device")])
 def test_evaluation_is_what_a_training_step_reports(objective, trained, request):
     one_device = request.getfixturevalue(trained)
@@ -352,6 +355,7 @@ def test_swapping_the_completions_negates_the_margin():
     np.testing.assert_array_equal(a["accuracy"], 1 - b["accuracy"])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize("loss", ["sigmoid", "aot"])
 def test_the_load_balancing_loss_comes_on_top(loss, microbatches):
