@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dpo_jax.model.options import LayoutOptions
@@ -16,10 +17,11 @@ from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.setup import start_state
 from dpo_jax.training.step import make_train_step
 from tests.oracles import oracle
-from tests.training.test_same_losses import CONFIG, RATE, TX, _fresh
+from tests.training.test_same_losses import CONFIG, _fresh
 
 PLACED = np.append(np.arange(14), [-1, -1]).reshape(8, 2)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
+TX = optax.sgd(1e-2)  # the update is the gradient: Adam's would magnify rounding where that is near 0
 
 
 @functools.cache
@@ -44,7 +46,7 @@ def _run(n, sizes=(1, 1, 1), microbatches=1):
         state = start_state(jax.device_put(policy, layout.shardings), TX, layout)
         reference = jax.device_put(reference, layout.shardings)
         objective = Objective(_values, "loss", needs_reference=True)
-        step = make_train_step(logps_fn(layout, remat="dots"), objective, TX, RATE, compute_dtype=jnp.float32)
+        step = make_train_step(logps_fn(layout, remat="dots"), objective, TX, lambda _: 1e-2, compute_dtype=jnp.float32)
         shape = RowShape(12, (8,) * n, rows=8, places=2)
         batch = to_global(oracle.rows(_groups(n), PLACED, shape, microbatches), mesh, 8 // microbatches)
         metrics = []
