@@ -38,7 +38,7 @@ from tests.data.test_render import bpe_tokenizer
 rows, cache, out = sys.argv[1:]
 built = []
 produce = module.tokenise
-module.tokenise = lambda *arguments: built.append(1) or produce(*arguments)
+module.tokenise = lambda *arguments, **named: built.append(1) or produce(*arguments, **named)
 prepared = module.prepare(module.DataRequest(f"{rows}/a.jsonl:3,{rows}/b.jsonl:1", cache_dir=cache), bpe_tokenizer())
 mesh = make_mesh(-1, 1, 1)
 limits = RowLimits(row_shards(mesh) * 2)
