@@ -1,10 +1,14 @@
-"""The one exception that means "the user can mend this", and the exit codes of a run (docs/faults.md)."""
+"""The exceptions with which a run ends, and its exit codes (docs/faults.md)."""
 
 BAD_INPUT = 2
 NOT_FINITE = 65  # too many updates in a row were skipped
 STUCK = 70  # nothing moved any more, or another process is gone
 SAVE_FAILED = 74
 SIGTERM = 143
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A signal asked for the end; the state was saved."""
 
 
 class UserError(Exception):

@@ -16,9 +16,9 @@ from typing import Any
 from dpo_jax.config.check import check
 from dpo_jax.config.command_line import parse
 from dpo_jax.config.saved import claim_workdir
-from dpo_jax.config.settings import Settings, check_paths, read_settings
+from dpo_jax.config.settings import check_paths, read_settings
 from dpo_jax.config.values import check_workdir
-from dpo_jax.errors import SAVE_FAILED, SIGTERM, UserError
+from dpo_jax.errors import SAVE_FAILED, SIGTERM, Stopped, UserError
 from dpo_jax.records.trackers import check_packages
 
 
@@ -36,55 +36,55 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> dict[str,
       UserError: bad input, in one line.
       Stopped: SIGTERM came; the state is saved and the same call resumes it.
     """
-    directory = Path(check_workdir(os.fspath(workdir)))
-    settings = _checked(config, directory)
-    from dpo_jax.training.run import train_policy  # what is slow to import comes after all that is quick to refuse
-
-    return train_policy(settings, directory)
-
-
-def _checked(config: Mapping[str, Any], workdir: Path) -> Settings:
-    """All that can be refused without JAX: keys, packages, paths, a workdir of another run."""
-    keys = dict(config)
+    directory, keys = Path(check_workdir(os.fspath(workdir))), dict(config)
     check(keys)
     settings = read_settings(keys)
     check_packages(settings.trackers)
     check_paths(settings)
-    claim_workdir(workdir, keys, write=False)
-    return settings
+    claim_workdir(directory, keys, write=False)
+    # All that is quick to refuse is refused: what follows takes seconds to import.
+    from dpo_jax.training.run import train_policy
+
+    return train_policy(settings, directory)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    distributed = False
     try:
         config, workdir, distributed = parse(sys.argv if argv is None else argv)
-        if not distributed:  # one of several processes must join the others first, which wait for it
-            _checked(config, workdir)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        return e.code
-    from dpo_jax.parallel import processes
-    from dpo_jax.training.loop import Stopped
+        if distributed:  # first of all, as the others wait for this process
+            from dpo_jax.parallel.processes import join
 
-    try:
-        if distributed:
-            processes.join()
+            join()
         run(config, workdir)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        return processes.leave(e.code)
     except Stopped:
         print("stopped by SIGTERM; everything is saved, the same command resumes the run", file=sys.stderr)
         return SIGTERM
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        return _leave(e.code, distributed)
     except Exception as e:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
             kept = "the checkpoints that are there are kept: make room, then the same command resumes from the newest"
             print(f"error: {e.filename or workdir}: {e.strerror}; {kept}", file=sys.stderr, flush=True)
-            return processes.leave(SAVE_FAILED)
-        processes.end_if_a_peer_is_gone(e)
-        processes.leave(1)
+            return _leave(SAVE_FAILED, distributed)
+        if distributed:
+            from dpo_jax.parallel.processes import end_if_a_peer_is_gone
+
+            end_if_a_peer_is_gone(e)
+        _leave(1, distributed)
         raise
     return 0
+
+
+def _leave(code: int, distributed: bool) -> int:
+    """The exit code; of one of several processes, which would wait for the others, it is the end soon."""
+    if not distributed:
+        return code
+    from dpo_jax.parallel.processes import leave
+
+    return leave(code)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dpo_jax.rows.shape import Order, RowShape
-from dpo_jax.rows.slots import balanced, slot_loads
+from dpo_jax.rows.slots import balanced, has_free_slots, slot_loads
 
 EMPTY = -1
 # At most this part of a batch of long groups is long groups: the rest are any others.
@@ -111,7 +111,7 @@ def balance(
     `across`: between batches too.
     """
     placed = _balance(placed, balanced(lengths), balanced(widths), rng, across)
-    return placed if len(widths) <= 3 else _fit_slots(placed, lengths, widths, rng, across)
+    return _fit_slots(placed, lengths, widths, rng, across) if has_free_slots(widths) else placed
 
 
 def _balance(

@@ -13,16 +13,21 @@ import numpy as np
 SWAPS = 64  # at most, in a row
 
 
+def has_free_slots(lengths: np.ndarray) -> bool:
+    """Whether lengths or widths `[..., 1+n]` are of more than two completions, which may go in any slot."""
+    return lengths.shape[-1] > 3
+
+
 def by_length(lengths: np.ndarray) -> np.ndarray:
     """Lengths `[N, 1+n]` with each group's completions longest first, where their slots are free."""
-    if lengths.shape[1] <= 3:
+    if not has_free_slots(lengths):
         return lengths
     return np.concatenate([lengths[:, :1], -np.sort(-lengths[:, 1:], axis=1)], axis=1)
 
 
 def balanced(lengths: np.ndarray) -> np.ndarray:
     """What rows are balanced in, of lengths or widths `[..., 1+n]`: every slot, or prompts and completions together."""
-    if lengths.shape[-1] <= 3:
+    if not has_free_slots(lengths):
         return lengths
     return np.stack([lengths[..., 0], lengths[..., 1:].sum(-1)], axis=-1)
 
@@ -77,7 +82,7 @@ def _swap(hot: np.ndarray, lengths: np.ndarray, slots: np.ndarray, room: np.ndar
 def slot_loads(lengths: np.ndarray, placed: np.ndarray, widths: Sequence[int] | np.ndarray) -> np.ndarray:
     """Tokens in every slot of rows `[..., K]` of groups (-1: none): int `[..., 1+n]`."""
     held = np.concatenate([lengths, np.zeros((1, lengths.shape[1]), lengths.dtype)])[placed]
-    if lengths.shape[1] <= 3:
+    if not has_free_slots(lengths):
         return held.sum(-2)
     rows = held.reshape(-1, *held.shape[-2:])
     slots = assign_slots(rows[..., 1:], widths[1:])
@@ -98,7 +103,7 @@ def slot_widths(mean: np.ndarray, least: np.ndarray, groups: float, multiple: in
       groups: of a row, in the mean.
       multiple: in which widths will be rounded up.
     """
-    if len(mean) <= 3:
+    if not has_free_slots(mean):
         return np.maximum(mean, least)
     total = mean[1:].sum()
     # Every group has a completion in every slot: beside a long one, the shortest of the others.

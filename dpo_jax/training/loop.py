@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dpo_jax.errors import Stopped
 from dpo_jax.parallel.mesh import make_any
 from dpo_jax.parallel.watchdog import LONGER, beat, watch
 from dpo_jax.records.writer import MetricsWriter
@@ -24,10 +25,6 @@ from dpo_jax.training.measure import Throughput, give_back, peak_gb
 
 STOP = "stop"  # beside the metrics of an update, while they are on the devices
 State = TypeVar("State")
-
-
-class Stopped(Exception):  # noqa: N818 - not an error
-    """A signal asked for the end; the state was saved."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dpo_jax.config.settings import ReferenceOptions
 from dpo_jax.data.files import fingerprint
 from dpo_jax.data.split import Pairs
 from dpo_jax.disk import digest, whole_file
-from dpo_jax.errors import UserError
+from dpo_jax.errors import Stopped, UserError
 from dpo_jax.model.config import Params
 from dpo_jax.model.placement import Layout, abstract_trained, abstract_whole
 from dpo_jax.parallel.mesh import any_process, from_first, replicated
@@ -29,7 +29,6 @@ from dpo_jax.rows.batch import REFERENCE_FIELDS
 from dpo_jax.rows.schedule import Schedule
 from dpo_jax.training import checkpoint
 from dpo_jax.training.batches import Given, once_through, passed
-from dpo_jax.training.loop import Stopped
 from dpo_jax.training.setup import Run
 from dpo_jax.training.step import make_logps_step, make_reference_sync
 from dpo_jax.weights.huggingface import load_weights

@@ -14,7 +14,7 @@ CONFIGS = {"c", "cfg", "conf", "config", "configs"}  # what a config is called w
 MAPPINGS = {"Any", "Config", "ConfigDict", "Dict", "Mapping", "MutableMapping", "dict"}
 # A config passes through these without being read: from the command line or a notebook, to where it is shown.
 WHOLE = {
-    "dpo_jax/train.py": {"run", "_checked"},
+    "dpo_jax/train.py": {"run"},
     "dpo_jax/records/trackers.py": {"open_trackers", "_wandb", "_trackio"},
 }
 
