@@ -20,9 +20,9 @@ A dataset is one function `row -> LabeledComparison | Skip`:
     Skip(reason='empty_chosen', detail='')
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypedDict, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypedDict, get_args
 
 Label = Literal["A", "B", "Tie"]
 ROLES = ("system", "user", "assistant", "tool")
@@ -33,7 +33,7 @@ DELIBERATE = frozenset({"tie", "identical_answers", "identical_after_truncation"
 
 
 class Message(TypedDict):
-    """One turn of a conversation, as chat templates take it."""
+    """One turn of a conversation, as chat templates take it; every further key (`tool_calls`, ...) is the template's."""
 
     role: str
     content: str
@@ -41,11 +41,19 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two completions of one conversation; a completion is a list of messages, in practice one assistant turn."""
+    """Two completions of one conversation; a completion is a list of messages, mostly one assistant turn.
+
+    `tools` and `chat_template_kwargs` are for the chat template, as transformers' `apply_chat_template` takes them.
+    `texts` are prompt, completion A and completion B letter for letter, where the row has them as strings: what is
+    tokenised in place of the messages if the strings are templated already, or the format is `text`.
+    """
 
     prompt_conversation: Sequence[Message]
     completion_a: Sequence[Message]
     completion_b: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    texts: tuple[str, str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,9 @@ class LabeledComparison:
         """The same judgement with A and B exchanged: swapping twice changes nothing."""
         swapped: dict[Label, Label] = {"A": "B", "B": "A", "Tie": "Tie"}
         old = self.comparison
-        return LabeledComparison(
-            Comparison(old.prompt_conversation, old.completion_b, old.completion_a), swapped[self.label]
-        )
+        texts = None if old.texts is None else (old.texts[0], old.texts[2], old.texts[1])
+        turned = replace(old, completion_a=old.completion_b, completion_b=old.completion_a, texts=texts)
+        return LabeledComparison(turned, swapped[self.label])
 
     def _a_wins(self) -> bool:
         if self.label == "Tie":
