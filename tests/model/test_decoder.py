@@ -22,10 +22,8 @@ from dpo_jax.weights import huggingface as weights
 from tests.model import families
 from tests.model.families import GOLDEN, TextPairs, difference, load, row_logits, sequence_logits, sweep, unpacked
 
-# One of each kind; `test_weights.py` compares the logits of every recorded model.
-NAMES = """
-llama_tied_wide_heads mistral_window qwen2_window qwen3 gemma2 gemma3_text olmo2 phi3 phi3_longrope mixtral qwen3_moe
-""".split()
+# One of each kind; `test_families.py` has packed rows and greedy answers of every family, beside transformers.
+NAMES = ["qwen2_window", "gemma3_text", "phi3_longrope", "mixtral"]
 PAIRS = TextPairs(96)
 
 
@@ -34,8 +32,7 @@ def golden(name: str) -> tuple[ModelConfig, dict]:
     return config, load(GOLDEN / name, config)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("name", sweep(NAMES, "qwen2_window", "gemma3_text", "phi3_longrope", "mixtral"))
+@pytest.mark.parametrize("name", NAMES)
 def test_packed_rows_are_plain_sequences(name):
     config, params = golden(name)
     rows, slots = families.batch(PAIRS)
@@ -43,8 +40,7 @@ def test_packed_rows_are_plain_sequences(name):
     assert difference(packed, sequence_logits(params, config, PAIRS.sequences())) < 2e-5
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("name", sweep(NAMES, "qwen2_window", "gemma3_text", "phi3_longrope", "qwen3_moe"))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_sampler_is_the_whole_model_run_again(name):
     config, params = golden(name)
     prompts = [PAIRS.ids[0][0][:n].tolist() for n in (30, 3, 26)]
@@ -142,7 +138,7 @@ def test_remat_changes_no_gradient(name):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", sweep(["gemma3_text", "mixtral", "phi3_longrope", "qwen2_window"], "mixtral"))
+@pytest.mark.parametrize("name", sweep(["gemma3_text", "mixtral", "phi3_longrope"], "mixtral"))
 def test_gradients_of_microbatches_add_up(name):
     """Added where they arise, whatever a family's layers are handed. The update is the gradient itself."""
     config, params = golden(name)
@@ -189,8 +185,7 @@ def on_one_device(name: str):
             pytest.param(name, sizes, marks=pytest.mark.slow)
             for name, sizes in (
                 *((name, (1, 8, 1)) for name in ("gemma3_text", "mixtral")),
-                *((name, (2, 2, 2)) for name in ("mixtral", "olmo2", "qwen3_moe")),
-                ("gemma3_text", (1, 1, 1)),
+                *((name, (2, 2, 2)) for name in ("olmo2", "qwen3_moe")),
             )
         ),
     ],

@@ -63,9 +63,17 @@ def _value_and_gradients(attend, q, k, v, segments, cotangent):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("dtype", "within"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-3)])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("heads", [(4, 2), (4, 4), (4, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "within", "softcap", "heads"),  # pairwise
+    [
+        (jnp.float32, 1e-5, None, (4, 2)),
+        (jnp.bfloat16, 2e-3, 5.0, (4, 2)),
+        (jnp.float32, 1e-5, 5.0, (4, 4)),
+        (jnp.bfloat16, 2e-3, None, (4, 4)),
+        (jnp.float32, 1e-5, 5.0, (4, 1)),
+        (jnp.bfloat16, 2e-3, None, (4, 1)),
+    ],
+)
 def test_the_kernel_is_dense_attention_with_its_gradients(dtype, within, softcap, heads):
     inputs = _inputs(dtype, *heads)
     options = {"shape": SLOTS, "scores": Scores(softcap=softcap)}
