@@ -187,4 +187,4 @@ def check_paths(settings: Settings) -> None:
     elsewhere = any(map(is_remote, (*names, *data.dataset_path.split(","), data.eval_path)))
     made = not data.dataset_path and any(name == "synthetic" or hub_dataset(name) for name in names)
     if not elsewhere and not made:
-        find_sources(data.dataset, data.dataset_path, data.eval_path, data.split)
+        find_sources(data.dataset, data.dataset_path, data.eval_path, data.split, data.columns)

@@ -20,6 +20,7 @@ A dataset is one function `row -> LabeledComparison | Skip`:
     Skip(reason='empty_chosen', detail='')
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, get_args
@@ -29,11 +30,11 @@ ROLES = ("system", "user", "assistant", "tool")
 
 # Reasons that a sound row is left out on purpose: counted, but neither quarantined nor held against the file. Every
 # other reason means that the row does not say what its format promises.
-DELIBERATE = frozenset({"tie", "identical_answers", "identical_after_truncation", "too_long"})
+DELIBERATE = frozenset({"tie", "identical_answers", "identical_after_truncation", "too_long", "unpaired"})
 
 
 class Message(TypedDict):
-    """One turn of a conversation, as chat templates take it; every further key (`tool_calls`, ...) is the template's."""
+    """One turn of a conversation, as chat templates take it; further keys (`tool_calls`, ...) are the template's."""
 
     role: str
     content: str
@@ -92,6 +93,29 @@ class LabeledComparison:
 
 
 @dataclass(frozen=True)
+class RatedAnswer:
+    """One answer that is good or not; it becomes a pair with one of the same prompt that is rated otherwise (KTO).
+
+    `texts` are prompt and answer letter for letter, see `Comparison`.
+    """
+
+    prompt_conversation: Sequence[Message]
+    completion: Sequence[Message]
+    good: bool
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    texts: tuple[str, str] | None = None
+
+    def against(self, other: "RatedAnswer") -> LabeledComparison:
+        """This answer as A and the other as B; the good one is better."""
+        texts = (*self.texts, other.texts[1]) if self.texts and other.texts else None
+        comparison = Comparison(
+            self.prompt_conversation, self.completion, other.completion, self.tools, self.chat_template_kwargs, texts
+        )
+        return LabeledComparison(comparison, "A" if self.good else "B")
+
+
+@dataclass(frozen=True)
 class Skip:
     """A row that gives no pair. `reason` is a short stable word that is counted, `detail` is for the reader.
 
@@ -112,8 +136,10 @@ def checked(labeled: LabeledComparison) -> LabeledComparison | Skip:
     """The comparison if a model can learn from it, else why not; every parser's last step.
 
     Messages must have a known role and text that UTF-8 can hold; the prompt must say something and must not end with
-    the assistant; each completion is one assistant turn that is neither empty nor the same as the other. White space
-    around an answer is no difference between answers.
+    the assistant; each completion begins and ends with the assistant, is not empty (a tool call or another key of the
+    message is something, too), and is not the same as the other. White space around a text is no difference.
+
+    A comparison of `texts` alone, whose prompt only the tokenizer can tell from its answers, has no messages to check.
     """
     comparison = labeled.comparison
     for message in (*comparison.prompt_conversation, *comparison.completion_a, *comparison.completion_b):
@@ -121,22 +147,46 @@ def checked(labeled: LabeledComparison) -> LabeledComparison | Skip:
             return Skip("not_text", f"a message is {message!r:.80}, needed is {{role, content}} with text")
         if message.get("role") not in ROLES:
             return Skip("unknown_role", f"role {message.get('role')!r}; known are {', '.join(ROLES)}")
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError as error:  # a lone surrogate: legal in JSON, fatal in a tokenizer
-            return Skip("invalid_text", str(error))
+        if (wrong := _not_text(message["content"] if len(message) == 2 else message)) is not None:
+            return Skip("invalid_text", wrong)
     prompt = comparison.prompt_conversation
+    named = {"completion_a": comparison.completion_a, "completion_b": comparison.completion_b}
+    if labeled.label != "Tie":
+        named = {"chosen": labeled.chosen, "rejected": labeled.rejected}
+    if comparison.texts is not None and not prompt and not any(named.values()):
+        return _checked_texts(labeled, comparison.texts)
     if not any(message["content"].strip() for message in prompt):
         return Skip("empty_prompt")
     if prompt[-1]["role"] not in ("user", "tool"):
         return Skip("prompt_not_user_last", f"the prompt ends with a {prompt[-1]['role']} turn")
-    named = {"completion_a": comparison.completion_a, "completion_b": comparison.completion_b}
-    if labeled.label != "Tie":
-        named = {"chosen": labeled.chosen, "rejected": labeled.rejected}
     for name, completion in named.items():
-        if len(completion) != 1 or completion[0]["role"] != "assistant":
-            return Skip("answer_not_one_turn", f"{name} has roles {[message['role'] for message in completion]}")
-        if not completion[0]["content"].strip():
+        if not completion or not completion[0]["role"] == completion[-1]["role"] == "assistant":
+            roles = [message["role"] for message in completion]
+            return Skip("answer_not_assistant", f"{name} must begin and end with the assistant, and has roles {roles}")
+        if not completion[-1]["content"].strip() and not completion[-1].get("tool_calls"):
             return Skip(f"empty_{name}")
-    first, second = (completion[0]["content"].strip() for completion in named.values())
+    first, second = ([_stripped(message) for message in completion] for completion in named.values())
     return Skip("identical_answers") if first == second else labeled
+
+
+def _not_text(value: Any) -> str | None:
+    """What UTF-8 cannot hold in any text of a value: half a character, legal in JSON, fatal in a tokenizer."""
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).encode()
+    except (UnicodeEncodeError, ValueError, RecursionError) as error:
+        return str(error)
+    return None
+
+
+def _stripped(message: Message) -> Message:
+    return {**message, "content": message["content"].strip()}
+
+
+def _checked_texts(labeled: LabeledComparison, texts: tuple[str, str, str]) -> LabeledComparison | Skip:
+    if (wrong := _not_text(list(texts))) is not None:
+        return Skip("invalid_text", wrong)
+    one, two = (text.strip() for text in texts[1:])
+    if not one or not two:
+        better_is_empty = not one if labeled.label != "B" else not two
+        return Skip("empty_chosen" if better_is_empty else "empty_rejected")
+    return Skip("identical_answers") if one == two else labeled

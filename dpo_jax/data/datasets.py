@@ -6,78 +6,90 @@ To add one: write a function `row -> LabeledComparison | Skip` and a line in `DA
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_jax.data import columns
-from dpo_jax.data.columns import Parser, Row
-from dpo_jax.data.comparison import LabeledComparison, Skip, checked
+from dpo_jax.data.comparison import LabeledComparison, RatedAnswer, Skip, checked
+from dpo_jax.data.forms.chosen import Row
+from dpo_jax.data.forms.families import chosen_and_rejected, transcripts, two_answers
+from dpo_jax.data.forms.reader import Read, Reader, make_reader, read_own
+from dpo_jax.data.forms.rename import NO_CHANGES, Columns
+from dpo_jax.data.forms.scores import score_tie
+from dpo_jax.data.forms.table import Outcome
 from dpo_jax.errors import UserError
 
-
-def parse_ultrafeedback(row: Row) -> LabeledComparison | Skip:
-    """UltraFeedback in its four published variants and as plain strings, told apart by the columns.
-
-    >>> turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-    >>> other = [turns[0], {"role": "assistant", "content": "What?"}]
-    >>> parse_ultrafeedback({"prompt": "Hi", "chosen": turns, "rejected": other}).rejected
-    ({'role': 'assistant', 'content': 'What?'},)
-    """
-    if "chosen_response" in row or "rejected_response" in row:
-        return columns.parse_argilla(row)
-    return columns.parse_chosen_rejected(row)
+Parser = Callable[[Row], Outcome | Sequence[Outcome]]
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A named dataset.
+    """A named dataset, or files that are read alike.
 
-    `train` and `test` are patterns of paths inside the hub's repository (and inside a local copy of it). `subsets`
-    are its top-level directories. `tied` is true of a row whose scores of chosen and rejected are equal, which
-    `drop_ties` drops (never without scores); a parser's own label "Tie" is always dropped: such a row names no winner.
+    `read` makes pairs of a row, `columns` are renamed or left out before. `train` and `test` are patterns of paths
+    inside the hub's repository (and inside a local copy of it). `subsets` are its top-level directories. `tied` is true
+    of a row whose scores of chosen and rejected are equal, which `drop_ties` drops (never without scores); a parser's
+    own label "Tie" is always dropped: such a row names no winner.
     """
 
-    parse: Parser
+    read: Reader
     train: str
     test: str
     licence: str
     hub: str = ""
     subsets: tuple[str, ...] = ()
     tied: Callable[[Row], bool] = lambda row: False
+    columns: Columns = NO_CHANGES
 
 
 _HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 
 DATASETS: dict[str, DatasetSpec] = {
     "hhh": DatasetSpec(
-        columns.parse_hh, "*/train.jsonl*", "*/test.jsonl*", "MIT", "Anthropic/hh-rlhf", subsets=_HH_SUBSETS
+        make_reader((transcripts,)),
+        "*/train.jsonl*",
+        "*/test.jsonl*",
+        "MIT",
+        "Anthropic/hh-rlhf",
+        subsets=_HH_SUBSETS,
     ),
     "helpsteer3": DatasetSpec(
-        columns.parse_helpsteer3,
+        make_reader((two_answers,)),
         "preference/train.jsonl*",
         "preference/validation.jsonl*",
         "CC-BY-4.0",
         "nvidia/HelpSteer3",
     ),
     "ultrafeedback": DatasetSpec(
-        parse_ultrafeedback,
+        make_reader((chosen_and_rejected,)),
         "data/train_prefs-*.parquet",
         "data/test_prefs-*.parquet",
         "MIT",
         "HuggingFaceH4/ultrafeedback_binarized",
-        tied=columns.score_tie,
+        tied=score_tie,
     ),
     # Written by dpo_jax.data.synthetic in HH's layout; its subsets may have any name.
-    "synthetic": DatasetSpec(columns.parse_hh, "*/train.jsonl*", "*/test.jsonl*", "generated"),
+    "synthetic": DatasetSpec(make_reader((transcripts,)), "*/train.jsonl*", "*/test.jsonl*", "generated"),
 }
 
 # A user's own files: any accepted columns; the split is read from the file names (see sources.py).
-OWN = DatasetSpec(columns.parse_own, "", "", "the user's", tied=columns.score_tie)
+OWN = DatasetSpec(read_own, "", "", "the user's", tied=score_tie)
+
+
+def read_with(parse: Parser) -> Reader:
+    """The reader that a parser of one's own makes; it has no form, and answers for all of its row."""
+
+    def read(row: Row) -> Read:
+        result = parse(row)
+        return None, tuple(result) if isinstance(result, Sequence) else (result,)
+
+    return read
 
 
 def load_parser(name: str) -> Parser:
     """The function that `module:function` names, guarded: what it raises or returns wrongly is one bad row.
+
+    It may return a list of several pairs; a `RatedAnswer` becomes a pair with a later row of the same prompt.
 
     UserError if there is no such module or function.
     """
@@ -97,16 +109,19 @@ def load_parser(name: str) -> Parser:
     if not callable(parse):
         raise UserError(f"dataset={name}: {function_name} is a {type(parse).__name__}; needed is a function of one row")
 
-    def guarded(row: Row) -> LabeledComparison | Skip:
+    def sound(result: object) -> Outcome:
+        if isinstance(result, Skip | RatedAnswer):
+            return result
+        if isinstance(result, LabeledComparison):
+            return checked(result)
+        return Skip("parser_error", f"{name} returned {type(result).__name__}, not LabeledComparison or Skip")
+
+    def guarded(row: Row) -> Outcome | list[Outcome]:
         try:
             result = parse(row)
-            if isinstance(result, Skip):
-                return result
-            if isinstance(result, LabeledComparison):
-                return checked(result)
+            return [sound(one) for one in result] if isinstance(result, list | tuple) else sound(result)
         except (Exception, SystemExit) as error:
             return Skip("parser_error", f"{name} raised {type(error).__name__}: {' '.join(str(error).split())}")
-        return Skip("parser_error", f"{name} returned {type(result).__name__}, not LabeledComparison or Skip")
 
     return guarded
 

@@ -32,6 +32,7 @@ class DataRequest:
     dataset_path: str = ""
     split: str = ""
     eval_path: str = ""
+    columns: str = ""
     eval_pairs: int = 512
     seed: int = 0
     prompt_format: str = "auto"
@@ -89,7 +90,7 @@ def prepare(
     """
     if request.eval_pairs < -1:
         raise UserError(f"eval_pairs={request.eval_pairs}; use a number of pairs, 0 for none, or -1 for all")
-    data = find_sources(request.dataset, request.dataset_path, request.eval_path, request.split)
+    data = find_sources(request.dataset, request.dataset_path, request.eval_path, request.split, request.columns)
     renderer = make_renderer(
         tokenizer, request.prompt_format, request.max_prompt_length, request.max_completion_length, request.overlong
     )
@@ -127,9 +128,13 @@ def prepare(
     return Prepared(divided, _report(request, renderer, data, divided) | {"quarantine": written}, built)
 
 
+# What a source's entry says of its rows' forms and fields.
+_OF_FORMS = ("forms", "to_template", "unused", "answers_of_several_turns")
+
+
 def _report(request: DataRequest, renderer: Renderer, data: DataSources, divided: Split) -> dict[str, Any]:
     cache = divided.train.cache
-    shown = ("name", "split", "files", "read", "kept", "dropped", "truncated", "boundary_moved", "examples")
+    shown = ("name", "split", "files", "read", "kept", "dropped", "truncated", "boundary_moved", "examples", *_OF_FORMS)
     report = {
         "dataset": request.dataset,
         "prompt_format": renderer.form,

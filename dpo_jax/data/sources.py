@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dpo_jax.data import files
-from dpo_jax.data.datasets import DATASETS, OWN, DatasetSpec, load_parser
+from dpo_jax.data.datasets import DATASETS, OWN, DatasetSpec, load_parser, read_with
+from dpo_jax.data.forms.rename import Columns, parse_columns
 from dpo_jax.errors import UserError
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -63,7 +64,9 @@ class DataSources:
         return any(source.split == "test" and source.part == part for source in self.sources)
 
 
-def find_sources(dataset: str, dataset_path: str = "", eval_path: str = "", split: str = "") -> DataSources:
+def find_sources(
+    dataset: str, dataset_path: str = "", eval_path: str = "", split: str = "", columns: str = ""
+) -> DataSources:
     """What to read for `dataset`, from `dataset_path` if given.
 
     Args:
@@ -72,6 +75,7 @@ def find_sources(dataset: str, dataset_path: str = "", eval_path: str = "", spli
         hub), or one directory that holds a directory for each part, by name.
       eval_path: files in any accepted form, or the form that one's own parser reads; replaces every held-out split.
       split: the split of an `hf:` dataset to train on; empty: told by the file names.
+      columns: new names of the files' columns, see `parse_columns`.
 
     UserError if the dataset is unknown, its files are not there, or a subset is missing.
     """
@@ -98,7 +102,19 @@ def find_sources(dataset: str, dataset_path: str = "", eval_path: str = "", spli
         like = replace(sources[0], part=EXTRA, name=eval_path, split="test", files=held)
         own_parser = len(named) == 1 and _FUNCTION.fullmatch(dataset)
         sources.append(like if own_parser else replace(like, spec=OWN, parser="own"))
+    if columns:
+        sources = [_with_columns(source, parse_columns(columns), dataset) for source in sources]
     return DataSources(tuple(sources), tuple(parts))
+
+
+def _with_columns(source: Source, columns: Columns, dataset: str) -> Source:
+    """The source with columns renamed; UserError if a function of one's own reads its rows as they are."""
+    if _FUNCTION.fullmatch(source.parser):
+        raise UserError(
+            f"columns={columns}: {dataset} reads its rows itself; rename them there, and leave columns empty"
+        )
+    both = replace(columns, turns=source.spec.columns.turns, names={**source.spec.columns.names, **columns.names})
+    return replace(source, spec=replace(source.spec, columns=both), parser=f"{source.parser}({both})")
 
 
 def parse_mixture(dataset: str) -> list[tuple[str, float]]:
@@ -166,7 +182,9 @@ def _find(dataset: str, dataset_path: str, split: str) -> _PartSources:
     if _FUNCTION.fullmatch(dataset) and not dataset.startswith("hf:"):
         if not dataset_path:
             raise UserError(f"dataset={dataset}: needs --config.dataset_path=FILES, the rows to give to this function")
-        return _directory(dataset, dataset_path, DatasetSpec(load_parser(dataset), "", "", OWN.licence), parser=dataset)
+        return _directory(
+            dataset, dataset_path, DatasetSpec(read_with(load_parser(dataset)), "", "", OWN.licence), parser=dataset
+        )
     like_path = re.search(r"[/*?\\]|\.\w+$", dataset) and ":" not in dataset
     if like_path or files.is_remote(dataset) or os.path.exists(dataset):
         if dataset_path:

@@ -1,26 +1,25 @@
 """Rows to pairs of token ids on their way into the cache, with a count of every row that is left out."""
 
-import collections
 import itertools
 import json
 import shutil
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dpo_jax.data.cache.store import Pair
 from dpo_jax.data.comparison import LabeledComparison, Skip
-from dpo_jax.data.files import BadLine, read_rows
-from dpo_jax.data.lengths import PARTS
+from dpo_jax.data.containers import read_rows
+from dpo_jax.data.raw import BadLine
 from dpo_jax.data.render import Renderer, render_batch
 from dpo_jax.data.sources import Source
+from dpo_jax.data.tally import Tally
 from dpo_jax.disk import digest
 from dpo_jax.errors import UserError
 
 _BATCH = 512  # rows parsed and tokenised together: enough for the tokenizer's threads, little memory
 _PLAINLY = 20_000  # rows without one good one
-_WRONG_COLUMNS = ("unknown_columns", "missing_column")
+_WRONG_COLUMNS = ("unknown_columns", "missing_column", "unread_field")
 
 
 def tokenise(
@@ -39,9 +38,10 @@ def tokenise(
     names = list(dict.fromkeys(source.name for source in sources))
     entries: list[dict[str, Any]] = []
     start = 0
+    seen: set[str] = set()
     with open(bad_rows, "w") as file:
         for source in sources:
-            tally = _Tally(source, file)
+            tally = Tally(source, file)
             rows = itertools.chain.from_iterable(read_rows(path, lambda n: tell(n, 0, 0)) for path in source.files)
             while batch := list(itertools.islice(rows, _BATCH)):
                 kept = tally.kept
@@ -50,82 +50,51 @@ def tokenise(
                 tell(0, len(batch), tally.kept - kept)
                 if tally.read >= _PLAINLY:
                     _refuse_wrong_columns(tally, quarantine)
+            tally.end()
             _refuse_wrong_columns(tally, quarantine)
+            seen |= tally.seen
             entries.append(tally.entry(start))
             start += tally.kept
+    if absent := sorted({name for source in sources for name in source.spec.columns.absent(seen)}):
+        raise UserError(f"columns: no row has a column {absent[0]}; found {', '.join(sorted(seen)[:20])}")
     return {"sources": entries, "source_names": names}
 
 
-@dataclass
-class _Tally:
-    """What becomes of one source's rows: counts, and the first bad row of each reason. `bad_rows` has all of them."""
-
-    source: Source
-    bad_rows: IO[str]
-    read: int = 0
-    kept: int = 0
-    boundary_moved: int = 0
-    dropped: collections.Counter[str] = field(default_factory=collections.Counter)
-    truncated: collections.Counter[str] = field(default_factory=collections.Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def drop(self, location: str, skip: Skip, row: Any) -> None:
-        self.dropped[skip.reason] += 1
-        if skip.deliberate:
-            return
-        self.examples.setdefault(skip.reason, f"{location}: {skip.detail}" if skip.detail else location)
-        line = {"location": location, "reason": skip.reason, "detail": skip.detail, "row": row}
-        self.bad_rows.write(json.dumps(line, default=str) + "\n")
-
-    def entry(self, start: int) -> dict[str, Any]:
-        """For the manifest; `start` is the cache's first pair of this source."""
-        return {
-            "name": self.source.name,
-            "split": self.source.split,
-            "files": list(self.source.files),
-            "read": self.read,
-            "kept": self.kept,
-            "dropped": dict(self.dropped.most_common()),
-            "truncated": {part: self.truncated[part] for part in PARTS},
-            "boundary_moved": self.boundary_moved,
-            "examples": self.examples,
-            "start": start,
-            "stop": start + self.kept,
-        }
-
-
 def _batch_pairs(
-    batch: list[tuple[str, dict[str, Any] | BadLine]], renderer: Renderer, drop_ties: bool, tally: _Tally
+    batch: list[tuple[str, dict[str, Any] | BadLine]], renderer: Renderer, drop_ties: bool, tally: Tally
 ) -> Iterator[Pair]:
     source = tally.source
+    spec = source.spec
     good: list[tuple[str, dict[str, Any], LabeledComparison]] = []
     tally.read += len(batch)
     for location, row in batch:
         if isinstance(row, BadLine):
             tally.drop(location, Skip(row.reason), row.text)
             continue
-        parsed = source.spec.parse(row)
-        if isinstance(parsed, LabeledComparison) and (parsed.label == "Tie" or (drop_ties and source.spec.tied(row))):
-            parsed = Skip("tie")
-        if isinstance(parsed, Skip):
-            tally.drop(location, parsed, row)
-        else:
-            good.append((location, row, parsed))
+        named = spec.columns.apply(row) if spec.columns else row
+        for pair in tally.pairs(location, row, spec.read(named)):
+            if pair.label == "Tie" or (drop_ties and spec.tied(named)):
+                tally.drop(location, Skip("tie"), row)
+            else:
+                good.append((location, row, pair))
     number = {path: n for n, path in enumerate(source.files)}
     for (location, row, pair), rendered in zip(good, render_batch(renderer, [item[2] for item in good]), strict=True):
         if isinstance(rendered, Skip):
             tally.drop(location, rendered, row)
             continue
-        tally.kept += 1
+        tally.keep(pair)
         tally.boundary_moved += rendered.boundary_moved
         tally.truncated.update(rendered.truncated)
         path, _, line = location.rpartition(":")
+        # Of text that only the tokenizer can divide, the prompt is known by its ids.
         turns = [[message["role"], message["content"]] for message in pair.comparison.prompt_conversation]
-        prompt_hash = int.from_bytes(bytes.fromhex(digest(json.dumps(turns), size=8)), "little")
+        prompt_hash = int.from_bytes(
+            bytes.fromhex(digest(json.dumps(turns or list(rendered.prompt)), size=8)), "little"
+        )
         yield Pair(rendered.prompt, rendered.chosen, rendered.rejected, 0, prompt_hash, number[path], int(line))
 
 
-def _refuse_wrong_columns(tally: _Tally, quarantine: Path | None) -> None:
+def _refuse_wrong_columns(tally: Tally, quarantine: Path | None) -> None:
     """Stops where the columns are plainly not those of the format."""
     wrong = sum(tally.dropped[reason] for reason in _WRONG_COLUMNS)
     if not tally.kept and wrong > 0.9 * tally.read:

@@ -4,16 +4,17 @@ import doctest
 
 import pytest
 
-from dpo_jax.data import columns, datasets
 from dpo_jax.data import comparison as preference
 from dpo_jax.data.comparison import Comparison, LabeledComparison, Skip, checked
+from dpo_jax.data.forms import chosen, fields, messages, ranked, reader, rename, scores, transcripts, winners
 
+MODULES = [preference, chosen, fields, messages, ranked, reader, rename, scores, transcripts, winners]
 ASK = [{"role": "user", "content": "Hi"}]
 GOOD = [{"role": "assistant", "content": "Hello!"}]
 BAD = [{"role": "assistant", "content": "What?"}]
 
 
-@pytest.mark.parametrize("module", [preference, columns, datasets])
+@pytest.mark.parametrize("module", MODULES)
 def test_docstring_examples_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -50,8 +51,20 @@ def said(text, role="assistant"):
         (Comparison([], GOOD, BAD), "empty_prompt"),
         (Comparison(said(" ", "user"), GOOD, BAD), "empty_prompt"),
         (Comparison([*ASK, *GOOD], GOOD, BAD), "prompt_not_user_last"),
-        (Comparison(ASK, [*GOOD, *ASK, *GOOD], BAD), "answer_not_one_turn"),
-        (Comparison(ASK, said("x", "user"), BAD), "answer_not_one_turn"),
+        (Comparison(ASK, [*GOOD, *ASK], BAD), "answer_not_assistant"),
+        (Comparison(ASK, [*ASK, *GOOD], BAD), "answer_not_assistant"),
+        (Comparison(ASK, [], BAD), "answer_not_assistant"),
+        (Comparison(ASK, said("x", "user"), BAD), "answer_not_assistant"),
+        (Comparison(ASK, [*GOOD, *ASK, *said(" ")], BAD), "empty_chosen"),
+        (
+            Comparison(ASK, [GOOD[0] | {"name": "x"}], [GOOD[0] | {"name": "x", "content": " Hello! "}]),
+            "identical_answers",
+        ),
+        (Comparison(ASK, [GOOD[0] | {"reasoning_content": "\ud800"}], BAD), "invalid_text"),
+        (Comparison((), (), (), texts=("", "a", " a ")), "identical_answers"),
+        (Comparison((), (), (), texts=("", " ", "a")), "empty_chosen"),
+        (Comparison((), (), (), texts=("", "a", "")), "empty_rejected"),
+        (Comparison((), (), (), texts=("", "a", "\ud800")), "invalid_text"),
         (Comparison(ASK, said("x", "poet"), BAD), "unknown_role"),
         (Comparison(ASK, said("\ud800"), BAD), "invalid_text"),
         (Comparison(ASK, [{"role": "assistant", "content": None}], BAD), "not_text"),
@@ -61,6 +74,24 @@ def test_pairs_that_teach_nothing_are_refused_with_their_reason(comparison, reas
     result = checked(LabeledComparison(comparison, "A"))
     assert isinstance(result, Skip)
     assert result.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ([*GOOD, *ASK, *GOOD], BAD),
+        ([*GOOD, *said("12", "tool"), *GOOD], BAD),
+        (GOOD, [GOOD[0] | {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]),
+        (
+            [said("")[0] | {"tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}],
+            [said("")[0] | {"tool_calls": [{"function": {"name": "f", "arguments": {"x": 2}}}]}],
+        ),
+        ([GOOD[0] | {"reasoning_content": "a"}], [GOOD[0] | {"reasoning_content": "b"}]),
+    ],
+)
+def test_several_turns_and_other_keys_are_answers(one, two):
+    labeled = LabeledComparison(Comparison(ASK, one, two), "A")
+    assert checked(labeled) is labeled
 
 
 def test_the_label_decides_which_answer_an_empty_one_is():

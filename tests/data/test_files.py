@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dpo_jax.data import files
-from dpo_jax.data.files import BadLine, find_files, fingerprint, read_rows
+from dpo_jax.data import json_rows
+from dpo_jax.data.containers import read_rows
+from dpo_jax.data.files import find_files, fingerprint
+from dpo_jax.data.raw import BadLine
 from dpo_jax.data.sources import find_sources
 from dpo_jax.errors import UserError
 from tests.fakes.hub import closed_port, use_hub
@@ -57,7 +59,7 @@ def test_locations_are_lines(tmp_path):
 
 
 def test_arrays_longer_than_the_window_keep_rows_and_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_CHUNK", 16)  # smaller than a row, and it cuts characters in two
+    monkeypatch.setattr(json_rows, "CHUNK", 16)  # smaller than a row, and it cuts characters in two
     path = written(
         tmp_path / "data.json", "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n]"
     )

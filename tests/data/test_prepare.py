@@ -207,7 +207,10 @@ def test_a_row_labelled_a_tie_is_dropped_whatever_drop_ties_says(tmp_path, run):
 
 def test_wrong_columns_are_an_error_that_lists_found_and_accepted(tmp_path, run):
     path = jsonl(tmp_path / "data.jsonl", [{"question": "q", "answer": "a"}] * 3)
-    with pytest.raises(UserError, match=r"data.jsonl:1: found question, answer; accepted are .*prompt.chosen.rejected"):
+    with pytest.raises(
+        UserError,
+        match=r"data.jsonl:1: found question, answer; accepted are question.chosen.rejected.*columns=chosen:NAME",
+    ):
         run(path)
     with pytest.raises(UserError, match=r"data.jsonl:1: no value in chosen; found question, answer"):
         run("hhh", path)
@@ -397,7 +400,7 @@ def test_wrong_columns_leave_their_rows_in_the_quarantine(tmp_path, run):
 def test_a_change_in_what_ones_own_module_imports_is_another_cache(tmp_path, run, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "rows_of_mine.py").write_text(
-        "import words_of_mine\nfrom dpo_jax.data.columns import parse_own\n"
+        "import words_of_mine\nfrom dpo_jax.data.forms.reader import parse_own\n"
         "class Parse:\n    def __call__(self, row):\n"
         "        return parse_own({**row, 'chosen': row['chosen'] + words_of_mine.WORD})\nparse = Parse()\n"
     )

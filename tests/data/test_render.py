@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dpo_jax.data.columns import parse_own
 from dpo_jax.data.comparison import Comparison, LabeledComparison, Skip
+from dpo_jax.data.forms.reader import parse_own
 from dpo_jax.data.render import make_renderer, render_batch
 from dpo_jax.errors import UserError
 from tests import places

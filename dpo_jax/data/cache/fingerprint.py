@@ -8,24 +8,30 @@ import tokenize
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.data import columns, comparison, datasets, render, tokenise
+from dpo_jax.data import comparison, containers, datasets, json_rows, render, tally, tokenise
 from dpo_jax.data.datasets import own_code
 from dpo_jax.data.files import fingerprint
+from dpo_jax.data.forms import (
+    beside,
+    chosen,
+    families,
+    fields,
+    messages,
+    ranked,
+    reader,
+    rename,
+    scores,
+    table,
+    transcripts,
+    winners,
+)
 from dpo_jax.data.render import Renderer
 from dpo_jax.data.sources import DataSources
 from dpo_jax.disk import digest
 
-# Older caches are known by digests of whole files, comments included. Code with the digest `_SAME_PAIRS` was seen to
-# make the same pairs as those files, so it uses their digests and finds their caches; other code has caches of its own.
-_SAME_PAIRS = "8790cbf009a4a608f5e4bac6"
-_DECIDE = (columns, datasets, comparison, render, tokenise)
-_WHOLE_FILES = [
-    "db500021740beb8a6a396108",
-    "2a55a713c788aeb7c03a7f9f",
-    "29edf6a5738a443ef00ab301",
-    "a3fd2305135b659945e2c5ee",
-    "74b35f1e9368dd424bf93680",
-]
+# The modules whose statements decide the content; other code may change, and the caches stay.
+_FORMS = (beside, chosen, families, fields, messages, ranked, reader, rename, scores, table, transcripts, winners)
+_DECIDE = (*_FORMS, comparison, containers, datasets, json_rows, render, tally, tokenise)
 
 
 def identity(data: DataSources, renderer: Renderer, drop_ties: bool) -> dict[str, Any]:
@@ -50,9 +56,8 @@ def identity(data: DataSources, renderer: Renderer, drop_ties: bool) -> dict[str
     }
 
 
-def _our_code() -> list[str]:
-    code = digest("".join(_statements(Path(inspect.getfile(module))) for module in _DECIDE))
-    return _WHOLE_FILES if code == _SAME_PAIRS else [code]
+def _our_code() -> str:
+    return digest("".join(_statements(Path(inspect.getfile(module))) for module in _DECIDE))
 
 
 def _statements(path: Path) -> str:

@@ -1,0 +1,159 @@
+"""What becomes of a source's rows: counts by form, reason and column, and rated answers that wait for another."""
+
+import collections
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from dpo_jax.data.comparison import LabeledComparison, RatedAnswer, Skip, checked
+from dpo_jax.data.forms.families import Form
+from dpo_jax.data.forms.reader import Read
+from dpo_jax.data.lengths import PARTS
+from dpo_jax.data.sources import Source
+from dpo_jax.disk import digest
+
+_OWN_FUNCTION = "a function of one's own"
+
+
+@dataclass
+class Tally:
+    """Counts of one source's rows, and the first bad row of each reason. `bad_rows` has all of them."""
+
+    source: Source
+    bad_rows: IO[str]
+    read: int = 0
+    kept: int = 0
+    boundary_moved: int = 0
+    dropped: collections.Counter[str] = field(default_factory=collections.Counter)
+    truncated: collections.Counter[str] = field(default_factory=collections.Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    forms: collections.Counter[int] = field(default_factory=collections.Counter)  # rows by the form's id
+    by_id: dict[int, Form] = field(default_factory=dict)
+    to_template: collections.Counter[str] = field(default_factory=collections.Counter)
+    several_turns: int = 0
+    seen: set[str] = field(default_factory=set)  # columns, where the user named some
+    waiting: dict[str, list[RatedAnswer]] = field(default_factory=dict)
+
+    def drop(self, location: str, skip: Skip, row: Any) -> None:
+        """Count a row that gives no pair; a bad one is written down, too."""
+        self.dropped[skip.reason] += 1
+        if skip.deliberate:
+            return
+        self.examples.setdefault(skip.reason, f"{location}: {skip.detail}" if skip.detail else location)
+        line = {"location": location, "reason": skip.reason, "detail": skip.detail, "row": row}
+        self.bad_rows.write(json.dumps(line, default=str) + "\n")
+
+    def pairs(self, location: str, row: Mapping[str, Any], read: Read) -> list[LabeledComparison]:
+        """The pairs that a row gives, or completes; what it does not give is counted, a bad reason once a row."""
+        form, outcomes = read
+        if form is not None:
+            self.by_id.setdefault(id(form), form)
+            self.forms[id(form)] += 1
+        if self.source.spec.columns:
+            self.seen.update(row)
+        found: list[LabeledComparison] = []
+        reasons: set[str] = set()
+        for one in outcomes:
+            matched = self._matched(one) if isinstance(one, RatedAnswer) else one
+            if isinstance(matched, Skip):
+                if matched.deliberate or matched.reason not in reasons:
+                    self.drop(location, matched, row)
+                reasons.add(matched.reason)
+            elif matched is not None:
+                found.append(matched)
+        return found
+
+    def keep(self, pair: LabeledComparison) -> None:
+        """Count a pair that is trained on, and what it gives to the chat template beside texts."""
+        self.kept += 1
+        comparison = pair.comparison
+        answers = (comparison.completion_a, comparison.completion_b)
+        self.several_turns += any(len(answer) > 1 for answer in answers)
+        if comparison.tools:
+            self.to_template["tools"] += 1
+        for name in comparison.chat_template_kwargs or ():
+            self.to_template[f"chat_template_kwargs.{name}"] += 1
+        keys: set[str] = set()
+        for part in (comparison.prompt_conversation, *answers):
+            for message in part:
+                if len(message) > 2:
+                    keys.update(message)
+        self.to_template.update(keys - {"role", "content"})
+
+    def end(self) -> None:
+        """Count the rated answers that no other was found for."""
+        for answers in self.waiting.values():
+            self.dropped["unpaired"] += len(answers)
+        self.waiting.clear()
+
+    def entry(self, start: int) -> dict[str, Any]:
+        """For the manifest; `start` is the cache's first pair of this source."""
+        return {
+            "name": self.source.name,
+            "split": self.source.split,
+            "files": list(self.source.files),
+            "read": self.read,
+            "kept": self.kept,
+            "dropped": dict(self.dropped.most_common()),
+            "truncated": {part: self.truncated[part] for part in PARTS},
+            "boundary_moved": self.boundary_moved,
+            "forms": self._forms(),
+            "to_template": dict(self.to_template.most_common()),
+            "unused": self._unused(),
+            "answers_of_several_turns": self.several_turns,
+            "examples": self.examples,
+            "start": start,
+            "stop": start + self.kept,
+        }
+
+    def _matched(self, answer: RatedAnswer) -> LabeledComparison | Skip | None:
+        """The pair of this answer and the first that waits with the other rating; None: now this one waits."""
+        key = _prompt_key(answer)
+        waiting = self.waiting.setdefault(key, [])
+        if not waiting or waiting[0].good == answer.good:
+            waiting.append(answer)
+            return None
+        other = waiting.pop(0)
+        if not waiting:
+            del self.waiting[key]
+        good, bad = (answer, other) if answer.good else (other, answer)
+        return checked(good.against(bad))
+
+    def _forms(self) -> list[dict[str, Any]]:
+        """Each form with its rows, and what its columns, by the names in the file, were read as."""
+        old = {new: name for name, new in self.source.spec.columns.names.items()}
+        merged: dict[tuple[str, tuple[tuple[str, str], ...]], int] = collections.Counter()
+        for key, rows in self.forms.items():
+            form = self.by_id[key]
+            beside = {name: _BESIDE.get(name, "a system turn") for name in form.beside}
+            reads = {old.get(name, name): what for name, what in {**form.reads, **beside}.items()}
+            merged[form.name, tuple(reads.items())] += rows
+        known = [{"form": name, "rows": rows, "columns": dict(reads)} for (name, reads), rows in merged.items()]
+        rest = self.read - sum(self.forms.values())
+        if not known and rest and ":" in self.source.parser:
+            known.append({"form": _OWN_FUNCTION, "rows": rest, "columns": {}})
+        return sorted(known, key=lambda form: -int(form["rows"]))
+
+    def _unused(self) -> dict[str, int]:
+        """Columns that no form reads, with the rows that have them."""
+        unused: collections.Counter[str] = collections.Counter()
+        for key, rows in self.forms.items():
+            form = self.by_id[key]
+            for name in (*form.harmless, *form.suspicious):
+                unused[str(name)] += rows
+        return dict(unused.most_common())
+
+
+_BESIDE = {
+    "history": "earlier turns",
+    "tools": "tools of the template",
+    "functions": "tools of the template",
+    "chat_template_kwargs": "arguments of the template",
+}
+
+
+def _prompt_key(answer: RatedAnswer) -> str:
+    """What two rated answers must have in common to be a pair: everything that the template gets before them."""
+    said: Sequence[Any] = (answer.prompt_conversation, answer.tools, answer.chat_template_kwargs)
+    return digest(json.dumps(said, sort_keys=True, default=str), size=16)
