@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dpo_jax.data import files
+from dpo_jax.data.dataset_info import Entry, find_entry
 from dpo_jax.data.datasets import DATASETS, OWN, DatasetSpec, load_parser, read_with
 from dpo_jax.data.forms.rename import Columns, parse_columns
 from dpo_jax.errors import UserError
@@ -113,7 +114,8 @@ def _with_columns(source: Source, columns: Columns, dataset: str) -> Source:
         raise UserError(
             f"columns={columns}: {dataset} reads its rows itself; rename them there, and leave columns empty"
         )
-    both = replace(columns, turns=source.spec.columns.turns, names={**source.spec.columns.names, **columns.names})
+    before = source.spec.columns
+    both = Columns({**before.names, **columns.names}, columns.ignored, {**before.turns, **columns.turns})
     return replace(source, spec=replace(source.spec, columns=both), parser=f"{source.parser}({both})")
 
 
@@ -177,6 +179,8 @@ def _find(dataset: str, dataset_path: str, split: str) -> _PartSources:
     name, _, subsets = dataset.partition("/")
     if name in DATASETS and (not subsets or DATASETS[name].subsets or name == "synthetic"):
         return _named(name, tuple(filter(None, subsets.split(","))), dataset_path)
+    if (entry := find_entry(dataset)) is not None:
+        return _described(dataset, dataset_path, entry)
     if (match := _HUB.fullmatch(dataset)) is not None:
         return _hub(dataset, match.group(1), match.group(2) or split, dataset_path)
     if _FUNCTION.fullmatch(dataset) and not dataset.startswith("hf:"):
@@ -192,9 +196,22 @@ def _find(dataset: str, dataset_path: str, split: str) -> _PartSources:
         return _directory(dataset, dataset, OWN, parser="own")
     raise UserError(
         f"dataset={dataset or '(empty)'} is unknown; known are {', '.join(DATASETS)} (hhh/SUBSET,SUBSET with "
-        f"{', '.join(DATASETS['hhh'].subsets)}), a path or glob of JSONL, JSON or Parquet files, "
-        "hf:OWNER/NAME[:SPLIT], or my_module:my_function"
+        f"{', '.join(DATASETS['hhh'].subsets)}), a path or glob of JSONL, JSON, CSV, Parquet or Arrow files, "
+        "DIR/dataset_info.json:NAME, hf:OWNER/NAME[:SPLIT], or my_module:my_function"
     )
+
+
+def _described(dataset: str, dataset_path: str, entry: Entry) -> _PartSources:
+    """The sources of a dataset that LLaMA-Factory's file describes."""
+    if dataset_path:
+        raise UserError(
+            f"dataset={dataset} says where its files are, and so does dataset_path={dataset_path}; drop one"
+        )
+    if entry.hub:
+        sources, note = _hub(dataset, entry.hub, entry.split, "")
+    else:
+        sources, note = _directory(dataset, entry.path, OWN, parser="own")
+    return [_with_columns(source, entry.columns, dataset) if entry.columns else source for source in sources], note
 
 
 def _named(name: str, subsets: tuple[str, ...], path: str) -> _PartSources:

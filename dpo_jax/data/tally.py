@@ -142,6 +142,8 @@ class Tally:
             form = self.by_id[key]
             for name in (*form.harmless, *form.suspicious):
                 unused[str(name)] += rows
+            for name in self.source.spec.columns.ignored:
+                unused[name] += rows
         return dict(unused.most_common())
 
 

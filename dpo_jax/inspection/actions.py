@@ -15,6 +15,7 @@ from dpo_jax.config.values import check_workdir
 from dpo_jax.data.cache.shared import shared_address
 from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.prepare import Prepared, Progress, Reading
+from dpo_jax.data.summary import field_lines, form_lines
 from dpo_jax.errors import UserError
 from dpo_jax.inspection.console import print_inspection, print_rows, say
 from dpo_jax.inspection.gather import SHAPE_HEAD, Inspection, bad_rows, pair_examples, schedule_use
@@ -81,6 +82,7 @@ def _write_page(s: Settings, inspection: Inspection, path: Path) -> Path:
         counts=f"{pairs['train']:,} training pairs, {pairs['eval']:,} held out, {dropped:,} rows dropped",
         origin=(f"Mixture: {mixture}. " if mixture else "") + f"Evaluation: {report['held_out'].removesuffix('.')}.",
         report=report,
+        form_lines=[*form_lines(report), *field_lines(report)],
         bad=bad_rows(report),
         lengths=data_lengths(report),
         schedule=inspection.schedule,

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo_jax.data.summary import field_lines, form_lines
 from dpo_jax.inspection.gather import SHAPE_HEAD, Example, Inspection, bad_rows
 from dpo_jax.records.records import printable
 from dpo_jax.report.sections import length_words, mixture_parts
@@ -42,6 +43,8 @@ def print_rows(report: Mapping[str, Any], console: Console) -> None:
         reasons = [_counts(source[key]) for key in ("dropped", "truncated")]
         entries.append((source["name"], source["split"], f"{source['read']:,}", f"{source['kept']:,}", *reasons))
     _table(console, "Rows", ("source", "split", "read", "kept", "dropped", "truncated"), entries, words=(0, 1, 4, 5))
+    for line in (*form_lines(report), *field_lines(report)):
+        say(console, line)
     for name, split, reason, number, first in bad_rows(report):
         say(console, f"bad: {number:,} {reason} in {name} ({split}), first {first}")
     if report.get("quarantine"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from dpo_jax.data.summary import field_lines
 from dpo_jax.disk import write_json
 from dpo_jax.model.attention.tpu_splash import Tiling
 from dpo_jax.model.placement import Layout
@@ -30,6 +31,8 @@ def introduce(run: Run, schedule: Schedule, steps: int) -> None:
         targets = ",".join(layout.lora.targets)
         say(f"LoRA of rank {layout.lora.rank} on {targets}: {layout.trained_count:,} parameters are trained")
     say(f"data {s.data.dataset}: {len(run.data.train):,} training pairs, {len(run.data.evaluation):,} held out")
+    for line in field_lines(run.data.report):
+        say(line)
     for part in run.data.report.get("mixture", []):
         say(f"  {part['name']}: {part['weight']:.1%}, {part['epoch']:,} of {part['pairs']:,} pairs an epoch")
     if isinstance(layout.tiling, Tiling) and not all(layout.uses_kernel(s) for s in schedule.shapes):

@@ -12,6 +12,7 @@ import pytest
 
 from dpo_jax.data import tokenise
 from dpo_jax.data.prepare import DataRequest, prepare
+from dpo_jax.data.summary import field_lines, form_lines
 from dpo_jax.errors import UserError
 from tests import places
 from tests.data.test_render import bpe_tokenizer
@@ -212,7 +213,9 @@ def test_wrong_columns_are_an_error_that_lists_found_and_accepted(tmp_path, run)
         match=r"data.jsonl:1: found question, answer; accepted are question.chosen.rejected.*columns=chosen:NAME",
     ):
         run(path)
-    with pytest.raises(UserError, match=r"data.jsonl:1: no value in chosen; found question, answer"):
+    with pytest.raises(
+        UserError, match=r"data.jsonl:1: found question, answer; not the columns of the dataset that is named"
+    ):
         run("hhh", path)
 
 
@@ -419,3 +422,75 @@ def test_a_change_in_what_ones_own_module_imports_is_another_cache(tmp_path, run
         importlib.invalidate_caches()
         with pytest.raises(UserError, match=f"importing module broken_of_mine failed .{what}"):
             run("broken_of_mine:parse", path)
+
+
+def test_rated_answers_are_paired_over_the_whole_source(tmp_path, run):
+    """The i-th good answer of a prompt with its i-th bad one, also across files; what is left over is counted."""
+    rate = lambda prompt, answer, good: {"prompt": prompt, "completion": answer, "label": good, "id": 1}
+    first = [rate("a", "a1", True), rate("b", "b1", False), rate("a", "a2", True), rate("c", "c1", True)]
+    rest = [rate("b", "b2", True), rate("a", "a3", False), rate("a", "a4", True), rate("b", "b3", True)]
+    jsonl(tmp_path / "in/1.jsonl", first)
+    jsonl(tmp_path / "in/2.jsonl", [*rest, rate("d", "d1", False), rate("d", "d1", True)])
+    prepared = run(str(tmp_path / "in"), eval_pairs=0)
+    (source,) = prepared.report["sources"]
+    assert (source["read"], source["kept"], source["dropped"]) == (10, 2, {"unpaired": 4, "identical_answers": 1})
+    (form,) = source["forms"]
+    assert (form["form"], form["rows"]) == ("rated answers", 10)
+    assert form["columns"] == {"prompt": "prompt", "completion": "an answer", "label": "whether it is good"}
+    assert source["unused"] == {"id": 10}
+
+
+def test_a_row_may_give_several_pairs(tmp_path, run):
+    ranked = [{"answer": f"answer {n}", "rank": n} for n in (3, 1, 2)]
+    tied = [{"answer": text, "rank": 1} for text in "ab"]
+    broken = [{"answer": "a", "rank": 1}, {"answer": 3, "rank": 2}, {"answer": 4, "rank": 3}]
+    rows = [{"prompt": "x", "answers": answers} for answers in (ranked, tied, broken)]
+    (source,) = run(jsonl(tmp_path / "x.jsonl", rows), eval_pairs=0, max_bad_fraction=0.5).report["sources"]
+    assert (source["read"], source["kept"]) == (3, 2)
+    assert source["dropped"] == {"tie": 1, "not_text": 1}  # a row that is bad is bad once
+
+
+def test_the_report_says_what_was_read_sent_and_not_used(tmp_path, run):
+    answer = lambda text: [{"role": "assistant", "content": text, "reasoning_content": "Hm."}]
+    row = {"task": "Hi", "chosen": answer("yes"), "rejected": answer("no"), "source": "x", "persona": "a pirate"}
+    several = {**row, "chosen": [*answer("yes"), {"role": "user", "content": "Sure?"}, *answer("yes")]}
+    path = jsonl(tmp_path / "x.jsonl", [row, several])
+    report = run(path, eval_pairs=0, columns="prompt:task,persona:").report
+    (source,) = report["sources"]
+    assert source["forms"] == [
+        {
+            "form": "prompt, chosen and rejected",
+            "rows": 2,
+            "columns": {"task": "prompt", "chosen": "chosen", "rejected": "rejected"},
+        }
+    ]
+    assert source["to_template"] == {"reasoning_content": 2}
+    assert source["unused"] == {"source": 2, "persona": 2}
+    assert source["answers_of_several_turns"] == 1
+    assert form_lines(report) == [
+        f"form: prompt, chosen and rejected, 2 rows of {path} (train): task → prompt; chosen → chosen; "
+        "rejected → rejected"
+    ]
+    assert field_lines(report) == [
+        "to the chat template: reasoning_content (2 pairs)",
+        "answers of several turns: 1 pairs, with loss on all that follows the prompt",
+        "columns that nothing reads: source, persona (2 rows)",
+    ]
+    other = run(path, eval_pairs=0, columns="prompt:task,persona:,source:").report
+    assert other["fingerprint"] != report["fingerprint"]
+    with pytest.raises(UserError, match="columns: no row has a column tsk; found chosen, persona"):
+        run(path, eval_pairs=0, columns="prompt:tsk")
+    with pytest.raises(UserError, match=r"x.jsonl:1: persona has the text 'a pirate'.*--config.columns=persona:"):
+        run(path, eval_pairs=0, columns="prompt:task")
+
+
+def test_own_functions_read_rows_as_they_are(tmp_path, run, monkeypatch):
+    (tmp_path / "reads_all.py").write_text("from dpo_jax.data.forms.reader import pairs_in as parse\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = jsonl(tmp_path / "x.jsonl", [{"prompt": "x", "chosen": ["a", "b"], "rejected": ["c", "d"]}])
+    report = run("reads_all:parse", path, eval_pairs=0).report
+    (source,) = report["sources"]
+    assert (source["kept"], source["forms"]) == (2, [{"form": "a function of one's own", "rows": 1, "columns": {}}])
+    assert field_lines(report) == []
+    with pytest.raises(UserError, match="reads its rows itself"):
+        run("reads_all:parse", path, columns="prompt:x")

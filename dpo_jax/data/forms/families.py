@@ -1,6 +1,7 @@
 """The families of forms: from the columns that are there to every way in which their rows may be read, best first."""
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -198,7 +199,7 @@ def _rated(there: set[str]) -> list[Form]:
     for turns in ("messages", "conversations", "conversation") if rating else ():
         if turns in there:
             reads = {turns: "prompt, and its last turn an answer", rating: "whether it is good"}
-            parse = functools.partial(_rate, lambda row, turns=turns: row[turns], "", rating)
+            parse = functools.partial(_rate, operator.itemgetter(turns), "", rating)
             forms.append(Form("rated answers", reads, parse))
     return forms
 

@@ -28,15 +28,15 @@ def best_against_others(prompt: Any, answers: Any, scores: Any = None, lower: bo
     >>> [(p.chosen[0]["content"], p.rejected[0]["content"]) for p in best_against_others("Hi", ranked)]
     [('best', 'so'), ('best', 'so-so')]
     """
-    answers, scores = decoded(answers, list), decoded(scores, list)
+    answers, given = decoded(answers, list), decoded(scores, list)
     if not isinstance(answers, list) or not answers:
         return Skip("not_text", f"answers are a {type(answers).__name__}, needed is a list")
     if scores is None:
         found = [_answer_and_score(one) for one in answers]
-    elif not isinstance(scores, list) or len(scores) != len(answers):
+    elif not isinstance(given, list) or len(given) != len(answers):
         return Skip("bad_score", f"{len(answers)} answers need as many scores, found {scores!r:.40}")
     else:
-        found = [(one, _score(score), lower) for one, score in zip(answers, scores, strict=True)]
+        found = [(one, _score(score), lower) for one, score in zip(answers, given, strict=True)]
     if any(one is None for one, _, _ in found):
         return Skip("not_text", f"an answer is {answers[0]!r:.60}, needed is a text and its rank or score")
     rated = [(one, -score if low else score) for one, score, low in found if score is not None]

@@ -25,11 +25,18 @@ def make_reader(makers: Sequence[Maker] = MAKERS) -> Reader:
                 known.clear()
             forms = known[columns] = resolve(columns, makers)
         if not forms:
-            return None, (unknown_columns(columns),)
+            return None, (unknown_columns(columns) if makers is MAKERS else _others_columns(columns),)
         form = next((one for one in forms if not one.missing(row)), forms[0])
         return form, read_form(form, row)
 
     return read
+
+
+def _others_columns(columns: Sequence[str]) -> Skip:
+    """Rows of a named dataset that are none of its own."""
+    found = ", ".join(str(name)[:40] for name in columns) or "none"
+    words = "not the columns of the dataset that is named; files of your own are read by --config.dataset=PATH"
+    return Skip("unknown_columns", f"found {found}; {words}")
 
 
 read_own = make_reader()

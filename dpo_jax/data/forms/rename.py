@@ -67,7 +67,7 @@ class Columns:
 
     def __str__(self) -> str:
         turns = [f"{theirs}={ours}" for theirs, ours in sorted(self.turns.items())]
-        names = [f"{name}={old}" for old, name in sorted(self.names.items())]
+        names = sorted(f"{name}={old}" for old, name in self.names.items())
         return ",".join([*names, *(f"{name}=" for name in sorted(self.ignored)), *turns])
 
     def _spelt(self, value: Any) -> Any:

@@ -69,8 +69,8 @@ def unknown_columns(columns: Sequence[str]) -> Skip:
     return Skip(
         "unknown_columns",
         f"found {found}; accepted are {prompt}+chosen+rejected, {prompt}+response_a+response_b+winner, {prompt}+"
-        f"answers with ranks, {prompt}+completion+label, and others (docs/data.md){hints}; --config.columns={rename} says "
-        "which columns these are, --config.dataset=my_module:my_function reads any row",
+        f"answers with ranks, {prompt}+completion+label, and others (docs/data.md){hints}; --config.columns={rename} "
+        "says which columns these are, --config.dataset=my_module:my_function reads any row",
     )
 
 

@@ -102,6 +102,7 @@ def _label(row: Row, column: str, columns: tuple[str, str], stem: str, ends: tup
     if isinstance(value, float) and ends == ("1", "2") and 1 <= value <= 2:  # AlpacaEval's mean of several judges
         return "Tie" if value == 1.5 else "A" if value < 1.5 else "B"
     text = str(value).strip().strip("[]").casefold() if isinstance(value, str | int) and value is not True else ""
+    text = re.sub(r"^(\d)\.0$", r"\1", text)  # a column of CSV with gaps
     names = _FIRST_WINS.get(stem, tuple(end.casefold() for end in ends))
     labels: tuple[Label, Label] = ("A", "B")
     for label, mine, other, whole in zip(labels, names, names[::-1], columns, strict=True):
