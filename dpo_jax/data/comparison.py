@@ -147,7 +147,7 @@ def checked(labeled: LabeledComparison) -> LabeledComparison | Skip:
             return Skip("not_text", f"a message is {message!r:.80}, needed is {{role, content}} with text")
         if message.get("role") not in ROLES:
             return Skip("unknown_role", f"role {message.get('role')!r}; known are {', '.join(ROLES)}")
-        if (wrong := _not_text(message["content"] if len(message) == 2 else message)) is not None:
+        if (wrong := _not_utf8(message["content"] if len(message) == 2 else message)) is not None:
             return Skip("invalid_text", wrong)
     prompt = comparison.prompt_conversation
     named = {"completion_a": comparison.completion_a, "completion_b": comparison.completion_b}
@@ -165,25 +165,34 @@ def checked(labeled: LabeledComparison) -> LabeledComparison | Skip:
             return Skip("answer_not_assistant", f"{name} must begin and end with the assistant, and has roles {roles}")
         if not completion[-1]["content"].strip() and not completion[-1].get("tool_calls"):
             return Skip(f"empty_{name}")
-    first, second = ([_stripped(message) for message in completion] for completion in named.values())
-    return Skip("identical_answers") if first == second else labeled
+    first, second = named.values()
+    same = len(first) == len(second) and all(map(_alike, first, second))
+    return Skip("identical_answers") if same else labeled
 
 
-def _not_text(value: Any) -> str | None:
+def _not_utf8(value: Any) -> str | None:
     """What UTF-8 cannot hold in any text of a value: half a character, legal in JSON, fatal in a tokenizer."""
     try:
-        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).encode()
+        if isinstance(value, str):
+            value.encode()
+        else:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
     except (UnicodeEncodeError, ValueError, RecursionError) as error:
         return str(error)
     return None
 
 
-def _stripped(message: Message) -> Message:
-    return {**message, "content": message["content"].strip()}
+def _alike(one: Message, two: Message) -> bool:
+    """True of messages that differ by no more than white space around their texts."""
+    if one["content"].strip() != two["content"].strip():
+        return False
+    return one["role"] == two["role"] and (
+        len(one) == len(two) == 2 or {**one, "content": ""} == {**two, "content": ""}
+    )
 
 
 def _checked_texts(labeled: LabeledComparison, texts: tuple[str, str, str]) -> LabeledComparison | Skip:
-    if (wrong := _not_text(list(texts))) is not None:
+    if (wrong := _not_utf8(list(texts))) is not None:
         return Skip("invalid_text", wrong)
     one, two = (text.strip() for text in texts[1:])
     if not one or not two:

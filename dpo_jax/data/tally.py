@@ -1,17 +1,17 @@
-"""What becomes of a source's rows: counts by form, reason and column, and rated answers that wait for another."""
+"""What becomes of a source's rows: counts by form, by reason and by column."""
 
 import collections
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from dpo_jax.data.comparison import LabeledComparison, RatedAnswer, Skip, checked
+from dpo_jax.data.comparison import LabeledComparison, RatedAnswer, Skip
 from dpo_jax.data.forms.families import Form
 from dpo_jax.data.forms.reader import Read
 from dpo_jax.data.lengths import PARTS
+from dpo_jax.data.pairing import Pairing
 from dpo_jax.data.sources import Source
-from dpo_jax.disk import digest
 
 _OWN_FUNCTION = "a function of one's own"
 
@@ -33,7 +33,7 @@ class Tally:
     to_template: collections.Counter[str] = field(default_factory=collections.Counter)
     several_turns: int = 0
     seen: set[str] = field(default_factory=set)  # columns, where the user named some
-    waiting: dict[str, list[RatedAnswer]] = field(default_factory=dict)
+    pairing: Pairing = field(default_factory=Pairing)
 
     def drop(self, location: str, skip: Skip, row: Any) -> None:
         """Count a row that gives no pair; a bad one is written down, too."""
@@ -55,7 +55,7 @@ class Tally:
         found: list[LabeledComparison] = []
         reasons: set[str] = set()
         for one in outcomes:
-            matched = self._matched(one) if isinstance(one, RatedAnswer) else one
+            matched = self.pairing.add(one) if isinstance(one, RatedAnswer) else one
             if isinstance(matched, Skip):
                 if matched.deliberate or matched.reason not in reasons:
                     self.drop(location, matched, row)
@@ -83,9 +83,8 @@ class Tally:
 
     def end(self) -> None:
         """Count the rated answers that no other was found for."""
-        for answers in self.waiting.values():
-            self.dropped["unpaired"] += len(answers)
-        self.waiting.clear()
+        if left := self.pairing.unpaired():
+            self.dropped["unpaired"] += left
 
     def entry(self, start: int) -> dict[str, Any]:
         """For the manifest; `start` is the cache's first pair of this source."""
@@ -106,19 +105,6 @@ class Tally:
             "start": start,
             "stop": start + self.kept,
         }
-
-    def _matched(self, answer: RatedAnswer) -> LabeledComparison | Skip | None:
-        """The pair of this answer and the first that waits with the other rating; None: now this one waits."""
-        key = _prompt_key(answer)
-        waiting = self.waiting.setdefault(key, [])
-        if not waiting or waiting[0].good == answer.good:
-            waiting.append(answer)
-            return None
-        other = waiting.pop(0)
-        if not waiting:
-            del self.waiting[key]
-        good, bad = (answer, other) if answer.good else (other, answer)
-        return checked(good.against(bad))
 
     def _forms(self) -> list[dict[str, Any]]:
         """Each form with its rows, and what its columns, by the names in the file, were read as."""
@@ -153,9 +139,3 @@ _BESIDE = {
     "functions": "tools of the template",
     "chat_template_kwargs": "arguments of the template",
 }
-
-
-def _prompt_key(answer: RatedAnswer) -> str:
-    """What two rated answers must have in common to be a pair: everything that the template gets before them."""
-    said: Sequence[Any] = (answer.prompt_conversation, answer.tools, answer.chat_template_kwargs)
-    return digest(json.dumps(said, sort_keys=True, default=str), size=16)

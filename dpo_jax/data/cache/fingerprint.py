@@ -8,7 +8,7 @@ import tokenize
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.data import comparison, containers, datasets, json_rows, render, tally, tokenise
+from dpo_jax.data import comparison, containers, datasets, json_rows, pairing, render, tokenise
 from dpo_jax.data.datasets import own_code
 from dpo_jax.data.files import fingerprint
 from dpo_jax.data.forms import (
@@ -31,7 +31,7 @@ from dpo_jax.disk import digest
 
 # The modules whose statements decide the content; other code may change, and the caches stay.
 _FORMS = (beside, chosen, families, fields, messages, ranked, reader, rename, scores, table, transcripts, winners)
-_DECIDE = (*_FORMS, comparison, containers, datasets, json_rows, render, tally, tokenise)
+_DECIDE = (*_FORMS, comparison, containers, datasets, json_rows, pairing, render, tokenise)
 
 
 def identity(data: DataSources, renderer: Renderer, drop_ties: bool) -> dict[str, Any]:

@@ -29,11 +29,10 @@ def pair_of(prompt: Any, chosen: Any, rejected: Any) -> Outcome:
     ({'role': 'assistant', 'content': 'Hello!'},)
     """
     first, second = conversation(chosen, role="assistant"), conversation(rejected, role="assistant")
-    for one in (first, second):
-        if isinstance(one, Skip):
-            return one
-    assert not isinstance(first, Skip)
-    assert not isinstance(second, Skip)
+    if isinstance(first, Skip):
+        return first
+    if isinstance(second, Skip):
+        return second
     plain = _is_plain(chosen, first) and _is_plain(rejected, second)
     if prompt is None and plain:
         whole = transcript_pair(chosen, rejected)

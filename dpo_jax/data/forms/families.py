@@ -44,6 +44,7 @@ class Form:
       name: as the report and the documentation call it.
       reads: what each column of it becomes.
       parse: a row to what it says, before it is checked. All columns of `reads` but those of `may_lack` are not null.
+      needs: the columns of `reads` that must not be null.
       beside: columns that every form may have (`CARRIED`), and this row has.
       harmless, suspicious: the other columns, those that a pair is not changed by, and those that are looked into.
     """
@@ -52,13 +53,17 @@ class Form:
     reads: Mapping[str, str]
     parse: Callable[[Row], Any]
     may_lack: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     harmless: tuple[str, ...] = ()
     suspicious: tuple[str, ...] = ()
 
     def missing(self, row: Row) -> str:
         """A column that holds nothing; empty if the row is complete."""
-        return next((name for name in self.reads if row.get(name) is None and name not in self.may_lack), "")
+        for name in self.needs:
+            if row[name] is None:
+                return name
+        return ""
 
 
 @dataclass(frozen=True)
@@ -257,4 +262,4 @@ def _parse_openai(row: Row) -> Any:
         return pair
     pair = with_beside(given, tuple(name for name in CARRIED if name in given), pair)
     others = tuple(name for name in given if name not in (*CARRIED, "messages") and not is_harmless(name))
-    return unaccounted(given, others, [pair]) or pair
+    return unaccounted(given, others, [pair], inside="input") or pair

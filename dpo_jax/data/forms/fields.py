@@ -36,7 +36,8 @@ _LAST = frozenset(
     url urls uri link links license licence version revision commit path file filename
     status state stage phase difficulty level length lengths len tokens count counts words wordcount chars characters
     size num number ratio percent percentage order position turn turns round rounds step seed temperature batch
-    metadata meta info stats statistics params parameters config settings kwargs extra extras details usage
+    metadata meta info stats statistics params parameters config configs settings ip kwargs extra extras details
+    usage vulnerability
     rationale rationales critique critiques feedback comment comments remark remarks explanation explanations
     justification evaluation evaluations assessment judgment judgement judgments judgements verdict analysis review
     reviews annotation annotations statement elaboration unprocessed anony anonymous natured moderation toxic
@@ -52,7 +53,7 @@ _FIRST = frozenset(
     evaluation eval grading verification
     """.split()
 )
-_WHOLE = frozenset({"__index_level_0__", "Unnamed: 0", ""})
+_WHOLE = frozenset({"__index_level_0__", "Unnamed: 0", "", "full_chosen", "full_rejected", "full_conversation"})
 _ONE_WORD = frozenset(
     {"task", "style", "name", "title", "group", "part"}
 )  # of one word they classify; a sentence speaks
@@ -80,8 +81,13 @@ def is_harmless(column: str) -> bool:
     return bool(words) and (last[-1] in _LAST or (len(words) > 1 and words[0] in _FIRST))
 
 
-def unaccounted(row: Mapping[str, Any], suspicious: Sequence[str], outcomes: Sequence[Any]) -> Skip | None:
-    """The first column that nothing reads, and that might change what a model should say."""
+def unaccounted(
+    row: Mapping[str, Any], suspicious: Sequence[str], outcomes: Sequence[Any], inside: str = ""
+) -> Skip | None:
+    """The first column that nothing reads, and that might change what a model should say.
+
+    `inside` is the column whose mapping `row` is; empty if it is a row.
+    """
     used: str | None = None
     for name in suspicious:
         value = row[name]
@@ -91,12 +97,12 @@ def unaccounted(row: Mapping[str, Any], suspicious: Sequence[str], outcomes: Seq
             used = "\n".join(used_text(one) for one in outcomes if not isinstance(one, Skip))
             if not used and outcomes:  # the row gives no pair, and that is the reason to tell
                 return None
-        if why := unread(str(name), value, used):
+        if why := unread(str(name), value, used, inside):
             return why
     return None
 
 
-def unread(column: str, value: Any, used: str) -> Skip | None:
+def unread(column: str, value: Any, used: str, inside: str = "") -> Skip | None:
     """Why a row cannot be taken that has this value in a column which no form reads; None if it can.
 
     `used` is all that is read of the row, as one text: a column that only repeats some of it may stand beside it.
@@ -113,6 +119,12 @@ def unread(column: str, value: Any, used: str) -> Skip | None:
         what = f"the text {texts[0][:40]!r}"
     else:
         what = f"a {type(value).__name__}"
+    if inside:
+        return Skip(
+            "unread_field",
+            f"{inside} has {column} with {what} that no form reads; --config.dataset=my_module:my_function reads a row "
+            "as you like",
+        )
     return Skip(
         "unread_field",
         f"{column} has {what} that no form reads beside the others; --config.columns={column}: leaves it out, "

@@ -90,9 +90,10 @@ def decode_messages(text: str) -> Any:
 def without_loss(messages: Sequence[Message]) -> str:
     """The key by which another trainer would take the loss off a turn of this answer; empty if there is none."""
     for message in messages:
-        for mark in _MARKS if len(message) > 2 else ():
-            if message.get(mark) in (0, False) and message.get(mark) is not None:
-                return mark
+        if len(message) > 2:
+            for mark in _MARKS:
+                if message.get(mark) in (0, False) and message.get(mark) is not None:
+                    return mark
     return ""
 
 

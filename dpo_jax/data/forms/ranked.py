@@ -5,6 +5,7 @@ from typing import Any
 
 from dpo_jax.data.comparison import RatedAnswer, Skip
 from dpo_jax.data.forms.chosen import Outcome, Parsed, Row, pair_of
+from dpo_jax.data.forms.fields import is_harmless, unread
 from dpo_jax.data.forms.messages import conversation, decoded
 from dpo_jax.data.forms.transcripts import transcript_prompt
 
@@ -37,6 +38,8 @@ def best_against_others(prompt: Any, answers: Any, scores: Any = None, lower: bo
         return Skip("bad_score", f"{len(answers)} answers need as many scores, found {scores!r:.40}")
     else:
         found = [(one, _score(score), lower) for one, score in zip(answers, given, strict=True)]
+    if why := next(filter(None, map(_unread_beside, answers if scores is None else ())), None):
+        return why
     if any(one is None for one, _, _ in found):
         return Skip("not_text", f"an answer is {answers[0]!r:.60}, needed is a text and its rank or score")
     rated = [(one, -score if low else score) for one, score, low in found if score is not None]
@@ -102,6 +105,16 @@ def _answer_and_score(one: Any) -> tuple[Any, float | None, bool]:
             if (score := _score(one.get(name))) is not None:
                 return answer, score, lower
     return answer, None, False
+
+
+def _unread_beside(one: Any) -> Skip | None:
+    """Why an answer cannot be taken that has more than texts and ranks; None if it can."""
+    read = (*_ANSWER, *_LOWER, *_HIGHER)
+    if not isinstance(one, Mapping):
+        return None
+    said = next((str(one[key]) for key in _ANSWER if one.get(key) is not None), "")
+    others = (name for name in one if name not in read and not is_harmless(str(name)))
+    return next(filter(None, (unread(str(name), one[name], said, inside="an answer") for name in others)), None)
 
 
 def _score(value: Any) -> float | None:

@@ -26,7 +26,9 @@ def make_reader(makers: Sequence[Maker] = MAKERS) -> Reader:
             forms = known[columns] = resolve(columns, makers)
         if not forms:
             return None, (unknown_columns(columns) if makers is MAKERS else _others_columns(columns),)
-        form = next((one for one in forms if not one.missing(row)), forms[0])
+        form = forms[0]
+        if len(forms) > 1 and form.missing(row):
+            form = next((one for one in forms if not one.missing(row)), form)
         return form, read_form(form, row)
 
     return read

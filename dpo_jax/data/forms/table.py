@@ -35,7 +35,8 @@ def resolve(columns: Sequence[str], makers: Sequence[Maker] = MAKERS) -> list[Fo
         others = [name for name in columns if name not in form.reads and name not in beside]
         harmless = tuple(name for name in others if is_harmless(str(name)))
         rest = tuple(name for name in others if name not in harmless)
-        done.append(dataclasses.replace(form, beside=beside, harmless=harmless, suspicious=rest))
+        needs = tuple(name for name in form.reads if name not in form.may_lack)
+        done.append(dataclasses.replace(form, needs=needs, beside=beside, harmless=harmless, suspicious=rest))
     return done
 
 
@@ -49,6 +50,8 @@ def read_form(form: Form, row: Row) -> tuple[Outcome, ...]:
             name: _without_padding(value) if isinstance(value, list | dict) else value for name, value in row.items()
         }
     parsed = form.parse(row)
+    if not (form.beside or form.suspicious or isinstance(parsed, list)):  # most rows have nothing beside
+        return (_checked(parsed),)
     outcomes = parsed if isinstance(parsed, list) else [parsed]
     if form.beside:
         outcomes = [with_beside(row, form.beside, one) for one in outcomes]

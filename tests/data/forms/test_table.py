@@ -389,6 +389,11 @@ REFUSED = [
     ({"prompt": ASK, "chosen": [{**GOOD, "weight": 0}], "rejected": [BAD]}, "unread_field", "weight"),
     ({"input": {"messages": [USER], "memory": "a b"}, "preferred_output": YES, "non_preferred_output": NO},
      "unread_field", "memory"),
+    (
+        {"prompt": ASK, "answers": [{"answer": YES, "rank": 1}, {"answer": NO, "rank": 2, "asked_as": "a pirate"}]},
+        "unread_field",
+        "asked_as",
+    ),
     ({"prompt": ASK, **ANSWERS, "tools": "none"}, "bad_tools", "tools"),
     ({"prompt": ASK, **ANSWERS, "tools": [1]}, "bad_tools", "tools"),
     ({"prompt": ASK, **ANSWERS, "chat_template_kwargs": "x"}, "bad_template_kwargs", "mapping"),
