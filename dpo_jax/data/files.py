@@ -3,6 +3,7 @@
 import glob
 import itertools
 import os
+import re
 from typing import Any
 
 import fsspec
@@ -17,6 +18,7 @@ SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".arrow", ".feather", *_SEPARATED)
 _NOT_DATA = {
     f"{name}.json" for name in ("config", "manifest", "dataset_dict", "dataset_info", "dataset_infos", "state")
 }
+_CACHED = re.compile(r"cache-[0-9a-f]+\S*\.arrow")  # what `datasets` computed from the data beside it
 _CHUNK = 1 << 20
 _WHOLE_HASH_LIMIT = 4 << 30  # bytes; beyond it, the ends, the size and the time of change stand for the content
 
@@ -44,7 +46,7 @@ def find_files(path: str) -> list[str]:
         names = {one: one.rsplit("/", 1)[-1] for one in listed}
         shown = {one: name for one, name in names.items() if not name.startswith(".") and name not in _NOT_DATA}
         bare = {one: name.removesuffix(".gz").lower() for one, name in shown.items()}
-        listed = [one for one, name in bare.items() if name.endswith(SUFFIXES)]
+        listed = [one for one, name in bare.items() if name.endswith(SUFFIXES) and not _CACHED.fullmatch(name)]
         # Tables of numbers lie beside many published files; alone they are the data.
         listed = [one for one in listed if not bare[one].endswith(_SEPARATED)] or listed
     if not listed:

@@ -165,12 +165,13 @@ def test_other_files_are_named_for_what_they_are(tmp_path, name):
 
 
 def test_tables_beside_other_files_are_left_alone(tmp_path):
-    for name in ("figures.csv", "rows.jsonl", "more.arrow", "b.feather"):
+    for name in ("figures.csv", "rows.jsonl", "more.arrow", "b.feather", "cache-0a1b.arrow", "dataset_info.json"):
         written(tmp_path / name, "x")
     names = lambda: [path.rsplit("/", 1)[-1] for path in find_files(str(tmp_path))]
     assert names() == ["b.feather", "more.arrow", "rows.jsonl"]
     for name in names():
         (tmp_path / name).unlink()
+    (tmp_path / "cache-0a1b.arrow").unlink()
     written(tmp_path / "b.tsv.gz", "x")
     assert names() == ["b.tsv.gz", "figures.csv"]
 

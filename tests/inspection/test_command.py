@@ -1,5 +1,6 @@
 """`python -m dpo_jax.data`: what it shows is what the files hold, and what the model gets."""
 
+import html
 import io
 import json
 import re
@@ -101,6 +102,9 @@ def test_rows_are_counted_with_their_reasons_and_places(shown):
     assert f"bad: 2 empty_chosen in {file} (train), first {file}:17\n" in text
     assert "identical_answers in" not in text
     assert f"bad rows are kept in {where}/quarantine.jsonl\n" in text
+    form = f"form: prompt, chosen and rejected, 17 rows of {file} (train): prompt → prompt; chosen → chosen; "
+    assert f"{form}rejected → rejected" in text
+    assert form in html.unescape(shown[1])
     quarantine = (where / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["location"] for line in quarantine] == [f"{file}:{n}" for n in (14, 17, 18)]
     assert (

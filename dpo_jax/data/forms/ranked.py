@@ -62,10 +62,12 @@ def rated_answer(prompt: Any, answer: Any, rating: Any) -> RatedAnswer | Skip:
     word = str(int(rating) if isinstance(rating, float) and rating.is_integer() else rating).strip().lower()
     if word not in (*_YES, *_NO):
         return Skip("bad_label", f"the rating of an answer is {rating!r:.40}, needed is true or false")
-    turns = transcript_prompt(prompt) or conversation(prompt)
+    inside = transcript_prompt(prompt)
+    turns = conversation(prompt) if inside is None else inside
     if isinstance(turns, Skip):
         return turns
-    said = turns[-1:] if answer is None else conversation(answer, role="assistant")
+    said_as = answer.strip() if inside is not None and isinstance(answer, str) else answer
+    said = turns[-1:] if answer is None else conversation(said_as, role="assistant")
     if isinstance(said, Skip):
         return said
     if answer is None:

@@ -360,7 +360,7 @@ RATED = {
     "kto text": {"prompt": ASK, "completion": YES, "label": "True"},
     "llama factory": {"instruction": ASK, "input": "", "output": YES, "kto_tag": True},
     "swift": {"messages": [USER, GOOD], "label": True},
-    "hh": {"prompt": f"\n\nHuman: {ASK}\n\nAssistant:", "completion": YES, "label": 1},
+    "hh": {"prompt": f"\n\nHuman: {ASK}\n\nAssistant:", "completion": f" {YES}", "label": 1},
 }
 
 
