@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_jax.data.comparison import LabeledComparison, RatedAnswer, Skip, checked
+from dpo_jax.data.forms.fields import without_metadata
 from dpo_jax.disk import digest
 
 
@@ -20,7 +21,8 @@ class Pairing:
 
         So the i-th good answer of a prompt meets its i-th bad one.
         """
-        said: Sequence[Any] = (answer.prompt_conversation, answer.tools, answer.chat_template_kwargs)
+        turns = [without_metadata(message) for message in answer.prompt_conversation]
+        said: Sequence[Any] = (turns, answer.tools, answer.chat_template_kwargs)
         key = digest(json.dumps(said, sort_keys=True, default=str), size=16)
         waiting = self.waiting.setdefault(key, [])
         if not waiting or waiting[0].good == answer.good:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_jax.data.comparison import Comparison, LabeledComparison, Message, Skip
+from dpo_jax.data.forms.fields import without_metadata
 from dpo_jax.data.forms.messages import conversation
 from dpo_jax.data.forms.transcripts import transcript_pair, transcript_prompt
 
@@ -76,9 +77,13 @@ def pairs_of(prompt: Any, chosen: Any, rejected: Any) -> Parsed:
 
 
 def shared_turns(first: Sequence[Message], second: Sequence[Message]) -> int:
-    """How many turns both begin with, as TRL's `extract_prompt` has it: at least one of each is left as the answer."""
+    """How many turns both begin with, as TRL's `extract_prompt` has it: at least one of each is left as the answer.
+
+    Messages that differ by their ids or times are the same turn.
+    """
     most = min(len(first), len(second)) - 1
-    return next((at for at in range(most) if first[at] != second[at]), max(most, 0))
+    pairs = zip(map(without_metadata, first[: max(most, 0)]), map(without_metadata, second), strict=False)
+    return next((at for at, (one, two) in enumerate(pairs) if one != two), max(most, 0))
 
 
 def answer_of_messages(messages: Any, rejected: Any) -> Outcome:

@@ -1,7 +1,7 @@
 """What becomes of a row's other columns: sent to the template, known to be harmless, or a reason to refuse the row.
 
-A name says what a column is by its last word (`chosen_model`, `prompt_id`), which a letter or number may follow
-(`model_a`), or by its first (`num_correct`, `raw_response`).
+A name says what a column is by its last word (`chosen_model`, `prompt_id`), which a letter, a number or `at`, `by` and
+`on` may follow (`model_a`, `created_at`), or by its first (`num_correct`, `raw_response`).
 """
 
 import functools
@@ -32,7 +32,8 @@ _LAST = frozenset(
     types kind topic topics subject subjects subreddit theme field area skill skills genre aspect aspects criterion
     criteria dimension dimensions principle attribute attributes tag tags label labels flag flags
     split fold language languages lang locale country region
-    date datetime time times timestamp timestamps tstamp created updated utc year month day duration seconds latency
+    date datetime time times timestamp timestamps tstamp created updated generated labeled labelled rated annotated utc
+    year month day duration seconds latency
     url urls uri link links license licence version revision commit path file filename
     status state stage phase difficulty level length lengths len tokens count counts words wordcount chars characters
     size num number ratio percent percentage order position turn turns round rounds step seed temperature batch
@@ -76,7 +77,7 @@ def is_harmless(column: str) -> bool:
         return True
     words = [word.lower() for word in _WORDS.findall(column)]
     last = list(words)
-    while len(last) > 1 and (len(last[-1]) == 1 or last[-1].isdigit()):
+    while len(last) > 1 and (len(last[-1]) == 1 or last[-1].isdigit() or last[-1] in ("at", "by", "on")):
         last.pop()
     return bool(words) and (last[-1] in _LAST or (len(words) > 1 and words[0] in _FIRST))
 
@@ -130,6 +131,15 @@ def unread(column: str, value: Any, used: str, inside: str = "") -> Skip | None:
         f"{column} has {what} that no form reads beside the others; --config.columns={column}: leaves it out, "
         f"columns=NAME:{column} reads it as NAME, and --config.dataset=my_module:my_function reads a row as you like",
     )
+
+
+def without_metadata(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message without keys that tell about it and are no part of it, such as ids and times.
+
+    >>> without_metadata({"role": "user", "content": "Hi", "timestamp": "1:00", "name": "Bo"})
+    {'role': 'user', 'content': 'Hi', 'name': 'Bo'}
+    """
+    return message if len(message) == 2 else {key: one for key, one in message.items() if not is_harmless(key)}
 
 
 def says_nothing(value: Any) -> bool:

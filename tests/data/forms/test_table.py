@@ -10,6 +10,7 @@ from dpo_jax.data.comparison import LabeledComparison, RatedAnswer, Skip
 from dpo_jax.data.containers import read_rows
 from dpo_jax.data.forms.families import MAKERS, transcripts
 from dpo_jax.data.forms.reader import make_reader, pairs_in, parse_own, read_own
+from dpo_jax.data.pairing import Pairing
 from dpo_jax.data.raw import ColumnarRow
 from tests import places
 
@@ -286,6 +287,19 @@ def test_padding_of_columnar_structs_goes_and_nulls_of_json_stay():
     arguments = lambda row: parse_own(row).chosen[0]["tool_calls"][0]["function"]["arguments"]
     assert arguments(ColumnarRow(row)) == {"port": "Brest"}
     assert arguments(row) == {"port": "Brest", "day": None}
+
+
+def test_ids_and_times_of_messages_make_no_other_turn():
+    one, two = ({**USER, "id": number, "created_at": f"{number} o'clock"} for number in (1, 2))
+    pair = parse_own({"chosen": [one, GOOD], "rejected": [two, BAD]})
+    assert parts(pair) == [[one], [GOOD], [BAD]]
+    pairing = Pairing()
+    assert pairing.add(parse_own({"prompt": [one], "completion": YES, "label": True})) is None
+    assert pairing.add(parse_own({"prompt": [two], "completion": NO, "label": False})).chosen == (GOOD,)
+    other = {"prompt": [{**USER, "name": "Bo"}], "completion": NO, "label": False}
+    assert parse_own({"chosen": [one, GOOD], "rejected": [*other["prompt"], BAD]}).reason == "prompts_differ"
+    assert pairing.add(parse_own(other)) is None
+    assert pairing.unpaired() == 1
 
 
 WINNERS = [
