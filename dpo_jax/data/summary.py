@@ -11,7 +11,7 @@ def form_lines(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for source in report["sources"]:
         for form in source.get("forms", ()):
-            columns = "; ".join(f"{name} → {what}" for name, what in form["columns"].items())
+            columns = "; ".join(f"{name} → {what}" for name, what in form["reads"].items())
             where = f"{form['rows']:,} rows of {source['name']} ({source['split']})"
             lines.append(f"form: {form['form']}, {where}{': ' if columns else ''}{columns}")
     return lines

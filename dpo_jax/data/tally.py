@@ -115,10 +115,10 @@ class Tally:
             beside = {name: _BESIDE.get(name, "a system turn") for name in form.beside}
             reads = {old.get(name, name): what for name, what in {**form.reads, **beside}.items()}
             merged[form.name, tuple(reads.items())] += rows
-        known = [{"form": name, "rows": rows, "columns": dict(reads)} for (name, reads), rows in merged.items()]
+        known = [{"form": name, "rows": rows, "reads": dict(reads)} for (name, reads), rows in merged.items()]
         rest = self.read - sum(self.forms.values())
         if not known and rest and ":" in self.source.parser:
-            known.append({"form": _OWN_FUNCTION, "rows": rest, "columns": {}})
+            known.append({"form": _OWN_FUNCTION, "rows": rest, "reads": {}})
         return sorted(known, key=lambda form: -int(form["rows"]))
 
     def _unused(self) -> dict[str, int]:

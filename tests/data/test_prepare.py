@@ -436,7 +436,7 @@ def test_rated_answers_are_paired_over_the_whole_source(tmp_path, run):
     assert (source["read"], source["kept"], source["dropped"]) == (10, 2, {"unpaired": 4, "identical_answers": 1})
     (form,) = source["forms"]
     assert (form["form"], form["rows"]) == ("rated answers", 10)
-    assert form["columns"] == {"prompt": "prompt", "completion": "an answer", "label": "whether it is good"}
+    assert form["reads"] == {"prompt": "prompt", "completion": "an answer", "label": "whether it is good"}
     assert source["unused"] == {"id": 10}
 
 
@@ -461,7 +461,7 @@ def test_the_report_says_what_was_read_sent_and_not_used(tmp_path, run):
         {
             "form": "prompt, chosen and rejected",
             "rows": 2,
-            "columns": {"task": "prompt", "chosen": "chosen", "rejected": "rejected"},
+            "reads": {"task": "prompt", "chosen": "chosen", "rejected": "rejected"},
         }
     ]
     assert source["to_template"] == {"reasoning_content": 2}
@@ -490,7 +490,7 @@ def test_own_functions_read_rows_as_they_are(tmp_path, run, monkeypatch):
     path = jsonl(tmp_path / "x.jsonl", [{"prompt": "x", "chosen": ["a", "b"], "rejected": ["c", "d"]}])
     report = run("reads_all:parse", path, eval_pairs=0).report
     (source,) = report["sources"]
-    assert (source["kept"], source["forms"]) == (2, [{"form": "a function of one's own", "rows": 1, "columns": {}}])
+    assert (source["kept"], source["forms"]) == (2, [{"form": "a function of one's own", "rows": 1, "reads": {}}])
     assert field_lines(report) == []
     with pytest.raises(UserError, match="reads its rows itself"):
         run("reads_all:parse", path, columns="prompt:x")
