@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.config.values import parse_options, parse_targets
+from dpo_jax.config.values import parse_day, parse_options, parse_targets
 from dpo_jax.data.forms.rename import parse_columns
 from dpo_jax.errors import UserError
 from dpo_jax.objective.table import parse_loss
@@ -88,7 +88,8 @@ def named_model(text: str) -> str:
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
-    parser.__name__: parser for parser in (named_model, parse_columns, parse_loss, parse_options, parse_targets)
+    parser.__name__: parser
+    for parser in (named_model, parse_columns, parse_day, parse_loss, parse_options, parse_targets)
 }
 _BOUNDS = {"least": operator.ge, "above": operator.gt, "most": operator.le, "below": operator.lt}
 

@@ -19,7 +19,7 @@ from dpo_jax.errors import UserError
 _RECIPE = """
     loss dpo_beta label_smoothing f_divergence wpo ld_alpha learning_rate lr_schedule warmup_steps optimizer
     weight_decay max_grad_norm batch_size num_epochs sft_steps sft_learning_rate lora_rank lora_alpha lora_targets
-    max_prompt_length max_completion_length overlong prompt_format param_dtype seed
+    max_prompt_length max_completion_length overlong prompt_format chat_template template_date param_dtype seed
 """.split()
 _OFF = (0, 0.0, "", False, None)
 

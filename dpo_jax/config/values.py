@@ -1,5 +1,6 @@
 """Values of keys that are texts of several parts, read without JAX: for the checks, and for training."""
 
+import datetime
 import difflib
 import re
 
@@ -35,6 +36,21 @@ def parse_targets(text: str) -> tuple[str, ...]:
             )
         targets += _ALIASES.get(name, (name,))
     return tuple(dict.fromkeys(targets))
+
+
+def parse_day(text: str) -> str:
+    """A day as YYYY-MM-DD, or nothing.
+
+    >>> parse_day("2026-07-26")
+    '2026-07-26'
+
+    Raises:
+      UserError: it is no such day.
+    """
+    try:
+        return text and datetime.datetime.strptime(text, "%Y-%m-%d").date().isoformat()
+    except ValueError:
+        raise UserError(f"template_date={text!r}: must be a day such as 2026-07-26, or empty") from None
 
 
 def parse_options(text: str) -> dict[str, str]:

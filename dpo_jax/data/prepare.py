@@ -14,6 +14,7 @@ from dpo_jax.data.cache.store import QUARANTINE
 from dpo_jax.data.comparison import DELIBERATE
 from dpo_jax.data.lengths import length_report, token_table
 from dpo_jax.data.mixture import apportion
+from dpo_jax.data.notes import sentences
 from dpo_jax.data.render import Renderer, make_renderer
 from dpo_jax.data.sources import DataSources, find_sources
 from dpo_jax.data.split import Pairs, Split, split
@@ -36,6 +37,8 @@ class DataRequest:
     eval_pairs: int = 512
     seed: int = 0
     prompt_format: str = "auto"
+    chat_template: str = ""
+    template_date: str = ""
     max_prompt_length: int = 512
     max_completion_length: int = 512
     overlong: str = "truncate"
@@ -92,7 +95,13 @@ def prepare(
         raise UserError(f"eval_pairs={request.eval_pairs}; use a number of pairs, 0 for none, or -1 for all")
     data = find_sources(request.dataset, request.dataset_path, request.eval_path, request.split, request.columns)
     renderer = make_renderer(
-        tokenizer, request.prompt_format, request.max_prompt_length, request.max_completion_length, request.overlong
+        tokenizer,
+        request.prompt_format,
+        request.max_prompt_length,
+        request.max_completion_length,
+        request.overlong,
+        request.chat_template,
+        request.template_date,
     )
     decides = identity(data, renderer, request.drop_ties)
     total = sum(file["bytes"] or 0 for source in decides["sources"] for file in source["files"])
@@ -134,10 +143,25 @@ _OF_FORMS = ("forms", "to_template", "unused", "answers_of_several_turns")
 
 def _report(request: DataRequest, renderer: Renderer, data: DataSources, divided: Split) -> dict[str, Any]:
     cache = divided.train.cache
-    shown = ("name", "split", "files", "read", "kept", "dropped", "truncated", "boundary_moved", "examples", *_OF_FORMS)
+    shown = (
+        "name",
+        "split",
+        "files",
+        "read",
+        "kept",
+        "dropped",
+        "truncated",
+        "boundary_moved",
+        "left_out",
+        "notes",
+        "examples",
+        *_OF_FORMS,
+    )
     report = {
         "dataset": request.dataset,
         "prompt_format": renderer.form,
+        "template_date": renderer.template.day,
+        "notes": sentences(cache.manifest["sources"], renderer.form, renderer.template.day),
         "held_out": " ".join(divided.notes),
         "source_names": cache.manifest["source_names"],
         "sources": [{key: entry[key] for key in shown} for entry in cache.manifest["sources"]],

@@ -1,58 +1,78 @@
 """From a comparison to token ids: prompt, chosen and rejected, as TRL's DPOTrainer makes them from the same pair.
 
-Two forms: `chat` (the tokenizer's chat template; completion ids are what it renders after the generation prompt, end of
-turn included) and `plain` (HH's own transcript; a completion is " " + answer, then the end-of-sequence id). A prompt is
-tokenised once, and a completion on its own wherever that gives the same ids as tokenising the whole text.
+Three forms: `chat` (the tokenizer's chat template; completion ids are what it renders after the generation prompt, end
+of turn included), `plain` (HH's own transcript; a completion is " " + answer + end-of-sequence token) and `text` (the
+row's strings; TRL's standard format: the end-of-sequence token follows an answer that does not end with it).
+`auto` is chat where there is a template, else plain, and text for a prompt that is templated already.
 """
 
-import itertools
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import jinja2
-
-from dpo_jax.data.comparison import LabeledComparison, Message, Skip
+from dpo_jax.data.comparison import Comparison, LabeledComparison, Message, Skip
+from dpo_jax.data.cuts import Cuts, Ids, Trio, encode, encode_trios, sure_cuts
+from dpo_jax.data.template import (
+    ChatTemplate,
+    choose_template,
+    foreign_option,
+    generation_prompt,
+    in_one_line,
+    is_prose,
+    render_messages,
+    templates_of,
+    unread,
+)
 from dpo_jax.errors import UserError
 
-Ids = list[int]
+FORMATS = ("auto", "chat", "plain", "text")
 _SPEAKERS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: ", "tool": "\n\nTool: "}
+Form = Literal["chat", "plain", "text"]
 
 
 @dataclass(frozen=True)
 class Renderer:
     """A tokenizer with everything that decides the ids.
 
-    `boundary` is the text with which every prompt ends; a completion that begins with a character of `clean_starts`
-    has the same ids on its own as after that boundary (see `_measured`). `leading` and `trailing` are the
-    ids around the text in the plain form (BOS as the tokenizer itself adds it, EOS).
+    `templated` matches the special tokens that tell that a prompt is templated already, and `auto` is whether such a
+    prompt is taken as text. `leading` and `trailing` are the ids that the tokenizer itself puts around a text.
     """
 
     tokenizer: Any
-    form: Literal["chat", "plain"]
+    form: Form
+    auto: bool
+    template: ChatTemplate
+    templated: re.Pattern[str]
     max_prompt_length: int
     max_completion_length: int
     overlong: Literal["truncate", "drop"]
     leading: tuple[int, ...]
     trailing: tuple[int, ...]
-    boundary: str = ""
-    clean_starts: frozenset[str] = frozenset()
+    cuts: Cuts
+    turn: str = ""  # the text with which the template begins an assistant's turn
 
 
 @dataclass(frozen=True)
 class Rendered:
     """Token ids of one pair; `truncated` names the parts that lost tokens to the limits.
 
-    `boundary_moved`: the prompt's last tokens merge with an answer's first ones, so that, as in TRL, the completions
-    begin at the first token in which the ids of the prompt and of prompt + completion differ.
+    `left_out` are the prompt's last ids if the whole texts do not go on with them (they merge with an answer's first
+    ones, or the template renders the prompt alone otherwise): as in TRL, the completions begin where the ids part.
+    `notes` are what a reader of the counts should know, see `dpo_jax/data/notes.py`.
     """
 
     prompt: Ids
     chosen: Ids
     rejected: Ids
     truncated: tuple[str, ...] = ()
-    boundary_moved: bool = False
+    left_out: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def boundary_moved(self) -> bool:
+        return bool(self.left_out)
 
 
 def make_renderer(
@@ -61,32 +81,49 @@ def make_renderer(
     max_prompt_length: int = 512,
     max_completion_length: int = 512,
     overlong: str = "truncate",
+    chat_template: str = "",
+    template_date: str = "",
 ) -> Renderer:
     """The renderer for a transformers tokenizer; lengths are in tokens.
 
-    UserError if an option is unknown, or the tokenizer lacks the chat template or the end-of-sequence token it needs.
+    `chat_template` names one of several templates, `template_date` (YYYY-MM-DD, empty: today) is what a template with a
+    date writes. UserError if an option is unknown, or the tokenizer lacks the template or the end that it needs.
     """
-    if prompt_format not in ("auto", "chat", "plain"):
-        raise UserError(f"prompt_format={prompt_format!r}; use auto, chat or plain")
+    if prompt_format not in FORMATS:
+        raise UserError(f"prompt_format={prompt_format!r}; use auto, chat, plain or text")
     if overlong not in ("truncate", "drop"):
         raise UserError(f"overlong={overlong!r}; use truncate or drop")
     for name, limit in (("max_prompt_length", max_prompt_length), ("max_completion_length", max_completion_length)):
         if limit < 1:
             raise UserError(f"{name}={limit}; use at least 1 token")
-    has_template = getattr(tokenizer, "chat_template", None)
-    form: Literal["chat", "plain"] = "plain" if prompt_format == "plain" or not has_template else "chat"
-    if prompt_format == "chat" != form:
-        raise UserError(f"prompt_format=chat: the tokenizer {tokenizer.name_or_path} has no chat template; use plain")
-    if form == "plain" and tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path} has no eos_token, which ends a plain completion; set one"
-        )
+    templates, who = templates_of(tokenizer), tokenizer.name_or_path
+    if prompt_format == "chat" and not templates:
+        raise UserError(f"prompt_format=chat: the tokenizer {who} has no chat template; use plain")
+    form: Form = "plain" if prompt_format == "plain" or not templates else "chat"
+    if prompt_format == "text":
+        form = "text"
+    template = ChatTemplate(tokenizer)
+    if chat_template or (form == "chat" and templates):
+        template = choose_template(tokenizer, chat_template, template_date)
     if getattr(tokenizer, "is_fast", False):
         # One batch uses every core through the tokenizer's own threads; transformers may have turned them off.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    around = (_leading_ids(tokenizer), (tokenizer.eos_token_id,)) if form == "plain" else ((), ())
-    kept: Literal["truncate", "drop"] = "drop" if overlong == "drop" else "truncate"
-    return _measured(Renderer(tokenizer, form, max_prompt_length, max_completion_length, kept, *around))
+    if form != "chat":
+        _check_end(tokenizer)
+    auto = prompt_format == "auto"
+    return Renderer(
+        tokenizer,
+        form,
+        auto,
+        template,
+        _special_text(tokenizer),
+        max_prompt_length,
+        max_completion_length,
+        "drop" if overlong == "drop" else "truncate",
+        *_around(tokenizer),
+        sure_cuts(tokenizer, templates.values()),
+        generation_prompt(template) if templates and (auto or form == "text") else "",
+    )
 
 
 def render_batch(renderer: Renderer, pairs: Sequence[LabeledComparison]) -> list[Rendered | Skip]:
@@ -94,72 +131,143 @@ def render_batch(renderer: Renderer, pairs: Sequence[LabeledComparison]) -> list
 
     A pair labelled "Tie" is rendered with completion A as chosen.
     """
-    texts = [_texts(renderer, pair) for pair in pairs]
-    ids = iter(_pair_ids(renderer, [one for one in texts if not isinstance(one, Skip)]))
-    return [one if isinstance(one, Skip) else _limited(renderer, *next(ids)) for one in texts]
+    known: dict[tuple[str, str], bool] = {}
+    rows = [_row(renderer, (pair.swap() if pair.label == "B" else pair).comparison, known) for pair in pairs]
+    good = [row for row in rows if not isinstance(row, Skip)]
+    ids = iter(encode_trios(renderer.tokenizer, renderer.cuts, [row.trio for row in good]))
+    return [row if isinstance(row, Skip) else _limited(renderer, *next(ids), row.notes) for row in rows]
 
 
-def _text(renderer: Renderer, messages: Sequence[Message], completion: Sequence[Message] = ()) -> str:
-    """The text of a conversation with its answer; without one, up to the beginning of the assistant's turn."""
-    if renderer.form == "chat":
-        return renderer.tokenizer.apply_chat_template(
-            [*messages, *completion], tokenize=False, add_generation_prompt=not completion
-        )
-    turns = "".join(_SPEAKERS[message["role"]] + message["content"] for message in messages) + "\n\nAssistant:"
-    return f"{turns} {completion[0]['content']}" if completion else turns
+@dataclass(frozen=True)
+class _Row:
+    trio: Trio
+    notes: tuple[str, ...] = field(default=())
 
 
-def _texts(renderer: Renderer, pair: LabeledComparison) -> tuple[str, str, str] | Skip:
-    """Prompt text, and the two whole texts."""
-    better = (pair.swap() if pair.label == "B" else pair).comparison
-    prompt = better.prompt_conversation
+def _row(renderer: Renderer, better: Comparison, known: dict[tuple[str, str], bool]) -> _Row | Skip:
+    """The texts of a comparison whose better completion is A."""
+    texts, whole = better.texts, not better.prompt_conversation
+    if texts is not None and whole:
+        cut = _cut_whole(renderer, texts)
+        if isinstance(cut, Skip):
+            return cut
+        texts = cut
+    templated = texts is not None and renderer.templated.search(texts[0]) is not None
+    if renderer.form == "text" or (renderer.auto and templated) or whole:
+        note = ("templated",) if renderer.auto else ()
+        row = _unchanged(renderer, better, texts)
+    else:
+        note = ("templated_inside",) if templated else ()
+        row = _transcript(renderer, better) if renderer.form == "plain" else _chat(renderer, better, known)
+    return row if isinstance(row, Skip) else _Row(row.trio, note + row.notes)
+
+
+def _chat(renderer: Renderer, better: Comparison, known: dict[tuple[str, str], bool]) -> _Row | Skip:
+    template, prompt = renderer.template, better.prompt_conversation
+    if option := foreign_option(renderer.tokenizer, better):
+        return Skip("template_option", f"chat_template_kwargs has {option}, which is no variable of a template")
+    answers = [better.completion_a, better.completion_b]
+    if better.texts is not None:  # the template writes the end of the turn
+        answers = [_without_end(renderer, answer) for answer in answers]
     try:
-        chosen, rejected = (_text(renderer, prompt, one) for one in (better.completion_a, better.completion_b))
-        return _text(renderer, prompt), chosen, rejected
-    except jinja2.TemplateError as error:  # many templates refuse a system turn or two user turns in a row
-        return Skip("template_error", str(error))
+        begun = render_messages(template, better, prompt, generation=True)
+        chosen, rejected = (render_messages(template, better, [*prompt, *one], generation=False) for one in answers)
+        notes = tuple(f"unread {name}" for name in unread(template, better, known))
+    except Exception as error:  # templates are programs: they refuse a row in any way that a program can
+        return Skip("template_error", in_one_line(error))
+    return _Row(Trio(begun, chosen, rejected), notes)
 
 
-def _encode(renderer: Renderer, texts: list[str]) -> list[Ids]:
-    """Ids without special tokens around them: a template writes its own, the plain form adds `leading`/`trailing`."""
-    if not texts:
-        return []
-    return renderer.tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
+def _transcript(renderer: Renderer, better: Comparison) -> _Row | Skip:
+    """HH's transcript, whose text TRL takes as a string; the end of sequence is written once."""
+    if name := _more_than_text(better):
+        return Skip("not_plain", f"the transcript has no place for {name}; use prompt_format=chat")
+    prompt = _turns(better.prompt_conversation) + "\n\nAssistant:"
+    answers = []
+    for answer in (better.completion_a, better.completion_b):
+        if answer[0]["role"] != "assistant":
+            return Skip("not_plain", f"the answer begins with a {answer[0]['role']} turn")
+        answers.append(prompt + _ended(renderer, " " + answer[0]["content"] + _turns(answer[1:])))
+    chosen, rejected = answers
+    return _Row(Trio(prompt, chosen, rejected, renderer.leading))
 
 
-def _pair_ids(renderer: Renderer, texts: list[tuple[str, str, str]]) -> Iterable[tuple[Ids, Ids, Ids, bool]]:
-    """Ids of prompt, chosen, rejected and whether the boundary moved, in one call of the tokenizer for the batch."""
-    clean = [all(_starts_clean(renderer, prompt, whole) for whole in answers) for prompt, *answers in texts]
-    pieces: list[str] = []
-    for (prompt, chosen, rejected), alone in zip(texts, clean, strict=True):
-        cut = len(prompt) if alone else 0
-        pieces += [prompt, chosen[cut:], rejected[cut:]]
-    ids = iter(_encode(renderer, pieces))
-    for alone, prompt_ids, chosen_ids, rejected_ids in zip(clean, ids, ids, ids, strict=True):
-        start = len(prompt_ids)
-        if not alone:
-            # TRL 1.16: the completions begin where their ids first differ from the prompt's, both at the same token.
-            trios = enumerate(zip(prompt_ids, chosen_ids, rejected_ids, strict=False))
-            shortest = min(len(prompt_ids), len(chosen_ids), len(rejected_ids))
-            start = next((at for at, (p, c, r) in trios if not p == c == r), shortest)
-            chosen_ids, rejected_ids = chosen_ids[start:], rejected_ids[start:]
-        yield (
-            [*renderer.leading, *prompt_ids[:start]],
-            [*chosen_ids, *renderer.trailing],
-            [*rejected_ids, *renderer.trailing],
-            start < len(prompt_ids),
+def _unchanged(renderer: Renderer, better: Comparison, texts: tuple[str, str, str] | None) -> _Row | Skip:
+    """The row's own strings, as TRL's standard format has them, with all that TRL and the tokenizer put around them."""
+    if texts is None:
+        return Skip("not_text", "the row has messages; prompt_format=text takes strings: prompt, chosen, rejected")
+    if name := _more_than_text(better):
+        return Skip("not_text", f"the text has no place for {name}; use prompt_format=chat")
+    missing = [one["role"] for one in better.prompt_conversation if one["content"].strip() not in texts[0]]
+    if missing:
+        return Skip("not_text", f"the prompt's text does not hold the {missing[0]} turn; use prompt_format=chat")
+    tokenizer, (prompt, *answers) = renderer.tokenizer, texts
+    end = tokenizer.eos_token
+    if tokenizer.eos_token_id is None:
+        return Skip("not_text", "the tokenizer has no eos_token, which ends an answer that is taken as text")
+    twice = {
+        "bos_twice": tokenizer.bos_token_id in renderer.leading and prompt.startswith(tokenizer.bos_token),
+        "eos_twice": tokenizer.eos_token_id in renderer.trailing
+        or any(answer.rstrip().endswith(end) and not answer.endswith(end) for answer in answers),
+    }
+    chosen, rejected = (prompt + _ended(renderer, answer) for answer in answers)
+    trio = Trio(prompt, chosen, rejected, renderer.leading, renderer.trailing)
+    return _Row(trio, tuple(note for note, found in twice.items() if found))
+
+
+def _turns(messages: Sequence[Message]) -> str:
+    return "".join(_SPEAKERS[message["role"]] + message["content"] for message in messages)
+
+
+def _ended(renderer: Renderer, text: str) -> str:
+    """With the end of sequence, unless it stands there already (TRL's `add_eos`)."""
+    end = renderer.tokenizer.eos_token
+    return text if text.endswith(end) else text + end
+
+
+def _without_end(renderer: Renderer, answer: Sequence[Message]) -> list[Message]:
+    end, last = renderer.tokenizer.eos_token, answer[-1]
+    if not end or not isinstance(last.get("content"), str) or not last["content"].endswith(end):
+        return list(answer)
+    without: Any = {**last, "content": last["content"].removesuffix(end)}
+    return [*answer[:-1], without]
+
+
+def _more_than_text(comparison: Comparison) -> str:
+    """The first field of a row that no text holds, by its name; empty if there is none."""
+    if comparison.tools:
+        return "tools"
+    if comparison.chat_template_kwargs:
+        return "chat_template_kwargs"
+    parts = (comparison.prompt_conversation, comparison.completion_a, comparison.completion_b)
+    for message in (message for part in parts for message in part):
+        for key, value in message.items():
+            if key not in ("role", "content") and value not in (None, "", []):
+                return key
+        if not isinstance(message.get("content"), str) or message["role"] not in _SPEAKERS:
+            return f"a {message['role']} turn whose content is {message.get('content')!r:.40}"
+    return ""
+
+
+def _cut_whole(renderer: Renderer, texts: tuple[str, str, str]) -> tuple[str, str, str] | Skip:
+    """Prompt and answers of two whole templated texts, cut where an assistant's turn last begins in both alike."""
+    if renderer.form != "text" and not renderer.auto:
+        return Skip("no_transcript", f"prompt_format={renderer.form} needs a prompt; text takes templated texts")
+    _, chosen, rejected = texts
+    alike = len(os.path.commonprefix([chosen, rejected]))  # noqa: RUF071 (texts, not paths)
+    at = chosen.rfind(renderer.turn, 0, alike) if renderer.turn else -1
+    if at < 0:
+        shown = repr(renderer.turn) if renderer.turn else "which its chat template does not show"
+        return Skip(
+            "no_transcript", f"no prompt, no HH turns, and no assistant turn of the tokenizer ({shown}) in both"
         )
+    at += len(renderer.turn)
+    return chosen[:at], chosen[at:], rejected[at:]
 
 
-def _starts_clean(renderer: Renderer, prompt: str, whole: str) -> bool:
-    at = len(prompt) + (1 if renderer.form == "plain" else 0)  # the plain form's own space is part of the boundary test
-    begins = whole.startswith(prompt) and prompt.endswith(renderer.boundary)
-    return begins and whole[at : at + 1] in renderer.clean_starts
-
-
-def _limited(renderer: Renderer, prompt: Ids, chosen: Ids, rejected: Ids, moved: bool) -> Rendered | Skip:
+def _limited(
+    renderer: Renderer, prompt: Ids, chosen: Ids, rejected: Ids, left_out: Ids, notes: tuple[str, ...]
+) -> Rendered | Skip:
     if not prompt:
         return Skip("template_boundary", "the rendered conversation does not begin with the rendered prompt")
     limit, room = renderer.max_prompt_length, renderer.max_completion_length
@@ -173,51 +281,38 @@ def _limited(renderer: Renderer, prompt: Ids, chosen: Ids, rejected: Ids, moved:
             return Skip(f"empty_{name}", "the template renders no token for this answer")
     if chosen == rejected:
         return Skip("identical_after_truncation" if truncated else "identical_answers")
-    return Rendered(prompt, chosen, rejected, truncated, moved)
+    return Rendered(prompt, chosen, rejected, truncated, tuple(left_out), notes)
 
 
-def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
-    """The ids that the tokenizer itself puts before a text (BOS, or nothing)."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    dressed = tokenizer("a")["input_ids"]
-    start = next((at for at in range(len(dressed)) if dressed[at : at + len(bare)] == bare), 0)
-    return tuple(dressed[:start])
+def _around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the tokenizer itself puts before and after a text (BOS, EOS, or nothing).
 
-
-def _measured(renderer: Renderer) -> Renderer:
-    """With `boundary`, and with `clean_starts`, as what a completion may begin to be encoded alone.
-
-    Every printable ASCII character is tried with several continuations behind a real boundary; all other beginnings,
-    white space first, take the whole text. Equal ids prove something only where nothing can merge across the boundary:
-    behind a special token, or where the tokenizer cuts the text there before it merges (Llama 2's does not).
+    UserError if they depend on the text.
     """
-    questions = [[Message(role="user", content=text)] for text in ("Why?", "a b")]
-    prompts = [_text(renderer, messages) for messages in questions]
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*map(reversed, prompts), strict=False))
-    boundary = "".join(letter for letter, _ in same)[::-1]
-    backend = getattr(renderer.tokenizer, "backend_tokenizer", None)
-    if backend is None or not boundary:
-        return replace(renderer, boundary=boundary)
-    (prompt_ids,) = _encode(renderer, prompts[:1])
-    special = prompt_ids[-1] in renderer.tokenizer.all_special_ids
-    space = " " if renderer.form == "plain" else ""
-    starts = [chr(code) for code in range(33, 127)]  # printable ASCII that is no space
-    trials = [space + start + tail for start in starts for tail in ("", "bc", " bc", "...", "1", "\n\nbc")]
-    whole = _encode(renderer, [prompts[0] + trial for trial in trials])
-    alone = _encode(renderer, trials)
-    failed = {
-        trial[len(space)]
-        for trial, whole_ids, ids in zip(trials, whole, alone, strict=True)
-        if whole_ids != prompt_ids + ids or not (special or _cut_between(backend, boundary, trial))
-    }
-    return replace(renderer, boundary=boundary, clean_starts=frozenset(starts) - failed)
+    found = set()
+    for text in ("a", "b c\n"):
+        (bare,), dressed = encode(tokenizer, [text]), tokenizer(text, verbose=False)["input_ids"]
+        start = next((at for at in range(len(dressed)) if dressed[at : at + len(bare)] == bare), len(dressed))
+        found.add((tuple(dressed[:start]), tuple(dressed[start + len(bare) :])))
+    if len(found) > 1:
+        raise UserError(f"the tokenizer {tokenizer.name_or_path} puts other tokens around one text than another")
+    return found.pop()
 
 
-def _cut_between(backend: Any, before: str, after: str) -> bool:
-    """True if the pre-tokenizer cuts between the two texts, so that no merge can cross."""
-    if backend.pre_tokenizer is None:
-        return False
-    normalize = backend.normalizer.normalize_str if backend.normalizer is not None else str
-    left, both = normalize(before), normalize(before + after)
-    cuts = {begin for _, (begin, _) in backend.pre_tokenizer.pre_tokenize_str(both)}
-    return both.startswith(left) and len(left) in cuts
+def _check_end(tokenizer: Any) -> None:
+    """UserError unless the end-of-sequence token can be written in a text."""
+    who = f"the tokenizer {tokenizer.name_or_path}"
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{who} has no eos_token, which ends a completion; set one")
+    if encode(tokenizer, [tokenizer.eos_token]) != [[tokenizer.eos_token_id]]:
+        raise UserError(f"{who} does not read the text of its eos_token {tokenizer.eos_token!r} as this token; mend it")
+
+
+def _special_text(tokenizer: Any) -> re.Pattern[str]:
+    """What only a templated text holds: special tokens, those that prose may hold only at the very beginning."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    names = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""}
+    texts = sorted((re.escape(name) for name in names if not is_prose(name)), key=len, reverse=True)
+    prose = sorted((re.escape(name) for name in names if is_prose(name)), key=len, reverse=True)
+    either = [rf"\A(?:{'|'.join(prose)})"] * bool(prose) + texts
+    return re.compile("|".join(either) or r"(?!)")

@@ -10,6 +10,7 @@ from dpo_jax.data.comparison import LabeledComparison, RatedAnswer, Skip
 from dpo_jax.data.forms.families import Form
 from dpo_jax.data.forms.reader import Read
 from dpo_jax.data.lengths import PARTS
+from dpo_jax.data.notes import Notes
 from dpo_jax.data.pairing import Pairing
 from dpo_jax.data.sources import Source
 
@@ -24,7 +25,7 @@ class Tally:
     bad_rows: IO[str]
     read: int = 0
     kept: int = 0
-    boundary_moved: int = 0
+    notes: Notes = field(default_factory=Notes)
     dropped: collections.Counter[str] = field(default_factory=collections.Counter)
     truncated: collections.Counter[str] = field(default_factory=collections.Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -96,7 +97,7 @@ class Tally:
             "kept": self.kept,
             "dropped": dict(self.dropped.most_common()),
             "truncated": {part: self.truncated[part] for part in PARTS},
-            "boundary_moved": self.boundary_moved,
+            **self.notes.entry(),
             "forms": self._forms(),
             "to_template": dict(self.to_template.most_common()),
             "unused": self._unused(),

@@ -50,7 +50,9 @@ def tokenise(
                 tell(0, len(batch), tally.kept - kept)
                 if tally.read >= _PLAINLY:
                     _refuse_wrong_columns(tally, quarantine)
+                    _refuse_template(tally, quarantine)
             tally.end()
+            _refuse_template(tally, quarantine)
             _refuse_wrong_columns(tally, quarantine)
             seen |= tally.seen
             entries.append(tally.entry(start))
@@ -83,7 +85,7 @@ def _batch_pairs(
             tally.drop(location, rendered, row)
             continue
         tally.keep(pair)
-        tally.boundary_moved += rendered.boundary_moved
+        tally.notes.add(renderer, rendered)
         tally.truncated.update(rendered.truncated)
         path, _, line = location.rpartition(":")
         # Of text that only the tokenizer can divide, the prompt is known by its ids.
@@ -101,6 +103,19 @@ def _refuse_wrong_columns(tally: Tally, quarantine: Path | None) -> None:
         tally.bad_rows.flush()
         copy_bad_rows(Path(tally.bad_rows.name), quarantine)  # no cache will be there to copy them from
         raise UserError(next(tally.examples[reason] for reason in _WRONG_COLUMNS if reason in tally.examples))
+
+
+def _refuse_template(tally: Tally, quarantine: Path | None) -> None:
+    """Stops where the chat template refuses every row that it is given."""
+    refused = tally.dropped["template_error"]
+    if refused and not tally.kept and refused > 0.5 * tally.read:
+        tally.bad_rows.flush()
+        copy_bad_rows(Path(tally.bad_rows.name), quarantine)  # no cache will be there to copy them from
+        raise UserError(
+            f"{tally.source.name}: the chat template refuses all {refused:,} rows that it was given, first "
+            f"{tally.examples['template_error']}; give rows that it takes, another --config.chat_template of the "
+            "tokenizer's, or --config.prompt_format=plain"
+        )
 
 
 def copy_bad_rows(kept: Path, quarantine: Path | None) -> str | None:

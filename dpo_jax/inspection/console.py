@@ -47,6 +47,8 @@ def print_rows(report: Mapping[str, Any], console: Console) -> None:
         say(console, line)
     for name, split, reason, number, first in bad_rows(report):
         say(console, f"bad: {number:,} {reason} in {name} ({split}), first {first}")
+    for line in report.get("notes", []):
+        say(console, f"note: {line}")
     if report.get("quarantine"):
         say(console, f"bad rows are kept in {report['quarantine']}")
     if mixture := mixture_parts(report):

@@ -35,6 +35,8 @@ def introduce(run: Run, schedule: Schedule, steps: int) -> None:
         say(line)
     for part in run.data.report.get("mixture", []):
         say(f"  {part['name']}: {part['weight']:.1%}, {part['epoch']:,} of {part['pairs']:,} pairs an epoch")
+    for line in run.data.report["notes"]:
+        say(f"data: {line}")
     if isinstance(layout.tiling, Tiling) and not all(layout.uses_kernel(s) for s in schedule.shapes):
         say(
             f"attention: dense blocks in place of the kernel, as sequences of up to {layout.options.longest} tokens go "

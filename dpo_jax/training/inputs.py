@@ -11,10 +11,18 @@ from dpo_jax.weights import tiny
 
 
 def prepare_pairs(
-    settings: Settings, tokenizer: Any, workdir: Path, quarantine: Path | None, progress: Progress | None = None
+    settings: Settings,
+    tokenizer: Any,
+    workdir: Path,
+    quarantine: Path | None,
+    progress: Progress | None = None,
+    day: str = "",
 ) -> Prepared:
-    """The run's pairs, see `prepare`; `workdir` gets the dialogues of the dataset `synthetic`."""
-    request = settings.data
+    """The run's pairs, see `prepare`; `workdir` gets the dialogues of the dataset `synthetic`.
+
+    `day` (YYYY-MM-DD, empty: today) is what a template with a date writes, unless the config names another.
+    """
+    request = dataclasses.replace(settings.data, template_date=settings.data.template_date or day)
     if request.dataset == "synthetic" and not request.dataset_path:
         request = dataclasses.replace(request, dataset_path=str(tiny.write_dialogues(workdir, settings.seed)))
     return prepare(request, tokenizer, quarantine, progress)

@@ -61,9 +61,10 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
     reference = resolve_model(s.reference.name, what="reference") if s.reference.name else None
     if reference is not None:
         check_reference(read_config(reference)[0], layout.config, str(reference))
+    day = claim.first_day(workdir)
     with first_process_first("dpo_jax data"):  # with a cache that all share, the others find it whole
         quarantine = workdir / "quarantine.jsonl" if main_process else None
-        data = inputs.prepare_pairs(s, policy.tokenizer, workdir, quarantine)
+        data = inputs.prepare_pairs(s, policy.tokenizer, workdir, quarantine, day=day)
         if main_process:
             write_whole(workdir / "data.json", json.dumps(data.report, indent=1, ensure_ascii=False) + "\n")
     inputs.check_enough(s.batch, len(data.train))

@@ -1,6 +1,7 @@
 """A run's directory is one run's: a lock while it runs, and what it was begun with, compared when it is resumed."""
 
 import contextlib
+import datetime
 import errno
 import fcntl
 import json
@@ -103,6 +104,20 @@ def identify(split: Split, models: Mapping[str, Path | None]) -> dict[str, Any]:
         if where is not None
     }
     return {"data": data} | files
+
+
+def first_day(workdir: Path) -> str:
+    """The day (YYYY-MM-DD) of the date in the run's chat template: of the run that is there, else today's.
+
+    The same in all processes, which may stand on both sides of midnight. Every process calls it.
+    """
+    day = datetime.date.today().isoformat()
+    with contextlib.suppress(UserError, OSError):  # `keep_identity` says what is wrong with the file
+        if (workdir / IDENTITY).exists():
+            begun = read_json(workdir / IDENTITY, "restore it, or delete it to resume unchecked")
+            day = begun.get("data", {}).get("template_date") or day
+    number = int(from_first(np.array(datetime.date.fromisoformat(day).toordinal(), np.int32)))
+    return datetime.date.fromordinal(number).isoformat()
 
 
 def _sampled(path: Path) -> dict[str, Any]:

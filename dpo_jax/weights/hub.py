@@ -11,9 +11,9 @@ from dpo_jax.errors import UserError
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 CARD = "README.md"  # for its licence
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = (
+TOKENIZER_FILES = (  # patterns, as the hub's client and `Path.glob` take them
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 # `model*`: some repositories hold the same weights a second time as consolidated*.safetensors or under original/.
 HUB_FILES = (CONFIG, GENERATION_CONFIG, "model*.safetensors", INDEX, CARD, *TOKENIZER_FILES)

@@ -233,13 +233,19 @@ def save_weights(
                 metadata = {"total_parameters": numbers.parameter_count(), **split.metadata}
                 index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
                 (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            for file in (*TOKENIZER_FILES, GENERATION_CONFIG):
-                if tokenizer_from and (tokenizer_from / file).is_file():
-                    shutil.copyfile(tokenizer_from / file, new / file)
+            if tokenizer_from:
+                _copy_tokenizer(tokenizer_from, new)
         with jax.transfer_guard("allow"):  # row numbers go to the device unasked; a guard is for the training loop
             for file, names in split.filename_to_tensors.items():
                 part = {tensor: held[tensor] for tensor in names}
                 _write_file(new / file if new else None, part, flat | adapters, letters, name)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for file in (file for pattern in (*TOKENIZER_FILES, GENERATION_CONFIG) for file in source.glob(pattern)):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 @contextlib.contextmanager

@@ -494,3 +494,42 @@ def test_own_functions_read_rows_as_they_are(tmp_path, run, monkeypatch):
     assert field_lines(report) == []
     with pytest.raises(UserError, match="reads its rows itself"):
         run("reads_all:parse", path, columns="prompt:x")
+
+
+def test_a_template_that_refuses_a_row_costs_that_row_and_one_that_refuses_all_says_why(tmp_path, run):
+    refuses = "{% if 'question 6' in messages[0].content %}{{ 1 + messages[0].content }}{% endif %}"
+    some = bpe_tokenizer(refuses + TOKENIZER.chat_template)
+    path = jsonl(tmp_path / "data.jsonl", rows(12))
+    source = run(path, eval_pairs=0, tokenizer=some).report["sources"][0]
+    assert (source["kept"], source["dropped"]) == (11, {"template_error": 1})
+    assert source["examples"]["template_error"].startswith(f"{path}:7: TypeError: unsupported operand")
+    with pytest.raises(UserError) as refused:
+        run(path, tokenizer=bpe_tokenizer("{{ raise_exception('only\n for tools') }}"))
+    message = f"refuses all 12 rows that it was given, first {path}:1: only for tools; give rows that it takes, another"
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert "max_bad_fraction" not in str(refused.value)
+
+
+def test_what_became_of_rows_is_said_once_with_counts(tmp_path, run):
+    start = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    templated = [{"prompt": start, "chosen": f"yes {i}<|im_end|>", "rejected": "no"} for i in range(3)]
+    moved = [{"prompt": "hello", "chosen": f"\n\nyes {i}", "rejected": f"\n\nno {i}"} for i in range(2)]
+    report = run(jsonl(tmp_path / "data.jsonl", [*rows(5), *templated, *moved]), eval_pairs=0).report
+    assert report["sources"][0]["notes"] == {"templated": 3}
+    assert (report["sources"][0]["boundary_moved"], report["sources"][0]["left_out"]) == (2, "\n")
+    assert report["template_date"] == ""
+    first, second = report["notes"]
+    assert first.startswith("3 prompts hold the tokenizer's own special tokens and are taken as text")
+    assert second.startswith("2 prompts are no beginning of prompt and answer in tokens")
+    assert second.endswith(r"left out, such as '\n'")
+
+
+def test_a_template_with_a_date_has_a_cache_for_each_day(tmp_path, run):
+    dated = bpe_tokenizer("{{ strftime_now('%d %b %Y') }}" + TOKENIZER.chat_template)
+    path = jsonl(tmp_path / "data.jsonl", rows(4))
+    first, second = (run(path, tokenizer=dated, eval_pairs=0, template_date=f"2026-07-{day}") for day in (26, 27))
+    assert first.report["fingerprint"] != second.report["fingerprint"]
+    assert prompts(second.train).pop().startswith("27 Jul 2026<|im_start|>")
+    assert "these token ids are of 2026-07-27" in second.report["notes"][0]
+    assert not run(path, tokenizer=dated, eval_pairs=0, template_date="2026-07-26").built
