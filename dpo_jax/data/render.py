@@ -23,7 +23,7 @@ from dpo_jax.data.template import (
     is_prose,
     render_messages,
     templates_of,
-    unread,
+    unread_fields,
 )
 from dpo_jax.errors import UserError
 
@@ -172,7 +172,7 @@ def _chat(renderer: Renderer, better: Comparison, known: dict[tuple[str, str], b
     try:
         begun = render_messages(template, better, prompt, generation=True)
         chosen, rejected = (render_messages(template, better, [*prompt, *one], generation=False) for one in answers)
-        notes = tuple(f"unread {name}" for name in unread(template, better, known))
+        notes = tuple(f"unread {name}" for name in unread_fields(template, better, known))
     except Exception as error:  # templates are programs: they refuse a row in any way that a program can
         return Skip("template_error", in_one_line(error))
     return _Row(Trio(begun, chosen, rejected), notes)

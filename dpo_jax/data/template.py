@@ -95,7 +95,7 @@ def foreign_option(tokenizer: Any, comparison: Comparison) -> str:
     return next((name for name in comparison.chat_template_kwargs or {} if name in taken), "")
 
 
-def unread(template: ChatTemplate, comparison: Comparison, known: dict[tuple[str, str], bool]) -> list[str]:
+def unread_fields(template: ChatTemplate, comparison: Comparison, known: dict[tuple[str, str], bool]) -> list[str]:
     """The fields of a row that leave no trace in its text, of those whose names its template does not mention.
 
     A name may be mentioned nowhere and yet be read (transformers gives a template `reasoning_content` where a row says

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
@@ -33,6 +34,7 @@ from dpo_jax.rows.shape import RowShape
 from dpo_jax.weights import hub as hub_module
 from dpo_jax.weights import huggingface as weights
 from tests import places
+from tests.data.test_render import bpe_tokenizer
 from tests.fakes.hub import closed_port, use_hub
 
 GOLDEN = places.GOLDEN / "transformers"
@@ -160,6 +162,16 @@ def test_a_real_checkpoint_comes_back_bit_by_bit(tmp_path):
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert json.loads((tmp_path / "m" / "config.json").read_text()) == hf
     assert (tmp_path / "m" / "tokenizer.model").read_bytes() == (STORIES / "tokenizer.model").read_bytes()
+
+
+def test_every_named_chat_template_is_exported(tmp_path):
+    source, templates = tmp_path / "source", {"default": "{{ messages }}", "tool_use": "t", "rag": "r"}
+    tokenizer = bpe_tokenizer(templates)
+    tokenizer.save_pretrained(source)
+    named = sorted(file.name for file in (source / "additional_chat_templates").iterdir())
+    assert named == ["rag.jinja", "tool_use.jinja"]
+    weights.save_weights(random_params(UNTIED), UNTIED, tmp_path / "m", dtype=jnp.float32, tokenizer_from=source)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == templates
 
 
 # ------------------------------------------------------------------------------------------------------- meshes
@@ -406,9 +418,12 @@ def test_download_from_a_hub(hub, saved, tmp_path, monkeypatch):
 
 def test_the_tokenizer_can_come_alone(hub, saved):
     (saved / "tokenizer.json").write_text("x")
+    (saved / "additional_chat_templates").mkdir()
+    (saved / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     shutil.copytree(saved, hub.root / "someone" / "small")
     directory = hub_module.resolve_model("someone/small", with_weights=False)
-    assert {f.name for f in directory.iterdir()} == {"config.json", "tokenizer.json"}
+    assert {f.name for f in directory.iterdir()} == {"config.json", "tokenizer.json", "additional_chat_templates"}
+    assert (directory / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
     assert (hub_module.resolve_model("someone/small") / "model.safetensors").is_file()
 
 
