@@ -120,7 +120,7 @@ def make_renderer(
         max_prompt_length,
         max_completion_length,
         "drop" if overlong == "drop" else "truncate",
-        *_around(tokenizer),
+        *(((), ()) if prompt_format == "chat" else _around(tokenizer)),
         sure_cuts(tokenizer, templates.values()),
         generation_prompt(template) if templates and (auto or form == "text") else "",
     )
@@ -146,8 +146,9 @@ class _Row:
 
 def _row(renderer: Renderer, better: Comparison, known: dict[tuple[str, str], bool]) -> _Row | Skip:
     """The texts of a comparison whose better completion is A."""
-    texts, whole = better.texts, not better.prompt_conversation
-    if texts is not None and whole:
+    texts = better.texts
+    if whole := texts is not None and not better.prompt_conversation:
+        assert texts is not None
         cut = _cut_whole(renderer, texts)
         if isinstance(cut, Skip):
             return cut

@@ -90,9 +90,11 @@ def source_of(template: ChatTemplate, comparison: Comparison) -> str:
 
 def foreign_option(tokenizer: Any, comparison: Comparison) -> str:
     """The first of a row's template arguments that would steer tokenisation and not the template; empty if none."""
+    if not comparison.chat_template_kwargs:
+        return ""
     own = inspect.signature(tokenizer.apply_chat_template).parameters
     taken = [name for name, one in own.items() if one.kind is not one.VAR_KEYWORD and name not in _ROW_MAY_NAME]
-    return next((name for name in comparison.chat_template_kwargs or {} if name in taken), "")
+    return next((name for name in comparison.chat_template_kwargs if name in taken), "")
 
 
 def unread_fields(template: ChatTemplate, comparison: Comparison, known: dict[tuple[str, str], bool]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.data.cache.store import Pair
-from dpo_jax.data.comparison import LabeledComparison, Skip
+from dpo_jax.data.comparison import DELIBERATE, LabeledComparison, Skip
 from dpo_jax.data.containers import read_rows
 from dpo_jax.data.raw import BadLine
 from dpo_jax.data.render import Renderer, render_batch
@@ -108,7 +108,8 @@ def _refuse_wrong_columns(tally: Tally, quarantine: Path | None) -> None:
 def _refuse_template(tally: Tally, quarantine: Path | None) -> None:
     """Stops where the chat template refuses every row that it is given."""
     refused = tally.dropped["template_error"]
-    if refused and not tally.kept and refused > 0.5 * tally.read:
+    bad = sum(count for reason, count in tally.dropped.items() if reason not in DELIBERATE)
+    if refused and not tally.kept and refused > 0.5 * bad:
         tally.bad_rows.flush()
         copy_bad_rows(Path(tally.bad_rows.name), quarantine)  # no cache will be there to copy them from
         raise UserError(
