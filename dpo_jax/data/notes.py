@@ -11,8 +11,8 @@ _UNREAD = "unread "
 _SENTENCES = {
     "templated": "{n} prompts hold the tokenizer's own special tokens and are taken as text that is templated already "
     "(prompt_format=chat or plain would put them into a user's turn)",
-    "templated_inside": "{n} prompts hold the tokenizer's own special tokens and are put into a user's turn, as "
-    "prompt_format={form} asks for; prompt_format=auto takes them as text that is templated already",
+    "templated_inside": "{n} prompts hold the tokenizer's own special tokens and stand in a user's turn, as the rows' "
+    "messages or prompt_format={form} say; of rows of strings, prompt_format=auto takes them as text",
     "bos_twice": "{n} prompts begin with the token that the tokenizer puts before every text, which stands there twice "
     "then, as in TRL; take it out of the rows' text",
     "eos_twice": "{n} pairs have the end token twice in an answer, as in TRL, since blanks follow the one in the text "

@@ -153,8 +153,9 @@ def _row(renderer: Renderer, better: Comparison, known: dict[tuple[str, str], bo
         if isinstance(cut, Skip):
             return cut
         texts = cut
-    templated = texts is not None and renderer.templated.search(texts[0]) is not None
-    if renderer.form == "text" or (renderer.auto and templated) or whole:
+    last = "".join(str(one.get("content")) for one in better.prompt_conversation[-1:])
+    templated = renderer.templated.search(last if texts is None else texts[0]) is not None
+    if renderer.form == "text" or (renderer.auto and templated and texts is not None) or whole:
         note = ("templated",) if renderer.auto else ()
         row = _unchanged(renderer, better, texts)
     else:
@@ -196,7 +197,9 @@ def _transcript(renderer: Renderer, better: Comparison) -> _Row | Skip:
 def _unchanged(renderer: Renderer, better: Comparison, texts: tuple[str, str, str] | None) -> _Row | Skip:
     """The row's own strings, as TRL's standard format has them, with all that TRL and the tokenizer put around them."""
     if texts is None:
-        return Skip("not_text", "the row has messages; prompt_format=text takes strings: prompt, chosen, rejected")
+        named = [one["role"] for one in better.prompt_conversation if one["role"] == "system"]
+        held = _more_than_text(better) or (f"a {named[0]} turn" if named else "messages")
+        return Skip("not_text", f"the row has {held}; prompt_format=text takes strings: prompt, chosen, rejected")
     if name := _more_than_text(better):
         return Skip("not_text", f"the text has no place for {name}; use prompt_format=chat")
     missing = [one["role"] for one in better.prompt_conversation if one["content"].strip() not in texts[0]]

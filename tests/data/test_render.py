@@ -324,6 +324,9 @@ def test_a_prompt_that_is_templated_already_is_text_unless_a_form_is_asked_for()
     assert asked.notes == ("templated_inside",)
     assert one(make_renderer(tokenizer, "plain"), row).notes == ("templated_inside",)
     assert one(make_renderer(tokenizer), strings("Hi", "Yes", "No")).notes == ()
+    messages = one(make_renderer(tokenizer), pair(TEMPLATED, "Yes", "No"))  # as TRL has them, and said
+    assert ids(messages) == trl_ids(tokenizer, pair(TEMPLATED, "Yes", "No"))
+    assert messages.notes == ("templated_inside",)
 
 
 def test_marks_of_prose_tell_nothing_unless_a_prompt_begins_with_them():
@@ -375,7 +378,8 @@ def test_text_and_transcript_refuse_by_name_what_they_cannot_hold():
     text = make_renderer(TOKENIZERS["chatml"], "text")
     assert "has messages" in one(text, pair("a", "b", "c")).detail
     system = Comparison([{"role": "system", "content": "Be brief."}, *ask], *answers, texts=("a", "b", "c"))
-    assert "system turn" in one(text, LabeledComparison(system, "A")).detail
+    assert "not hold the system turn" in one(text, LabeledComparison(system, "A")).detail
+    assert "has a system turn" in one(text, LabeledComparison(replace(system, texts=None), "A")).detail
     empty = Comparison(ask, [{**called[0], "tool_calls": []}], answers[1], [], {}, texts=("a", "b", "c"))
     assert isinstance(one(text, LabeledComparison(empty, "A")), Rendered)
 
