@@ -37,7 +37,7 @@ class ChatTemplate:
 
 def templates_of(tokenizer: Any) -> dict[str, str]:
     """All chat templates of a tokenizer by name; a single one is `default`."""
-    held = getattr(tokenizer, "chat_template", None)
+    held = tokenizer.chat_template if hasattr(tokenizer, "chat_template") else None
     return dict(held) if isinstance(held, dict) else {"default": held} if held else {}
 
 
@@ -71,21 +71,21 @@ def render_messages(
 
     Raises whatever the template raises.
     """
-    options = {"tools": comparison.tools} | dict(comparison.chat_template_kwargs or {})
+    row = {"tools": comparison.tools} | dict(comparison.chat_template_kwargs or {})
     source = source_of(template, comparison)
     if template.day and _CLOCK in source:
         source = _stopped_clock(template.day) + source
-    options["chat_template"] = source
+    row["chat_template"] = source
     return template.tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=generation, **options
+        list(messages), tokenize=False, add_generation_prompt=generation, **row
     )
 
 
 def source_of(template: ChatTemplate, comparison: Comparison) -> str:
     """The source of a row's template: of the one that it names, of the chosen one, or by its tools."""
-    options = comparison.chat_template_kwargs or {}
-    named = options.get("chat_template") or template.name or None
-    return template.tokenizer.get_chat_template(named, options.get("tools", comparison.tools))
+    row = comparison.chat_template_kwargs or {}
+    named = row.get("chat_template") or template.name or None
+    return template.tokenizer.get_chat_template(named, row.get("tools", comparison.tools))
 
 
 def foreign_option(tokenizer: Any, comparison: Comparison) -> str:

@@ -114,8 +114,8 @@ def first_day(workdir: Path) -> str:
     day = datetime.date.today().isoformat()
     with contextlib.suppress(UserError, OSError):  # `keep_identity` says what is wrong with the file
         if (workdir / IDENTITY).exists():
-            begun = read_json(workdir / IDENTITY, "restore it, or delete it to resume unchecked")
-            day = begun.get("data", {}).get("template_date") or day
+            data = read_json(workdir / IDENTITY, "restore it, or delete it to resume unchecked").get("data", {})
+            day = data.get("template_date") or day
     number = int(from_first(np.array(datetime.date.fromisoformat(day).toordinal(), np.int32)))
     return datetime.date.fromordinal(number).isoformat()
 
