@@ -9,7 +9,9 @@ import pytest
 from dpo_jax.config.command_line import TRAIN, read_flags
 from dpo_jax.config.keys import KEYS
 from dpo_jax.inspection import command as data_command
+from dpo_jax.objective.table import LOSS_FACTS
 from dpo_jax.plan import command as plan
+from dpo_jax.records.records import METRICS
 from tests.config import configuration_page
 
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
@@ -67,3 +69,11 @@ def test_the_configuration_page_is_what_the_table_says(request):
 def test_every_key_is_on_the_configuration_page():
     names = re.findall(r"^\| `(\w+)` \|", Path("docs/configuration.md").read_text(), re.M)
     assert names == list(KEYS)
+
+
+def test_the_metrics_page_says_what_a_mean_is_over_as_the_tables_do():
+    section = Path("docs/metrics.md").read_text().split("## What a mean is over")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ([^|`-]+) \|([^|]*)\|([^|]*)\|$", section, re.M)[1:]
+    for column, table in ((1, METRICS), (2, LOSS_FACTS)):
+        said = {name: row[0] for row in rows for name in re.findall(r"`(\w+)`", row[column])}
+        assert said == {name: it.over for name, it in table.items() if it.over}

@@ -8,18 +8,34 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax.objective.logps import Logps, TokenWeights
 from dpo_jax.objective.losses import LOSSES, Scored, difference, sft
 from dpo_jax.objective.table import LOSS_FACTS, needs_reference
-from dpo_jax.rows.batch import Batch
+
+
+class Groups(Protocol):
+    """What an objective reads of a batch, see `rows.batch.Batch`: which groups there are, and their completions."""
+
+    @property
+    def is_group(self) -> jax.Array: ...
+
+    @property
+    def completion_tokens(self) -> jax.Array: ...
+
 
 # (policy's log-probabilities, the reference's or None, the groups' part of the batch, mean tokens `[n]` of completions
 # over the whole batch) -> metrics of every group
-Values = Callable[[Logps, Logps | None, Batch[jax.Array], jax.Array], dict[str, jax.Array]]
+Values = Callable[[Logps, Logps | None, Groups, jax.Array], dict[str, jax.Array]]
+
+# (the policy's log-probabilities of all groups of a set, the reference's or None, tokens of completions) -> metrics of
+# every group; arrays of NumPy
+SetValues = Callable[[Logps, Logps | None, np.ndarray], Mapping[str, np.ndarray]]
 
 # Relative error of a summed float32 log-probability: in float32, equal models then have an accuracy of exactly 0.
 ROUNDING = 1e-6
@@ -44,6 +60,36 @@ class Objective:
     needs_reference: bool
     across: bool = False
     balance: float = 0.0
+
+
+class _Set(NamedTuple):
+    """The groups of a set, without their tokens: `[N]` and `[N, n]`."""
+
+    is_group: jax.Array
+    completion_tokens: jax.Array
+
+
+def mean_tokens(groups: Groups) -> jax.Array:
+    """Mean tokens `[n]` of the completions of a group, over all groups; at least one token in all."""
+    tokens = jnp.sum(groups.completion_tokens, axis=tuple(range(groups.completion_tokens.ndim - 1)))
+    return jnp.maximum(tokens, 1).astype(jnp.float32) / jnp.maximum(jnp.sum(groups.is_group), 1)
+
+
+def make_set_values(objective: Objective) -> SetValues:
+    """Build the values of every group of a set that is scored in parts: those it has in one batch of the whole set.
+
+    A loss that divides by the tokens of a batch (`sft`), or that compares its groups with each other (`aot`), has
+    another value in another batch; taken over the whole set it does not depend on how the set was cut.
+
+    They are `[N]` by name, of log-probabilities `[N, n]` of N groups.
+    """
+
+    @jax.jit
+    def values(policy: Logps, reference: Logps | None, tokens_Nn: jax.Array) -> dict[str, jax.Array]:
+        groups = _Set(jnp.ones(tokens_Nn.shape[:1], bool), tokens_Nn)
+        return objective.values(policy, reference, groups, mean_tokens(groups))
+
+    return lambda *scored: jax.device_get(values(*scored))
 
 
 def _alpha(log_ratio: jax.Array, alpha: float) -> jax.Array:
@@ -80,8 +126,8 @@ def ld_weights(alpha: float) -> TokenWeights | None:
     al. 2024, arXiv 2409.06411).
     """
 
-    def weights(number_BNK: jax.Array, batch: Batch[jax.Array]) -> jax.Array:
-        shared = number_BNK <= batch.completion_tokens.min(-1)[:, None, :]
+    def weights(number_BNK: jax.Array, groups: Groups) -> jax.Array:
+        shared = number_BNK <= groups.completion_tokens.min(-1)[:, None, :]
         return jnp.where(shared, 1.0, alpha)
 
     return None if alpha == 1 else weights
@@ -118,9 +164,9 @@ def preference_objective(
     known = {"beta": beta} | hyperparameters
     taken = {name: {k: known[k] for k in LOSS_FACTS[name].hyperparameters if k in known} for name in parts}
 
-    def values(policy: Logps, reference: Logps | None, batch: Batch, mean_tokens: jax.Array) -> dict[str, jax.Array]:
+    def values(policy: Logps, reference: Logps | None, groups: Groups, tokens_n: jax.Array) -> dict[str, jax.Array]:
         assert (reference is not None) == reference_needed
-        pairs = _scored(policy, reference, batch, mean_tokens, lambda x: DIVERGENCES[f_divergence](x, f_alpha))
+        pairs = _scored(policy, reference, groups, tokens_n, lambda x: DIVERGENCES[f_divergence](x, f_alpha))
         losses = {name: LOSSES[name](pairs, **numbers) for name, numbers in taken.items()}
         if wpo:
             weight = _wpo_weight(policy, pairs.tokens)
@@ -133,15 +179,15 @@ def preference_objective(
     return Objective(values, "dpo_loss", reference_needed, across, balance)
 
 
-def _scored(policy: Logps, reference: Logps | None, batch: Batch, mean_tokens: jax.Array, divergence) -> Scored:
+def _scored(policy: Logps, reference: Logps | None, groups: Groups, tokens_n: jax.Array, divergence) -> Scored:
     return Scored(
         policy=policy.logps,
         reference=None if reference is None else reference.logps,
         scores=None if reference is None else divergence(policy.logps - reference.logps),
-        tokens=jnp.maximum(batch.completion_tokens, 1).astype(jnp.float32),
+        tokens=jnp.maximum(groups.completion_tokens, 1).astype(jnp.float32),
         chosen_logp=policy.all_whole[..., 0],
-        chosen_tokens=mean_tokens[0],
-        is_pair=batch.is_group,
+        chosen_tokens=tokens_n[0],
+        is_pair=groups.is_group,
     )
 
 
@@ -168,5 +214,5 @@ def _rewards(pairs: Scored, beta: float, per_token: bool) -> dict[str, jax.Array
 def sft_objective() -> Objective:
     """Mean negative log-likelihood per token of the chosen completions, the first ones of their groups."""
 
-    values = lambda policy, _, batch, mean_tokens: {"loss": sft(_scored(policy, None, batch, mean_tokens, None))}
+    values = lambda policy, _, groups, tokens_n: {"loss": sft(_scored(policy, None, groups, tokens_n, None))}
     return Objective(values, "loss", needs_reference=False)

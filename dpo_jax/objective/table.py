@@ -20,6 +20,8 @@ class Loss:
       per_token: without a reference, whether rewards are per token: β·log π/|y|, else β·log π.
       divergence: whether another f-divergence may take reverse KL's place (the losses of a score difference).
       across: whether pairs of a batch are compared with each other.
+      over: what the loss is a mean over, in a batch as in all held-out pairs: "pairs"; "chosen tokens", so that a long
+        completion weighs more; "both", where it is a sum of two such means; "ranks", where it matches all pairs first.
     """
 
     hyperparameters: tuple[str, ...] = ("beta",)
@@ -27,6 +29,7 @@ class Loss:
     per_token: bool = False
     divergence: bool = False
     across: bool = False
+    over: str = "pairs"
 
 
 _SMOOTHED = ("beta", "label_smoothing")
@@ -39,16 +42,16 @@ LOSS_FACTS: dict[str, Loss] = {
     "nca_pair": Loss(),
     "bco_pair": Loss(),
     "sppo_hard": Loss(),
-    "aot": Loss(_SMOOTHED, across=True),
-    "aot_unpaired": Loss(_SMOOTHED, across=True),
+    "aot": Loss(_SMOOTHED, across=True, over="ranks"),
+    "aot_unpaired": Loss(_SMOOTHED, across=True, over="ranks"),
     "apo_zero": Loss(),
     "apo_down": Loss(),
     "discopop": Loss(("beta", "discopop_tau"), divergence=True),
     "sigmoid_norm": Loss(divergence=True),
-    "sft": Loss((), reference=None, divergence=True),
+    "sft": Loss((), reference=None, divergence=True, over="chosen tokens"),
     "simpo": Loss(("beta", "simpo_gamma", "label_smoothing"), reference=False, per_token=True),
-    "cpo": Loss(("beta", "cpo_alpha", "label_smoothing"), reference=False),
-    "orpo": Loss(reference=False, per_token=True),
+    "cpo": Loss(("beta", "cpo_alpha", "label_smoothing"), reference=False, over="both"),
+    "orpo": Loss(reference=False, per_token=True, over="both"),
 }
 
 

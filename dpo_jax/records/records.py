@@ -27,29 +27,32 @@ class Metric:
     form: the format of its numbers.
     short: its name in a console line; empty: not there.
     held_out: compared before and after training.
+    over: what it is a mean over, in a batch as in all held-out pairs; "the loss's": see `objective.table.Loss.over`;
+      empty: it is no mean.
     """
 
     label: str
     form: str = ".4g"
     short: str = ""
     held_out: bool = False
+    over: str = ""
 
 
 # In the order in which console lines and tables show them; a metric that is not listed gets four significant digits.
 METRICS = {
-    "loss": Metric("SFT loss", ".4f", "loss"),
-    "dpo_loss": Metric("DPO loss", ".4f", "dpo_loss", held_out=True),
-    "accuracy": Metric("Accuracy", ".3f", "accuracy", held_out=True),
-    "margin": Metric("Margin", ".4f", "margin", held_out=True),
-    "chosen_reward": Metric("Chosen reward", ".4f", "chosen", held_out=True),
-    "rejected_reward": Metric("Rejected reward", ".4f", "rejected", held_out=True),
-    "chosen_logp": Metric("Chosen log-probability", ".2f", held_out=True),
-    "rejected_logp": Metric("Rejected log-probability", ".2f", held_out=True),
+    "loss": Metric("SFT loss", ".4f", "loss", over="chosen tokens"),
+    "dpo_loss": Metric("DPO loss", ".4f", "dpo_loss", held_out=True, over="the loss's"),
+    "accuracy": Metric("Accuracy", ".3f", "accuracy", held_out=True, over="pairs"),
+    "margin": Metric("Margin", ".4f", "margin", held_out=True, over="pairs"),
+    "chosen_reward": Metric("Chosen reward", ".4f", "chosen", held_out=True, over="pairs"),
+    "rejected_reward": Metric("Rejected reward", ".4f", "rejected", held_out=True, over="pairs"),
+    "chosen_logp": Metric("Chosen log-probability", ".2f", held_out=True, over="pairs"),
+    "rejected_logp": Metric("Rejected log-probability", ".2f", held_out=True, over="pairs"),
     "grad_norm": Metric("Gradient norm", short="grad_norm"),
     "learning_rate": Metric("Learning rate", ".2e", "lr"),
-    "kl": Metric("KL from the reference, nats an answer", ".3f", held_out=True),
+    "kl": Metric("KL from the reference, nats an answer", ".3f", held_out=True, over="answers"),
     "kl_error": Metric("Standard error of the KL", ".3f"),
-    "kl_per_token": Metric("KL from the reference, nats a token", ".4f", held_out=True),
+    "kl_per_token": Metric("KL from the reference, nats a token", ".4f", held_out=True, over="answers' tokens"),
     "length_correlation": Metric("Correlation of length difference and margin", ".3f", held_out=True),
     "useful_token_fraction": Metric("Computed tokens that are real", ".3f"),
     "pairs_per_second": Metric("Pairs per second", ".1f"),

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.model.config import Params
-from dpo_jax.objective.objective import Objective, sft_objective
+from dpo_jax.objective.logps import Logps
+from dpo_jax.objective.objective import Objective, SetValues, make_set_values, sft_objective
 from dpo_jax.records.length_bias import length_correlation, length_groups
 from dpo_jax.rows.build import FirstOnly
 from dpo_jax.rows.pipeline import StepSource
@@ -137,6 +138,7 @@ def _evaluator(
     pairs, batch, layout = run.data.evaluation, run.settings.batch, run.layout
     eval_step = setup.eval_step_on(layout, run.models[0], objective)
     moves, estimate_kl = run.settings.reference.moves, setup.make_kl(run)
+    set_values = make_set_values(objective)
     source = once_through(pairs, batch.size, batch.microbatches, layout, given_reference(values, pairs))
 
     def held_out(state: TrainState, reference: Params | None) -> dict[str, Any]:
@@ -145,40 +147,48 @@ def _evaluator(
             source = dataclasses.replace(source, given=held_out_reference(run, reference))
         asked = reference if moves else None
         step = lambda batch, shape: eval_step(state.params, asked, batch, shape, base=run.base)
-        return evaluate(step, source, layout.mesh, run.data.split.groups) | estimate_kl(state.params, reference)
+        values = evaluate(step, set_values, source, layout.mesh, run.data.split.groups)
+        return values | estimate_kl(state.params, reference)
 
     return held_out
 
 
 def evaluate(
-    eval_step: Callable[[Any, Any], Mapping[str, jax.Array]],
+    eval_step: Callable[[Any, Any], tuple[Logps, Logps | None]],
+    set_values: SetValues,
     source: StepSource,
     mesh: Mesh,
     groups: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, float]:
     """Means over all pairs of `source`, how many there are (`pairs`), and how their margins depend on length.
 
-    `length_correlation` is left out while no pair is won: margins are then what rounding leaves between a policy and
-    its equal.
+    Every value is that of one batch of all the pairs, in their own order: it depends on neither the batches, the rows
+    nor the devices that they are computed in. `length_correlation` is left out while no pair is won: margins are then
+    what rounding leaves between a policy and its equal.
 
     Args:
-      eval_step: (batch, shape) → values `[M, B, K]` by name, see `step.make_eval_step`.
+      eval_step: (batch, shape) → log-probabilities `[M, B, K, n]`, see `step.make_eval_step`.
+      set_values: those of all pairs → values `[pairs of source]` by name, see `objective.make_set_values`.
       source, mesh: the rows of one pass, and where they are computed.
       groups: bool `[pairs of source]` by name: for these, `accuracy/NAME`, `margin/NAME` and `pairs/NAME` too; those
         of `length_groups` are always there.
     """
     placed, results = zip(*passed(eval_step, source, mesh, "evaluation"), strict=True)
     pair = np.concatenate([x[x >= 0] for x in placed])
-    values = {
-        name: np.concatenate([r[name][x >= 0] for r, x in zip(results, placed, strict=True)]).astype(np.float64)
-        for name in results[0]
-    }
+    order, lengths = np.argsort(pair), source.schedule.lengths
+    assert np.array_equal(pair[order], np.arange(len(lengths))), "a pass has every pair once"
+    parts = [jax.tree.map(lambda v, x=x: v[x >= 0], r) for r, x in zip(results, placed, strict=True)]
+    scored = jax.tree.map(lambda *vs: np.concatenate(vs)[order], *parts)
+    with jax.transfer_guard_host_to_device("allow"):  # a few numbers of every pair
+        values = {
+            name: np.asarray(x, np.float64) for name, x in set_values(scored[0], scored[1], lengths[:, 1:]).items()
+        }
     out = {name: float(x.mean()) for name, x in values.items()} | {"pairs": len(pair)}
-    lengths = source.schedule.lengths
-    if out["accuracy"] and (correlation := length_correlation(lengths[pair], values["margin"])) is not None:
+    if out.get("accuracy") and (correlation := length_correlation(lengths, values["margin"])) is not None:
         out["length_correlation"] = correlation
-    for group, members in {**(groups or {}), **length_groups(lengths)}.items():
-        if (mine := members[pair]).any():
-            out |= {f"{name}/{group}": float(values[name][mine].mean()) for name in BY_GROUP if name in values}
-            out[f"pairs/{group}"] = int(mine.sum())
+    by_length = length_groups(lengths) if lengths.shape[1] == 3 else {}  # of pairs
+    for group, members in {**(groups or {}), **by_length}.items():
+        if members.any():
+            out |= {f"{name}/{group}": float(values[name][members].mean()) for name in BY_GROUP if name in values}
+            out[f"pairs/{group}"] = int(members.sum())
     return out

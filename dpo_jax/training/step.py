@@ -21,7 +21,7 @@ from dpo_jax.model.config import Params
 from dpo_jax.model.experts import balance_loss
 from dpo_jax.model.remat import to_device, to_host
 from dpo_jax.objective.logps import Logps, LogpsFn
-from dpo_jax.objective.objective import Objective
+from dpo_jax.objective.objective import Objective, mean_tokens
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.health import SKIPPED
@@ -49,12 +49,6 @@ def _reference(
     return logps(ref_params, micro, shape)
 
 
-def _mean_tokens(batch: Batch[jax.Array]) -> jax.Array:
-    """Mean tokens `[n]` of the completions of a group, over the whole batch; at least one token in all."""
-    tokens = jnp.sum(batch.completion_tokens, axis=tuple(range(batch.completion_tokens.ndim - 1)))
-    return jnp.maximum(tokens, 1).astype(jnp.float32) / jnp.maximum(jnp.sum(batch.is_group), 1)
-
-
 def _batch_gradient(
     models: tuple[LogpsFn, LogpsFn],
     objective: Objective,
@@ -69,11 +63,11 @@ def _batch_gradient(
     """
     logps, ref_logps = models
     count = jnp.maximum(jnp.sum(batch.is_group), 1).astype(jnp.float32)
-    mean_tokens = _mean_tokens(batch)
+    tokens_n = mean_tokens(batch)
     reference_of = functools.partial(_reference, ref_logps, objective, ref_params, shape)  # constant to the gradient
 
     def loss_of(policy: Logps, reference: Logps | None, part: Batch[jax.Array]):
-        values = objective.values(policy, reference, part, mean_tokens)
+        values = objective.values(policy, reference, part, tokens_n)
         # Masked first, so that padding can hold anything finite or not.
         sums = {name: jnp.sum(jnp.where(part.is_group, value, 0.0)) for name, value in values.items()}
         loss = sums[objective.loss] / count
@@ -211,10 +205,11 @@ def _updated(tx: optax.GradientTransformation, state: TrainState, grads: Params)
 
 
 def make_eval_step(logps: LogpsFn, objective: Objective, *, compute_dtype: Any, **jit: Any):
-    """Build the jitted `eval_step(params, ref_params, batch, shape, base=None)` → all values of the objective by group.
+    """Build the jitted `eval_step(params, ref_params, batch, shape, base=None)` → what the objective reads.
 
-    They are `[M, B, K]` by name, meaningless where a row has no group k. Means are the caller's, who knows which group
-    is where. Arguments are as in `make_train_step`.
+    That is the policy's `Logps` and the reference's (None where the objective has none), `[M, B, K, n]`, meaningless
+    where a row has no group k. Values are the caller's, who knows which group is where, and has those of the other
+    batches (`objective.make_set_values`). Arguments are as in `make_train_step`.
     """
 
     def eval_step(
@@ -223,16 +218,16 @@ def make_eval_step(logps: LogpsFn, objective: Objective, *, compute_dtype: Any, 
         batch: Batch[jax.Array],
         shape: RowShape,
         base: Params | None = None,
-    ):
+    ) -> tuple[Logps, Logps | None]:
         params, reference_params, base = _cast((params, ref_params, base), compute_dtype)
         over_base = _over(base, logps)
 
         def one(micro: Batch[jax.Array]) -> tuple[Logps, Logps | None]:
             reference = _reference(over_base, objective, reference_params, shape, micro)
-            return over_base(params, micro, shape), reference
+            # How evenly experts were used is of a batch, not of a group.
+            return dataclasses.replace(over_base(params, micro, shape), balance=None), reference
 
-        policy, reference = jax.lax.map(one, batch)
-        return objective.values(policy, reference, batch, _mean_tokens(batch))
+        return jax.lax.map(one, batch)
 
     return jax.jit(eval_step, static_argnames="shape", **jit)
 

@@ -22,7 +22,7 @@ from dpo_jax.model.lora import Lora, init_adapters, on_model
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.model.placement import place_model
 from dpo_jax.model.remat import REMAT_POLICIES
-from dpo_jax.objective.objective import preference_objective
+from dpo_jax.objective.objective import make_set_values, preference_objective
 from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import make_mesh, to_global
 from dpo_jax.rows.shape import RowShape
@@ -219,10 +219,11 @@ def test_evaluation_is_what_a_training_step_reports(one_device):
     with jax.set_mesh(layout.mesh):
         step = make_eval_step(logps_fn(layout, remat="none"), OBJECTIVE, compute_dtype=jnp.float32)
         batch = to_global(oracle.rows(PAIRS, PLACED, SHAPE, 2), layout.mesh, 4)
-        values = step(_adapters(b=0.1), {}, batch, SHAPE, base=_fresh())
+        scored = step(_adapters(b=0.1), {}, batch, SHAPE, base=_fresh())
+        by_pair = jax.tree.map(lambda x: np.asarray(x).reshape(*PLACED.shape, 2)[PLACED >= 0], scored)
+        values = make_set_values(OBJECTIVE)(*by_pair, PAIRS.lengths[:, 1:])
     for name, value in values.items():
-        mean = np.asarray(value).reshape(PLACED.shape)[PLACED >= 0].mean()
-        assert mean == pytest.approx(float(one_device[2][0][name]), abs=1e-5), name
+        assert value.mean() == pytest.approx(float(one_device[2][0][name]), abs=1e-5), name
 
 
 def test_a_rank_beyond_the_models_width_is_a_mistake():

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_jax.objective.logps import Logps
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.records.length_bias import GROUPS, length_correlation, length_groups
 from dpo_jax.rows.schedule import make_schedule
@@ -55,10 +56,14 @@ def _evaluate(prefers):
     plan = make_schedule(PAIRS, 6, RowLimits(1), Order(drop_remainder=False))
 
     def eval_step(batch, shape):
-        margin = jnp.asarray(prefers(*jnp.moveaxis(batch.completion_tokens.astype(jnp.float32), -1, 0)))
-        return {"accuracy": (margin > 0).astype(jnp.float32), "margin": margin}
+        return Logps(batch.completion_tokens.astype(jnp.float32)), None
 
-    return evaluate(eval_step, step_source(plan, mesh, plan.steps_per_epoch, 1), mesh)
+    def values(scored, _, tokens):
+        np.testing.assert_array_equal(scored.logps, tokens)  # every pair at its own place
+        margin = prefers(*scored.logps.T)
+        return {"accuracy": (margin > 0).astype(np.float32), "margin": margin}
+
+    return evaluate(eval_step, values, step_source(plan, mesh, plan.steps_per_epoch, 1), mesh)
 
 
 def test_an_evaluation_tells_wins_by_length_apart():

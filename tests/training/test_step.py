@@ -13,7 +13,7 @@ import pytest
 from dpo_jax.model.forward import ModelOptions, hidden_states, init_params, unembedding
 from dpo_jax.model.placement import axis_rules, param_shardings
 from dpo_jax.objective.logps import Logps, group_logps
-from dpo_jax.objective.objective import preference_objective, sft_objective
+from dpo_jax.objective.objective import make_set_values, preference_objective, sft_objective
 from dpo_jax.parallel.mesh import make_mesh, to_global
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
@@ -332,10 +332,12 @@ def test_evaluation_is_what_a_training_step_reports(objective, trained, request)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         step = make_eval_step(_logps(axis_rules(CONFIG, mesh)), objective, compute_dtype=jnp.float32)
-        values = step(_params(0), _params(1), to_global(oracle.rows(PAIRS, PLACED, SHAPE, 2), mesh, 4), SHAPE)
+        scored = step(_params(0), _params(1), to_global(oracle.rows(PAIRS, PLACED, SHAPE, 2), mesh, 4), SHAPE)
+        by_pair = jax.tree.map(lambda x: np.asarray(x).reshape(*PLACED.shape, 2)[PLACED >= 0], scored)
+        values = make_set_values(objective)(*by_pair, PAIRS.lengths[:, 1:])
+    assert values.keys() <= one_device[2][0].keys()
     for name, value in values.items():
-        mean = np.asarray(value).reshape(PLACED.shape)[PLACED >= 0].mean()
-        assert mean == pytest.approx(float(one_device[2][0][name]), abs=1e-5), name
+        assert value.mean() == pytest.approx(float(one_device[2][0][name]), abs=1e-5), name
 
 
 def test_swapping_the_completions_negates_the_margin():
@@ -345,9 +347,12 @@ def test_swapping_the_completions_negates_the_margin():
     with jax.set_mesh(mesh):
         step = make_eval_step(_logps(axis_rules(CONFIG, mesh)), OBJECTIVE, compute_dtype=jnp.float32)
         a, b = (
-            jax.tree.map(
-                lambda x: np.asarray(x[0])[PLACED >= 0],
-                step(_params(0), _params(1), to_global(oracle.rows(p, PLACED, SHAPE), mesh, 8), SHAPE),
+            make_set_values(OBJECTIVE)(
+                *jax.tree.map(
+                    lambda x: np.asarray(x[0])[PLACED >= 0],
+                    step(_params(0), _params(1), to_global(oracle.rows(p, PLACED, SHAPE), mesh, 8), SHAPE),
+                ),
+                p.lengths[:, 1:],
             )
             for p in (PAIRS, swapped)
         )
