@@ -22,6 +22,7 @@ def answer_prompts(
     layout: Layout,
     *,
     modes: Mapping[str, Choice],
+    stop: Sequence[int],
     new_tokens: int,
     seed: int,
 ) -> list[dict[str, Any]]:
@@ -31,6 +32,7 @@ def answer_prompts(
       params, tokenizer, layout: the policy's.
       pairs: whose prompts are answered; their own answers stand beside.
       modes: how tokens are chosen, by name.
+      stop: token ids that end an answer.
       new_tokens: most tokens of an answer.
       seed: of the draws.
 
@@ -38,7 +40,6 @@ def answer_prompts(
       Records with `mode`, `prompt`, `answer`, `chosen`, `rejected`.
     """
     shown = [pairs[i] for i in range(len(pairs))]
-    stop = stop_tokens(pairs, tokenizer)
     model, records = ModelOptions(layout.config, layout.dtype), []
     for mode, choice in modes.items():
         prompts = [prompt.tolist() for prompt, _, _ in shown]
@@ -48,13 +49,6 @@ def answer_prompts(
             texts = {name: tokenizer.decode(x, skip_special_tokens=True).strip() for name, x in parts.items()}
             records.append({"mode": mode} | texts)
     return records
-
-
-def stop_tokens(pairs: GroupSource, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer, as the completions of `pairs` do; [-1], which nothing is, if there are none."""
-    # A chat template ends a turn with a token of its own, not always the tokenizer's eos; a newline may follow it.
-    last = {int(i) for n in range(len(pairs)) for ids in pairs[n][1:] for i in ids[-2:]}
-    return sorted({tokenizer.eos_token_id, *(last & set(tokenizer.all_special_ids))} - {None}) or [-1]
 
 
 def append_samples(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -135,9 +135,15 @@ def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
     if s.export and not agreed((export / "config.json").exists()):
         if layout.lora is not None:
             save_adapters(params, layout.config, layout.lora, workdir / "export-adapter", base=s.model)
-        whole, tokenizer, scale = run.base | params, run.policy.tokenizer_directory, layout.config.lora_scale
-        dtype, hf_config = s.layout.param_dtype, run.policy.hf_config()
-        save_weights(whole, hf_config, export, dtype=dtype, tokenizer_from=tokenizer, lora_scale=scale)
+        save_weights(
+            run.base | params,
+            run.policy.hf_config(),
+            export,
+            dtype=s.layout.param_dtype,
+            tokenizer_from=run.policy.tokenizer_directory,
+            lora_scale=layout.config.lora_scale,
+            stops=run.policy.stop_tokens(),
+        )
     records = read_records(workdir / "metrics.jsonl")
     if jax.process_index() == 0:
         for name in EXPORTS:

@@ -145,7 +145,14 @@ def write_answers(run: Run, params: Params, when: str, step: int) -> None:
         return
     modes = {"greedy": Choice(), "sampled": Choice(s.sample_temperature, s.sample_top_p)}
     records = answers.answer_prompts(
-        run.base | params, shown, run.policy.tokenizer, run.layout, modes=modes, new_tokens=s.sample_tokens, seed=s.seed
+        run.base | params,
+        shown,
+        run.policy.tokenizer,
+        run.layout,
+        modes=modes,
+        stop=run.policy.stop_tokens(),
+        new_tokens=s.sample_tokens,
+        seed=s.seed,
     )
     answers.append_samples(run.workdir / "samples.jsonl", [{"when": when, "step": step} | r for r in records])
 
@@ -173,6 +180,6 @@ def make_kl(run: Run) -> Callable[[Params, Params | None], dict[str, float]]:
     pairs = dataclasses.replace(held_out, index=held_out.index[: s.kl_prompts])
     if not len(pairs) or run.layout.options.reference_offload:
         return lambda params, reference: {}
-    prompts, stop = [pairs[i][0].tolist() for i in range(len(pairs))], answers.stop_tokens(pairs, run.policy.tokenizer)
+    prompts, stop = [pairs[i][0].tolist() for i in range(len(pairs))], run.policy.stop_tokens()
     estimate = divergence.make_on_policy_kl(run.layout, prompts, stop=stop, new_tokens=s.sample_tokens, seed=s.seed)
     return lambda params, ref: {} if ref is None else estimate(base | params, base | ref)

@@ -9,7 +9,7 @@ import transformers
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families import hf_config
-from dpo_jax.weights import hub, tiny
+from dpo_jax.weights import hub, stops, tiny
 from dpo_jax.weights import huggingface as weights
 
 
@@ -28,6 +28,10 @@ class Policy:
             return weights.read_config(self.directory)[1]
         tokens = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
         return hf_config(self.config, **tokens)
+
+    def stop_tokens(self) -> list[int]:
+        """The ids that end an answer, see `stops.stop_tokens`."""
+        return stops.stop_tokens(self.tokenizer, self.directory, self.config.vocab_size)
 
 
 def find_policy(model: str, workdir: Path, seed: int, *, with_weights: bool = True) -> Policy:
@@ -51,6 +55,7 @@ def find_policy(model: str, workdir: Path, seed: int, *, with_weights: bool = Tr
             f"the tokenizer in {directory} has {len(policy.tokenizer)} tokens and its model only {config.vocab_size}; "
             "put the tokenizer there that the model was trained with"
         )
+    policy.stop_tokens()  # damaged files are refused now
     return policy
 
 

@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from dpo_jax.model.families import config_from_hf, hf_config
 from dpo_jax.model.lora import BRANCH
 from dpo_jax.model.tensors import Leaf, Parts, Sizes, first_rows, model_leaves, sizes, tensors, whole_shape
 from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_FILES, WEIGHTS
+from dpo_jax.weights.stops import write_generation_config
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtype -> its name in a safetensors file
 # Buffers that old exports hold and that follow from config.json.
@@ -193,6 +194,7 @@ def save_weights(
     tokenizer_from: Path | None = None,
     max_shard_bytes: float = 5e9,
     lora_scale: float = 1.0,
+    stops: Sequence[int] = (),
 ) -> None:
     """Write a directory that transformers and vLLM load; whole or not at all, replacing one that is there.
 
@@ -207,6 +209,7 @@ def save_weights(
       tokenizer_from: a directory whose tokenizer files and generation_config.json are copied.
       max_shard_bytes: the most that one safetensors file holds (a larger tensor has a file of its own).
       lora_scale: of the adapters.
+      stops: ids that end an answer, which generation_config.json then names.
 
     Raises:
       UserError: the directory cannot be written.
@@ -233,6 +236,7 @@ def save_weights(
                 metadata = {"total_parameters": numbers.parameter_count(), **split.metadata}
                 index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
                 (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            write_generation_config(new / GENERATION_CONFIG, tokenizer_from, stops, hf)
             if tokenizer_from:
                 _copy_tokenizer(tokenizer_from, new)
         with jax.transfer_guard("allow"):  # row numbers go to the device unasked; a guard is for the training loop
@@ -242,7 +246,7 @@ def save_weights(
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    for file in (file for pattern in (*TOKENIZER_FILES, GENERATION_CONFIG) for file in source.glob(pattern)):
+    for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
