@@ -34,6 +34,7 @@ def inspect_data(s: Settings, *, workdir: str, html: str, examples: int, shards:
     micro = s.batch.microbatches
     inputs.check_division(s.batch, shards)
     policy, prepared, _ = _pairs(s, workdir)
+    inputs.check_tokens(prepared.split, policy)
     where = f"{s.batch.size} pairs a step over {shards} data shards x {micro} microbatches ({platform})"
     use, note = None, ""
     try:
@@ -58,7 +59,8 @@ def inspect_data(s: Settings, *, workdir: str, html: str, examples: int, shards:
 def prepare_data(s: Settings, *, workdir: str) -> None:
     """Read and tokenise the data into the cache, and print what was read and where it is."""
     start, console = time.monotonic(), _console()
-    _, prepared, shared = _pairs(s, workdir)
+    policy, prepared, shared = _pairs(s, workdir)
+    inputs.check_tokens(prepared.split, policy)
     print_rows(prepared.report, console)
     cache = prepared.train.cache
     size = sum(file.stat().st_size for file in Path(cache.directory).iterdir())

@@ -66,6 +66,7 @@ def find_lengths(s: Settings, file: str = "", completions: int = 2) -> Lengths:
     with tempfile.TemporaryDirectory() as work:
         policy = find_policy(s.model, Path(work), s.seed, with_weights=False)
         data = inputs.prepare_pairs(s, policy.tokenizer, Path(work), None)
+        inputs.check_tokens(data.split, policy)
         lengths, mixture = np.asarray(data.train.lengths), data.split.mixture
     pairs = len(lengths) if mixture is None else mixture.epoch_size(s.batch.size, s.batch.order.drop_remainder)
     return Lengths(lengths, pairs, f"{pairs:,} pairs of {s.data.dataset} by the model's tokenizer", mixture)

@@ -11,6 +11,7 @@ from dpo_jax.disk import write_json
 from dpo_jax.model.attention.tpu_splash import Tiling
 from dpo_jax.model.placement import Layout
 from dpo_jax.rows.schedule import Schedule
+from dpo_jax.training.inputs import named_tokens
 from dpo_jax.training.setup import Run
 
 PACKAGES = ("dpo_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
@@ -30,6 +31,11 @@ def introduce(run: Run, schedule: Schedule, steps: int) -> None:
     if layout.lora is not None:
         targets = ",".join(layout.lora.targets)
         say(f"LoRA of rank {layout.lora.rank} on {targets}: {layout.trained_count:,} parameters are trained")
+    if beyond := run.policy.tokens_beyond():
+        say(
+            f"tokenizer: {len(beyond):,} beyond the model's table of {layout.config.vocab_size:,} rows "
+            f"({named_tokens(beyond)}), which no pair has"
+        )
     say(f"data {s.data.dataset}: {len(run.data.train):,} training pairs, {len(run.data.evaluation):,} held out")
     for line in field_lines(run.data.report):
         say(line)

@@ -1,13 +1,19 @@
 """From the settings to pairs, and what is refused before anything is loaded: training, plan and inspection share it."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpo_jax.config.settings import BatchOptions, Settings
+from dpo_jax.data.cache.store import LARGEST_ID
 from dpo_jax.data.prepare import Prepared, Progress, prepare
+from dpo_jax.data.split import Split
 from dpo_jax.errors import UserError
 from dpo_jax.weights import tiny
+from dpo_jax.weights.find import Policy
 
 
 def prepare_pairs(
@@ -26,6 +32,49 @@ def prepare_pairs(
     if request.dataset == "synthetic" and not request.dataset_path:
         request = dataclasses.replace(request, dataset_path=str(tiny.write_dialogues(workdir, settings.seed)))
     return prepare(request, tokenizer, quarantine, progress)
+
+
+def check_tokens(split: Split, policy: Policy) -> None:
+    """Refuse pairs with a token for which the model's table has no row.
+
+    A tokenizer may have such tokens (Gemma 3's stands for an image) as long as no pair has one.
+
+    Raises:
+      UserError: the ids and tokens, where the first one stands, and how to resize the table.
+    """
+    rows, cache = policy.config.vocab_size, split.train.cache
+    if cache.manifest.get(LARGEST_ID, rows) < rows:
+        return
+    found: dict[int, int] = {}
+    for pair in map(int, np.concatenate([split.train.index, split.evaluation.index])):
+        ids = np.concatenate(cache[pair])
+        for token in np.unique(ids[ids >= rows]).tolist():
+            found.setdefault(token, pair)
+    if not found:
+        return
+    where = cache.row(next(iter(found.values())))
+    named = named_tokens({i: str(policy.tokenizer.convert_ids_to_tokens(i)) for i in sorted(found)})
+    raise UserError(
+        f"the model's table has {rows:,} rows, and the data has tokens beyond it: {named}, the first in "
+        f"{where['file']} line {where['line']}; use the tokenizer that the model was trained with, or give the model "
+        f"rows for them: {resize_command(policy)}"
+    )
+
+
+def named_tokens(tokens: Mapping[int, str], most: int = 5) -> str:
+    """Tokens in words: `262144 '<image_soft_token>'`, the first `most` of them."""
+    shown = [f"{i} {text!r}" for i, text in list(tokens.items())[:most]]
+    return ", ".join(shown) + (f" and {len(tokens) - most:,} more" if len(tokens) > most else "")
+
+
+def resize_command(policy: Policy) -> str:
+    """What gives the model a row for every token of its tokenizer, in a new directory."""
+    ids = max(policy.tokenizer.get_vocab().values()) + 1
+    return (
+        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"d = {str(policy.directory)!r}; m = M.from_pretrained(d); m.resize_token_embeddings({ids}); "
+        "m.save_pretrained('RESIZED'); T.from_pretrained(d).save_pretrained('RESIZED')\" and --config.model=RESIZED"
+    )
 
 
 def check_division(batch: BatchOptions, shards: int) -> None:

@@ -67,6 +67,7 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
         data = inputs.prepare_pairs(s, policy.tokenizer, workdir, quarantine, day=day)
         if main_process:
             write_whole(workdir / "data.json", json.dumps(data.report, indent=1, ensure_ascii=False) + "\n")
+    inputs.check_tokens(data.split, policy)
     inputs.check_enough(s.batch, len(data.train))
     damaged = checkpoint.set_aside_damaged(workdir / "checkpoints")
     with (

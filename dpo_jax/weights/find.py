@@ -29,6 +29,11 @@ class Policy:
         tokens = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
         return hf_config(self.config, **tokens)
 
+    def tokens_beyond(self) -> dict[int, str]:
+        """Tokens of the tokenizer, by id, for which the model's table has no row: no text may hold one."""
+        rows, known = self.config.vocab_size, self.tokenizer.get_vocab()
+        return {i: text for text, i in sorted(known.items(), key=lambda item: item[1]) if i >= rows}
+
     def stop_tokens(self) -> list[int]:
         """The ids that end an answer, see `stops.stop_tokens`."""
         return stops.stop_tokens(self.tokenizer, self.directory, self.config.vocab_size)
@@ -50,11 +55,6 @@ def find_policy(model: str, workdir: Path, seed: int, *, with_weights: bool = Tr
     directory = hub.resolve_model(model, with_weights=with_weights)
     config, _ = weights.read_config(directory)
     policy = Policy(config, directory, directory, _tokenizer(directory))
-    if len(policy.tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {directory} has {len(policy.tokenizer)} tokens and its model only {config.vocab_size}; "
-            "put the tokenizer there that the model was trained with"
-        )
     policy.stop_tokens()  # damaged files are refused now
     return policy
 

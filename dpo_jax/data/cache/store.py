@@ -29,6 +29,7 @@ from dpo_jax.errors import UserError
 
 FORMAT = 2  # raise it when the files below change; older caches are then built anew
 QUARANTINE, MANIFEST = "quarantine.jsonl", "manifest.json"
+LARGEST_ID = "largest_id"  # of the token ids of all pairs, in the manifest
 _RECORDS = "pairs.array_record"
 _LEFT_OVER_SECONDS = 3600
 _PLAIN = re.compile(r"\w[\w.-]*")  # a file's name: no directory, and nothing hidden
@@ -191,13 +192,16 @@ def write_pairs(directory: Path, fingerprint: dict[str, Any], produce: Produce) 
     # One record per group: the pipeline reads pairs in random order.
     writer = array_record_module.ArrayRecordWriter(str(directory / _RECORDS), "group_size:1")
     about: dict[str, Any] = {}
+    largest = -1
 
     def pairs() -> Iterator[Pair]:
         about.update((yield from produce(directory / QUARANTINE)))
 
     try:
         for pair in pairs():
-            writer.write(np.asarray([*pair.prompt, *pair.chosen, *pair.rejected], dtype="<i4").tobytes())
+            ids = np.asarray([*pair.prompt, *pair.chosen, *pair.rejected], dtype="<i4")
+            largest = max(largest, int(ids.max(initial=-1)))
+            writer.write(ids.tobytes())
             lengths.extend((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
             sources.append(pair.source)
             hashes.append(pair.prompt_hash)
@@ -213,6 +217,7 @@ def write_pairs(directory: Path, fingerprint: dict[str, Any], produce: Produce) 
         "id": uuid.uuid4().hex,
         "fingerprint": fingerprint,
         "pairs": len(sources),
+        LARGEST_ID: largest,
         "bytes": {path.name: path.stat().st_size for path in sorted(directory.iterdir())},
         **about,
     }
