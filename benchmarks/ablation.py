@@ -225,7 +225,7 @@ def measure(s: Settings, policy: Policy, layout: Layout, plan: Schedule, steps: 
     tx, rate = make_optimizer(s.optimizer, len(steps))
     objective = make_objective(s.objective)
     fresh = lambda: start_state(load_params(policy, layout, s.seed), tx, layout)
-    reference = read_reference(policy.directory, layout, moves=False)
+    reference = read_reference(policy.files, layout, moves=False)
     state = fresh()
     runs: dict[str, list[Callable[[Any], Any]]] = {}
     out: dict[str, Any] = {}

@@ -84,7 +84,7 @@ def find_model(name: str, key: str = "model", seed: int = 0) -> ModelConfig:
     if name in MODELS and not Path(name).is_dir():
         return config_from_hf(MODELS[name], name)
     if name != "tiny" or key != "model":
-        return weights.read_config(hub.resolve_model(name, what=key, with_weights=False))[0]
+        return weights.read_config(hub.resolve_model(name, what=key, with_weights=False).directory)[0]
     with tempfile.TemporaryDirectory() as work:  # as large as the vocabulary that its tokenizer learns
         return find_policy(name, Path(work), seed).config
 

@@ -14,6 +14,7 @@ from huggingface_hub.repocard_data import EvalResult
 
 from dpo_jax.data.datasets import DATASETS
 from dpo_jax.data.sources import hub_dataset
+from dpo_jax.disk import read_json
 from dpo_jax.records.records import before_after, show_metric
 from dpo_jax.report.html import render
 from dpo_jax.report.runs import RunFiles, metric_label
@@ -33,6 +34,9 @@ def write_card(run: RunFiles, directory: Path, *, base: Path | None) -> None:
     model, splits = run.saved.model, run.data.get("splits", {})
     datasets, on_hub, last_name = _hub_datasets(run), _is_hub_id(model), Path(model).name or "model"
     metadata = _metadata(run, datasets, base, adapter=adapter)
+    if adapter:  # of an adapter that was trained over another one, the base without either
+        model = str(read_json(directory / "adapter_config.json")["base_model_name_or_path"])
+        on_hub, last_name = _is_hub_id(model), Path(model).name or "model"
     text = render(
         "report/templates/card.md",
         metadata=metadata.to_yaml(),

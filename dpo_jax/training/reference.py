@@ -31,7 +31,8 @@ from dpo_jax.training import checkpoint
 from dpo_jax.training.batches import Given, once_through, passed
 from dpo_jax.training.setup import Run
 from dpo_jax.training.step import make_logps_step, make_reference_sync
-from dpo_jax.weights.huggingface import load_weights
+from dpo_jax.weights.hub import ModelFiles
+from dpo_jax.weights.load import read_model
 
 MOVING = jnp.dtype("float32")  # of a reference that follows the policy: small changes would be lost in bfloat16
 SAVE_SECONDS = 120  # between saves of a pass: a run that is killed computes no more than this again
@@ -44,20 +45,20 @@ def reference_params(run: Run, start: Params | None) -> Params:
     Over a frozen base only what differs from it is needed: nothing, or the adapters after the SFT phase.
     """
     moves, after_sft = run.settings.reference.moves, run.settings.sft_steps > 0
-    if run.base and not after_sft and run.reference_directory is None:
+    if run.base and not after_sft and run.reference_files is None:
         return {}
-    directory = run.reference_directory or (None if after_sft else run.policy.directory)
-    if directory is not None:
-        return read_reference(directory, run.layout, moves=moves)
+    files = run.reference_files or (None if after_sft else run.policy.files)
+    if files is not None:
+        return read_reference(files, run.layout, moves=moves)
     if moves:  # only asked for when DPO starts: checkpoints hold it afterwards
         assert start is not None
         return _copied(start, MOVING)
     return own_reference(run.workdir / "reference", start, run.layout)
 
 
-def read_reference(directory: Path, layout: Layout, *, moves: bool) -> Params:
+def read_reference(files: ModelFiles, layout: Layout, *, moves: bool) -> Params:
     """A named model as the reference, in the compute dtype (see `check_reference`); one that `moves` in `MOVING`."""
-    return load_weights(directory, layout.config, layout.reference_shardings, MOVING if moves else layout.dtype)
+    return read_model(files, layout.config, layout.reference_shardings, MOVING if moves else layout.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -131,11 +132,10 @@ def find_place(run: Run, start_anew: bool) -> Place:
       UserError: the model's files cannot be read.
     """
     s, cache = run.settings, run.data.train.cache
-    model = run.reference_directory or (None if s.sft_steps else run.policy.directory)
+    model = run.reference_files or (None if s.sft_steps else run.policy.files)
     who: Any = "this run"
     if model is not None:
-        files = sorted([*model.glob("*.safetensors"), model / "config.json"])
-        who = [{**fingerprint(str(file)), "path": file.name} for file in files]
+        who = [{**fingerprint(str(file)), "path": file.name} for file in model.deciding()]
     dtypes, ld_alpha = f"{run.layout.dtype} over {run.layout.base_dtype}", s.objective.ld_alpha
     decides = {"model": who, "pairs": cache.manifest["id"], "dtypes": dtypes, "ld_alpha": ld_alpha}
     name = f"reference-{digest(json.dumps(decides, sort_keys=True))}.npy"

@@ -31,7 +31,7 @@ from dpo_jax.training.loop import stop_signal
 from dpo_jax.training.phases import params_after_dpo
 from dpo_jax.training.setup import Run, keep_compiled, make_models, write_answers
 from dpo_jax.weights.find import check_reference, find_policy
-from dpo_jax.weights.hub import resolve_model
+from dpo_jax.weights.hub import ModelFiles, resolve_model
 from dpo_jax.weights.huggingface import read_config, save_weights
 from dpo_jax.weights.load import load_base
 from dpo_jax.weights.peft import save_adapters
@@ -60,7 +60,7 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
     layout = place_model(policy.config, mesh, s.layout, s.lora)
     reference = resolve_model(s.reference.name, what="reference") if s.reference.name else None
     if reference is not None:
-        check_reference(read_config(reference)[0], layout.config, str(reference))
+        check_reference(read_config(reference.directory)[0], layout.config, s.reference.name)
     day = claim.first_day(workdir)
     with first_process_first("dpo_jax data"):  # with a cache that all share, the others find it whole
         quarantine = workdir / "quarantine.jsonl" if main_process else None
@@ -80,7 +80,7 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
         limits = layout.row_limits(s.batch.microbatches)
         schedule = make_schedule(data.train, s.batch.size, limits, s.batch.order, data.split.mixture)
         steps = inputs.run_steps(s, schedule.steps_per_epoch)
-        identity = _identify(s, {"model": policy.directory, "reference": reference}, data, schedule)
+        identity = _identify(s, {"model": policy.files, "reference": reference}, data, schedule)
         claim_workdir(workdir, s.whole, write=main_process)  # only now: a refused command leaves no config behind
         done = checkpoint.latest_step(checkpoints) or 0
         claim.first_only(lambda: claim.keep_identity(workdir, identity, resumed=done > 0))
@@ -99,8 +99,10 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
             return _finish(run, params_after_dpo(run, schedule, steps), steps)
 
 
-def _identify(settings: Settings, models: dict[str, Path | None], data: Prepared, schedule: Schedule) -> dict[str, Any]:
-    """What the run is begun with, the same in all processes; `models` are directories by their config key."""
+def _identify(
+    settings: Settings, models: dict[str, ModelFiles | None], data: Prepared, schedule: Schedule
+) -> dict[str, Any]:
+    """What the run is begun with, the same in all processes; `models` are files by their config key."""
     identity = claim.identify(data.split, models)
     parts = {
         "config": settings.same_on_all_hosts,
@@ -135,7 +137,8 @@ def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
     export = workdir / "export"
     if s.export and not agreed((export / "config.json").exists()):
         if layout.lora is not None:
-            save_adapters(params, layout.config, layout.lora, workdir / "export-adapter", base=s.model)
+            under = None if run.policy.files is None else run.policy.files.adapter
+            save_adapters(params, layout.config, layout.lora, workdir / "export-adapter", base=s.model, under=under)
         save_weights(
             run.base | params,
             run.policy.hf_config(),

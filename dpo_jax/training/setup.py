@@ -30,6 +30,7 @@ from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.optimizer import optimizer, rate_schedule
 from dpo_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 from dpo_jax.weights.find import Policy
+from dpo_jax.weights.hub import ModelFiles
 
 Models = tuple[LogpsFn, LogpsFn]  # the policy, and the reference with its parameters where they are kept
 
@@ -40,7 +41,7 @@ class Run:
 
     Attributes:
       policy: the model to train; `layout` is it on the mesh, `models` it and the reference as the steps see them.
-      reference_directory: of the reference that the config names; None: the policy as DPO finds it.
+      reference_files: of the reference that the config names; None: the policy as DPO finds it.
       base: what is under the adapters, never trained; {} if all parameters are.
       stop: set by SIGTERM.
       done: updates, of SFT and DPO together, that the newest checkpoint holds.
@@ -50,7 +51,7 @@ class Run:
     workdir: Path
     policy: Policy
     layout: Layout
-    reference_directory: Path | None
+    reference_files: ModelFiles | None
     data: Prepared
     models: Models
     base: Params

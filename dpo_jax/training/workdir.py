@@ -19,6 +19,7 @@ from dpo_jax.data.split import Split
 from dpo_jax.disk import digest, read_json, write_json
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.mesh import agreed, any_process, from_first
+from dpo_jax.weights.hub import ModelFiles
 
 LOCK, IDENTITY = ".lock", "identity.json"
 _SAMPLES, _SAMPLE = 64, 1 << 16  # of a file of weights: so many pieces of so many bytes tell it from any other
@@ -88,10 +89,10 @@ def _lock(workdir: Path) -> Iterator[None]:
         yield
 
 
-def identify(split: Split, models: Mapping[str, Path | None]) -> dict[str, Any]:
+def identify(split: Split, models: Mapping[str, ModelFiles | None]) -> dict[str, Any]:
     """What a run is begun with, beside its config: its pairs and the files of its models.
 
-    `models` are directories by the config key that they come from; None: made from scratch.
+    `models` are by the config key that they come from; None: made from scratch.
     """
     cache = split.train.cache
     data = {key: value for key, value in cache.manifest["fingerprint"].items() if key != "code"}
@@ -99,7 +100,7 @@ def identify(split: Split, models: Mapping[str, Path | None]) -> dict[str, Any]:
     pairs = digest(np.ascontiguousarray(array).tobytes() for array in arrays)
     data |= {"training pairs": len(split.train), "held-out pairs": len(split.evaluation), "pairs": pairs}
     files = {
-        key: {path.name: _sampled(path) for path in sorted([*where.glob("*.safetensors"), where / "config.json"])}
+        key: {path.name: _sampled(path) for path in where.deciding()}
         for key, where in models.items()
         if where is not None
     }

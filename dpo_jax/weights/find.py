@@ -15,12 +15,17 @@ from dpo_jax.weights import huggingface as weights
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The model to train: its numbers, the directory of its files (None: made from scratch), and its tokenizer."""
+    """The model to train: its numbers, its files (None: made from scratch), and its tokenizer."""
 
     config: ModelConfig
-    directory: Path | None
+    files: hub.ModelFiles | None
     tokenizer_directory: Path
     tokenizer: Any
+
+    @property
+    def directory(self) -> Path | None:
+        """Of its files in Hugging Face's layout; of an adapter's base."""
+        return None if self.files is None else self.files.directory
 
     def hf_config(self) -> dict[str, Any]:
         """What its Hugging Face `config.json` holds."""
@@ -52,9 +57,9 @@ def find_policy(model: str, workdir: Path, seed: int, *, with_weights: bool = Tr
         directory = tiny.write_tokenizer(workdir / f"tokenizer-{seed}", dialogues)
         tokenizer = _tokenizer(directory)
         return Policy(tiny.model_config(len(tokenizer)), None, directory, tokenizer)
-    directory = hub.resolve_model(model, with_weights=with_weights)
-    config, _ = weights.read_config(directory)
-    policy = Policy(config, directory, directory, _tokenizer(directory))
+    files = hub.resolve_model(model, with_weights=with_weights)
+    config, _ = weights.read_config(files.directory)
+    policy = Policy(config, files, files.tokenizer, _tokenizer(files.tokenizer))
     policy.stop_tokens()  # damaged files are refused now
     return policy
 

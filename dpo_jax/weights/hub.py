@@ -1,14 +1,17 @@
 """Find a Hugging Face model: a local directory, or a repository of the hub, downloaded once."""
 
+import dataclasses
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
+from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CARD = "README.md"  # for its licence
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (  # patterns, as the hub's client and `Path.glob` take them
@@ -16,11 +19,41 @@ TOKENIZER_FILES = (  # patterns, as the hub's client and `Path.glob` take them
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 # `model*`: some repositories hold the same weights a second time as consolidated*.safetensors or under original/.
-HUB_FILES = (CONFIG, GENERATION_CONFIG, "model*.safetensors", INDEX, CARD, *TOKENIZER_FILES)
+HUB_FILES = (
+    CONFIG, GENERATION_CONFIG, "model*.safetensors", INDEX, CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS, *TOKENIZER_FILES,
+)  # fmt: skip
 
 
-def resolve_model(model: str, *, what: str = "model", with_weights: bool = True) -> Path:
-    """A directory in Hugging Face's layout: `model` itself if it is one, else the hub's repository, downloaded once.
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """Where a model is on disk.
+
+    Attributes:
+      directory: in Hugging Face's layout: config.json, the weights.
+      adapter: a PEFT directory whose adapters belong on these weights; None: they are the model.
+    """
+
+    directory: Path
+    adapter: Path | None = None
+
+    @property
+    def tokenizer(self) -> Path:
+        """The directory of the tokenizer: the adapter's own, if there is one."""
+        own = self.adapter is not None and any((self.adapter / name).is_file() for name in TOKENIZER_FILES)
+        return self.adapter if own and self.adapter is not None else self.directory
+
+    def deciding(self) -> list[Path]:
+        """The files that decide the parameters."""
+        whole = sorted([*self.directory.glob("*.safetensors"), self.directory / CONFIG])
+        return (
+            whole if self.adapter is None else [*whole, self.adapter / ADAPTER_WEIGHTS, self.adapter / ADAPTER_CONFIG]
+        )
+
+
+def resolve_model(model: str, *, what: str = "model", with_weights: bool = True) -> ModelFiles:
+    """A model's files: those in the directory `model` if it is one, else the hub's repository, downloaded once.
+
+    A PEFT directory (adapter_config.json) is an adapter on the base that it names, as transformers takes it.
 
     Args:
       model: a local directory or a hub id.
@@ -30,15 +63,33 @@ def resolve_model(model: str, *, what: str = "model", with_weights: bool = True)
     Raises:
       UserError: no such directory, no config.json in it, or it cannot be downloaded; with what to do instead.
     """
+    path = _directory(model, what, with_weights)
+    if not (path / ADAPTER_CONFIG).is_file():
+        return ModelFiles(path)
+    base = read_json(path / ADAPTER_CONFIG, "fetch the adapter again").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f"{path / ADAPTER_CONFIG}: base_model_name_or_path={base!r}; put the adapter's base model there"
+        )
+    try:
+        under = _directory(base, what, with_weights)
+    except UserError as error:
+        raise UserError(f"{what}={model!r}: base_model_name_or_path of its {ADAPTER_CONFIG}: {error}") from error
+    if (under / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{what}={model!r}: its base {base} is a PEFT directory too; merge that one with PEFT first")
+    return ModelFiles(under, path)
+
+
+def _directory(model: str, what: str, with_weights: bool) -> Path:
     given, local = f"{what}={model!r}", local_model(model, what=what)
     if local is not None:
         return local
-    files = HUB_FILES if with_weights else (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
+    files = HUB_FILES if with_weights else (CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG, *TOKENIZER_FILES)
     try:
         path = Path(huggingface_hub.snapshot_download(model, allow_patterns=list(files)))
     except Exception as e:  # the client's own errors, httpx's, OSError: one cause for the user, whatever the library
         raise UserError(f"{given}: {_hub_problem(model, e, what)}") from e
-    if not (path / CONFIG).is_file():
+    if not any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         raise UserError(f"{given}: the hub's repository has no {CONFIG}; is it a transformers model?")
     return path
 
@@ -51,7 +102,7 @@ def local_model(model: str, *, what: str = "model") -> Path | None:
     """
     given, path = f"{what}={model!r}", Path(model).expanduser()
     if model and path.is_dir():
-        if not (path / CONFIG).is_file():
+        if not any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
             raise UserError(f"{given}: the directory has no {CONFIG}; give a Hugging Face model directory")
         return path
     looks_like_path = model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1

@@ -28,6 +28,7 @@ from dpo_jax.model.families import config_from_hf, hf_config
 from dpo_jax.model.lora import BRANCH
 from dpo_jax.model.tensors import Leaf, Parts, Sizes, first_rows, model_leaves, sizes, tensors, whole_shape
 from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_FILES, WEIGHTS
+from dpo_jax.weights.merged import merge_adapter
 from dpo_jax.weights.stops import write_generation_config
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtype -> its name in a safetensors file
@@ -46,7 +47,9 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     return config_from_hf(hf, str(Path(directory) / CONFIG)), hf
 
 
-def load_weights(directory: Path, config: ModelConfig, shardings: Any, dtype: Any) -> Params:
+def load_weights(
+    directory: Path, config: ModelConfig, shardings: Any, dtype: Any, *, adapter: Path | None = None
+) -> Params:
     """Read a checkpoint into sharded arrays; every process reads only the parts of its own devices.
 
     Args:
@@ -54,6 +57,7 @@ def load_weights(directory: Path, config: ModelConfig, shardings: Any, dtype: An
       config: the model's numbers, see `read_config`.
       shardings: one sharding for all, or a tree of them shaped like the parameters.
       dtype: of the arrays.
+      adapter: a PEFT directory, merged into the weights as they are read.
 
     Returns:
       The parameter tree of `model.py`, plain arrays.
@@ -65,6 +69,8 @@ def load_weights(directory: Path, config: ModelConfig, shardings: Any, dtype: An
     flat = None if isinstance(shardings, jax.sharding.Sharding) else flax.traverse_util.flatten_dict(shardings)
     with contextlib.ExitStack() as files:
         stored = _open_tensors(directory, files)
+        if adapter is not None:
+            stored = merge_adapter(stored, adapter, files, tied=config.tie_word_embeddings)
         _check_tensors(directory, stored, config)
         params = {
             leaf.path: _load_leaf(

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from dpo_jax.errors import UserError
-from dpo_jax.model.config import Params
+from dpo_jax.model.config import ModelConfig, Params
 from dpo_jax.model.forward import init_params
 from dpo_jax.model.lora import init_adapters
 from dpo_jax.model.options import LayoutOptions
@@ -16,6 +16,7 @@ from dpo_jax.model.placement import Layout, place_model
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.weights import huggingface as weights
 from dpo_jax.weights.find import Policy, find_policy
+from dpo_jax.weights.hub import ModelFiles
 
 
 def load_policy(model: str | Path, options: LayoutOptions | None = None) -> tuple[Policy, Layout, Params]:
@@ -57,9 +58,14 @@ def load_params(policy: Policy, layout: Layout, seed: int) -> Params:
 
 
 def _load(policy: Policy, layout: Layout, seed: int, dtype: Any) -> Params:
-    if policy.directory is not None:
-        return weights.load_weights(policy.directory, policy.config, layout.shardings, dtype)
+    if policy.files is not None:
+        return read_model(policy.files, policy.config, layout.shardings, dtype)
     return _fresh(lambda: init_params(jax.random.key(seed), policy.config), dtype, layout.shardings)
+
+
+def read_model(files: ModelFiles, config: ModelConfig, shardings: Any, dtype: Any) -> Params:
+    """A model's weights from its files, an adapter merged into them; see `huggingface.load_weights`."""
+    return weights.load_weights(files.directory, config, shardings, dtype, adapter=files.adapter)
 
 
 def _fresh(init: Callable[[], Any], dtype: Any, shardings: Any) -> Params:

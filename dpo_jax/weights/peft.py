@@ -3,9 +3,10 @@
 Letters: D inputs of a Linear, O its outputs, r rank.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ import flax.traverse_util
 import numpy as np
 from safetensors.numpy import save_file
 
+from dpo_jax.disk import read_json
 from dpo_jax.model.config import ModelConfig, Params
 from dpo_jax.model.lora import BRANCH, Lora, adapted
 from dpo_jax.model.tensors import Parts, sizes, tensors
+from dpo_jax.weights.hub import ADAPTER_CONFIG as CONFIG
+from dpo_jax.weights.hub import ADAPTER_WEIGHTS as WEIGHTS
 from dpo_jax.weights.huggingface import gather_to_host, new_directory
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+from dpo_jax.weights.merged import PREFIX, Adapter, read_adapter
 
 
-def save_adapters(adapters: Params, config: ModelConfig, lora: Lora, directory: Path, *, base: str) -> None:
+def save_adapters(
+    adapters: Params, config: ModelConfig, lora: Lora, directory: Path, *, base: str, under: Path | None = None
+) -> None:
     """Write a directory for `peft.PeftModel.from_pretrained`; whole or not at all. Every process must call it.
 
     Args:
@@ -30,23 +34,59 @@ def save_adapters(adapters: Params, config: ModelConfig, lora: Lora, directory: 
       config, lora: of the model.
       directory: the new directory.
       base: what PEFT loads the base model from: a Hugging Face id or a directory.
+      under: a PEFT directory whose adapters were merged into the base before these were trained; what is written holds
+        both, for the base without either, which that directory names.
 
     Raises:
       UserError: the directory cannot be written.
     """
     flat = {path: gather_to_host(leaf) for path, leaf in flax.traverse_util.flatten_dict(adapters[BRANCH]).items()}
-    with new_directory(directory) as new:
+    with new_directory(directory) as new, contextlib.ExitStack() as files:
         if new:
-            save_file(dict(_tensors(flat, config, lora)), new / WEIGHTS, metadata={"format": "pt"})
-            numbers = json.dumps(adapter_config(config, lora, base), indent=2)
-            (new / CONFIG).write_text(numbers + "\n", encoding="utf-8")
+            tensors, numbers = dict(_tensors(flat, config, lora)), adapter_config(config, lora, base)
+            if under is not None:
+                said = read_json(under / CONFIG)
+                numbers["base_model_name_or_path"] = said["base_model_name_or_path"]
+                tensors, more = _together(tensors, read_adapter(under, files), config, lora)
+                numbers |= more
+            save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+            (new / CONFIG).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
+def _together(
+    mine: dict[str, np.ndarray], theirs: Adapter, config: ModelConfig, lora: Lora
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Adapters and those merged under them as one, whose ranks add up; and what adapter_config.json says of it.
+
+    Linears of one name have one rank, as patterns name them: where one has less, zeros fill A and B.
+    """
+    both: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
+    for module in (name.removesuffix(".weight") for name in tensors(config)):
+        a_rD, b_Or = (mine.get(f"{PREFIX}{module}.lora_{x}.weight") for x in "AB")
+        parts = [] if a_rD is None or b_Or is None else [(a_rD, b_Or)]
+        if module in theirs.pairs:
+            a_rD, b_Or, scale = theirs.pairs[module]
+            parts.append((a_rD, b_Or * np.float32(scale / lora.scale)))
+        if parts:
+            both[module] = ([a for a, _ in parts], [b for _, b in parts])
+    ranks: dict[str, int] = {}
+    for module, (a_parts, _) in both.items():
+        last = module.rpartition(".")[2]
+        ranks[last] = max(ranks.get(last, 0), sum(len(a) for a in a_parts))
+    out: dict[str, np.ndarray] = {}
+    for module, (a_parts, b_parts) in both.items():
+        a_rD, b_Or = np.concatenate(a_parts), np.concatenate(b_parts, axis=1)
+        lacking = ranks[module.rpartition(".")[2]] - len(a_rD)
+        out[f"{PREFIX}{module}.lora_A.weight"] = np.pad(a_rD, ((0, lacking), (0, 0)))
+        out[f"{PREFIX}{module}.lora_B.weight"] = np.pad(b_Or, ((0, 0), (0, lacking)))
+    out |= {PREFIX + name: np.asarray(tensor[:]) for name, tensor in theirs.whole.items()}
+    trained_whole = sorted({name.split(".")[-2] for name in theirs.whole})
+    return out, _patterns(ranks, lora) | ({"modules_to_save": trained_whole} if trained_whole else {})
 
 
 def adapter_config(config: ModelConfig, lora: Lora, base: str) -> dict[str, Any]:
     """What adapter_config.json holds; keys that are not there have PEFT's defaults."""
     ranks = {module.rpartition(".")[2]: len(mine) * lora.rank for module, _, mine in _linears(config, lora)}
-    # Where several adapters share one Linear its rank is larger, and its alpha such that the scale is the same.
-    wider = {name: rank for name, rank in ranks.items() if rank != lora.rank}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -57,9 +97,19 @@ def adapter_config(config: ModelConfig, lora: Lora, base: str) -> dict[str, Any]
         "use_rslora": lora.rslora,
         "lora_dropout": 0.0,
         "bias": "none",
+    } | _patterns(ranks, lora)
+
+
+def _patterns(ranks: Mapping[str, int], lora: Lora) -> dict[str, Any]:
+    """Which Linears have adapters, of which rank; where it is another one, their alpha keeps the scale the same.
+
+    Several adapters share one Linear where it holds several of our projections.
+    """
+    others = {name: rank for name, rank in ranks.items() if rank != lora.rank}
+    return {
         "target_modules": sorted(ranks),
-        "rank_pattern": wider,
-        "alpha_pattern": {name: lora.scale * (math.sqrt(r) if lora.rslora else r) for name, r in wider.items()},
+        "rank_pattern": others,
+        "alpha_pattern": {name: lora.scale * (math.sqrt(r) if lora.rslora else r) for name, r in others.items()},
     }
 
 

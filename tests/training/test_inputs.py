@@ -13,6 +13,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.training.inputs import check_tokens, named_tokens, resize_command
 from dpo_jax.weights import huggingface as weights
 from dpo_jax.weights.find import Policy
+from dpo_jax.weights.hub import ModelFiles
 from tests.data.test_render import bpe_tokenizer
 from tests.oracles.oracle import CONFIG
 
@@ -23,7 +24,9 @@ def _policy(directory=None):
     tokenizer = bpe_tokenizer()
     rows = len(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": EXTRA})
-    return Policy(dataclasses.replace(CONFIG, vocab_size=rows), directory, directory, tokenizer)
+    return Policy(
+        dataclasses.replace(CONFIG, vocab_size=rows), directory and ModelFiles(directory), directory, tokenizer
+    )
 
 
 def _prepared(tmp_path, policy, answer, eval_pairs=0):

@@ -386,7 +386,7 @@ def test_a_failed_export_leaves_the_old_one(saved, monkeypatch):
 
 
 def test_resolve_local(saved, tmp_path, monkeypatch):
-    assert hub_module.resolve_model(str(saved)) == saved
+    assert hub_module.resolve_model(str(saved)) == hub_module.ModelFiles(saved)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"reference='.*empty': the directory has no config\.json"):
         hub_module.resolve_model(str(tmp_path / "empty"), what="reference")
@@ -403,7 +403,7 @@ def test_download_from_a_hub(hub, saved, tmp_path, monkeypatch):
     for name in ("pytorch_model.bin", "consolidated.safetensors", "tokenizer.json", "README.md"):
         (saved / name).write_text("x")
     shutil.copytree(saved, hub.root / "someone" / "small")
-    directory = hub_module.resolve_model("someone/small")
+    directory = hub_module.resolve_model("someone/small").directory
     assert {f.name for f in directory.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
     config, hf = weights.read_config(directory)
     params = load(directory, config)
@@ -413,7 +413,7 @@ def test_download_from_a_hub(hub, saved, tmp_path, monkeypatch):
     assert not (tmp_path / "export" / "tokenizer.json").is_symlink()
     # Once downloaded, no hub is needed.
     use_hub(monkeypatch, tmp_path, closed_port())
-    assert hub_module.resolve_model("someone/small") == directory
+    assert hub_module.resolve_model("someone/small").directory == directory
 
 
 def test_the_tokenizer_can_come_alone(hub, saved):
@@ -421,10 +421,10 @@ def test_the_tokenizer_can_come_alone(hub, saved):
     (saved / "additional_chat_templates").mkdir()
     (saved / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     shutil.copytree(saved, hub.root / "someone" / "small")
-    directory = hub_module.resolve_model("someone/small", with_weights=False)
+    directory = hub_module.resolve_model("someone/small", with_weights=False).directory
     assert {f.name for f in directory.iterdir()} == {"config.json", "tokenizer.json", "additional_chat_templates"}
     assert (directory / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
-    assert (hub_module.resolve_model("someone/small") / "model.safetensors").is_file()
+    assert (hub_module.resolve_model("someone/small").directory / "model.safetensors").is_file()
 
 
 def test_what_a_hub_refuses(hub, saved):
