@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpo_jax.errors import UserError
@@ -107,6 +107,7 @@ _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"
 _COMMON = (
     *_NEEDED, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
 )  # fmt: skip
+_NEVER_NULL = ("rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "hidden_act", "attention_bias")
 _WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern", "layer_types")
 _ROPES = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 
@@ -123,8 +124,11 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow to import
 
     family = FAMILIES[model_type]
+    nulls = [key for key in family.aliases if key in hf and hf[key] is None]
     hf = {family.aliases.get(key, key): value for key, value in hf.items()}
     try:
+        if nulls:
+            raise _is_null(nulls[0])
         _refuse(hf, family)
         c = _as_transformers(hf, family, CONFIG_MAPPING[model_type])
         kinds = {"rms_norm_eps": float, "tie_word_embeddings": bool}
@@ -151,6 +155,9 @@ def _refuse(hf: Mapping[str, Any], family: Family) -> None:
     for key in _NEEDED:
         if key not in hf and not (key == "intermediate_size" and "moe_intermediate_size" in family.keys):
             raise UserError(f"key {key!r} is missing; is this a complete Hugging Face config.json?")
+    for key in (*_NEEDED, *(("partial_rotary_factor",) if family.partial_rotary else ())):
+        if key in hf and hf[key] is None:
+            raise _is_null(key)
     names = hf.get("layer_types") or [] if family.windows == "layer_types" else []
     unknown = set(names) - {"sliding_attention", "full_attention"}
     if unknown or (names and len(names) != hf["num_hidden_layers"]):
@@ -171,7 +178,9 @@ def _as_transformers(hf: Mapping[str, Any], family: Family, make: Any) -> Any:
     for key, value in (("num_key_value_heads", heads), ("head_dim", width // heads)):  # not every class derives them
         if values.get(key, default(key, None)) is None:
             values[key] = value
-    c = make(**values, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    made = functools.partial(make, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    _refuse_nulls(hf, [*taken, *family.refused], values, made)
+    c = made(**values)
     # Afterwards, as the class would refuse ropes that lack a key with words of its own.
     ropes = {"partial_rotary_factor": 1.0} | {key: hf[key] for key in _ROPES if hf.get(key) is not None}
     c.rope_parameters = hf.get("rope_parameters")
@@ -179,6 +188,25 @@ def _as_transformers(hf: Mapping[str, Any], family: Family, make: Any) -> Any:
         ropes["rope_scaling"].setdefault("rope_type", ropes["rope_scaling"].get("type", "default"))
     c.convert_rope_params_to_dict(**ropes)
     return c
+
+
+def _refuse_nulls(hf: Mapping[str, Any], keys: Iterable[str], values: Mapping[str, Any], make: Any) -> None:
+    """Refuse, by its name, a key that is null where the class takes no null; elsewhere it knows what null means."""
+    nulls = [key for key in dict.fromkeys(keys) if key in hf and hf[key] is None and hasattr(make(), key)]
+    there = {key: value for key, value in values.items() if value is not None}
+    for key in nulls:
+        if values.get(key) is not None:  # derived from others
+            there.pop(key, None)
+        try:
+            kept = getattr(make(**there, **{key: None}), key)
+        except Exception:  # transformers' own kinds of errors
+            raise _is_null(key) from None
+        if kept is None and key in _NEVER_NULL:
+            raise _is_null(key)
+
+
+def _is_null(key: str) -> UserError:
+    return UserError(f"key {key!r} is null; give it its value, or leave it out where transformers' default is meant")
 
 
 def _as_number(value: Any, like: Any) -> Any:
@@ -205,9 +233,13 @@ def _rope(hf: Mapping[str, Any], theirs: Any, family: Family) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if theirs.model_type == "gemma3_text":
         local, rope = rope["sliding_attention"], rope["full_attention"]
+        if local.get("rope_theta") is None:
+            raise _is_null("rope_theta")
         if (kind := local["rope_type"]) != "default":
             raise UserError(f"rope type {kind!r} of sliding_attention is not supported; supported: default")
         values["rope_local_theta"] = float(local["rope_theta"])
+    if rope.get("rope_theta") is None:
+        raise _is_null("rope_theta")
     kind = rope["rope_type"]
     partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     if kind not in ROPE_KEYS:

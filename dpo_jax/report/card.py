@@ -35,7 +35,7 @@ def write_card(run: RunFiles, directory: Path, *, base: Path | None) -> None:
     datasets, on_hub, last_name = _hub_datasets(run), _is_hub_id(model), Path(model).name or "model"
     metadata = _metadata(run, datasets, base, adapter=adapter)
     if adapter:  # of an adapter that was trained over another one, the base without either
-        model = str(read_json(directory / "adapter_config.json")["base_model_name_or_path"])
+        model = str(read_json(directory / "adapter_config.json").get("base_model_name_or_path") or model)
         on_hub, last_name = _is_hub_id(model), Path(model).name or "model"
     text = render(
         "report/templates/card.md",

@@ -1,16 +1,18 @@
 """config.json ↔ ModelConfig: as real checkpoints have it, back again, and what is refused by name."""
 
+import copy
 import json
 
 import jax
 import numpy as np
 import pytest
+import transformers
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 from dpo_jax.errors import UserError
 from dpo_jax.model import tensors
-from dpo_jax.model.families import FAMILIES, config_from_hf, hf_config
+from dpo_jax.model.families import _COMMON, _ROPES, _WINDOWS, FAMILIES, config_from_hf, hf_config
 from dpo_jax.model.forward import init_params
 from dpo_jax.weights import huggingface as weights
 from tests.model.families import GOLDEN, load
@@ -166,8 +168,9 @@ def test_a_senseless_value_ends_in_one_line(model_type, keys):
 
 
 def test_whole_numbers_stand_for_floats_and_null_for_what_is_derived():
-    config = read("mixtral", router_aux_loss_coef=0, num_key_value_heads=None, head_dim=None)
-    assert (config.router_aux_loss_coef, config.num_key_value_heads, config.head_dim) == (0.0, 4, 8)
+    assert read("mixtral", router_aux_loss_coef=0).router_aux_loss_coef == 0.0
+    config = read("qwen3_moe", num_key_value_heads=None, head_dim=None)
+    assert (config.num_key_value_heads, config.head_dim) == (4, 8)
     assert read("gemma2", query_pre_attn_scalar=144.0, final_logit_softcapping=30).query_pre_attn_scalar == 144
 
 
@@ -210,3 +213,69 @@ def test_wrong_tensors_are_named(name, tensor, shape, damage, tmp_path):
     assert tensor in str(caught.value)
     assert expected.get(damage, f"{tensor}_scale") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def _keys(model_type):
+    """Every key that is read of a family's file."""
+    family = FAMILIES[model_type]
+    return sorted(
+        {*_COMMON, *_WINDOWS, *_ROPES, *family.keys, *family.refused, "rope_parameters", "quantization_config"}
+    )
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_null_means_what_it_means_to_transformers_or_is_named(model_type):
+    """Every key in turn: where transformers' class takes no null one line names it, else the numbers are its own."""
+    whole = hf_config(read(model_type)) | {"head_dim": 8}
+    accepted = []
+    for key in _keys(model_type):
+        hf = {k: v for k, v in whole.items() if v is not None} | {key: None}
+        try:
+            theirs = transformers.AutoConfig.for_model(**copy.deepcopy(hf))
+        except Exception:  # transformers' own kinds of errors
+            with pytest.raises(UserError) as refused:
+                config_from_hf(hf, "config.json")
+            assert key in str(refused.value), key
+            assert "\n" not in str(refused.value)
+            continue
+        if key == "sliding_window" and model_type.startswith(
+            "gemma"
+        ):  # its layers slide: no model runs with this config
+            with pytest.raises(UserError, match=key):
+                config_from_hf(hf, "config.json")
+            continue
+        ours = config_from_hf(hf, "config.json")
+        accepted.append(key)
+        heads, width = SIZES["num_attention_heads"], SIZES["hidden_size"]
+        derived = {"head_dim": width // heads, "num_key_value_heads": heads}
+        for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"):
+            their = getattr(theirs, name, None)
+            assert getattr(ours, name) == (derived[name] if their is None else their), (key, name)
+        window = getattr(theirs, "sliding_window", None) if FAMILIES[model_type].windows != "none" else None
+        assert ours.sliding_window in (0, window), key
+    assert {"rope_scaling", "rope_parameters", "quantization_config"} <= set(accepted)
+    assert not {"hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"} & set(accepted)
+
+
+_NO_THETA = {"rope_type": "default", "rope_theta": None}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys", "named"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": _NO_THETA, "sliding_attention": _NO_THETA}},
+            "rope_theta",
+        ),
+        ("qwen3_moe", {"num_local_experts": None}, "num_local_experts"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": None}}, "factor"),
+        ("gemma2", {"layer_types": [None] * 4}, "layer_types"),
+    ],
+)
+def test_a_null_inside_is_named(model_type, keys, named):
+    with pytest.raises(UserError, match=named) as refused:
+        read(model_type, **keys)
+    assert "Traceback" not in str(refused.value)
+    assert "TypeError" not in str(refused.value)
