@@ -43,6 +43,7 @@ def _asked(c: Config, names: Iterable[str]) -> list[str]:
 # Keys that nothing reads unless another key asks for it: the owner in words, whether it is there, its keys.
 _OWNERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("f_divergence=alpha", lambda c: c["f_divergence"] == "alpha", "f_alpha"),
+    ("a reference", lambda c: bool(c["reference"]), "reference_revision"),
     ("reference_sync_steps above 0", lambda c: c["reference_sync_steps"] > 0, "reference_sync_alpha"),
     ("lora_rank above 0", lambda c: c["lora_rank"] > 0, "lora_alpha lora_rslora lora_targets lora_base_dtype"),
 )

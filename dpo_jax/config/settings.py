@@ -53,11 +53,12 @@ class ObjectiveOptions:
 class ReferenceOptions:
     """The reference: `name` (empty: the policy when DPO starts), and what becomes of it.
 
-    With `cache` its log-probabilities are computed once and its memory is freed. Every `sync_every` updates (0: never)
-    it moves towards the policy by `sync_alpha`.
+    `revision` is the hub's. With `cache` its log-probabilities are computed once and its memory is freed. Every
+    `sync_every` updates (0: never) it moves towards the policy by `sync_alpha`.
     """
 
     name: str
+    revision: str
     cache: bool
     sync_every: int
     sync_alpha: float
@@ -102,6 +103,7 @@ class Settings:
     trackers: Mapping[str, str]
     seed: int
     model: str
+    revision: str
     num_steps: int
     num_epochs: float
     sft_steps: int
@@ -155,7 +157,11 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             hyperparameters={n: c[n] for n in ("label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau")},
         ),
         reference=ReferenceOptions(
-            c["reference"], c["reference_cache"], c["reference_sync_steps"], c["reference_sync_alpha"]
+            c["reference"],
+            c["reference_revision"],
+            c["reference_cache"],
+            c["reference_sync_steps"],
+            c["reference_sync_alpha"],
         ),
         optimizer=optimizer,
         sft_optimizer=dataclasses.replace(optimizer, peak=c["sft_learning_rate"], schedule="constant"),
@@ -187,4 +193,5 @@ def check_paths(settings: Settings) -> None:
     elsewhere = any(map(is_remote, (*names, *data.dataset_path.split(","), data.eval_path)))
     made = not data.dataset_path and any(name == "synthetic" or hub_dataset(name) for name in names)
     if not elsewhere and not made:
-        find_sources(data.dataset, data.dataset_path, data.eval_path, data.split, data.columns)
+        at = (data.dataset, data.dataset_path, data.eval_path, data.split)
+        find_sources(*at, columns=data.columns, revision=data.dataset_revision)

@@ -77,19 +77,24 @@ def fingerprint(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); check the path") from error
 
 
-def download(repository: str, patterns: list[str]) -> str:
+def download(repository: str, patterns: list[str], revision: str = "") -> str:
     """The local directory of a hub dataset's files that match `patterns`, downloaded if they are not there yet.
+
+    `revision` is a branch, tag or commit; empty: the main branch.
 
     UserError if the hub or the repository cannot be reached and there is no local copy.
     """
     import huggingface_hub  # here, because it is slow to import and local data needs none of it
 
+    named = f"{repository} at {revision!r}" if revision else repository
     try:
-        return huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
+        return huggingface_hub.snapshot_download(
+            repository, repo_type="dataset", allow_patterns=patterns, revision=revision or None
+        )
     except Exception as error:  # httpx, hub and validation errors have no common parent
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"dataset {repository} cannot be fetched from the Hugging Face hub ({reason:.160}); fetch it elsewhere "
+            f"dataset {named} cannot be fetched from the Hugging Face hub ({reason:.160}); fetch it elsewhere "
             f"(`hf download {repository} --repo-type dataset --local-dir DIR`) and give --config.dataset_path=DIR, or "
             "try --config=configs/hhh.py:tiny, which needs no hub"
         ) from error

@@ -31,6 +31,7 @@ class DataRequest:
 
     dataset: str
     dataset_path: str = ""
+    dataset_revision: str = ""
     split: str = ""
     eval_path: str = ""
     columns: str = ""
@@ -93,7 +94,14 @@ def prepare(
     """
     if request.eval_pairs < -1:
         raise UserError(f"eval_pairs={request.eval_pairs}; use a number of pairs, 0 for none, or -1 for all")
-    data = find_sources(request.dataset, request.dataset_path, request.eval_path, request.split, request.columns)
+    data = find_sources(
+        request.dataset,
+        request.dataset_path,
+        request.eval_path,
+        request.split,
+        columns=request.columns,
+        revision=request.dataset_revision,
+    )
     renderer = make_renderer(
         tokenizer,
         request.prompt_format,

@@ -66,7 +66,13 @@ class DataSources:
 
 
 def find_sources(
-    dataset: str, dataset_path: str = "", eval_path: str = "", split: str = "", columns: str = ""
+    dataset: str,
+    dataset_path: str = "",
+    eval_path: str = "",
+    split: str = "",
+    *,
+    columns: str = "",
+    revision: str = "",
 ) -> DataSources:
     """What to read for `dataset`, from `dataset_path` if given.
 
@@ -77,6 +83,7 @@ def find_sources(
       eval_path: files in any accepted form, or the form that one's own parser reads; replaces every held-out split.
       split: the split of an `hf:` dataset to train on; empty: told by the file names.
       columns: new names of the files' columns, see `parse_columns`.
+      revision: the hub's branch, tag or commit; of a mixture, one for each part, with commas between.
 
     UserError if the dataset is unknown, its files are not there, or a subset is missing.
     """
@@ -84,8 +91,9 @@ def find_sources(
     paths = _paths(dataset_path, [name for name, _ in named])
     sources: list[Source] = []
     parts: list[Part] = []
+    revisions = _revisions(revision, [name for name, _ in named], paths)
     for number, ((name, weight), path) in enumerate(zip(named, paths, strict=True)):
-        own, note = _find(name, path, split)
+        own, note = _find(name, path, split, revisions[number])
         parts.append(Part(name, weight, note))
         sources += [replace(source, part=number) for source in own]
     if split and not any(_HUB.fullmatch(name) for name, _ in named):
@@ -175,14 +183,28 @@ def _paths(dataset_path: str, names: list[str]) -> list[str]:
     return known
 
 
-def _find(dataset: str, dataset_path: str, split: str) -> _PartSources:
+def _revisions(revision: str, names: list[str], paths: list[str]) -> list[str]:
+    """The hub's revision of each part; UserError for one of what is not on the hub."""
+    given = [one.strip() for one in revision.split(",")] if revision else [""] * len(names)
+    if len(given) != len(names):
+        raise UserError(
+            f"dataset_revision={revision}: {len(names)} datasets and {len(given)} revisions; give one for each, in the "
+            "order of the mixture (empty: the main branch)"
+        )
+    for one, name, path in zip(given, names, paths, strict=True):
+        if one and (path or not hub_dataset(name)):
+            raise UserError(f"dataset_revision={revision}: {path or name} is not on the hub; leave its revision empty")
+    return given
+
+
+def _find(dataset: str, dataset_path: str, split: str, revision: str) -> _PartSources:
     name, _, subsets = dataset.partition("/")
     if name in DATASETS and (not subsets or DATASETS[name].subsets or name == "synthetic"):
-        return _named(name, tuple(filter(None, subsets.split(","))), dataset_path)
+        return _named(name, tuple(filter(None, subsets.split(","))), dataset_path, revision)
     if (entry := find_entry(dataset)) is not None:
         return _described(dataset, dataset_path, entry)
     if (match := _HUB.fullmatch(dataset)) is not None:
-        return _hub(dataset, match.group(1), match.group(2) or split, dataset_path)
+        return _hub(dataset, match.group(1), match.group(2) or split, dataset_path, revision)
     if _FUNCTION.fullmatch(dataset) and not dataset.startswith("hf:"):
         if not dataset_path:
             raise UserError(f"dataset={dataset}: needs --config.dataset_path=FILES, the rows to give to this function")
@@ -208,13 +230,13 @@ def _described(dataset: str, dataset_path: str, entry: Entry) -> _PartSources:
             f"dataset={dataset} says where its files are, and so does dataset_path={dataset_path}; drop one"
         )
     if entry.hub:
-        sources, note = _hub(dataset, entry.hub, entry.split, "")
+        sources, note = _hub(dataset, entry.hub, entry.split, "", "")
     else:
         sources, note = _directory(dataset, entry.path, OWN, parser="own")
     return [_with_columns(source, entry.columns, dataset) if entry.columns else source for source in sources], note
 
 
-def _named(name: str, subsets: tuple[str, ...], path: str) -> _PartSources:
+def _named(name: str, subsets: tuple[str, ...], path: str, revision: str) -> _PartSources:
     spec = DATASETS[name]
     if path:
         return _directory(name, path, spec, parser=name, subsets=subsets)
@@ -224,7 +246,7 @@ def _named(name: str, subsets: tuple[str, ...], path: str) -> _PartSources:
         raise UserError(f"dataset={name}: needs dataset_path=DIR, the directory of its files")
     wanted = subsets or spec.subsets or ("",)
     patterns = [split.replace("*", one, 1) if one else split for one in wanted for split in (spec.train, spec.test)]
-    local = files.download(spec.hub, patterns)
+    local = files.download(spec.hub, patterns, revision)
     sources, note = _directory(name, local, spec, parser=name, subsets=wanted if spec.subsets else ())
     splits = {source.split for source in sources}
     if splits != {"train", "test"} or len(sources) != 2 * len(wanted):  # an old, partial local copy, used offline
@@ -235,9 +257,9 @@ def _named(name: str, subsets: tuple[str, ...], path: str) -> _PartSources:
     return sources, note
 
 
-def _hub(dataset: str, repository: str, split: str, dataset_path: str) -> _PartSources:
+def _hub(dataset: str, repository: str, split: str, dataset_path: str, revision: str) -> _PartSources:
     patterns = [f"*{suffix}{packed}" for suffix in files.SUFFIXES for packed in ("", ".gz")]
-    directory = dataset_path or files.download(repository, patterns)
+    directory = dataset_path or files.download(repository, patterns, revision)
     listed = files.find_files(directory)
     if not split:
         splits = {shard[1] for path in listed if (shard := _SHARD.search(_relative(path, directory)))}

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dpo_jax.plan.search import search_batches
 
         jax.config.update("jax_platforms", "cpu")
-        model = find_model(s.model, seed=s.seed)
+        model = find_model(s.model, seed=s.seed, revision=s.revision)
         drafts = [make_draft(s, model, lengths, topology) for topology in topologies]  # before minutes of compiling
         print(f"{s.model}: {model.parameter_count():,} parameters; {lengths.source}", flush=True)
         reports: list[dict[str, Any]] = []

@@ -70,23 +70,25 @@ class Draft:
         return max(self.shares, key=lambda shape: shape.tokens)
 
 
-def find_model(name: str, key: str = "model", seed: int = 0) -> ModelConfig:
+def find_model(name: str, key: str = "model", seed: int = 0, revision: str = "") -> ModelConfig:
     """A model's numbers: of a directory, of a published model by name, or of the hub; no weights.
 
     Args:
       name: of the model.
       key: the config's key that names it: `model` or `reference`.
       seed: of the tokenizer that the model `tiny` is made with.
+      revision: the hub's; the numbers of a published model by name are those of its main branch.
 
     Raises:
       UserError: there is no such model.
     """
-    if name in MODELS and not Path(name).is_dir():
+    if name in MODELS and not revision and not Path(name).is_dir():
         return config_from_hf(MODELS[name], name)
     if name != "tiny" or key != "model":
-        return weights.read_config(hub.resolve_model(name, what=key, with_weights=False).directory)[0]
+        files = hub.resolve_model(name, what=key, with_weights=False, revision=revision)
+        return weights.read_config(files.directory)[0]
     with tempfile.TemporaryDirectory() as work:  # as large as the vocabulary that its tokenizer learns
-        return find_policy(name, Path(work), seed).config
+        return find_policy(name, Path(work), seed, revision=revision).config
 
 
 def make_draft(s: Settings, model: ModelConfig, lengths: Lengths, topology: Topology) -> Draft:
@@ -101,7 +103,9 @@ def make_draft(s: Settings, model: ModelConfig, lengths: Lengths, topology: Topo
     inputs.check_enough(s.batch, len(lengths))
     layout = place_model(model, mesh, s.layout, s.lora)
     if s.reference.name:
-        check_reference(find_model(s.reference.name, "reference"), layout.config, s.reference.name)
+        check_reference(
+            find_model(s.reference.name, "reference", revision=s.reference.revision), layout.config, s.reference.name
+        )
     whole, rest = divmod(lengths.pairs, s.batch.size)
     steps = inputs.run_steps(s, whole if s.batch.order.drop_remainder else whole + bool(rest))
     limits = layout.row_limits(s.batch.microbatches)

@@ -49,7 +49,9 @@ def write_card(run: RunFiles, directory: Path, *, base: Path | None) -> None:
         loss=run.saved.loss,
         adapter=adapter,
         chat=run.data.get("prompt_format") == "chat",
-        recipe=[(f"`{key}`", f"`{value}`") for key, value in (*run.saved.recipe, ("updates", run.last_step))],
+        recipe=[
+            (f"`{key}`", f"`{value}`") for key, value in (*run.saved.recipe, ("updates", run.last_step), *_commits(run))
+        ],
         counts=[f"{splits[name]['pairs']:,} {words}" for name, words in SPLIT_WORDS.items() if name in splits],
         held_out=run.data.get("held_out"),
         licences=sorted({f"{known.hub}: {known.licence}" for known in DATASETS.values() if known.hub in datasets}),
@@ -76,6 +78,11 @@ def _metadata(run: RunFiles, datasets: list[str], base: Path | None, *, adapter:
         eval_results=_eval_results(run, datasets[0] if datasets else "preferences") or None,
         **{key: known[key] for key in LICENSE_KEYS if key in known},
     )
+
+
+def _commits(run: RunFiles) -> list[tuple[str, str]]:
+    """The hub's commits of the model, the reference and the data, as far as they came from there."""
+    return [(f"{key} commit", f"{of['repository']}@{of['commit']}") for key, of in run.about.get("hub", {}).items()]
 
 
 def _is_hub_id(model: str) -> bool:

@@ -13,6 +13,7 @@ from dpo_jax.model.placement import Layout
 from dpo_jax.rows.schedule import Schedule
 from dpo_jax.training.inputs import named_tokens
 from dpo_jax.training.setup import Run
+from dpo_jax.weights.hub import snapshot_of
 
 PACKAGES = ("dpo_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
 
@@ -24,7 +25,7 @@ def introduce(run: Run, schedule: Schedule, steps: int) -> None:
     """
     s, layout, shape = run.settings, run.layout, schedule.shapes[0]
     if jax.process_index() == 0:
-        write_json(run.workdir / "run.json", _about(layout, schedule, steps))
+        write_json(run.workdir / "run.json", _about(layout, schedule, steps) | {"hub": _hub_commits(run)})
     mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
     say, where = run.writer.message, f"{mesh} ({layout.platform})"
     say(f"model {s.model}: {layout.config.parameter_count():,} parameters, {layout.dtype} on {where}")
@@ -79,6 +80,22 @@ def _about(layout: Layout, schedule: Schedule, steps: int) -> dict[str, Any]:
             for shape in schedule.shapes
         ],
     }
+
+
+def _hub_commits(run: Run) -> dict[str, dict[str, str]]:
+    """Repository and commit of what came from the hub, by the config's key, or by the source of a mixture."""
+    places: dict[str, Any] = {}
+    for key, files in (("model", run.policy.files), ("reference", run.reference_files)):
+        if files is not None:
+            places |= (
+                {key: files.directory}
+                if files.adapter is None
+                else {key: files.adapter, f"{key}_base": files.directory}
+            )
+    for source in run.data.train.cache.manifest["sources"]:
+        places |= {f"dataset {source['name']}": file for file in source["files"][:1]}
+    found = {key: snapshot_of(place) for key, place in places.items()}
+    return {key: commit for key, commit in found.items() if commit is not None}
 
 
 def _versions() -> dict[str, str]:

@@ -55,10 +55,12 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
     mesh = make_mesh(*s.mesh)
     inputs.check_division(s.batch, row_shards(mesh))
     with first_process_first("dpo_jax model files"):
-        policy = find_policy(s.model, workdir, s.seed)
+        policy = find_policy(s.model, workdir, s.seed, revision=s.revision)
     inputs.check_experts(s, policy.config.num_experts)
     layout = place_model(policy.config, mesh, s.layout, s.lora)
-    reference = resolve_model(s.reference.name, what="reference") if s.reference.name else None
+    reference = None
+    if s.reference.name:
+        reference = resolve_model(s.reference.name, what="reference", revision=s.reference.revision)
     if reference is not None:
         check_reference(read_config(reference.directory)[0], layout.config, s.reference.name)
     day = claim.first_day(workdir)

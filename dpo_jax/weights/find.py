@@ -44,20 +44,22 @@ class Policy:
         return stops.stop_tokens(self.tokenizer, self.directory, self.config.vocab_size)
 
 
-def find_policy(model: str, workdir: Path, seed: int, *, with_weights: bool = True) -> Policy:
+def find_policy(model: str, workdir: Path, seed: int, *, with_weights: bool = True, revision: str = "") -> Policy:
     """Find the model's files, or make the tokenizer of the model that starts from scratch (`tiny`).
 
-    Without weights, a model of the hub has only its config and tokenizer downloaded.
+    Without weights, a model of the hub has only its config and tokenizer downloaded. `revision` is the hub's.
 
     Raises:
       UserError: there is no such model, or it is not supported, or its tokenizer does not belong to it.
     """
     if model == "tiny":
+        if revision:
+            raise UserError(f"revision={revision!r}: model='tiny' is made here and has none; leave it empty")
         dialogues = tiny.write_dialogues(workdir, seed)
         directory = tiny.write_tokenizer(workdir / f"tokenizer-{seed}", dialogues)
         tokenizer = _tokenizer(directory)
         return Policy(tiny.model_config(len(tokenizer)), None, directory, tokenizer)
-    files = hub.resolve_model(model, with_weights=with_weights)
+    files = hub.resolve_model(model, with_weights=with_weights, revision=revision)
     config, _ = weights.read_config(files.directory)
     policy = Policy(config, files, files.tokenizer, _tokenizer(files.tokenizer))
     policy.stop_tokens()  # damaged files are refused now

@@ -50,7 +50,7 @@ class ModelFiles:
         )
 
 
-def resolve_model(model: str, *, what: str = "model", with_weights: bool = True) -> ModelFiles:
+def resolve_model(model: str, *, what: str = "model", with_weights: bool = True, revision: str = "") -> ModelFiles:
     """A model's files: those in the directory `model` if it is one, else the hub's repository, downloaded once.
 
     A PEFT directory (adapter_config.json) is an adapter on the base that it names, as transformers takes it.
@@ -59,20 +59,25 @@ def resolve_model(model: str, *, what: str = "model", with_weights: bool = True)
       model: a local directory or a hub id.
       what: the config key that `model` came from, for messages.
       with_weights: False downloads the config and the tokenizer alone.
+      revision: the hub's branch, tag or commit; empty: its main branch.
 
     Raises:
       UserError: no such directory, no config.json in it, or it cannot be downloaded; with what to do instead.
     """
-    path = _directory(model, what, with_weights)
+    if revision and local_model(model, what=what) is not None:
+        key = "revision" if what == "model" else f"{what}_revision"
+        raise UserError(f"{key}={revision!r}: {what}={model!r} is a local directory, which has none; leave it empty")
+    path = _directory(model, what, with_weights, revision)
     if not (path / ADAPTER_CONFIG).is_file():
         return ModelFiles(path)
-    base = read_json(path / ADAPTER_CONFIG, "fetch the adapter again").get("base_model_name_or_path")
+    said = read_json(path / ADAPTER_CONFIG, "fetch the adapter again")
+    base = said.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(
             f"{path / ADAPTER_CONFIG}: base_model_name_or_path={base!r}; put the adapter's base model there"
         )
     try:
-        under = _directory(base, what, with_weights)
+        under = _directory(base, what, with_weights, str(said.get("revision") or ""))  # PEFT's key: of the base
     except UserError as error:
         raise UserError(f"{what}={model!r}: base_model_name_or_path of its {ADAPTER_CONFIG}: {error}") from error
     if (under / ADAPTER_CONFIG).is_file():
@@ -80,15 +85,29 @@ def resolve_model(model: str, *, what: str = "model", with_weights: bool = True)
     return ModelFiles(under, path)
 
 
-def _directory(model: str, what: str, with_weights: bool) -> Path:
+def snapshot_of(path: Path | str) -> dict[str, str] | None:
+    """The repository and the commit of a file or directory in the hub's cache; None of any other.
+
+    >>> snapshot_of("/c/models--owner--name/snapshots/1f2e/config.json")
+    {'repository': 'owner/name', 'commit': '1f2e'}
+    """
+    parts = Path(path).parts
+    for at, part in enumerate(parts[1:-1], 1):
+        kind, *named = parts[at - 1].split("--")
+        if part == "snapshots" and kind in ("models", "datasets") and named:
+            return {"repository": "/".join(named), "commit": parts[at + 1]}
+    return None
+
+
+def _directory(model: str, what: str, with_weights: bool, revision: str) -> Path:
     given, local = f"{what}={model!r}", local_model(model, what=what)
     if local is not None:
         return local
     files = HUB_FILES if with_weights else (CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG, *TOKENIZER_FILES)
     try:
-        path = Path(huggingface_hub.snapshot_download(model, allow_patterns=list(files)))
+        path = Path(huggingface_hub.snapshot_download(model, revision=revision or None, allow_patterns=list(files)))
     except Exception as e:  # the client's own errors, httpx's, OSError: one cause for the user, whatever the library
-        raise UserError(f"{given}: {_hub_problem(model, e, what)}") from e
+        raise UserError(f"{given}{f' at {revision!r}' if revision else ''}: {_hub_problem(model, e, what)}") from e
     if not any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         raise UserError(f"{given}: the hub's repository has no {CONFIG}; is it a transformers model?")
     return path
@@ -118,6 +137,8 @@ def _hub_problem(model: str, error: Exception, what: str) -> str:
     without = f"use --config.{what}=DIRECTORY, or --config=configs/hhh.py:tiny, which needs no download"
     if isinstance(error, hub_errors.HFValidationError):
         return f"not a local directory and not a hub id (OWNER/NAME); {without}"
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return f"{hub}/{model} has no such branch, tag or commit; give one that it lists, or leave it empty"
     if isinstance(error, hub_errors.GatedRepoError):
         return f"gated: ask for access at {hub}/{model}, then `hf auth login`; or {without}"
     if isinstance(error, hub_errors.RepositoryNotFoundError):

@@ -19,12 +19,15 @@ from dpo_jax.weights.find import Policy, find_policy
 from dpo_jax.weights.hub import ModelFiles
 
 
-def load_policy(model: str | Path, options: LayoutOptions | None = None) -> tuple[Policy, Layout, Params]:
+def load_policy(
+    model: str | Path, options: LayoutOptions | None = None, *, revision: str = ""
+) -> tuple[Policy, Layout, Params]:
     """A model to look at, such as a run's `export/`: what it is, how it is sharded, and its parameters.
 
     Args:
       model: a Hugging Face id, or a directory in that layout.
       options: number formats and attention; parameters are float32 unless they say otherwise.
+      revision: the hub's branch, tag or commit; empty: its main branch.
 
     Returns:
       The policy with its tokenizer, its layout on all devices (as mesh_fsdp=-1 has it), and the parameters there.
@@ -34,7 +37,7 @@ def load_policy(model: str | Path, options: LayoutOptions | None = None) -> tupl
     """
     if str(model) == "tiny":
         raise UserError("model 'tiny' has no weights before it is trained; give the export/ of its run")
-    policy = find_policy(str(model), Path(), 0)
+    policy = find_policy(str(model), Path(), 0, revision=revision)
     layout = place_model(policy.config, make_mesh(1, -1, 1), options or LayoutOptions())
     with jax.set_mesh(layout.mesh):
         return policy, layout, load_params(policy, layout, 0)

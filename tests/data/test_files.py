@@ -3,6 +3,7 @@
 import gzip
 import json
 import tracemalloc
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -15,6 +16,7 @@ from dpo_jax.data.files import find_files, fingerprint
 from dpo_jax.data.raw import BadLine
 from dpo_jax.data.sources import find_sources
 from dpo_jax.errors import UserError
+from dpo_jax.weights.hub import snapshot_of
 from tests.fakes.hub import closed_port, use_hub
 
 ROWS = [{"prompt": f"Frage {number}?", "chosen": "jä 🙂", "rejected": "no"} for number in range(5)]
@@ -250,7 +252,7 @@ def test_other_requests_that_cannot_be_met(tmp_path):
 def test_the_hub_is_asked_for_the_right_files(tmp_path, monkeypatch):
     asked = []
 
-    def snapshot_download(repository, *, repo_type, allow_patterns):
+    def snapshot_download(repository, *, repo_type, allow_patterns, revision):
         asked.append((repository, repo_type, allow_patterns))
         return str(tmp_path)
 
@@ -327,6 +329,36 @@ def test_a_mixture_has_its_parts_and_their_files(tmp_path):
 def test_mixtures_that_are_none(dataset, path, message):
     with pytest.raises(UserError, match=message):
         find_sources(dataset, path)
+
+
+def test_a_revision_of_a_hub_dataset(hub):
+    for name, count in (("data", 2), ("data@v2", 3)):
+        directory = hub.root / "datasets" / "some" / name
+        directory.mkdir(parents=True)
+        rows = [{"prompt": f"q {i}", "chosen": "yes", "rejected": "no"} for i in range(count)]
+        (directory / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for revision, count in (("", 2), ("v2", 3)):
+        (source,) = find_sources("hf:some/data", revision=revision).sources
+        assert len(Path(source.files[0]).read_text().splitlines()) == count
+        commit = snapshot_of(source.files[0])
+        assert commit["repository"] == "some/data"
+        assert (commit["commit"] == hub.sha) == (revision == "")
+    with pytest.raises(UserError, match="dataset some/data at 'gone' cannot be fetched"):
+        find_sources("hf:some/data", revision="gone")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "path", "revision", "message"),
+    [
+        ("hhh:1,hf:some/data:1", "", "v2", "2 datasets and 1 revisions; give one for each"),
+        ("hhh:1,rows.jsonl:1", "", "v1,v2", "rows.jsonl is not on the hub; leave its revision empty"),
+        ("hhh", "/some/where", "v2", "/some/where is not on the hub"),
+        ("rows.jsonl", "", "v2", "rows.jsonl is not on the hub"),
+    ],
+)
+def test_revisions_of_what_has_none(dataset, path, revision, message):
+    with pytest.raises(UserError, match=message):
+        find_sources(dataset, path, revision=revision)
 
 
 def test_a_dataset_from_the_hub_and_again_without_one(hub, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """A hub on loopback that the real client of huggingface_hub talks to."""
 
+import hashlib
 import http.server
 import json
 import socket
@@ -12,7 +13,10 @@ import pytest
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
-    """The few endpoints of the hub that a snapshot needs, over a directory of OWNER/NAME (datasets/OWNER/NAME)."""
+    """The few endpoints of the hub that a snapshot needs, over a directory of OWNER/NAME (datasets/OWNER/NAME).
+
+    A branch or tag BRANCH of a repository is the directory OWNER/NAME@BRANCH, with a commit of its own.
+    """
 
     protocol_version = "HTTP/1.1"
     root: Path
@@ -34,8 +38,16 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         parts = path.removeprefix("api/").removeprefix("models/").split("/")
         named = parts[:3] if parts[0] == "datasets" else parts[:2]
         repository, rest = self.root.joinpath(*named), parts[len(named) :]
+        revision = rest[1] if len(rest) > 1 and rest[0] in ("revision", "tree", "resolve") else "main"
+        sha, known = self.sha, revision in ("main", self.sha)
+        for branch in repository.parent.glob(f"{repository.name}@*"):
+            commit = hashlib.sha1(branch.name.encode()).hexdigest()
+            if revision in (branch.name.partition("@")[2], commit):
+                repository, sha, known = branch, commit, True
         if not repository.is_dir():
             self.reply(404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+        elif not known:
+            self.reply(404, b"{}", X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
         elif path.startswith("api/") and "tree" in rest:
             files = [f for f in repository.rglob("*") if f.is_file()]
             listing = [
@@ -49,13 +61,13 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
             ]
             self.reply(200, json.dumps(listing).encode(), Content_Type="application/json")
         elif path.startswith("api/"):
-            info = {"id": "/".join(named[-2:]), "sha": self.sha, "private": False, "siblings": [], "tags": []}
+            info = {"id": "/".join(named[-2:]), "sha": sha, "private": False, "siblings": [], "tags": []}
             self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
         elif "gated" in repository.name:
             self.reply(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
         else:  # .../resolve/REVISION/PATH
             body = repository.joinpath(*rest[2:]).read_bytes()
-            self.reply(200, body, ETag=f'"{"-".join(rest[2:])}"', X_Repo_Commit=self.sha)
+            self.reply(200, body, ETag=f'"{sha[:6]}-{"-".join(rest[2:])}"', X_Repo_Commit=sha)
 
     do_HEAD = do_GET  # noqa: N815 (its caller's name)
 

@@ -169,7 +169,7 @@ def test_a_senseless_value_ends_in_one_line(model_type, keys):
 
 def test_whole_numbers_stand_for_floats_and_null_for_what_is_derived():
     assert read("mixtral", router_aux_loss_coef=0).router_aux_loss_coef == 0.0
-    config = read("qwen3_moe", num_key_value_heads=None, head_dim=None)
+    config = read("qwen2", num_key_value_heads=None, head_dim=None)
     assert (config.num_key_value_heads, config.head_dim) == (4, 8)
     assert read("gemma2", query_pre_attn_scalar=144.0, final_logit_softcapping=30).query_pre_attn_scalar == 144
 

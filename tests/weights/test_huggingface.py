@@ -33,6 +33,7 @@ from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.weights import hub as hub_module
 from dpo_jax.weights import huggingface as weights
+from dpo_jax.weights.find import find_policy
 from tests import places
 from tests.data.test_render import bpe_tokenizer
 from tests.fakes.hub import closed_port, use_hub
@@ -414,6 +415,29 @@ def test_download_from_a_hub(hub, saved, tmp_path, monkeypatch):
     # Once downloaded, no hub is needed.
     use_hub(monkeypatch, tmp_path, closed_port())
     assert hub_module.resolve_model("someone/small").directory == directory
+
+
+def test_a_revision_is_what_its_branch_or_commit_holds(hub, saved, monkeypatch, tmp_path):
+    shutil.copytree(saved, hub.root / "someone" / "small")
+    shutil.copytree(saved, hub.root / "someone" / "small@tuned")
+    weights.save_weights(random_params(TIED), TIED, hub.root / "someone" / "small@tuned", dtype=jnp.float32)
+    main, tuned = (hub_module.resolve_model("someone/small", revision=name).directory for name in ("", "tuned"))
+    assert weights.read_config(main)[0] == UNTIED
+    assert weights.read_config(tuned)[0] == TIED
+    of_main, of_tuned = map(hub_module.snapshot_of, (main, tuned / "config.json"))
+    assert of_main == {"repository": "someone/small", "commit": hub.sha}
+    assert of_tuned["repository"] == "someone/small"
+    assert of_tuned["commit"] == tuned.name != hub.sha
+    assert hub_module.resolve_model("someone/small", revision=tuned.name).directory == tuned
+    assert hub_module.snapshot_of(saved) is None
+    with pytest.raises(UserError, match=r"reference='someone/small' at 'gone': .* no such branch, tag or commit"):
+        hub_module.resolve_model("someone/small", what="reference", revision="gone")
+    with pytest.raises(UserError, match=r"reference_revision='tuned': reference='.*' is a local directory"):
+        hub_module.resolve_model(str(saved), what="reference", revision="tuned")
+    with pytest.raises(UserError, match=r"^revision='x': model='tiny' is made here"):
+        find_policy("tiny", tmp_path, 0, revision="x")
+    use_hub(monkeypatch, tmp_path, closed_port())
+    assert hub_module.resolve_model("someone/small", revision="tuned").directory == tuned
 
 
 def test_the_tokenizer_can_come_alone(hub, saved):
