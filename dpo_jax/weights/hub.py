@@ -70,14 +70,14 @@ def resolve_model(model: str, *, what: str = "model", with_weights: bool = True,
     path = _directory(model, what, with_weights, revision)
     if not (path / ADAPTER_CONFIG).is_file():
         return ModelFiles(path)
-    said = read_json(path / ADAPTER_CONFIG, "fetch the adapter again")
-    base = said.get("base_model_name_or_path")
+    peft = read_json(path / ADAPTER_CONFIG, "fetch the adapter again")
+    base = peft.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(
             f"{path / ADAPTER_CONFIG}: base_model_name_or_path={base!r}; put the adapter's base model there"
         )
     try:
-        under = _directory(base, what, with_weights, str(said.get("revision") or ""))  # PEFT's key: of the base
+        under = _directory(base, what, with_weights, str(peft.get("revision") or ""))  # PEFT's key: of the base
     except UserError as error:
         raise UserError(f"{what}={model!r}: base_model_name_or_path of its {ADAPTER_CONFIG}: {error}") from error
     if (under / ADAPTER_CONFIG).is_file():

@@ -150,23 +150,23 @@ def read_adapter(directory: Path, files: contextlib.ExitStack) -> Adapter:
 
 
 def _numbers(path: Path) -> _Numbers:
-    c = read_json(path, "fetch the adapter again")
-    if c.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type={c.get('peft_type')!r} is not supported; supported: 'LORA'")
-    if c.get("bias", "none") not in ("none", None):
-        raise UserError(f"{path}: bias={c['bias']!r} is not supported; supported: 'none'")
-    if c.get("init_lora_weights", True) not in _BEGINNINGS:
+    peft = read_json(path, "fetch the adapter again")
+    if peft.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type={peft.get('peft_type')!r} is not supported; supported: 'LORA'")
+    if peft.get("bias", "none") not in ("none", None):
+        raise UserError(f"{path}: bias={peft['bias']!r} is not supported; supported: 'none'")
+    if peft.get("init_lora_weights", True) not in _BEGINNINGS:
         raise UserError(
-            f"{path}: init_lora_weights={c['init_lora_weights']!r} changes the base, which is not supported"
+            f"{path}: init_lora_weights={peft['init_lora_weights']!r} changes the base, which is not supported"
         )
-    others = [key for key, value in c.items() if value and key not in (*_USED, *_OF_TRAINING)]
+    others = [key for key, value in peft.items() if value and key not in (*_USED, *_OF_TRAINING)]
     if others:
-        raise UserError(f"{path}: {others[0]}={c[others[0]]!r} is not supported; merge the adapter with PEFT itself")
+        raise UserError(f"{path}: {others[0]}={peft[others[0]]!r} is not supported; merge the adapter with PEFT itself")
     try:
         ranks, alphas = (
-            {str(k): float(v) for k, v in (c.get(f"{x}_pattern") or {}).items()} for x in ("rank", "alpha")
+            {str(k): float(v) for k, v in (peft.get(f"{x}_pattern") or {}).items()} for x in ("rank", "alpha")
         )
-        rank, alpha = c.get("r", 8), float(c.get("lora_alpha", 8))
+        rank, alpha = peft.get("r", 8), float(peft.get("lora_alpha", 8))
         for one in (rank, *ranks.values()):
             if one < 1 or one != int(one):
                 raise ValueError(f"a rank of {one}")
@@ -174,7 +174,7 @@ def _numbers(path: Path) -> _Numbers:
             re.compile(pattern)
     except (TypeError, ValueError, AttributeError, re.error) as e:
         raise UserError(f"{path}: r, lora_alpha and their patterns need numbers ({e})") from None
-    return _Numbers(int(rank), alpha, {k: int(v) for k, v in ranks.items()}, alphas, bool(c.get("use_rslora")))
+    return _Numbers(int(rank), alpha, {k: int(v) for k, v in ranks.items()}, alphas, bool(peft.get("use_rslora")))
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
