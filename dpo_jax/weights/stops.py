@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.data.template import templates_of
 from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG
@@ -85,7 +86,7 @@ def _ends_of_turns(tokenizer: Any) -> list[int]:
     """What the template writes behind an answer and behind a tool call, as far as it renders such turns."""
     known = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     known |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    if not getattr(tokenizer, "chat_template", None) or not known:
+    if not templates_of(tokenizer) or not known:
         return []
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(tokenizer.all_special_tokens)
