@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from dpo_jax.config.saved import writing
+from dpo_jax.data.cache.store import IDS_DIGEST
 from dpo_jax.data.split import Split
 from dpo_jax.disk import digest, read_json, write_json
 from dpo_jax.errors import UserError
@@ -99,6 +100,7 @@ def identify(split: Split, models: Mapping[str, ModelFiles | None]) -> dict[str,
     arrays = (cache.lengths, cache.prompt_hash, split.train.index, split.evaluation.index)
     pairs = digest(np.ascontiguousarray(array).tobytes() for array in arrays)
     data |= {"training pairs": len(split.train), "held-out pairs": len(split.evaluation), "pairs": pairs}
+    data[IDS_DIGEST] = cache.manifest.get(IDS_DIGEST)
     files = {
         key: {path.name: _sampled(path) for path in where.deciding()}
         for key, where in models.items()
@@ -135,7 +137,9 @@ def _sampled(path: Path) -> dict[str, Any]:
 
 
 def keep_identity(workdir: Path, identity: Mapping[str, Any], *, resumed: bool) -> None:
-    """Keep what the run is begun with; where it is resumed, refuse anything else.
+    """Keep what the run is begun with; where it is resumed, refuse other pairs or other models.
+
+    The same token ids are the same pairs, in whatever words another release or another template describes them.
 
     Raises:
       UserError: with the first differences; or it cannot be written.
@@ -143,8 +147,8 @@ def keep_identity(workdir: Path, identity: Mapping[str, Any], *, resumed: bool) 
     path = workdir / IDENTITY
     mine = json.loads(json.dumps(identity))
     theirs = read_json(path, "restore it, or delete it to resume unchecked") if resumed and path.exists() else mine
-    changed = list(_differences(theirs, mine))
-    if changed:
+    if _decisive(theirs, mine) != _decisive(mine, theirs):
+        changed = list(_differences(theirs, mine))
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
         raise UserError(
             f"{workdir} was begun with other files ({'; '.join(changed[:_SHOWN])}{more}); bring them back, or use "
@@ -152,6 +156,18 @@ def keep_identity(workdir: Path, identity: Mapping[str, Any], *, resumed: bool) 
         )
     with writing(workdir):
         write_json(path, mine)
+
+
+def _decisive(identity: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run may not go on without, of what both identities have."""
+    data, with_ids = identity.get("data", {}), all(x.get("data", {}).get(IDS_DIGEST) for x in (identity, other))
+    kept = {key: data.get(key) for key in ("training pairs", "held-out pairs", "pairs")}
+    if with_ids:
+        kept[IDS_DIGEST] = data[IDS_DIGEST]
+    else:  # begun before ids were part of it: the files, then, and the lengths and prompts that `pairs` is made of
+        files = (file for source in data.get("sources", []) for file in source["files"])
+        kept["files"] = [[file["bytes"], file["digest"]] for file in files]
+    return {**identity, "data": kept}
 
 
 def _differences(theirs: Any, mine: Any, where: str = "") -> Iterator[str]:

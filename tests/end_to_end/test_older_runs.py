@@ -64,4 +64,5 @@ def test_its_numbers_are_those_of_the_run_that_was_never_stopped(resumed):
             if isinstance(value, str):
                 assert ours[key][name] == value
             else:
-                np.testing.assert_allclose(ours[key][name], value, rtol=1e-4, atol=1e-6, err_msg=f"{key} {name}")
+                # A margin is a small difference of log-probabilities around -100, summed in another order today.
+                np.testing.assert_allclose(ours[key][name], value, rtol=1e-4, atol=5e-6, err_msg=f"{key} {name}")

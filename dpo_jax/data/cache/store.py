@@ -9,6 +9,7 @@ what it wrote.
 import array
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from dpo_jax.errors import UserError
 FORMAT = 2  # raise it when the files below change; older caches are then built anew
 QUARANTINE, MANIFEST = "quarantine.jsonl", "manifest.json"
 LARGEST_ID = "largest_id"  # of the token ids of all pairs, in the manifest
+IDS_DIGEST = "ids"  # of the token ids of all pairs, in the manifest
 _RECORDS = "pairs.array_record"
 _LEFT_OVER_SECONDS = 3600
 _PLAIN = re.compile(r"\w[\w.-]*")  # a file's name: no directory, and nothing hidden
@@ -192,7 +194,7 @@ def write_pairs(directory: Path, fingerprint: dict[str, Any], produce: Produce) 
     # One record per group: the pipeline reads pairs in random order.
     writer = array_record_module.ArrayRecordWriter(str(directory / _RECORDS), "group_size:1")
     about: dict[str, Any] = {}
-    largest = -1
+    largest, all_ids = -1, hashlib.blake2b(digest_size=12)
 
     def pairs() -> Iterator[Pair]:
         about.update((yield from produce(directory / QUARANTINE)))
@@ -201,7 +203,9 @@ def write_pairs(directory: Path, fingerprint: dict[str, Any], produce: Produce) 
         for pair in pairs():
             ids = np.asarray([*pair.prompt, *pair.chosen, *pair.rejected], dtype="<i4")
             largest = max(largest, int(ids.max(initial=-1)))
-            writer.write(ids.tobytes())
+            record = ids.tobytes()
+            all_ids.update(record)
+            writer.write(record)
             lengths.extend((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
             sources.append(pair.source)
             hashes.append(pair.prompt_hash)
@@ -218,6 +222,7 @@ def write_pairs(directory: Path, fingerprint: dict[str, Any], produce: Produce) 
         "fingerprint": fingerprint,
         "pairs": len(sources),
         LARGEST_ID: largest,
+        IDS_DIGEST: all_ids.hexdigest(),
         "bytes": {path.name: path.stat().st_size for path in sorted(directory.iterdir())},
         **about,
     }
