@@ -83,7 +83,7 @@ def _named(directory: Path | None) -> list[int]:
 
 
 def _ends_of_turns(tokenizer: Any) -> list[int]:
-    """What the template writes behind an answer and behind a tool call, as far as it renders such turns."""
+    """What the templates write behind an answer and behind a tool call, as far as they render such turns."""
     known = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     known |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     if not templates_of(tokenizer) or not known:
@@ -93,17 +93,18 @@ def _ends_of_turns(tokenizer: Any) -> list[int]:
     # Longest first: one token may begin like another.
     run = re.compile(rf"\s*({'|'.join(map(re.escape, sorted(known, key=len, reverse=True)))})")
     ends = []
-    last, between = _behind(tokenizer, [_ASK, _SAY]), _behind(tokenizer, [_ASK, _SAY, _ASK])
-    if last is not None:
-        here, there = _leading(run, last), _leading(run, between or "")
-        same = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(here, there, strict=False))]
-        # What stands behind every answer ends it (Phi-3 writes an eos too behind the last one, Cohere two tokens); else
-        # what stands behind the last one (gpt-oss's return); else what begins the next turn, where nothing else does.
-        ends += (same[-1:] or here[:1]) if here else there[:1]
-    call = _behind(tokenizer, [_ASK, _CALL], tools=[_LOOK])
-    if call is not None and (marks := run.findall(call)) and marks[-1] in special:  # not a bracket of the call itself
-        ends.append(marks[-1])
-    return [known[token] for token in ends]
+    for source in templates_of(tokenizer).values():  # a row may be rendered with any of several
+        last, between = (_behind(tokenizer, x, source) for x in ([_ASK, _SAY], [_ASK, _SAY, _ASK]))
+        if last is not None:
+            here, there = _leading(run, last), _leading(run, between or "")
+            same = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(here, there, strict=False))]
+            # What stands behind every answer ends it (Phi-3 writes an eos too behind the last one, Cohere two tokens);
+            # else what stands behind the last one (gpt-oss's return); else what begins the next turn, if nothing does.
+            ends += (same[-1:] or here[:1]) if here else there[:1]
+        call = _behind(tokenizer, [_ASK, _CALL], source, tools=[_LOOK])
+        if call is not None and (marks := run.findall(call)) and marks[-1] in special:  # not a bracket of the call
+            ends.append(marks[-1])
+    return [known[token] for token in dict.fromkeys(ends)]
 
 
 def _leading(run: re.Pattern[str], text: str) -> list[str]:
@@ -115,8 +116,9 @@ def _leading(run: re.Pattern[str], text: str) -> list[str]:
     return found
 
 
-def _behind(tokenizer: Any, turns: list[dict[str, Any]], **more: Any) -> str | None:
-    """What the template writes behind `ANSWER`; None if it takes these turns neither with nor without a system turn."""
+def _behind(tokenizer: Any, turns: list[dict[str, Any]], source: str, **more: Any) -> str | None:
+    """What a template writes behind `ANSWER`; None if it takes these turns neither with nor without a system turn."""
+    more["chat_template"] = source
     for conversation in (turns, [_SYSTEM, *turns]):
         try:
             text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=False, **more)

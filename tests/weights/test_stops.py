@@ -50,6 +50,11 @@ TEMPLATES = {
         ["<|im_start|>", "<|im_end|>"],
         ["<|im_end|>"],
     ),
+    "of several templates each": (
+        {"default": CHATML, "tool_use": _TURNS},
+        ["<|im_start|>", "<|im_end|>", "<|user|>", "<|end|>"],
+        ["<|im_end|>", "<|end|>"],
+    ),
     "everything is refused": ("{{ raise_exception('no') }}", ["<|im_end|>"], []),
     "a call ends otherwise": (
         "{% for m in messages %}{% if m.tool_calls %}[{{ m.tool_calls[0].function.arguments | tojson }}]<|call|>"
