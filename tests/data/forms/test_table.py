@@ -1,5 +1,6 @@
 """Every form of rows: what it becomes, what stands beside it, what refuses it."""
 
+import importlib.util
 import json
 
 import pytest
@@ -227,6 +228,7 @@ def test_several_turns_are_an_answer(prompt):
 
 
 @pytest.mark.extras
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL, which .ci/run installs")
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_an_implicit_prompt_is_trls(data):
