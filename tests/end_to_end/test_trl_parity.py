@@ -88,7 +88,7 @@ def run_in_process(tmp_path: Path, settings: dict) -> list[dict]:
     return read_records(tmp_path / "run" / "metrics.jsonl")
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY["runs"])
 def test_tiny_agrees_with_trl(name, tmp_path):
     golden = TINY["runs"][name]

@@ -123,6 +123,7 @@ def test_without_b_the_policy_is_the_base_exactly(dtype):
     assert np.abs(np.asarray(other - found[0])).max() > 0.1
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("targets", ["all", "q_proj,v_proj", "o,gate,up,down"])
 def test_the_step_is_float64s_with_merged_kernels(targets):
     lora = on_model(CONFIG, Lora(3, 6.0, parse_targets(targets), rslora=True))
@@ -200,6 +201,7 @@ def test_every_mesh_gives_one_devices_numbers(sizes, microbatches, one_device):
     assert state.opt_state[1].mu["lora"]["layers"]["attention"]["q"]["a"].sharding == q["a"].sharding
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "dots"])
 def test_what_the_backward_pass_keeps_changes_no_number(remat, one_device):
     state, _, metrics = _run(adapters=_adapters(b=0.1), remat=remat)

@@ -121,6 +121,7 @@ def test_a_signal_during_the_pass_ends_it_and_the_next_run_goes_on(base, tmp_pat
     assert "reference: 24 pairs known, 24 to compute" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_batch_is_a_sign_of_life(monkeypatch, tmp_path):
     """A pass over many pairs takes longer than a step, and its first batches are compiled."""
     beats = []
