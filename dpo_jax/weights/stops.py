@@ -118,10 +118,11 @@ def _leading(run: re.Pattern[str], text: str) -> list[str]:
 
 def _behind(tokenizer: Any, turns: list[dict[str, Any]], source: str, **more: Any) -> str | None:
     """What a template writes behind `ANSWER`; None if it takes these turns neither with nor without a system turn."""
-    more["chat_template"] = source
     for conversation in (turns, [_SYSTEM, *turns]):
         try:
-            text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=False, **more)
+            text = tokenizer.apply_chat_template(
+                conversation, chat_template=source, tokenize=False, add_generation_prompt=False, **more
+            )
         except Exception:  # a template may raise anything, and what it refuses is no conversation of this model
             continue
         if isinstance(text, str) and ANSWER in text:

@@ -137,6 +137,7 @@ def test_the_step_is_float64s_with_merged_kernels(targets):
     assert abs(margin).max() > 0.02
 
 
+@pytest.mark.slow
 def test_gradients_are_the_chain_rule_on_full_fine_tunings():
     """dA = scale · dW·Bᵀ and dB = scale · Aᵀ·dW, where dW is the merged kernel's gradient."""
     adapters, layout = _adapters(b=0.3), _layout()
@@ -164,6 +165,7 @@ def test_gradients_are_the_chain_rule_on_full_fine_tunings():
                 np.testing.assert_allclose(ours, expected, atol=2e-4 * np.abs(expected).max(), err_msg=f"{path} {ab}")
 
 
+@pytest.mark.slow
 def test_adapters_after_sft_are_a_reference_of_their_own():
     """Over the same base: the first loss is ln 2 although the policy is no longer the base."""
     adapters = _adapters(b=0.3)
@@ -174,6 +176,7 @@ def test_adapters_after_sft_are_a_reference_of_their_own():
     assert abs(float(first["chosen_reward"])) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_named_reference_is_a_whole_model_without_adapters():
     adapters = _adapters(b=0.3)
     other = jax.tree.map(lambda x: x * 1.1, _fresh())

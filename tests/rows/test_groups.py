@@ -38,7 +38,7 @@ def _check_rows(groups, step, shape, placed):
     assert (batch.segments != 0).sum() == groups.lengths[placed[placed >= 0]].sum()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_groups_are_placed_once_in_exact_batches(data):
     n, count = data.draw(st.sampled_from([1, 2, 3, 4, 8])), data.draw(st.integers(1, 40))
@@ -98,7 +98,7 @@ def _hh_lengths(n):
     return np.concatenate([tokens(prompts)[:, None], drawn], axis=1)
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["real", "published"])
 @pytest.mark.parametrize(("batch_size", "real"), [(16, 0.93), (64, 0.95)])
 def test_rows_of_eight_answers_are_well_filled(batch_size, real, source):

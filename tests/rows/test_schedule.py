@@ -45,7 +45,7 @@ def _check(plan, lengths, batch_size, multiple, drop_remainder):
     assert sorted(sizes, reverse=True)[: n // batch_size] == [batch_size] * (n // batch_size)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_lengths_give_exact_batches(data):
     n = data.draw(st.integers(1, 80))

@@ -70,11 +70,7 @@ def test_the_first_update_sees_the_float64_loss(n):
     assert float(first["first"]) == pytest.approx(policy[:, 0].mean(), rel=1e-5)
 
 
-CASES = [
-    pytest.param(n, sizes, marks=() if (n, sizes) == (3, (2, 2, 2)) else pytest.mark.slow)
-    for n in (1, 3, 4, 8)
-    for sizes in MESHES
-]
+CASES = [pytest.param(n, sizes, marks=pytest.mark.slow) for n in (1, 3, 4, 8) for sizes in MESHES]
 
 
 @pytest.mark.parametrize(("n", "sizes"), CASES)

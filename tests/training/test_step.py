@@ -275,6 +275,7 @@ def test_the_reference_survives_donated_steps_and_the_step_is_traced_once_a_shap
     assert int(state.step) == 6
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["the loss", "a parameter's gradient"])
 def test_an_update_that_is_not_finite_is_not_made_and_the_next_is_as_if_it_had_not_been(where, bad):

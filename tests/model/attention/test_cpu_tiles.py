@@ -63,6 +63,7 @@ def _random(slots, rows=2, heads=4, kv_heads=2):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("dtype", "heads", "softcap"),
     [
