@@ -4,7 +4,7 @@ import codecs
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dpo_jax.data.forms.table import resolve
@@ -121,9 +121,7 @@ def _array_rows(stream: Any) -> Iterator[Numbered]:
         except (ValueError, RecursionError):
             if ended:
                 raise ValueError(f"line {here}: the array breaks off or holds no JSON here") from None
-            # Twice as much each time, so that one very long row costs linear time.
-            chunk = stream.read(max(CHUNK, len(window) - at))
-            window, at, ended = window[at:] + decode(chunk, not chunk), 0, not chunk
+            (window, ended), at = _longer(stream, decode, window[at:]), 0
             continue
         yield here, value if isinstance(value, dict) else BadLine("not_an_object", window[begin:end])
         line, at, first = here + window.count("\n", begin, end), end, False
@@ -143,11 +141,19 @@ def _object_rows(stream: Any) -> Iterator[Numbered]:
         except (ValueError, RecursionError):
             if ended:
                 raise ValueError(f"line {here}: the object breaks off or holds no JSON here") from None
-            chunk = stream.read(max(CHUNK, len(window) - at))
-            window, at, ended = window[at:] + decode(chunk, not chunk), 0, not chunk
+            (window, ended), at = _longer(stream, decode, window[at:]), 0
             continue
         yield here, value if isinstance(value, dict) else BadLine("not_an_object", window[begin:end])
         line, at = here + window.count("\n", begin, end), end
+
+
+def _longer(stream: Any, decode: Callable[[bytes, bool], str], window: str) -> tuple[str, bool]:
+    """A window and what follows it, and whether the file has ended.
+
+    It grows to twice its length each time, so that one very long row costs linear time.
+    """
+    chunk = stream.read(max(CHUNK, len(window)))
+    return window + decode(chunk, not chunk), not chunk
 
 
 def _rows_inside(one: Mapping[str, Any]) -> list[dict[str, Any]] | None:

@@ -84,7 +84,7 @@ def _write_page(s: Settings, inspection: Inspection, path: Path) -> Path:
         counts=f"{pairs['train']:,} training pairs, {pairs['eval']:,} held out, {dropped:,} rows dropped",
         origin=(f"Mixture: {mixture}. " if mixture else "") + f"Evaluation: {report['held_out'].removesuffix('.')}.",
         report=report,
-        form_lines=[*form_lines(report), *field_lines(report)],
+        lines=[*form_lines(report), *field_lines(report), *report["notes"]],
         bad=bad_rows(report),
         lengths=data_lengths(report),
         schedule=inspection.schedule,

@@ -143,7 +143,7 @@ def test_transcripts_have_the_ids_of_the_equal_string_row(kind):
 
 def test_enough_was_compared(capsys):
     """What was compared; the numbers that the documentation gives."""
-    if not COUNTS["transcripts equal"]:
+    if COUNTS["pairs"] < len(PAIRS) or not COUNTS["transcripts equal"]:
         pytest.skip("counts what the other tests of this file compare, in one process")
     with capsys.disabled():
         print("\n" + ", ".join(f"{count} {what}" for what, count in sorted(COUNTS.items())))
