@@ -101,7 +101,11 @@ def refused(capsys, monkeypatch, tmp_path):
         ([TINY, "--config.dataset=/nowhere/pairs.jsonl"], "/nowhere/pairs.jsonl"),
         ([TINY, "--config.dataset=hhh", "--config.dataset_path=/nowhere"], "/nowhere"),
         ([TINY, "--config.dataset=hhh"], r"dataset_path=DIR.*tiny"),
-        ([TINY, "--config.batch_size=16000", "--config.mesh_fsdp=8"], "more than the 8000 training pairs"),
+        pytest.param(
+            [TINY, "--config.batch_size=16000", "--config.mesh_fsdp=8"],
+            "more than the 8000 training pairs",
+            marks=pytest.mark.slow,  # it makes the dialogues first
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(args, words, refused):

@@ -208,6 +208,7 @@ def test_a_mesh_changes_nothing(name, sizes):
                  found_grads, grads)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_packed_rows_count_every_real_token_once():
     config, params = golden("qwen3_moe")
     rows, slots = families.batch(PAIRS)

@@ -190,7 +190,7 @@ def one_device():
     return _run(adapters=_adapters(b=0.1))
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "microbatches"), [((2, 2, 2), 1), ((1, 4, 1), 2)])
 def test_every_mesh_gives_one_devices_numbers(sizes, microbatches, one_device):
     state, _, metrics = _run(sizes, _adapters(b=0.1), microbatches=microbatches)

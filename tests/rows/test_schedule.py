@@ -95,6 +95,7 @@ def test_at_least_95_percent_of_computed_tokens_are_real(batch_size):
     assert efficiency(plan, lengths) >= 0.95
 
 
+@pytest.mark.slow
 def test_dear_attention_makes_narrow_rows():
     lengths = _lengths(2048)
     cheap, dear = (

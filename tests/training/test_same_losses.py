@@ -113,7 +113,7 @@ def test_every_remat_policy_gives_the_same_losses(remat, microbatches, plain):
     _same(_run(remat=remat, microbatches=microbatches), plain)
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "microbatches"), [((2, 2, 2), 2), ((1, 1, 8), 4), ((1, 4, 2), 2)])
 def test_every_mesh_sums_the_gradients_of_microbatches(sizes, microbatches, plain):
     _same(_run(sizes, microbatches=microbatches, attention="splash"), plain)

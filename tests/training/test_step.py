@@ -138,7 +138,7 @@ def test_the_gradient_is_the_oracles_by_finite_differences(one_device):
     assert along == pytest.approx((exact(1e-6) - exact(-1e-6)) / 2e-6, rel=1e-3)
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)])
 def test_every_mesh_gives_the_same_numbers(sizes, one_device):
     devices = jax.devices()[: int(np.prod(sizes))]

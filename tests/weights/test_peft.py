@@ -114,6 +114,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits_and_gradients(name, tm
     assert test_families.relative(found, {k: p.grad.numpy() for k, p in trained.items()}) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_fresh_base_is_the_same_on_every_mesh():
     """It is saved nowhere: a resumed run, perhaps elsewhere, draws it again."""
     made = Policy(CONFIG, None, GOLDEN, None)
