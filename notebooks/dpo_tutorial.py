@@ -32,13 +32,13 @@ import numpy as np
 import dpo_jax
 from dpo_jax import Comparison, LabeledComparison
 from dpo_jax.data.render import make_renderer, render_batch
-from dpo_jax.model.forward import ModelOptions
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.objective.losses import Scored, sigmoid
 from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.rows.build import build_rows
 from dpo_jax.rows.shape import RowShape
-from dpo_jax.sampling.engine import Choice, generate
+from dpo_jax.sampling.engine import Sampler
+from dpo_jax.sampling.params import SamplingParams
 
 SMALL = bool(os.environ.get("DPO_JAX_SMALL"))  # short runs, for tests
 
@@ -198,17 +198,16 @@ with (Path("runs/tutorial-sft/synthetic-0/synthetic/test.jsonl.gz")).open("rb") 
     lines = gzip.decompress(file.read()).decode().splitlines()[:PROMPTS]
 prompts = [json.loads(line)["chosen"].rpartition("\n\nAssistant:")[0] + "\n\nAssistant:" for line in lines]
 prompt_ids = [np.asarray(model.tokenizer(text)["input_ids"], np.int32) for text in prompts]
-end = model.tokenizer.eos_token_id
+sampler = Sampler(layout, model.tokenizer, model.stop_tokens())
 
 
 def kl_from_reference(params):
     """Mean and standard error, in nats an answer, of the log-ratio over two sampled answers to every prompt."""
-    twice = [ids.tolist() for ids in prompt_ids for _ in range(2)]
-    drawn = generate(
-        params, twice, ModelOptions(layout.config), stop=[end], new_tokens=LONGEST, choice=Choice(1.0), seed=1
-    )
-    answers = [np.asarray(ids if len(ids) == LONGEST else [*ids, end], np.int32) for ids in drawn]
-    triples = [(ids, answers[2 * i], answers[2 * i + 1]) for i, ids in enumerate(prompt_ids)]
+    drawn = sampler.answers(params, prompt_ids, SamplingParams(n=2, max_tokens=LONGEST, seed=1))
+    triples = [
+        (ids, *(np.asarray(answer.token_ids, np.int32) for answer in answers))
+        for ids, answers in zip(prompt_ids, drawn, strict=True)
+    ]
     ratios = completion_logps(params, triples) - completion_logps(reference, triples)
     by_prompt = ratios.mean(axis=1)
     return by_prompt.mean(), by_prompt.std(ddof=1) / math.sqrt(len(by_prompt))

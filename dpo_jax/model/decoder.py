@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.model.attention.cpu_tiles import Skipping
 from dpo_jax.model.attention.tpu_splash import Tiling
-from dpo_jax.model.config import ACTIVATIONS, ModelConfig
+from dpo_jax.model.config import ACTIVATIONS, ModelConfig, Params
 from dpo_jax.model.experts import Grouped, balance_sums, experts_mlp, route
 from dpo_jax.model.remat import REMAT_POLICIES, to_device
 from dpo_jax.model.rotary import apply_rotary
@@ -140,11 +140,11 @@ class Attention(nn.Module):
             q_BTHE = RMSNorm(c.rms_norm_eps, (*q_over, "head_dim"), c.unit_offset, name="q_norm")(q_BTHE)
             k_BTGE = RMSNorm(c.rms_norm_eps, (*k_over, "head_dim"), c.unit_offset, name="k_norm")(k_BTGE)
         q_BTHE, k_BTGE = (apply_rotary(x, context["angles"]) for x in (q_BTHE, k_BTGE))
-        q_BTHE = nn.with_logical_constraint(checkpoint_name(q_BTHE, "q"), ("rows", "tokens", "heads", "head_dim"))
-        k_BTGE = nn.with_logical_constraint(checkpoint_name(k_BTGE, "k"), ("rows", "tokens", "kv_heads", "head_dim"))
-        v_BTGE = nn.with_logical_constraint(checkpoint_name(v_BTGE, "v"), ("rows", "tokens", "kv_heads", "head_dim"))
+        on_heads = lambda x, heads: nn.with_logical_constraint(x, ("cache_rows", "tokens", heads, "head_dim"))
+        q_BTHE = on_heads(checkpoint_name(q_BTHE, "q"), "heads")
+        k_BTGE, v_BTGE = (on_heads(checkpoint_name(x, n), "kv_heads") for x, n in ((k_BTGE, "k"), (v_BTGE, "v")))
         out_BTHE, cache = self.attend(q_BTHE, k_BTGE, v_BTGE, context, cache)
-        out_BTHE = nn.with_logical_constraint(out_BTHE, ("rows", "tokens", "heads", "head_dim"))
+        out_BTHE = on_heads(out_BTHE, "heads")
         return _project(out_BTHE, wo_HED, adapters["o"], contracted=2, bias=bias.get("o")), cache
 
 
@@ -236,9 +236,7 @@ class Decoder(nn.Module):
         if not c.tie_word_embeddings:
             # Read by `unembedding`, outside of this module: the projection runs on completion tokens only.
             _kernel(self, "lm_head", (c.vocab_size, c.hidden_size), ("vocab", "table"), model.dtype)
-        x_BTD = nn.with_logical_constraint(embed(table_VD, tokens_BT), ("rows", "tokens", "activation"))
-        if c.scale_embeddings:
-            x_BTD = x_BTD * jnp.asarray(c.hidden_size**0.5, model.dtype)
+        x_BTD = _embedded(table_VD, tokens_BT, model)
         block: Any = nn.map_variables(Block, "params", trans_in_fn=to_device) if model.from_host else Block
         if REMAT_POLICIES[model.remat] is not None:
             block = nn.remat(block, policy=REMAT_POLICIES[model.remat], prevent_cse=False)
@@ -252,4 +250,24 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x_BTD, outs = layers(c, self.attend, model.grouped, name="layers")(x_BTD, cache, layer, context)
-        return RMSNorm(c.rms_norm_eps, ("norm",), c.unit_offset, name="final_norm")(x_BTD), outs
+        return _final_norm(c, "final_norm")(x_BTD), outs
+
+
+def _embedded(table_VD: jax.Array, tokens_BT: jax.Array, model: ModelOptions) -> jax.Array:
+    x_BTD = nn.with_logical_constraint(embed(table_VD, tokens_BT), ("rows", "tokens", "activation"))
+    return x_BTD * jnp.asarray(model.config.hidden_size**0.5, model.dtype) if model.config.scale_embeddings else x_BTD
+
+
+def _final_norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
+    return RMSNorm(config.rms_norm_eps, ("norm",), config.unit_offset, name=name)
+
+
+def embedded(params: Params, tokens_BT: jax.Array, model: ModelOptions) -> jax.Array:
+    """What the first layer reads, `[B, T, D]`."""
+    return _embedded(params["embedding"].astype(model.dtype), tokens_BT, model)
+
+
+def final_norm(params: Params, x_BTD: jax.Array, model: ModelOptions) -> jax.Array:
+    """The final hidden states of what the last layer wrote."""
+    normed: Any = _final_norm(model.config).apply({"params": params["final_norm"]}, x_BTD)
+    return normed

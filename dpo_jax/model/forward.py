@@ -1,6 +1,6 @@
-"""The decoder as plain functions of parameters and a batch: hidden states of rows, decoding with a cache.
+"""The decoder as plain functions of parameters and a batch: hidden states of rows, prompts kept for decoding, decoding.
 
-Shapes: B rows, T tokens of a row, S columns of a cache, D model, V vocabulary, L layers.
+Shapes: B rows, T tokens of a row, R answers, D model, V vocabulary, L layers, G kv-heads, E head width.
 """
 
 import functools
@@ -9,14 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.model.attention.cached import cached_attention
 from dpo_jax.model.attention.cpu_tiles import Skipping, tiled_attention
 from dpo_jax.model.attention.dense import Scores, dense_attention
+from dpo_jax.model.attention.paged import Tables, cached_heads, for_keeping, paged_attention
 from dpo_jax.model.attention.tpu_splash import Tiling, splash_attention
 from dpo_jax.model.config import ModelConfig, Params
-from dpo_jax.model.decoder import Decoder, ModelOptions
+from dpo_jax.model.decoder import Block, Decoder, ModelOptions, embedded, final_norm
 from dpo_jax.model.rotary import rotary_angles
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
@@ -74,15 +75,22 @@ def _row_attention(model: ModelOptions, shape: RowShape) -> Callable:
     return attend
 
 
-def _row_context(model: ModelOptions, batch: Batch[jax.Array], shape: RowShape) -> dict[str, Any]:
+def _row_context(
+    model: ModelOptions,
+    batch: Batch[jax.Array],
+    shape: RowShape,
+    reach: int | None = None,
+    last: Callable[[], jax.Array] | None = None,
+) -> dict[str, Any]:
     positions_BT, segments_BT = batch.positions, batch.segments
+    reach = shape.reach(model.longest) if reach is None else reach
 
     def last_BT() -> jax.Array:
         """Of a group's longest sequence, as all share the prompt."""
         same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
         return jnp.max(jnp.where(same_BTS, positions_BT[:, None, :], 0), axis=-1)
 
-    context = _context(model.config, positions_BT, shape.reach(model.longest), last_BT) | {"segments": segments_BT}
+    context = _context(model.config, positions_BT, reach, last or last_BT) | {"segments": segments_BT}
     return context | ({"positions": positions_BT} if "window" in context["layers"] else {})
 
 
@@ -117,26 +125,95 @@ def hidden_states(
     return hidden, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums) if balance else None
 
 
+def prefill(
+    params: Params, batch: Batch[jax.Array], shape: RowShape, model: ModelOptions, last_BT: jax.Array, reach: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Hidden states `[B, T, D]` of packed prompts, and their keys and values `[L, B, T, G, E]` with positions applied.
+
+    Args:
+      last_BT: int32, the last position that the sequence of each token may come to, answer included.
+      reach: no sequence is longer. Both decide the rope: were it to change on the way, kept keys would be of another.
+    """
+    attend = _row_attention(model, shape)
+
+    def keeping(q, k, v, context, cache):
+        return attend(q, k, v, context, cache)[0], (k, v)
+
+    context = _row_context(model, batch, shape, reach, lambda: last_BT)
+    out: Any = Decoder(model, keeping).apply(_variables(params), batch.tokens, context)
+    hidden, (kept, _) = out
+    return hidden, kept
+
+
+def layers_apart(params: Params, layers: int, device: jax.Device) -> Params:
+    """Parameters whose layers are a tuple of trees, views of the same memory; of a policy on one CPU device.
+
+    A loop over stacked layers copies each layer's weights out of the stack on CPU, which takes longer than a few rows'
+    products with them.
+    """
+
+    def views(stacked: jax.Array) -> list[jax.Array]:
+        host = np.asarray(stacked)
+        return [jax.device_put(host[i], device) for i in range(layers)]  # no copy of what is aligned, as XLA does
+
+    def apart(tree: Params) -> tuple[Params, ...]:
+        leaves, structure = jax.tree.flatten(tree)
+        return tuple(jax.tree.unflatten(structure, one) for one in zip(*map(views, leaves), strict=True))
+
+    branch = {"lora": {"layers": apart(params["lora"]["layers"])}} if "lora" in params else {}
+    return params | branch | {"layers": apart(params["layers"])}
+
+
 def decode(
     params: Params,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array,
-    cache: Any,
-    where: jax.Array,
-    real_BS: jax.Array,
+    tokens_R: jax.Array,
+    caches: Any,
+    tables: Tables,
+    steps: jax.Array,
+    last_R: jax.Array,
     model: ModelOptions,
+    reach: int,
 ) -> tuple[jax.Array, Any]:
-    """Hidden states `[B, T, D]` of new tokens given a cache (see `cached.empty_cache`), and the new cache."""
+    """Hidden states `[R, D]` of one new token a row, and its keys `[R, G, E, 1]` and values `[R, G, 1, E]` per layer.
+
+    Args:
+      params: layers stacked, or each for itself (`layers_apart`).
+      caches: a `LayerCache` whose arrays have a leading axis of layers, or a tuple of them.
+      tables, steps: see `paged.paged_attention`; the token's position is the table's, `steps` further.
+      last_R: the last position that a row may come to, int32 `[R]`.
+      reach: no sequence is longer.
+    """
+    heads = cached_heads(caches)
 
     def attend(q, k, v, context, cache):
-        seen, window = (context["where"], context["real"]), context.get("window")
-        return cached_attention(q, k, v, cache, *seen, window=window, scores=_scores(model.config))
+        k, v = (for_keeping(x, heads) for x in (k, v))
+        where = {"window": context.get("window"), "scores": _scores(model.config)}
+        out = paged_attention(q, k, v, cache, tables, steps, **where)
+        return out, (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
 
-    # As far as a row may come: were its rope to change on the way, the cached keys would be of another one.
-    last_BT = lambda: jnp.sum(real_BS, axis=1, keepdims=True) - 1
-    context = _context(model.config, positions_BT, real_BS.shape[1], last_BT) | {"where": where, "real": real_BS}
-    hidden, (cache, _) = Decoder(model, attend).apply(_variables(params), tokens_BT, context, cache)
-    return hidden, cache
+    positions_R1 = (tables.position + steps)[:, None]
+    context = _context(model.config, positions_R1, reach, lambda: last_R[:, None])
+    by_layer = context.pop("layers")
+    block = Block(model.config, attend, model.grouped)
+    variables = _variables(params)
+    stacked = {name: tree["layers"] for name, tree in variables.items()}
+
+    def layer(x_R1D: jax.Array, one: Any) -> tuple[jax.Array, Any]:
+        weights, own, cache = one
+        x_R1D, (kept, _) = block.apply(weights, x_R1D, cache, own, context)
+        return x_R1D, kept
+
+    x = embedded(params, tokens_R[:, None], model)
+    if isinstance(params["layers"], tuple):
+        kept = []
+        for i, cache in enumerate(caches):
+            weights = {name: layers[i] for name, layers in stacked.items()}
+            x, new = layer(x, (weights, {name: y[i] for name, y in by_layer.items()}, cache))
+            kept.append(new)
+        out: Any = tuple(kept)
+    else:
+        x, out = jax.lax.scan(layer, x, (stacked, by_layer, caches))
+    return final_norm(params, x, model)[:, 0], out
 
 
 def unembedding(params: Params) -> jax.Array:

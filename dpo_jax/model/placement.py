@@ -42,6 +42,7 @@ def axis_rules(config: ModelConfig, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
     vocab, table = _table_axes(config, mesh)
     return (
         ("rows", ROW_AXES),
+        ("cache_rows", ROW_AXES),
         ("embed", "fsdp"),
         ("vocab", vocab),
         ("table", table),
@@ -54,6 +55,18 @@ def axis_rules(config: ModelConfig, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
         ("expert_mlp", None if spread_experts else "tensor"),
         *((name, None) for name in ("tokens", "activation", "head_dim", "router", "norm", "layers", "rank")),
     )
+
+
+def decoding_rules(config: ModelConfig, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
+    """As `axis_rules`, for one new token a row: activations go to the weights, which stay where they lie.
+
+    Every device of the fsdp axis has the same rows of activations and its part of their width, so that a product with
+    its part of a kernel is a term of a sum over devices: for a few hundred rows that is far less than the kernel.
+    Attention alone has rows of its own on every device, as the cache does.
+    """
+    data, width = ROW_AXES
+    other = {"rows": data, "activation": width}
+    return tuple((name, other.get(name, axes)) for name, axes in axis_rules(config, mesh))
 
 
 def _table_axes(config: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:

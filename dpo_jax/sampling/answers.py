@@ -8,46 +8,33 @@ from typing import Any
 import jax
 
 from dpo_jax.model.config import Params
-from dpo_jax.model.forward import ModelOptions
-from dpo_jax.model.placement import Layout
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.rows.build import GroupSource
-from dpo_jax.sampling.engine import Choice, generate
+from dpo_jax.sampling.engine import Sampler
+from dpo_jax.sampling.params import SamplingParams
 
 
 def answer_prompts(
-    params: Params,
-    pairs: GroupSource,
-    tokenizer: Any,
-    layout: Layout,
-    *,
-    modes: Mapping[str, Choice],
-    stop: Sequence[int],
-    new_tokens: int,
-    seed: int,
+    sampler: Sampler, params: Params, pairs: GroupSource, modes: Mapping[str, SamplingParams]
 ) -> list[dict[str, Any]]:
     """Answer the prompts of `pairs`.
 
     Args:
-      params, tokenizer, layout: the policy's.
+      sampler, params: of the policy.
       pairs: whose prompts are answered; their own answers stand beside.
       modes: how tokens are chosen, by name.
-      stop: token ids that end an answer.
-      new_tokens: most tokens of an answer.
-      seed: of the draws.
 
     Returns:
       Records with `mode`, `prompt`, `answer`, `chosen`, `rejected`.
     """
     shown = [pairs[i] for i in range(len(pairs))]
-    model, records = ModelOptions(layout.config, layout.dtype), []
-    for mode, choice in modes.items():
-        prompts = [prompt.tolist() for prompt, _, _ in shown]
-        answers = generate(params, prompts, model, stop=stop, new_tokens=new_tokens, choice=choice, seed=seed)
-        for (prompt, chosen, rejected), ids in zip(shown, answers, strict=True):
-            parts = {"prompt": prompt, "answer": ids, "chosen": chosen, "rejected": rejected}
-            texts = {name: tokenizer.decode(x, skip_special_tokens=True).strip() for name, x in parts.items()}
-            records.append({"mode": mode} | texts)
+    text = lambda ids: sampler.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    records = []
+    for mode, asked in modes.items():
+        answers = sampler.answers(params, [prompt.tolist() for prompt, *_ in shown], asked)
+        for (prompt, chosen, rejected), (answer, *_) in zip(shown, answers, strict=True):
+            theirs = {"chosen": text(chosen), "rejected": text(rejected)}
+            records.append({"mode": mode, "prompt": text(prompt), "answer": answer.text.strip()} | theirs)
     return records
 
 

@@ -22,17 +22,16 @@ from dpo_jax.objective.token_logps import token_kl
 from dpo_jax.parallel.mesh import local_rows, replicated, row_shards, to_global
 from dpo_jax.parallel.watchdog import LONGER, beat
 from dpo_jax.rows.batch import Batch
-from dpo_jax.rows.build import build_rows
+from dpo_jax.rows.build import Group, build_rows
 from dpo_jax.rows.shape import RowShape
-from dpo_jax.sampling.engine import Choice, generate
+from dpo_jax.sampling.engine import Sampler
+from dpo_jax.sampling.params import SamplingParams
 
 # Answers drawn to a prompt: a group of them is a row, so that the prompt is computed once for both.
 DRAWS = 2
 
-Triple = tuple[np.ndarray, np.ndarray, np.ndarray]  # token ids of a prompt and of two answers, int32
 
-
-def make_divergence(layout: Layout, new_tokens: int) -> Callable[[Params, Params, Sequence[Triple]], np.ndarray]:
+def make_divergence(layout: Layout, new_tokens: int) -> Callable[[Params, Params, Sequence[Group]], np.ndarray]:
     """Build `divergence(params, ref_params, answers)` → float64 `[answers, 2]`, nats.
 
     Of an answer y it is Σ_t KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t)), where every term is exact, a sum over the vocabulary.
@@ -62,7 +61,7 @@ def make_divergence(layout: Layout, new_tokens: int) -> Callable[[Params, Params
     compiled = jax.jit(step, static_argnames="shape", out_shardings=replicated(mesh))
     multiple = row_limits(config, shards, layout.platform).width_multiple
 
-    def divergence(params: Params, ref_params: Params, answers: Sequence[Triple]) -> np.ndarray:
+    def divergence(params: Params, ref_params: Params, answers: Sequence[Group]) -> np.ndarray:
         longest = max(len(prompt) for prompt, *_ in answers)
         placed = np.pad(np.arange(len(answers)), (0, -len(answers) % shards), constant_values=-1)
         prompt, answer = (-(-n // multiple) * multiple for n in (longest, new_tokens))
@@ -76,14 +75,13 @@ def make_divergence(layout: Layout, new_tokens: int) -> Callable[[Params, Params
 
 
 def make_on_policy_kl(
-    layout: Layout, prompts: Sequence[Sequence[int]], *, stop: Sequence[int], new_tokens: int, seed: int
+    sampler: Sampler, prompts: Sequence[Sequence[int]], *, new_tokens: int, seed: int
 ) -> Callable[[Params, Params], dict[str, float]]:
     """Build `estimate(params, ref_params)`: the KL divergence of the policy's answers from the reference's.
 
     Args:
-      layout: of both models.
+      sampler: of both models.
       prompts: token ids; `DRAWS` answers are drawn to each.
-      stop: token ids that end an answer.
       new_tokens: the most tokens of an answer: what is estimated is the divergence of the answers' first so many.
       seed: of the draws; the same at every call, so that an estimate changes by what the policy has learned.
 
@@ -92,25 +90,21 @@ def make_on_policy_kl(
       prompts (not of a single one); `kl_per_token`: the same sum over the number of tokens. Every process of several
       must call it.
     """
-    divergence = make_divergence(layout, new_tokens)
-    asked = [prompt for prompt in prompts for _ in range(DRAWS)]
+    divergence = make_divergence(sampler.layout, new_tokens)
+    asked = SamplingParams(n=DRAWS, max_tokens=new_tokens, seed=seed)
 
     def estimate(params: Params, ref_params: Params) -> dict[str, float]:
         beat("drawing answers for the KL divergence", LONGER)
-        with jax.transfer_guard_host_to_device("allow"):  # the prompts' few tokens
-            drawn = generate(
-                params, asked, ModelOptions(layout.config, layout.dtype), stop=stop, new_tokens=new_tokens,
-                choice=Choice(temperature=1.0), seed=seed,
-            )  # fmt: skip
-        # Which of the stop tokens ended an answer is not known, nor needed: no distribution is conditioned on it.
-        ended = [ids if len(ids) == new_tokens else [*ids, stop[0]] for ids in drawn]
-        arrays = [np.asarray(ids, np.int32) for ids in ended]
-        questions = [np.asarray(prompt, np.int32) for prompt in prompts]
-        answers = [(prompt, *arrays[DRAWS * i : DRAWS * (i + 1)]) for i, prompt in enumerate(questions)]
+        drawn = sampler.answers(params, prompts, asked)
+        groups = [
+            tuple(np.asarray(ids, np.int32) for ids in (prompt, *(answer.token_ids for answer in answers)))
+            for prompt, answers in zip(prompts, drawn, strict=True)
+        ]
         beat("computing the KL divergence", LONGER)
-        nats = divergence(params, ref_params, answers)  # type: ignore[arg-type]
+        nats = divergence(params, ref_params, groups)
         means = nats.mean(axis=1)
         error = {"kl_error": float(means.std(ddof=1) / len(means) ** 0.5)} if len(means) > 1 else {}
-        return {"kl": float(means.mean()), "kl_per_token": float(nats.sum() / sum(map(len, ended)))} | error
+        tokens = sum(len(ids) for _, *answers in groups for ids in answers)
+        return {"kl": float(means.mean()), "kl_per_token": float(nats.sum() / tokens)} | error
 
     return estimate

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,8 @@ from dpo_jax.objective.policy_logps import logps_fn
 from dpo_jax.parallel.mesh import host_shardings, replicated
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.sampling import answers, divergence
-from dpo_jax.sampling.engine import Choice
+from dpo_jax.sampling.engine import Sampler
+from dpo_jax.sampling.params import SamplingParams
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.optimizer import optimizer, rate_schedule
 from dpo_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -59,6 +61,14 @@ class Run:
     writer: MetricsWriter
     stop: threading.Event
     done: int
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """Draws the policy's answers; what was compiled for one evaluation serves the next.
+
+        Rows may be longer than the model says it has positions for (`about.py` warns of it), and so may answers.
+        """
+        return Sampler(self.layout, self.policy.tokenizer, self.policy.stop_tokens(), longest=sys.maxsize)
 
 
 def keep_compiled(settings: Settings) -> None:
@@ -144,17 +154,9 @@ def write_answers(run: Run, params: Params, when: str, step: int) -> None:
     shown = dataclasses.replace(pairs, index=pairs.index[: s.sample_prompts])
     if not len(shown):
         return
-    modes = {"greedy": Choice(), "sampled": Choice(s.sample_temperature, s.sample_top_p)}
-    records = answers.answer_prompts(
-        run.base | params,
-        shown,
-        run.policy.tokenizer,
-        run.layout,
-        modes=modes,
-        stop=run.policy.stop_tokens(),
-        new_tokens=s.sample_tokens,
-        seed=s.seed,
-    )
+    greedy = SamplingParams(temperature=0.0, max_tokens=s.sample_tokens, seed=s.seed)
+    drawn = dataclasses.replace(greedy, temperature=s.sample_temperature, top_p=s.sample_top_p)
+    records = answers.answer_prompts(run.sampler, run.base | params, shown, {"greedy": greedy, "sampled": drawn})
     answers.append_samples(run.workdir / "samples.jsonl", [{"when": when, "step": step} | r for r in records])
 
 
@@ -181,6 +183,6 @@ def make_kl(run: Run) -> Callable[[Params, Params | None], dict[str, float]]:
     pairs = dataclasses.replace(held_out, index=held_out.index[: s.kl_prompts])
     if not len(pairs) or run.layout.options.reference_offload:
         return lambda params, reference: {}
-    prompts, stop = [pairs[i][0].tolist() for i in range(len(pairs))], run.policy.stop_tokens()
-    estimate = divergence.make_on_policy_kl(run.layout, prompts, stop=stop, new_tokens=s.sample_tokens, seed=s.seed)
+    prompts = [pairs[i][0].tolist() for i in range(len(pairs))]
+    estimate = divergence.make_on_policy_kl(run.sampler, prompts, new_tokens=s.sample_tokens, seed=s.seed)
     return lambda params, ref: {} if ref is None else estimate(base | params, base | ref)

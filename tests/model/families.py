@@ -10,9 +10,14 @@ import pytest
 
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
+from dpo_jax.model.options import LayoutOptions
+from dpo_jax.model.placement import place_model
+from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.build import build_rows
 from dpo_jax.rows.shape import RowShape
+from dpo_jax.sampling.engine import Sampler
+from dpo_jax.sampling.params import SamplingParams
 from dpo_jax.weights import huggingface as weights
 from tests import places
 
@@ -34,6 +39,13 @@ PLACED = np.array([[2, 0, -1], [1, -1, -1]])
 def sweep(names, *quick):
     """Parameters of a test: all names, those that are not `quick` marked slow."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def greedy(config: ModelConfig, params, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """The most likely token, so many times, of our sampler; nothing stops an answer."""
+    layout = place_model(config, make_mesh(1, 1, 1, jax.devices()[:1]), LayoutOptions(compute_dtype="float32"))
+    asked = SamplingParams(temperature=0.0, max_tokens=tokens)
+    return [answer.token_ids for (answer,) in Sampler(layout, None, [-1]).answers(params, prompts, asked)]
 
 
 def token_ids(text: str, vocab: int) -> np.ndarray:

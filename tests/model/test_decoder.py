@@ -16,11 +16,20 @@ from dpo_jax.model.placement import axis_rules, param_shardings
 from dpo_jax.objective.logps import group_logps
 from dpo_jax.objective.objective import preference_objective
 from dpo_jax.parallel.mesh import make_mesh
-from dpo_jax.sampling.engine import generate
 from dpo_jax.training.step import init_state, make_train_step
 from dpo_jax.weights import huggingface as weights
 from tests.model import families
-from tests.model.families import GOLDEN, TextPairs, difference, load, row_logits, sequence_logits, sweep, unpacked
+from tests.model.families import (
+    GOLDEN,
+    TextPairs,
+    difference,
+    greedy,
+    load,
+    row_logits,
+    sequence_logits,
+    sweep,
+    unpacked,
+)
 
 # One of each kind; `test_families.py` has packed rows and greedy answers of every family, beside transformers.
 NAMES = ["qwen2_window", "gemma3_text", "phi3_longrope", "mixtral"]
@@ -44,7 +53,7 @@ def test_packed_rows_are_plain_sequences(name):
 def test_the_sampler_is_the_whole_model_run_again(name):
     config, params = golden(name)
     prompts = [PAIRS.ids[0][0][:n].tolist() for n in (30, 3, 26)]
-    answers = generate(params, prompts, ModelOptions(config), stop=[config.vocab_size], new_tokens=8)
+    answers = greedy(config, params, prompts, 8)
     whole = sequence_logits(params, config, [np.array(p + a) for p, a in zip(prompts, answers, strict=True)])
     for prompt, answer, logits in zip(prompts, answers, whole, strict=True):
         assert answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()

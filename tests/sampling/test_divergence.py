@@ -12,6 +12,7 @@ from dpo_jax.model.options import LayoutOptions
 from dpo_jax.model.placement import place_model
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.sampling.divergence import make_divergence, make_on_policy_kl
+from dpo_jax.sampling.engine import Sampler
 from tests.oracles import oracle
 
 CONFIG = dataclasses.replace(oracle.CONFIG, vocab_size=16)
@@ -29,6 +30,10 @@ POLICY, REFERENCE = _fresh(0), _fresh(1)
 def _layout(sizes=(1, 1, 1), config=CONFIG):
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     return place_model(config, mesh, LayoutOptions(compute_dtype="float32"))
+
+
+def _sampler(stop):
+    return Sampler(_layout(), None, [stop])
 
 
 def _log_probs(params, ids):
@@ -80,7 +85,7 @@ def test_the_estimate_is_the_divergence_of_all_answers():
         by_answer += (probs * (ours[token] + next_ours - theirs[token] - next_theirs)).sum()
     assert exact == pytest.approx(by_answer)
 
-    estimate = make_on_policy_kl(_layout(), [prompt] * 300, stop=[stop], new_tokens=2, seed=1)
+    estimate = make_on_policy_kl(_sampler(stop), [prompt] * 300, new_tokens=2, seed=1)
     values = estimate(POLICY, REFERENCE)
     assert values["kl"] == pytest.approx(exact, abs=4 * values["kl_error"])
     assert values["kl_error"] < 0.1 * exact  # so that the line before says something
@@ -90,8 +95,8 @@ def test_the_estimate_is_the_divergence_of_all_answers():
 
 
 def test_a_policy_that_is_its_reference_has_none():
-    estimate = make_on_policy_kl(_layout(), [[5, 9, 2], [7]], stop=[3], new_tokens=4, seed=0)
+    estimate = make_on_policy_kl(_sampler(3), [[5, 9, 2], [7]], new_tokens=4, seed=0)
     assert estimate(POLICY, POLICY) == {"kl": 0.0, "kl_per_token": 0.0, "kl_error": 0.0}
-    alone = make_on_policy_kl(_layout(), [[5]], stop=[3], new_tokens=4, seed=0)(POLICY, REFERENCE)
+    alone = make_on_policy_kl(_sampler(3), [[5]], new_tokens=4, seed=0)(POLICY, REFERENCE)
     assert set(alone) == {"kl", "kl_per_token"}
     assert alone["kl"] > 0

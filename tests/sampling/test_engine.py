@@ -1,67 +1,191 @@
-"""The cached sampler against the whole model run again for every token."""
+"""The sampler against the whole model run again for every token, and against itself done in other ways."""
+
+import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from dpo_jax.model.forward import ModelOptions, init_params
-from dpo_jax.sampling.engine import Choice, generate, pick
+from dpo_jax.errors import UserError
+from dpo_jax.model.forward import init_params
+from dpo_jax.model.lora import init_adapters
+from dpo_jax.model.options import LayoutOptions, Lora
+from dpo_jax.model.placement import place_model
+from dpo_jax.parallel.mesh import make_mesh
+from dpo_jax.sampling import engine
+from dpo_jax.sampling.engine import Capacity, Sampler
+from dpo_jax.sampling.params import SamplingParams
 from tests.oracles import oracle
-from tests.oracles.oracle import CONFIG
 
-PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 60, 11]]
+CONFIG = oracle.CONFIG
+WINDOW = dataclasses.replace(CONFIG, sliding_window=8, sliding_layers=(True, False))
+PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 60, 11], [1, 2, 3, 4] * 9, [4], [4, 4], [4, 5, 6, 7, 8]]
+STOP = 58
+
+
+def layout_of(config=CONFIG, sizes=(1, 1, 1), lora=None, **options):
+    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    return place_model(config, mesh, LayoutOptions(**{"compute_dtype": "float32"} | options), lora)
 
 
 @pytest.fixture(scope="module")
 def params():
     fresh = nn.meta.unbox(init_params(jax.random.key(0), CONFIG))
-    return jax.tree.map(lambda p: p * 8 if p.ndim > 2 else p, fresh)
-
-
-def _greedy(params, prompt, n, stop):
-    ids, out = list(prompt), []
-    for _ in range(n):
-        token = int(oracle.logits(params, np.array(ids), CONFIG)[-1].argmax())
-        if token in stop:
-            break
-        ids.append(token)
-        out.append(token)
-    return out
-
-
-def test_greedy_is_the_most_likely_token_every_time(params):
-    ours = generate(params, PROMPTS, ModelOptions(CONFIG), stop=[61], new_tokens=6)
-    assert ours == [_greedy(params, p, 6, [61]) for p in PROMPTS]
-
-
-def test_an_answer_ends_before_its_stop_token(params):
-    free = _greedy(params, PROMPTS[0], 6, [61])
-    stop = [free[3]]
-    ours = generate(params, PROMPTS, ModelOptions(CONFIG), stop=stop, new_tokens=6)
-    assert ours == [_greedy(params, p, 6, stop) for p in PROMPTS]
-    assert len(ours[0]) <= 3
-
-
-def test_a_seed_decides_the_draws(params):
-    draw = lambda seed: generate(
-        params, PROMPTS, ModelOptions(CONFIG), stop=[61], new_tokens=8, choice=Choice(1.0, 0.9), seed=seed
+    larger = {name: fresh[name] * 30 for name in ("embedding", "lm_head")}  # else every token is about as likely
+    return jax.tree.map(
+        np.asarray, fresh | {"layers": jax.tree.map(lambda p: p * 8 if p.ndim > 2 else p, fresh["layers"])} | larger
     )
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
 
 
-def test_temperature_and_nucleus_give_their_distribution():
-    logits = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))
-    keys = jax.random.split(jax.random.key(0), 4000)
-    count = lambda **kw: (
-        np.bincount(jax.vmap(lambda k: pick(k, logits[None], Choice(**kw))[0])(keys), minlength=4) / 4000
-    )
-    np.testing.assert_allclose(count(temperature=1.0, top_p=1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
-    # 0.5 is short of 0.6, so the second token is in, and no other.
-    np.testing.assert_allclose(count(temperature=1.0, top_p=0.6), [0.625, 0.375, 0, 0], atol=0.03)
-    np.testing.assert_allclose(count(temperature=1.0, top_p=0.01), [1, 0, 0, 0])
-    sharp = np.array([0.25, 0.09, 0.0225, 0.0025])
-    np.testing.assert_allclose(count(temperature=0.5, top_p=1.0), sharp / sharp.sum(), atol=0.03)
-    assert int(pick(keys[0], logits[None], Choice())[0]) == 0
+def answers(params, layout, prompts=PROMPTS, capacity=Capacity(), ids=None, **asked):
+    on_mesh = jax.device_put(params, layout.shardings)
+    return Sampler(layout, None, [STOP], capacity).answers(on_mesh, prompts, SamplingParams(**asked), ids)
+
+
+def tokens(found):
+    return [[answer.token_ids for answer in one] for one in found]
+
+
+def log_probs(params, prompt, ids, config=CONFIG):
+    """log p `[tokens, V]` before every token of an answer, float64."""
+    z = oracle.logits(params, np.array([*prompt, *ids]), config)[len(prompt) - 1 : -1]
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("config", [CONFIG, WINDOW])
+def test_greedy_is_the_most_likely_token_every_time(params, config):
+    for prompt, (answer,) in zip(
+        PROMPTS, answers(params, layout_of(config), temperature=0.0, max_tokens=40), strict=True
+    ):
+        logp = log_probs(params, prompt, answer.token_ids, config)
+        assert answer.token_ids == logp.argmax(-1).tolist()
+        assert answer.logprobs == [0.0] * len(answer.token_ids)  # of what it was drawn from
+        np.testing.assert_allclose(answer.full_logprobs, logp.max(-1), atol=1e-5)
+        assert answer.finish_reason == ("stop" if answer.token_ids[-1] == STOP else "length")
+        assert (answer.finish_reason == "length") == (len(answer.token_ids) == 40)
+
+
+def test_log_probabilities_are_the_whole_models(params):
+    """Temperature and filters change what is drawn from; the other value is the model's own whatever they are."""
+    asked = {"n": 3, "temperature": 0.7, "top_k": 9, "max_tokens": 40, "seed": 3}
+    ends = set()
+    for prompt, group in zip(PROMPTS, answers(params, layout_of(), **asked), strict=True):
+        for answer in group:
+            logp = log_probs(params, prompt, answer.token_ids)
+            at = np.arange(len(logp)), answer.token_ids
+            np.testing.assert_allclose(answer.full_logprobs, logp[at], atol=1e-5)
+            z = logp / 0.7
+            kept = z >= np.sort(z, axis=-1)[:, -9:-8]
+            drawn = np.where(kept, z, -np.inf)
+            drawn -= np.log(np.exp(drawn).sum(-1, keepdims=True))
+            np.testing.assert_allclose(answer.logprobs, drawn[at], atol=1e-5)
+            assert answer.logprob == pytest.approx(sum(answer.logprobs))
+            assert STOP not in answer.token_ids[:-1]
+            ends.add(answer.finish_reason)
+    assert ends == {"stop", "length"}
+
+
+@pytest.mark.parametrize(
+    "capacity",
+    [
+        Capacity(rows=1, page=8),
+        pytest.param(Capacity(rows=4, page=8, prefill=8), marks=pytest.mark.slow),
+        pytest.param(Capacity(rows=16, page=4), marks=pytest.mark.slow),
+        pytest.param(Capacity(rows=256, page=64), marks=pytest.mark.slow),
+    ],
+)
+def test_answers_do_not_depend_on_how_many_are_drawn_at_once(params, capacity, monkeypatch):
+    monkeypatch.setitem(engine.WORTH_COMPILING, "cpu", 0)
+    whole = tokens(answers(params, layout_of(), n=5, max_tokens=40, seed=3, capacity=Capacity(compact=False)))
+    assert len({tuple(ids) for one in whole for ids in one}) > 30  # no two share their draws
+    assert tokens(answers(params, layout_of(), n=5, max_tokens=40, seed=3, capacity=capacity)) == whole
+
+
+def test_answers_do_not_depend_on_the_other_prompts(params):
+    whole = tokens(answers(params, layout_of(), n=3, max_tokens=40, seed=3))
+    some = tokens(answers(params, layout_of(), PROMPTS[::-2], n=2, max_tokens=40, seed=3))
+    assert some == [one[:2] for one in whole[::-2]]
+    assert tokens(answers(params, layout_of(), n=3, max_tokens=40, seed=4)) != whole
+    assert tokens(answers(params, layout_of(), n=3, max_tokens=40, seed=3, round=1)) != whole
+    named = tokens(answers(params, layout_of(), [PROMPTS[0]] * 2, max_tokens=40, ids=["a", "b"]))
+    assert named[0] != named[1]
+    assert tokens(answers(params, layout_of(), [PROMPTS[0]], max_tokens=40, ids=["b"])) == [named[1]]
+    twice = tokens(answers(params, layout_of(), [PROMPTS[0]] * 2, max_tokens=40, seed=3))
+    assert twice[0] != twice[1]
+    assert twice[0] == whole[0][:1]
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in [(8, 1, 1), (1, 8, 1), (1, 2, 4)])]
+)
+@pytest.mark.parametrize("config", [CONFIG, pytest.param(WINDOW, marks=pytest.mark.slow)])
+def test_answers_do_not_depend_on_the_devices(params, sizes, config):
+    """Also with more devices than kv-heads along an axis, and with rows that are refilled."""
+    whole = tokens(answers(params, layout_of(config), n=3, max_tokens=24, seed=3))
+    for capacity in (Capacity(), Capacity(rows=1, page=8)):
+        assert tokens(answers(params, layout_of(config, sizes), n=3, max_tokens=24, seed=3, capacity=capacity)) == whole
+
+
+def test_unmerged_adapters_are_the_merged_model(params):
+    lora = Lora(2, 4.0, ("all",))
+    layout = layout_of(lora=lora)
+    fresh = nn.meta.unbox(init_adapters(jax.random.key(1), layout.config, layout.lora))
+    adapters = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(2), p.shape), fresh)
+    merged = jax.tree.map(np.copy, params)
+    for block, names in adapters["lora"]["layers"].items():
+        for name, pair in names.items():
+            a, b = (np.asarray(x) for x in (pair["a"], pair["b"]))
+            kernel = merged["layers"][block][name]
+            product = a.reshape(len(a), -1, 2) @ b.reshape(len(b), 2, -1)
+            kernel += layout.config.lora_scale * product.reshape(kernel.shape)
+    asked = SamplingParams(n=2, max_tokens=24)
+    unmerged = Sampler(layout, None, [STOP]).answers(params | adapters, PROMPTS, asked)
+    assert tokens(unmerged) == tokens(answers(merged, layout_of(), n=2, max_tokens=24))
+    assert tokens(unmerged) != tokens(answers(params, layout_of(), n=2, max_tokens=24))
+
+
+def test_int8_keys_and_values_are_near(params):
+    exact = answers(params, layout_of(), temperature=0.0, max_tokens=40)
+    rounded = answers(params, layout_of(), temperature=0.0, max_tokens=40, capacity=Capacity(cache_dtype="int8"))
+    differences = [
+        abs(a - b)
+        for (one,), (other,) in zip(exact, rounded, strict=True)
+        if one.token_ids[:8] == other.token_ids[:8]
+        for a, b in zip(one.full_logprobs[:8], other.full_logprobs[:8], strict=True)
+    ]
+    assert len(differences) >= 4 * 8
+    assert 1e-5 < max(differences) < 0.1
+
+
+def test_bfloat16_parameters_are_computed_in_the_layouts_numbers(params):
+    rounded = jax.tree.map(lambda p: p.astype(jax.numpy.bfloat16), params)
+    back = jax.tree.map(lambda p: np.asarray(p, np.float32), rounded)
+    assert tokens(answers(rounded, layout_of(), max_tokens=24)) == tokens(answers(back, layout_of(), max_tokens=24))
+
+
+def test_a_stop_token_comes_no_sooner_than_asked(params):
+    free = answers(params, layout_of(), n=8, max_tokens=40, seed=1)
+    assert any(len(answer.token_ids) < 12 for one in free for answer in one)
+    late = answers(params, layout_of(), n=8, max_tokens=40, min_tokens=12, seed=1)
+    assert all(len(answer.token_ids) > 12 for one in late for answer in one)
+    assert any(answer.stop_reason == STOP for one in late for answer in one)
+    first = answers(params, layout_of(), n=8, max_tokens=40, seed=1, stop_token_ids=(7, 8))
+    for free_one, one in zip(free, first, strict=True):
+        for before, answer in zip(free_one, one, strict=True):
+            end = next((i + 1 for i, t in enumerate(before.token_ids) if t in (7, 8, STOP)), 40)
+            assert answer.token_ids == before.token_ids[:end]
+
+
+def test_what_cannot_be_answered_is_refused_before_anything_is_compiled(params):
+    with pytest.raises(UserError, match="prompt 2 has no tokens"):
+        answers(params, layout_of(), [[1], []])
+    short = dataclasses.replace(CONFIG, max_position_embeddings=8)
+    with pytest.raises(UserError, match="prompt 1 has 8 tokens, and the model has 8 positions"):
+        answers(params, layout_of(short), [[1] * 8])
+    ((answer,),) = answers(params, layout_of(short), [[1] * 6], temperature=0.0, max_tokens=40)
+    assert len(answer.token_ids) <= 2  # as many as there are positions for
+    with pytest.raises(UserError, match="use stop_token_ids"):
+        answers(params, layout_of(), stop=("x",))
+    assert answers(params, layout_of(), []) == []

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 import numpy as np
-
 from dpo_jax.model.attention.cached import cached_attention
+
 from tests.model.attention.test_dense import E, G, H, _random
 from tests.oracles import oracle
 
