@@ -9,8 +9,8 @@ row's strings; TRL's standard format: the end-of-sequence token follows an answe
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from dpo_jax.data.comparison import Comparison, LabeledComparison, Message, Skip
 from dpo_jax.data.cuts import Cuts, Ids, Trio, encode, encode_trios, sure_cuts
@@ -138,10 +138,9 @@ def render_batch(renderer: Renderer, pairs: Sequence[LabeledComparison]) -> list
     return [row if isinstance(row, Skip) else _limited(renderer, *next(ids), row.notes) for row in rows]
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     trio: Trio
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def _row(renderer: Renderer, better: Comparison, known: dict[tuple[str, str], bool]) -> _Row | Skip:
@@ -161,7 +160,7 @@ def _row(renderer: Renderer, better: Comparison, known: dict[tuple[str, str], bo
     else:
         note = ("templated_inside",) if templated else ()
         row = _transcript(renderer, better) if renderer.form == "plain" else _chat(renderer, better, known)
-    return row if isinstance(row, Skip) else _Row(row.trio, note + row.notes)
+    return row if isinstance(row, Skip) or not note else _Row(row.trio, note + row.notes)
 
 
 def _chat(renderer: Renderer, better: Comparison, known: dict[tuple[str, str], bool]) -> _Row | Skip:
@@ -229,10 +228,10 @@ def _ended(renderer: Renderer, text: str) -> str:
     return text if text.endswith(end) else text + end
 
 
-def _without_end(renderer: Renderer, answer: Sequence[Message]) -> list[Message]:
+def _without_end(renderer: Renderer, answer: Sequence[Message]) -> Sequence[Message]:
     end, last = renderer.tokenizer.eos_token, answer[-1]
     if not end or not isinstance(last.get("content"), str) or not last["content"].endswith(end):
-        return list(answer)
+        return answer
     without: Any = {**last, "content": last["content"].removesuffix(end)}
     return [*answer[:-1], without]
 

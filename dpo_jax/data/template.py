@@ -1,5 +1,6 @@
 """A tokenizer's chat templates: which one a row is rendered with, the text it makes, and what it says of itself."""
 
+import functools
 import inspect
 import re
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def render_messages(
 
     Raises whatever the template raises.
     """
-    row = {"tools": comparison.tools} | dict(comparison.chat_template_kwargs or {})
+    row: dict[str, Any] = {"tools": comparison.tools, **(comparison.chat_template_kwargs or {})}
     source = source_of(template, comparison)
     if template.day and _CLOCK in source:
         source = _stopped_clock(template.day) + source
@@ -105,6 +106,8 @@ def unread_fields(template: ChatTemplate, comparison: Comparison, known: dict[tu
     """
     answers = (comparison.completion_a, comparison.completion_b)
     messages = [message for part in (comparison.prompt_conversation, *answers) for message in part]
+    if not (comparison.tools or comparison.chat_template_kwargs or any(len(message) > 2 for message in messages)):
+        return []  # most rows have texts alone
     fields = {key for message in messages for key, value in message.items() if value not in (None, "", [])}
     fields |= set(comparison.chat_template_kwargs or {}) - set(_ROW_MAY_NAME)
     fields |= {"tools"} if comparison.tools else set()
@@ -155,6 +158,7 @@ def _no_trace(template: ChatTemplate, comparison: Comparison, field: str) -> boo
     return True
 
 
+@functools.lru_cache(maxsize=16)
 def _stopped_clock(day: str) -> str:
     """A macro in front of a template that takes the place of `strftime_now`: midnight of `day`, on any machine.
 

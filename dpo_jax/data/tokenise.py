@@ -45,8 +45,7 @@ def tokenise(
             rows = itertools.chain.from_iterable(read_rows(path, lambda n: tell(n, 0, 0)) for path in source.files)
             while batch := list(itertools.islice(rows, _BATCH)):
                 kept = tally.kept
-                for pair in _batch_pairs(batch, renderer, drop_ties, tally):
-                    yield pair._replace(source=names.index(source.name))
+                yield from _batch_pairs(batch, renderer, drop_ties, tally, names.index(source.name))
                 tell(0, len(batch), tally.kept - kept)
                 if tally.read >= _PLAINLY:
                     _refuse_wrong_columns(tally, quarantine)
@@ -63,8 +62,9 @@ def tokenise(
 
 
 def _batch_pairs(
-    batch: list[tuple[str, dict[str, Any] | BadLine]], renderer: Renderer, drop_ties: bool, tally: Tally
+    batch: list[tuple[str, dict[str, Any] | BadLine]], renderer: Renderer, drop_ties: bool, tally: Tally, name: int
 ) -> Iterator[Pair]:
+    """The pairs of some rows of one source; `name` is the number of its name."""
     source = tally.source
     spec = source.spec
     good: list[tuple[str, dict[str, Any], LabeledComparison]] = []
@@ -93,7 +93,7 @@ def _batch_pairs(
         prompt_hash = int.from_bytes(
             bytes.fromhex(digest(json.dumps(turns or list(rendered.prompt)), size=8)), "little"
         )
-        yield Pair(rendered.prompt, rendered.chosen, rendered.rejected, 0, prompt_hash, number[path], int(line))
+        yield Pair(rendered.prompt, rendered.chosen, rendered.rejected, name, prompt_hash, number[path], int(line))
 
 
 def _refuse_wrong_columns(tally: Tally, quarantine: Path | None) -> None:

@@ -256,6 +256,19 @@ def test_ids_are_those_of_whole_texts_for_every_kind_of_tokenizer(name, kind):
     agree()
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_what_was_set_on_the_backend_before_changes_no_id(split):
+    plain, used = (small_tokenizer("GPT-2", CHATML) for _ in range(2))
+    for tokenizer in (plain, used):
+        tokenizer.split_special_tokens = split
+    renderer = make_renderer(used)
+    used.backend_tokenizer.enable_truncation(4)
+    used.backend_tokenizer.enable_padding(length=90)
+    used.backend_tokenizer.encode_special_tokens = not split
+    labeled = pair("Why is the sea blue?", "It mirrors the sky.", "Nobody knows.")
+    assert ids(one(renderer, labeled)) == ids(one(make_renderer(plain), labeled)) == trl_ids(plain, labeled)
+
+
 def test_cuts_are_at_tokens_that_no_other_hides_and_at_a_transcripts_colon():
     tokenizer = small_tokenizer("GPT-2", CHATML)
     cuts = sure_cuts(tokenizer, [CHATML])

@@ -7,8 +7,10 @@ what it wrote.
 """
 
 import array
+import contextlib
 import fcntl
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -200,16 +202,17 @@ def write_pairs(directory: Path, fingerprint: dict[str, Any], produce: Produce) 
         about.update((yield from produce(directory / QUARANTINE)))
 
     try:
-        for pair in pairs():
-            ids = np.asarray([*pair.prompt, *pair.chosen, *pair.rejected], dtype="<i4")
-            largest = max(largest, int(ids.max(initial=-1)))
-            record = ids.tobytes()
-            all_ids.update(record)
-            writer.write(record)
-            lengths.extend((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
-            sources.append(pair.source)
-            hashes.append(pair.prompt_hash)
-            origins.extend((pair.file, pair.line))
+        with _collecting_new_objects():
+            for pair in pairs():
+                ids = np.asarray([*pair.prompt, *pair.chosen, *pair.rejected], dtype="<i4")
+                largest = max(largest, int(ids.max(initial=-1)))
+                record = ids.tobytes()
+                all_ids.update(record)
+                writer.write(record)
+                lengths.extend((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
+                sources.append(pair.source)
+                hashes.append(pair.prompt_hash)
+                origins.extend((pair.file, pair.line))
     finally:
         writer.close()
     np.save(directory / "lengths.npy", np.asarray(lengths, dtype=np.int32).reshape(-1, 3))
@@ -227,6 +230,20 @@ def write_pairs(directory: Path, fingerprint: dict[str, Any], produce: Produce) 
         **about,
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+@contextlib.contextmanager
+def _collecting_new_objects() -> Iterator[None]:
+    """Within it the garbage collector looks at new objects only.
+
+    Rows are many small objects that come and go. They would make it look again and again at everything that the process
+    has loaded before, which takes a fifteenth of the time.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @functools.lru_cache(maxsize=16)

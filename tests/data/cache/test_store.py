@@ -1,5 +1,6 @@
 """The cache: what goes in comes out, only a whole and matching cache is used, and writers do not disturb each other."""
 
+import gc
 import json
 import os
 import pickle
@@ -92,6 +93,23 @@ def test_an_error_while_writing_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         open_or_build(str(tmp_path), FINGERPRINT, failing)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_the_garbage_collector_is_left_as_it_was(tmp_path):
+    def watched(quarantine):
+        assert gc.isenabled()
+        assert gc.get_freeze_count()
+        return (yield from produce(quarantine))
+
+    def failing(quarantine):
+        yield PAIRS[0]
+        raise ValueError("broken row")
+
+    open_or_build(str(tmp_path), FINGERPRINT, watched)
+    assert not gc.get_freeze_count()
+    with pytest.raises(ValueError, match="broken row"):
+        open_or_build(str(tmp_path), {"files": ["b"]}, failing)
+    assert not gc.get_freeze_count()
 
 
 @pytest.mark.parametrize("name", ["pairs.array_record", "lengths.npy", "source.npy", "manifest.json"])
