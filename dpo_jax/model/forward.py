@@ -174,7 +174,7 @@ def decode(
     model: ModelOptions,
     reach: int,
 ) -> tuple[jax.Array, Any]:
-    """Hidden states `[R, D]` of one new token a row, and its keys `[R, G, E, 1]` and values `[R, G, 1, E]` per layer.
+    """Hidden states `[R, D]` of one new token a row, and its keys and values `[R, G, 1, E]` of every layer.
 
     Args:
       params: layers stacked, or each for itself (`layers_apart`).
@@ -189,7 +189,7 @@ def decode(
         k, v = (for_keeping(x, heads) for x in (k, v))
         where = {"window": context.get("window"), "scores": _scores(model.config)}
         out = paged_attention(q, k, v, cache, tables, steps, **where)
-        return out, (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
+        return out, (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
 
     positions_R1 = (tables.position + steps)[:, None]
     context = _context(model.config, positions_R1, reach, lambda: last_R[:, None])

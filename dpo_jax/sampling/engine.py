@@ -58,7 +58,7 @@ class Capacity:
     compact: bool = True
 
 
-SUITS = {"cpu": Capacity(128, 32, 1024), "gpu": Capacity(256, 32, 4096), "tpu": Capacity(256, 64, 4096)}
+SUITS = {"cpu": Capacity(128, 32, 1024), "gpu": Capacity(256, 32, 4096), "tpu": Capacity(256, 32, 4096)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +174,8 @@ class Sampler:
             room = self.longest - len(prompt)
             if room < 1:
                 raise UserError(
-                    f"prompt {i + 1} has {len(prompt):,} tokens, and the model has {self.longest:,} positions for prompt "
-                    "and answer together; shorten the prompt"
+                    f"prompt {i + 1} has {len(prompt):,} tokens, and the model has {self.longest:,} positions for prompt and"
+                    " answer together; shorten the prompt"
                 )
             limits.append(min(asked.max_tokens, room))
         return limits
@@ -227,30 +227,36 @@ class _Run:
 
     def _prefill(self) -> None:
         """Compute waiting prompts until every device has answers to begin in its free rows."""
-        n = self.asked.n
-        while self.waiting:
-            packed: list[list[Question]] = [[] for _ in self.seats]
-            wants = lambda d: sum(n - q.begun for q in (*self.seats[d].waiting(n),)) < self.seats[d].free_rows
-            if not any(wants(d) and seat.free_prompts for d, seat in enumerate(self.seats)):
-                return
-            budget = max(self.capacity.prefill, len(self.waiting[0].ids))
-            used = [0] * self.shards
-            while self.waiting:
-                size = len(self.waiting[0].ids)
-                has_room = lambda d: used[d] + size <= budget and len(packed[d]) < COUNTS[-1]
-                fits = [d for d, seat in enumerate(self.seats) if seat.free_prompts and has_room(d)]
-                if not fits:
-                    break
-                at = max(fits, key=lambda d: (self.seats[d].free_prompts, -used[d], -d))
-                question = self.waiting.popleft()
-                self.seats[at].seat(question)
-                packed[at].append(question)
-                used[at] += len(question.ids)
-            self._compute(packed, max(used))
+        while self.waiting and any(self._lacks_prompts(seat) for seat in self.seats):
+            self._compute(self._packed())
 
-    def _compute(self, packed: list[list[Question]], used: int) -> None:
+    def _lacks_prompts(self, seat: Seats) -> bool:
+        """Whether a device has more free rows than answers that could begin, and room for another prompt."""
+        ready = sum(self.asked.n - question.begun for question in seat.waiting(self.asked.n))
+        return ready < seat.free_rows and seat.free_prompts > 0
+
+    def _packed(self) -> list[list[Question]]:
+        """Seat as many waiting prompts as are computed at once; which they are, for every device."""
+        packed: list[list[Question]] = [[] for _ in self.seats]
+        budget = max(self.capacity.prefill, len(self.waiting[0].ids))
+        used = [0] * self.shards
+        while self.waiting:
+            least = budget - len(self.waiting[0].ids)
+            fits = [d for d in range(self.shards) if self.seats[d].free_prompts and used[d] <= least]
+            fits = [d for d in fits if len(packed[d]) < COUNTS[-1]]
+            if not fits:
+                break
+            at = max(fits, key=lambda d: (self.seats[d].free_prompts, -d))
+            question = self.waiting.popleft()
+            self.seats[at].seat(question)
+            packed[at].append(question)
+            used[at] += len(question.ids)
+        return packed
+
+    def _compute(self, packed: list[list[Question]]) -> None:
         """Prefill prompts, one row of a device's prompts behind each other."""
         count = at_least(COUNTS, max(map(len, packed)))
+        used = max(sum(len(q.ids) for q in questions) for questions in packed)
         shape = RowShape(width_of(used), (0,), self.shards, count)
         groups = [(q.ids, np.zeros(0, np.int32)) for questions in packed for q in questions]
         placed, at = np.full((self.shards, count), -1, np.int64), 0

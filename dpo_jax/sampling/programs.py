@@ -174,31 +174,29 @@ class Programs:
         with nn.logical_axis_rules(self._rules[1]):
             rows, heads = (mesh_axes(n) for n in ("cache_rows", "heads"))
         put = lambda tree, *spec: jax.lax.with_sharding_constraint(tree, NamedSharding(self.layout.mesh, P(*spec)))
-        kept = (put(tree, None, rows, heads) for tree in (cache.prompts, cache.pages))
-        return Cache(*kept, put(cache.hidden, rows))
+        kept = lambda tree: put(tree, None, rows, heads)
+        return Cache(kept(cache.prompts), kept(cache.pages), put(cache.hidden, rows))
 
     def _empty(self, *, rung: Rung) -> Cache:
         c, X = self.layout.config, self.shards
         lead = () if self.apart else (c.num_hidden_layers,)
 
-        def zeros(count: int, columns: int) -> Kept:
+        E = c.head_dim
+
+        def zeros(count: int, *sizes: tuple[int, int]) -> Kept:
             shape = (*lead, X * count, self.heads)
-            both = (
-                jnp.zeros((*shape, c.head_dim, columns), self.dtype),
-                jnp.zeros((*shape, columns, c.head_dim), self.dtype),
-            )
+            k, v = (jnp.zeros((*shape, *size), self.dtype) for size in sizes)
+            columns = sizes[1][0]
             scales = (jnp.zeros((*shape, columns), jnp.float32) for _ in range(2 * (self.dtype == jnp.int8)))
-            return Kept(*both, *scales)
+            return Kept(k, v, *scales)
 
-        def kept(count: int, columns: int) -> Any:
-            return (
-                tuple(zeros(count, columns) for _ in range(c.num_hidden_layers))
-                if self.apart
-                else zeros(count, columns)
-            )
+        def kept(*sizes: Any) -> Any:
+            return tuple(zeros(*sizes) for _ in range(c.num_hidden_layers)) if self.apart else zeros(*sizes)
 
+        prompts = kept(rung.prompts, (E, rung.width), (rung.width, E))
+        pages = kept(rung.pages, (self.page, E), (self.page, E))
         hidden = jnp.zeros((X * rung.prompts, c.hidden_size), self.layout.dtype)
-        return self._placed(Cache(kept(rung.prompts, rung.width), kept(rung.pages, self.page), hidden))
+        return self._placed(Cache(prompts, pages, hidden))
 
     # ------------------------------------------------------------------------------------------------------ programs
 
@@ -269,7 +267,7 @@ class Programs:
         stops, tables = numbers.stops, going.tables
         lead = () if self.apart else (c.num_hidden_layers,)
         buffer = lambda *sizes: jnp.zeros((*lead, R, self.heads, *sizes), self.layout.dtype)
-        empty = lambda: Kept(buffer(c.head_dim, T), buffer(T, c.head_dim))
+        empty = lambda: Kept(buffer(T, c.head_dim), buffer(T, c.head_dim))
         recent: Any = tuple(empty() for _ in range(c.num_hidden_layers)) if self.apart else empty()
         outs = jnp.zeros((R, T), jnp.int32), jnp.zeros((R, T), jnp.float32), jnp.zeros((R, T), jnp.float32)
 
@@ -285,8 +283,8 @@ class Programs:
         def one(carry: Any) -> Any:
             t, token_R, done_R, recent, outs = carry
             hidden, new = decode(params, token_R, joined(recent), tables, t, going.last, self.model, self.reach)
-            put = lambda buffer, x, axis: jax.lax.dynamic_update_slice_in_dim(buffer, x.astype(buffer.dtype), t, axis)
-            put_both = lambda old, new: Kept(put(old.k, new[0], old.k.ndim - 1), put(old.v, new[1], old.v.ndim - 2))
+            put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), t, old.ndim - 2)
+            put_both = lambda old, new: Kept(put(old.k, new[0]), put(old.v, new[1]))
             recent = tuple(map(put_both, recent, new)) if self.apart else put_both(recent, new)
             drawn = draw(self._logits(params, hidden), going.who, going.drawn + t, numbers, self.filters, self.blocks)
             outs = tuple(

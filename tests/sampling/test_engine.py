@@ -22,6 +22,7 @@ CONFIG = oracle.CONFIG
 WINDOW = dataclasses.replace(CONFIG, sliding_window=8, sliding_layers=(True, False))
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 60, 11], [1, 2, 3, 4] * 9, [4], [4, 4], [4, 5, 6, 7, 8]]
 STOP = 58
+USUAL = Capacity()
 
 
 def layout_of(config=CONFIG, sizes=(1, 1, 1), lora=None, **options):
@@ -38,7 +39,7 @@ def params():
     )
 
 
-def answers(params, layout, prompts=PROMPTS, capacity=Capacity(), ids=None, **asked):
+def answers(params, layout, prompts=PROMPTS, capacity=USUAL, ids=None, **asked):
     on_mesh = jax.device_put(params, layout.shardings)
     return Sampler(layout, None, [STOP], capacity).answers(on_mesh, prompts, SamplingParams(**asked), ids)
 

@@ -24,10 +24,10 @@ INT8_LARGEST = 127.0
 
 
 class Kept(NamedTuple):
-    """Keys `[X, G, E, S]` and values `[X, G, S, E]`; int8 ones with a float32 scale `[X, G, S]` each.
+    """Keys and values `[X, G, S, E]`; int8 ones with a float32 scale `[X, G, S]` each.
 
-    Keys lie as products read them: on CPU a product of a few queries with keys that lie as values do takes ten times
-    as long.
+    Those of prompts have keys `[X, G, E, S]`, as products read them: on CPU a product of a few queries with many keys
+    that lie as values do takes ten times as long.
     """
 
     k: Any
@@ -86,9 +86,9 @@ def for_keeping(x_BTGE: jax.Array, heads: int) -> jax.Array:
 
 
 def keep(k: jax.Array, v: jax.Array, dtype: Any) -> Kept:
-    """Keys and values, both `[..., S, E]`, as they are kept; int8 is rounded, with a scale for each token and head."""
+    """Keys and values, both `[..., S, E]`, in these numbers; int8 is rounded, with a scale for each token and head."""
     if dtype != jnp.int8:
-        return Kept(jnp.swapaxes(k, -1, -2).astype(dtype), v.astype(dtype))
+        return Kept(k.astype(dtype), v.astype(dtype))
 
     def rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = x.astype(jnp.float32)
@@ -96,7 +96,7 @@ def keep(k: jax.Array, v: jax.Array, dtype: Any) -> Kept:
         return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
     (k, k_scale), (v, v_scale) = rounded(k), rounded(v)
-    return Kept(jnp.swapaxes(k, -1, -2), v, k_scale, v_scale)
+    return Kept(k, v, k_scale, v_scale)
 
 
 class _Part(NamedTuple):
@@ -111,10 +111,10 @@ class _Part(NamedTuple):
 _NOTHING = (MASKED, 0.0, 0.0)
 
 
-def _part(q: jax.Array, kept: Kept, seen: jax.Array, scores: Scores) -> _Part:
+def _part(q: jax.Array, kept: Kept, seen: jax.Array, scores: Scores, keys: str = "XGSE") -> _Part:
     """What queries `[X, G, q, E]` find in X places; `seen` is bool and broadcasts to `[X, G, q, S]`."""
     E = q.shape[-1]
-    z = jnp.einsum("XGqE,XGES->XGqS", q, kept.k.astype(q.dtype), preferred_element_type=jnp.float32)
+    z = jnp.einsum(f"XGqE,{keys}->XGqS", q, kept.k.astype(q.dtype), preferred_element_type=jnp.float32)
     z = z * (scores.scale or E**-0.5)
     if kept.k_scale is not None:
         z = z * kept.k_scale[:, :, None]
@@ -149,7 +149,7 @@ def _of_prompts(
     there_PS = jnp.arange(S)[None, :] < tables.prompt_tokens[:, None]
     if tables.asks is None:
         seen = there_PS & _near(position_R[:, None] - jnp.arange(S)[None, :], window)
-        return _Part(*(x[:, None] for x in _part(q, kept, seen[:, None, None], scores)))
+        return _Part(*(x[:, None] for x in _part(q, kept, seen[:, None, None], scores, "XGES")))
     prompts, A = tables.asks.shape
     _, G, Q, E = q.shape
     asking = _taken(q, tables.asks).transpose(0, 2, 1, 3, 4).reshape(prompts, G, A * Q, E)
@@ -162,7 +162,7 @@ def _of_prompts(
         x = jnp.moveaxis(x.reshape(prompts, G, A, Q, *x.shape[3:]), 2, 1)
         return _taken(x.reshape(prompts * A, *x.shape[2:]), tables.place, none)[:, None]
 
-    return _Part(*map(to_rows, _part(asking, kept, seen, scores), _NOTHING))
+    return _Part(*map(to_rows, _part(asking, kept, seen, scores, "XGES"), _NOTHING))
 
 
 def _of_pages(
@@ -188,7 +188,7 @@ def _local(
     if len(cache.own.v):
         parts.append(_of_pages(q, cache.own, tables, steps, window, scores))
     ago_T = steps - jnp.arange(cache.recent.v.shape[2])
-    itself = Kept(k_R1GE.reshape(R, G, E, 1), v_R1GE.reshape(R, G, 1, E))
+    itself = Kept(k_R1GE.reshape(R, G, 1, E), v_R1GE.reshape(R, G, 1, E))
     for kept, seen in ((cache.recent, (ago_T > 0) & _near(ago_T, window)), (itself, jnp.ones(1, bool))):
         parts.append(_Part(*(x[:, None] for x in _part(q, kept, seen[None, None, None], scores))))
     largest, total, out = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
@@ -233,28 +233,28 @@ def write_pages(pool: Kept, recent: Kept, targets_R2: jax.Array, kept_R: jax.Arr
       kept_R: how many tokens of a row are in its pages.
     """
     J, T = pool.v.shape[2], recent.v.shape[2]
-    recent = keep(jnp.swapaxes(recent.k, -1, -2), recent.v, pool.k.dtype)
+    recent = keep(recent.k, recent.v, pool.k.dtype)
     first_R2 = (kept_R // J * J)[:, None] + jnp.asarray([0, J])[None, :]
     column_R2J = first_R2[:, :, None] + jnp.arange(J)[None, None, :]
     is_old = column_R2J < kept_R[:, None, None]
     source = jnp.clip(column_R2J - kept_R[:, None, None], 0, T - 1)
 
-    def written(pages: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-        old = jnp.moveaxis(_taken(pages, targets_R2), 1 + axis, 2)  # [R, 2, J, ...]
-        rest = (1,) * (old.ndim - 3)
-        moved = jnp.take_along_axis(jnp.moveaxis(new, axis, 1), source.reshape(len(source), 2 * J, *rest), axis=1)
-        both = jnp.where(is_old.reshape(*is_old.shape, *rest), old, moved.reshape(old.shape))
-        return pages.at[targets_R2].set(jnp.moveaxis(both, 2, 1 + axis), mode="drop")
+    def written(pages: jax.Array, new: jax.Array) -> jax.Array:
+        R, G, _, *rest = new.shape
+        old = _taken(pages, targets_R2)  # [R, 2, G, J, ...]
+        ones = (1,) * len(rest)
+        moved = jnp.take_along_axis(new, source.reshape(R, 1, 2 * J, *ones), axis=2)
+        moved = jnp.moveaxis(moved.reshape(R, G, 2, J, *rest), 2, 1)
+        return pages.at[targets_R2].set(jnp.where(is_old.reshape(R, 2, 1, J, *ones), old, moved), mode="drop")
 
-    axes = Kept(3, 2, 2, 2)
-    return Kept(*(None if p is None else written(p, n, axis) for p, n, axis in zip(pool, recent, axes, strict=True)))
+    return Kept(*(None if p is None else written(p, n) for p, n in zip(pool, recent, strict=True)))
 
 
 def write_prompts(pool: Kept, k_TGE: jax.Array, v_TGE: jax.Array, slots_p: jax.Array, first_p: jax.Array) -> Kept:
     """One device's prompts with new ones in some slots.
 
     Args:
-      pool: P prompts of S columns.
+      pool: P prompts of S columns, keys as products read them.
       k_TGE, v_TGE: of packed prompts.
       slots_p: where each new prompt goes; P for none.
       first_p: the column of k_TGE with its first token. What is behind its last one is never seen.
@@ -263,4 +263,5 @@ def write_prompts(pool: Kept, k_TGE: jax.Array, v_TGE: jax.Array, slots_p: jax.A
     columns = jnp.clip(first_p[:, None] + jnp.arange(S)[None, :], 0, k_TGE.shape[0] - 1)
     k, v = (jnp.swapaxes(x[columns], 1, 2) for x in (k_TGE, v_TGE))
     new = keep(k, v, pool.k.dtype)
+    new = new._replace(k=jnp.swapaxes(new.k, -1, -2))
     return Kept(*(None if p is None else p.at[slots_p].set(n, mode="drop") for p, n in zip(pool, new, strict=True)))
