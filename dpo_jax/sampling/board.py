@@ -20,15 +20,17 @@ class Question:
     Attributes:
       index: of the prompt among those that were given.
       who: uint32 `[2]`, what its draws depend on.
-      begun: how many of its answers have begun.
+      limit: the most tokens of its answers.
+      todo: which of its answers have not begun, the next one last.
       going: how many are being drawn.
+      slot: on its device.
     """
 
     index: int
     ids: np.ndarray
     who: np.ndarray
     limit: int
-    begun: int = 0
+    todo: list[int] = dataclasses.field(default_factory=list)
     going: int = 0
     slot: int = -1
 
@@ -61,8 +63,8 @@ class Row:
 class Seats:
     """One device's rows, prompts and pages."""
 
-    def __init__(self, rung: Rung, page: int):
-        self.page = page
+    def __init__(self, rung: Rung, page: int, n: int):
+        self.page, self.n = page, n
         self.rows: list[Row | None] = [None] * rung.rows
         self.prompts: list[Question | None] = [None] * rung.prompts
         self.free_pages = list(range(rung.pages))[::-1]
@@ -79,22 +81,37 @@ class Seats:
     def free_prompts(self) -> int:
         return self.prompts.count(None)
 
-    def waiting(self, n: int) -> Iterator[Question]:
-        """Prompts here that have answers not begun, in order of their slots."""
-        return (q for q in self.prompts if q is not None and q.begun < n)
+    @property
+    def ready(self) -> int:
+        """How many answers to the prompts here have not begun."""
+        return sum(len(question.todo) for question in self.prompts if question is not None)
 
     def seat(self, question: Question) -> int:
         """Give a prompt a slot."""
-        question.slot = self.prompts.index(None)
+        question.slot, question.todo = self.prompts.index(None), list(range(self.n))[::-1]
         self.prompts[question.slot] = question
         return question.slot
 
-    def begin(self, row: Row, rung: Rung) -> None:
-        """Give an answer a row."""
-        at = row.question.slot if rung.is_plain else self.rows.index(None)
+    def begin(self, rung: Rung) -> Row:
+        """Give the next answer a row."""
+        question = next(q for q in self.prompts if q is not None and q.todo)
+        row = Row(question, question.todo.pop(), [], [], [])
+        at = question.slot if rung.is_plain else self.rows.index(None)
         assert self.rows[at] is None
         self.rows[at] = row
-        row.question.going += 1
+        question.going += 1
+        return row
+
+    def give_up(self, missing: int) -> None:
+        """Take back answers until so many pages more are free, those with the fewest tokens; they begin again later."""
+        while missing > 0:
+            held = [(len(row.tokens), r) for r, row in self.going()]
+            at = min(held)[1]
+            row = self.rows[at]
+            assert row is not None
+            missing -= max(self.pages_needed(row), len(row.pages))
+            self.end(at)
+            row.question.todo.append(row.sample)
 
     def end(self, at: int) -> None:
         """A row's answer has ended: the row and its pages are free."""
@@ -104,10 +121,10 @@ class Seats:
         self.free_pages += row.pages[::-1]
         row.question.going -= 1
 
-    def leave(self, n: int) -> None:
+    def leave(self) -> None:
         """Free the slots of prompts all of whose answers have ended."""
         for slot, q in enumerate(self.prompts):
-            if q is not None and q.begun == n and not q.going:
+            if q is not None and not q.todo and not q.going:
                 self.prompts[slot] = None
 
     def pages_needed(self, row: Row) -> int:

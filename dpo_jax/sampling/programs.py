@@ -36,6 +36,7 @@ from dpo_jax.parallel.spread import mesh_axes, per_device
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.sampling.draws import Drawn, Filters, Numbers, blocks_of, draw
+from dpo_jax.sampling.memory import MOVING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +152,11 @@ class Programs:
         abstract = jax.tree.leaves(jax.eval_shape(functools.partial(self._empty, rung=rung)))
         whole = sum(x.size * x.dtype.itemsize for x in abstract)
         return whole // self.layout.mesh.size
+
+    def most_pages(self, rung: Rung, free: float) -> int:
+        """How many pages a device may have if its cache, also while it moves, is to take no more than `free` bytes."""
+        none, one = (self.bytes_of(dataclasses.replace(rung, pages=pages)) for pages in (0, 1))
+        return max(0, int((free / MOVING - none) / (one - none)))
 
     # -------------------------------------------------------------------------------------------------- one device's
 
@@ -307,7 +313,7 @@ class Programs:
         return self._placed(Cache(cache.prompts, pages, cache.hidden)), Chunk(*shown)
 
     def _move(self, cache: Cache, slots: jax.Array, pages: jax.Array, *, rung: Rung) -> Cache:
-        """The cache on another rung, no wider: which slots `[P]` and pages `[N]` of the old one are taken over, in order."""
+        """The cache on another rung, no wider: which old slots `[P]` and pages `[N]` are taken over, in order."""
 
         taken = lambda x, at: jnp.take(x, at, axis=0, mode="fill", fill_value=0)
 

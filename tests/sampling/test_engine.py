@@ -13,9 +13,12 @@ from dpo_jax.model.lora import init_adapters
 from dpo_jax.model.options import LayoutOptions, Lora
 from dpo_jax.model.placement import place_model
 from dpo_jax.parallel.mesh import make_mesh
-from dpo_jax.sampling import engine
+from dpo_jax.sampling import board, drawing
+from dpo_jax.sampling.draws import Filters
 from dpo_jax.sampling.engine import Capacity, Sampler
+from dpo_jax.sampling.ladder import first_rung
 from dpo_jax.sampling.params import SamplingParams
+from dpo_jax.sampling.programs import Programs
 from tests.oracles import oracle
 
 CONFIG = oracle.CONFIG
@@ -98,7 +101,7 @@ def test_log_probabilities_are_the_whole_models(params):
     ],
 )
 def test_answers_do_not_depend_on_how_many_are_drawn_at_once(params, capacity, monkeypatch):
-    monkeypatch.setitem(engine.WORTH_COMPILING, "cpu", 0)
+    monkeypatch.setitem(drawing.WORTH_COMPILING, "cpu", 0)
     whole = tokens(answers(params, layout_of(), n=5, max_tokens=40, seed=3, capacity=Capacity(compact=False)))
     assert len({tuple(ids) for one in whole for ids in one}) > 30  # no two share their draws
     assert tokens(answers(params, layout_of(), n=5, max_tokens=40, seed=3, capacity=capacity)) == whole
@@ -190,3 +193,24 @@ def test_what_cannot_be_answered_is_refused_before_anything_is_compiled(params):
     with pytest.raises(UserError, match="use stop_token_ids"):
         answers(params, layout_of(), stop=("x",))
     assert answers(params, layout_of(), []) == []
+
+
+def test_too_little_memory_is_refused_or_made_do_with(params, monkeypatch):
+    """Fewer rows, then answers that are given up and come again: the same answers. Asked for by number: one line."""
+    whole = tokens(answers(params, layout_of(), n=3, max_tokens=40, seed=3))
+    page = Capacity(page=8)
+    monkeypatch.setattr(drawing, "free_bytes", lambda layout: 1.0)
+    with pytest.raises(UserError, match=r"rows=1: the cache for prompts of 36 and answers of 40 tokens needs 0.00 GiB"):
+        answers(params, layout_of(), n=3, max_tokens=40, capacity=page)
+    given_up, give_up = [], board.Seats.give_up
+    monkeypatch.setattr(
+        board.Seats, "give_up", lambda seat, missing: given_up.append(missing) or give_up(seat, missing)
+    )
+    sizes = {rows: Programs(layout_of(), page=8, cache_dtype=None, reach=128, filters=Filters()).bytes_of(
+        first_rung(rows, 3, 7, 36, 40, 8)) for rows in (4, 32)}  # fmt: skip
+    for rows, bytes_of in sizes.items():
+        monkeypatch.setattr(drawing, "free_bytes", lambda layout, b=bytes_of: 1.6 * b)
+        assert tokens(answers(params, layout_of(), n=3, max_tokens=40, seed=3, capacity=page)) == whole
+        with pytest.raises(UserError, match=r"rows=32: the cache .* use fewer rows, a smaller max_tokens"):
+            answers(params, layout_of(), n=3, max_tokens=40, capacity=Capacity(rows=rows and 64, page=8), ids=range(7))
+    assert max(given_up) > 0
