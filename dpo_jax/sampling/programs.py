@@ -226,10 +226,7 @@ class Programs:
         """
         with nn.logical_axis_rules(self._rules[0]):
             hidden, (k, v) = prefill(params, batch, shape, self.model, last_BW, self.reach)
-            k, v = (
-                for_keeping(x.reshape(-1, *x.shape[2:]), self.heads).reshape(*x.shape[:3], self.heads, -1)
-                for x in (k, v)
-            )
+            k, v = (for_keeping(x, self.heads) for x in (k, v))
 
             def last_states(states_PD, hidden_BWD, new_F3):
                 flat = hidden_BWD.reshape(-1, hidden_BWD.shape[-1])

@@ -80,9 +80,9 @@ def key_heads(heads: int, kv_heads: int, shards: int) -> int:
     return next(n for n in range(kv_heads, heads + 1, kv_heads) if n % shards == 0 and heads % n == 0)
 
 
-def for_keeping(x_BTGE: jax.Array, heads: int) -> jax.Array:
-    """Keys or values of tokens with each kv-head as often as `key_heads` asks."""
-    return x_BTGE if x_BTGE.shape[2] == heads else jnp.repeat(x_BTGE, heads // x_BTGE.shape[2], axis=2)
+def for_keeping(x: jax.Array, heads: int) -> jax.Array:
+    """Keys or values `[..., G, E]` with each kv-head as often as `key_heads` asks."""
+    return x if x.shape[-2] == heads else jnp.repeat(x, heads // x.shape[-2], axis=-2)
 
 
 def keep(k: jax.Array, v: jax.Array, dtype: Any) -> Kept:
