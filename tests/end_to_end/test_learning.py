@@ -39,7 +39,7 @@ SWEEP = {"num_steps": 30, "learning_rate": 3e-4, "eval_every": 0, "checkpoint_ev
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """A process of its own: one CPU device; programs and tokenised pairs shared between the runs."""
-    return processes.of_a_user() | {"DPO_JAX_CACHE": str(tmp_path_factory.mktemp("environment") / "pairs")}
+    return processes.quick_to_compile() | {"DPO_JAX_CACHE": str(tmp_path_factory.mktemp("environment") / "pairs")}
 
 
 def _train(workdir, environment, settings):
