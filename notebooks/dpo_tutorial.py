@@ -78,7 +78,7 @@ except ValueError as error:
 base = dpo_jax.get_config("configs/hhh.py:tiny")
 base.log_every = 1
 if SMALL:
-    base.update(batch_size=8, eval_pairs=32, sft_steps=60, sample_prompts=2, sample_tokens=24, kl_prompts=0)
+    base.update(batch_size=4, eval_pairs=32, sft_steps=60, sample_prompts=2, sample_tokens=24, kl_prompts=0)
     base.attention = "dense"  # what is quickest to compile
 sft = base.copy_and_resolve_references()
 sft.update(num_steps=1, learning_rate=0.0, warmup_steps=0.0)
