@@ -78,7 +78,8 @@ except ValueError as error:
 base = dpo_jax.get_config("configs/hhh.py:tiny")
 base.log_every = 1
 if SMALL:
-    base.update(batch_size=8, eval_pairs=64, sft_steps=60, sample_prompts=2, sample_tokens=24)
+    base.update(batch_size=4, eval_pairs=32, sft_steps=60, sample_prompts=2, sample_tokens=24, kl_prompts=0)
+    base.attention = "dense"  # what is quickest to compile
 sft = base.copy_and_resolve_references()
 sft.update(num_steps=1, learning_rate=0.0, warmup_steps=0.0)
 dpo_jax.run(sft, "runs/tutorial-sft")
@@ -181,7 +182,7 @@ for beta in BETAS:
     config = base.copy_and_resolve_references()
     config.update(model=str(START), dataset="synthetic", sft_steps=0, dpo_beta=beta, export=True, num_steps=40)
     if SMALL:
-        config.update(num_steps=30, eval_every=15)
+        config.update(num_steps=24, eval_every=24)
     workdir = Path(f"runs/tutorial-beta-{beta}")
     dpo_jax.run(config, workdir)
     runs[beta] = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]

@@ -42,9 +42,28 @@ def cache_dir(tmp_path_factory):
     os.environ["DPO_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+# The files whose slow tests take longest. Begun last, one of them would keep a worker busy when the others are done.
+LONGEST = [
+    f"tests/{name}.py"
+    for name in (
+        "end_to_end/test_notebooks",
+        "plan/test_command",
+        "end_to_end/test_faults",
+        "end_to_end/test_train",
+        "end_to_end/test_processes",
+        "weights/test_peft",
+        "model/test_families",
+        "plan/test_compile",
+        "training/test_reference",
+    )
+]
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
-    """Of a test that is marked `sweep` the first case is quick, and all others are slow."""
+    """The longest files come first. Of a test that is marked `sweep` the first case is quick, and all others slow."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
     seen = set()
     for item in items:
         if item.get_closest_marker("sweep"):

@@ -11,6 +11,16 @@ def of_a_user():
     return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 
 
+def quick_to_compile(devices=1):
+    """The environment of a process with so many CPU devices, whose programs are compiled as quickly as the tests' own.
+
+    For runs of which neither speed nor the last bits are compared with anything compiled otherwise.
+    """
+    # Of a flag that is given twice the last one counts.
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags}
+
+
 def start(commands, environment=None):
     """Start `commands` as the processes 0, 1, ... of one run; returns their `Popen`s. Output of both kinds is piped."""
     with socket.socket() as s:

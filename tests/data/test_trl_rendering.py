@@ -1,12 +1,14 @@
 """Token ids against TRL's own `DPOTrainer._prepare_dataset`: every template of its wheel with tokenizers of every kind.
 
-Equal ids, or a refusal that is TRL's too, or that says that there is nothing to learn: never other ids.
+Equal ids, or a refusal that is TRL's too, or that says that there is nothing to learn: never other ids. With
+`DPO_JAX_SWEEP=1` twice as many pairs of template and kind are compared.
 """
 
 import collections
 import contextlib
 import importlib.resources
 import itertools
+import os
 import types
 
 import pytest
@@ -26,11 +28,13 @@ TEMPLATES = {
     for file in sorted((importlib.resources.files("trl") / "chat_templates").iterdir(), key=lambda file: file.name)
     if file.name.endswith(".jinja")
 }
-# Every template with two kinds, and every kind with templates of several families.
+# Every template with some kind, and every kind with templates of several families.
+SWEEP = bool(os.environ.get("DPO_JAX_SWEEP"))
+FAMILIES = ("qwen3", "llama3", "gemma", "phi3", "deepseekv3") if SWEEP else ("qwen3", "gemma")
 _KINDS = itertools.cycle(KINDS)
 PAIRS = sorted(
-    {(name, next(_KINDS)) for name in TEMPLATES for _ in range(2)}
-    | {(name, kind) for name in ("qwen3", "llama3", "gemma", "phi3", "deepseekv3") for kind in KINDS}
+    {(name, next(_KINDS)) for name in TEMPLATES for _ in range(2 if SWEEP else 1)}
+    | {(name, kind) for name in FAMILIES for kind in KINDS}
 )
 COUNTS = collections.Counter()
 
@@ -147,6 +151,6 @@ def test_enough_was_compared(capsys):
         pytest.skip("counts what the other tests of this file compare, in one process")
     with capsys.disabled():
         print("\n" + ", ".join(f"{count} {what}" for what, count in sorted(COUNTS.items())))
-    assert COUNTS["pairs that render"] >= 190
-    assert COUNTS["equal"] >= 1800
+    assert COUNTS["pairs that render"] >= 0.91 * len(PAIRS) >= 40
+    assert COUNTS["equal"] >= 8.7 * len(PAIRS)
     assert COUNTS["equal"] > 10 * COUNTS["identical_answers"]

@@ -13,13 +13,12 @@ import pytest
 from dpo_jax.records.records import read_records
 from tests import processes
 from tests.end_to_end.test_processes import _same
-from tests.end_to_end.test_train import _command, _finish, _values, environment  # noqa: F401 (a fixture)
+from tests.end_to_end.test_train import SMALL, _command, _finish, _values, environment  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.slow
 
-FAST = {
+FAST = SMALL | {
     "batch_size": 4,
-    "max_completion_length": 32,
     "sft_steps": 0,
     "num_steps": 8,
     "eval_pairs": 0,
@@ -71,23 +70,17 @@ def _checkpoints(workdir):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, environment):  # noqa: F811
-    """A run to which nothing happened, with an export."""
+    """A run to which nothing happened."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    _finish(workdir, environment, **FAST | {"export": True})
+    _finish(workdir, environment, **FAST)
     assert _checkpoints(workdir) == [6, 8]
     return workdir
 
 
 @pytest.fixture
-def work(whole, tmp_path):
-    """A new run's directory; its dialogues and tokenizer, which cost seconds to make, are there already."""
-    return _beginning(whole, tmp_path / "run")
-
-
-def _beginning(whole, work):
-    for name in ("synthetic-0", "tokenizer-0"):
-        shutil.copytree(whole / name, work / name)
-    return work
+def work(tmp_path):
+    """A new run's directory."""
+    return tmp_path / "run"
 
 
 @contextlib.contextmanager
@@ -116,8 +109,8 @@ integrity.write_checksums = kill
     assert code == -signal.SIGKILL, err
     assert _checkpoints(work) == [2]
     assert (work / "checkpoints" / "4.orbax-checkpoint-tmp" / "checksums.json").exists()
-    four = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    printed = _finish(work, four, **FAST)
+    four = {"XLA_FLAGS": processes.quick_to_compile(devices=4)["XLA_FLAGS"]}
+    printed = _finish(work, environment | four, **FAST)
     assert "fsdp 4" in printed
     assert "resuming from checkpoint 2" in printed
     _same(_values(whole), _values(work))
@@ -125,15 +118,15 @@ integrity.write_checksums = kill
     assert not list((work / "checkpoints").glob("*tmp*"))
 
 
-@pytest.mark.parametrize("how", ["flipped", "cut"])
-def test_a_damaged_checkpoint_is_named_and_the_newest_sound_one_used(how, whole, environment, tmp_path):  # noqa: F811
+def test_a_damaged_checkpoint_is_named_and_the_newest_sound_one_used(whole, environment, tmp_path):  # noqa: F811
+    """A bit of it; `tests/training/test_checkpoint.py` damages every file in every way."""
     work = tmp_path / "run"
     shutil.copytree(whole, work)
     largest = max((work / "checkpoints" / "8").rglob("*"), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
-    largest.write_bytes(content if how == "flipped" else content[:-1])
-    printed = _finish(work, environment, **FAST | {"export": True})
+    largest.write_bytes(content)
+    printed = _finish(work, environment, **FAST)
     name = largest.relative_to(work / "checkpoints" / "8")
     assert f"checkpoint 8 is damaged ({name} " in printed
     assert "resuming from checkpoint 6" in printed
@@ -143,8 +136,8 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_sound_one_used(how, whole,
 
 
 def test_a_full_disk_at_a_save_ends_the_run_in_a_line_and_going_on_needs_only_room(whole, environment, tmp_path):  # noqa: F811
-    with _small_disk(tmp_path / "disk", "48m"):
-        work = _beginning(whole, tmp_path / "disk" / "run")
+    with _small_disk(tmp_path / "disk", "2m"):  # a checkpoint takes 0.9 MB, and two are kept
+        work = tmp_path / "disk" / "run"
         code, out, err = _run(_command(work, **FAST), environment)
         assert code == 74, out + err
         said = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -266,7 +259,7 @@ checkpoint.save_checkpoint = slow
 
 def _pair(workdir, environment, **changed):  # noqa: F811
     """Two processes of one run in its first updates."""
-    command = [*_command(workdir, **(FAST | {"num_steps": 5000, "log_every": 1} | changed)), "--distributed"]
+    command = [*_command(workdir, **(FAST | {"num_steps": 200_000, "log_every": 1} | changed)), "--distributed"]
     started = processes.start([command] * 2, environment)
     try:
         _wait_for(lambda: len(read_records(workdir / "metrics.jsonl")) > 3, started[0])
@@ -303,9 +296,9 @@ def test_a_peer_that_falls_silent_ends_the_other_with_stacks(environment, work):
     assert "device_get" in printed
 
 
-def test_changed_data_model_or_config_are_refused_with_the_difference(whole, environment, tmp_path):  # noqa: F811
+def test_changed_data_model_or_config_are_refused_with_the_difference(environment, tmp_path):  # noqa: F811
     model, rows, work = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run"
-    shutil.copytree(whole / "export", model)
+    shutil.copytree(SMALL["model"], model)
     changed = FAST | {"model": model, "num_steps": 2} | _rows(rows)
     _finish(work, environment, **changed)
     before, weights = rows.read_text(), model / "model.safetensors"

@@ -39,7 +39,7 @@ SWEEP = {"num_steps": 30, "learning_rate": 3e-4, "eval_every": 0, "checkpoint_ev
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """A process of its own: one CPU device; programs and tokenised pairs shared between the runs."""
-    return processes.of_a_user() | {"DPO_JAX_CACHE": str(tmp_path_factory.mktemp("environment") / "pairs")}
+    return processes.quick_to_compile() | {"DPO_JAX_CACHE": str(tmp_path_factory.mktemp("environment") / "pairs")}
 
 
 def _train(workdir, environment, settings):
@@ -53,7 +53,7 @@ def _train(workdir, environment, settings):
 
 def test_simpo_learns_without_a_reference(environment, tmp_path):
     """From scratch: a quarter of an SFT phase's work."""
-    settings = SWEEP | {"sft_steps": 0, "num_steps": 20, "batch_size": 16, "eval_pairs": 128, "export": False}
+    settings = SWEEP | {"sft_steps": 0, "num_steps": 20, "batch_size": 16, "eval_pairs": 64, "export": False}
     last = _train(tmp_path / "run", environment, settings | RUNS["simpo"] | {"learning_rate": 1e-3})
     assert last["accuracy"] > 0.9
     assert not (tmp_path / "run" / "reference").exists()

@@ -13,6 +13,8 @@ import nbclient
 import nbformat
 import pytest
 
+from tests import processes
+
 pytestmark = pytest.mark.slow
 
 SOURCES = sorted(Path("notebooks").glob("*.py"))
@@ -48,8 +50,8 @@ def small(monkeypatch):
     root = str(Path.cwd())
     monkeypatch.setenv("DPO_JAX_SMALL", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
-    # One device, as the tests' eight share two cores; unoptimised, as most of a small run is compiling.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    # One device, as the tests' eight share two cores; most of a small run is compiling.
+    monkeypatch.setenv("XLA_FLAGS", processes.quick_to_compile()["XLA_FLAGS"])
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
 
 

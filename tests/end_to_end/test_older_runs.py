@@ -40,7 +40,7 @@ def resumed(tmp_path_factory):
     before = (directory / "stopped" / "metrics.jsonl").read_text()
     command = [sys.executable, "-m", "dpo_jax.train", "--config=configs/hhh.py:tiny"]
     command += [f"--workdir={directory / 'stopped'}", *(f"--config.{key}" for key in KEYS)]
-    environment = processes.of_a_user() | {"DPO_JAX_CACHE": str(directory / "cache")}
+    environment = processes.quick_to_compile() | {"DPO_JAX_CACHE": str(directory / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     return directory, before, done.stdout

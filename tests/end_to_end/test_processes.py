@@ -1,4 +1,4 @@
-"""Two and four processes: the plan and batches of one, one writer of the cache, runs that change their number."""
+"""Two processes: the plan and batches of one, one writer of the cache, runs that change their number."""
 
 import json
 import signal
@@ -10,18 +10,11 @@ import pytest
 
 from dpo_jax.records.records import read_records
 from tests import processes
-from tests.end_to_end.test_train import _command, _finish, _values, environment  # noqa: F401 (a fixture)
+from tests.end_to_end.test_train import SMALL, _command, _finish, _values, environment  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.slow
 
-CHANGED = {
-    "sft_steps": 0,
-    "num_steps": 8,
-    "eval_every": 0,
-    "checkpoint_every": 3,
-    "sample_tokens": 2,
-    "attention": "dense",  # what is quickest to compile
-}
+CHANGED = SMALL | {"sft_steps": 0, "num_steps": 24, "eval_every": 0, "checkpoint_every": 8, "sample_tokens": 2}
 
 READER = """
 import dataclasses, json, sys
@@ -72,24 +65,23 @@ def rows(tmp_path_factory):
 
 def _read(rows, count, tmp_path, environment):  # noqa: F811
     command = [sys.executable, "-c", READER, str(rows), str(tmp_path / f"cache{count}"), str(tmp_path / f"{count}")]
-    env = environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}"}
-    processes.end(processes.start([command] * count, env), [0] * count)
+    devices = {"XLA_FLAGS": processes.quick_to_compile(4 // count)["XLA_FLAGS"]}
+    processes.end(processes.start([command] * count, environment | devices), [0] * count)
     return [dict(np.load(tmp_path / f"{count}-{i}.npz")) for i in range(count)]
 
 
 def test_processes_load_their_own_rows_and_make_the_batches_of_one(rows, tmp_path, environment):  # noqa: F811
     (one,) = _read(rows, 1, tmp_path, environment)
-    for count in (2, 4):
-        several = _read(rows, count, tmp_path, environment)
-        assert sum(len(held["built"]) for held in several) == 1  # one wrote the cache, the others waited
-        assert sum(len(held["reads"]) for held in several) == len(one["reads"]) == 5 * 32
-        for step in range(5):
-            order = np.argsort(np.concatenate([held[f"{step}.rows"] for held in several]))
-            for held in several:
-                np.testing.assert_array_equal(held[f"{step}.placed"], one[f"{step}.placed"])
-            for name in ("tokens", "segments", "positions", "source", "is_group", "completion_tokens"):
-                together = np.concatenate([held[f"{step}.{name}"] for held in several], axis=1)[:, order]
-                np.testing.assert_array_equal(together, one[f"{step}.{name}"])
+    several = _read(rows, 2, tmp_path, environment)
+    assert sum(len(held["built"]) for held in several) == 1  # one wrote the cache, the other waited
+    assert sum(len(held["reads"]) for held in several) == len(one["reads"]) == 5 * 32
+    for step in range(5):
+        order = np.argsort(np.concatenate([held[f"{step}.rows"] for held in several]))
+        for held in several:
+            np.testing.assert_array_equal(held[f"{step}.placed"], one[f"{step}.placed"])
+        for name in ("tokens", "segments", "positions", "source", "is_group", "completion_tokens"):
+            together = np.concatenate([held[f"{step}.{name}"] for held in several], axis=1)[:, order]
+            np.testing.assert_array_equal(together, one[f"{step}.{name}"])
 
 
 def _distributed(workdir, count, environment, **changed):  # noqa: F811
@@ -118,7 +110,7 @@ def test_a_signal_to_one_of_two_stops_both_and_one_goes_on(tmp_path, environment
     processes.end(started, (143, 143))
     saved = max(int(p.name) for p in (tmp_path / "two" / "checkpoints").iterdir() if p.name.isdigit())
     stopped = _values(tmp_path / "two")
-    assert 3 <= saved < 8
+    assert 3 <= saved < 24
     assert max(r["step"] for r in stopped if r["split"] == "train") == saved
     _finish(tmp_path / "two", environment, **CHANGED)
     _same(whole, _values(tmp_path / "two"))
@@ -134,11 +126,9 @@ def test_processes_that_differ_are_refused(tmp_path, environment):  # noqa: F811
 
 def test_hosts_with_disks_of_their_own_agree_on_what_the_reference_has_said(tmp_path, environment):  # noqa: F811
     """Only the first one kept the values: the second run must not leave the others to compute alone."""
-    small = {**CHANGED, "num_steps": 2, "checkpoint_every": 0, "sample_prompts": 0}
-    _finish(tmp_path / "model", environment, **small)
-    data = {"dataset": "synthetic", "dataset_path": tmp_path / "model" / "synthetic-0", "export": False}
-    kept = small | data | {"model": tmp_path / "model" / "export", "reference_cache": True}
-    for name, computed in (("first", "32 to compute"), ("second", "0 to compute")):
+    kept = CHANGED | {"num_steps": 2, "checkpoint_every": 0, "sample_prompts": 0, "export": False}
+    kept |= {"reference_cache": True}
+    for name, computed in (("first", "24 to compute"), ("second", "0 to compute")):
         command = [*_command(tmp_path / name, **kept), "--distributed"]
         commands = [["env", f"DPO_JAX_CACHE={tmp_path}/disk{number}", *command] for number in range(2)]
         printed = processes.end(processes.start(commands, environment), [0, 0])

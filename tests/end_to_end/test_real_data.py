@@ -49,6 +49,8 @@ def test_a_few_steps_on(case, tmp_path):
             "max_completion_length": 48,
             "log_every": 1,
             "sample_prompts": 0,
+            "kl_prompts": 0,
+            "attention": "dense",  # what is quickest to compile
             "export": False,
         }
     )

@@ -32,6 +32,17 @@ SETTINGS = {
     "log_every": 1,
     "sample_prompts": 2,
     "sample_tokens": 8,
+    "kl_prompts": 4,
+    "attention": "dense",  # what is quickest to compile
+}
+# Where only the course of a run matters: a model of 70,000 parameters and 32 pairs, which need no making.
+SMALL = {
+    "model": "tests/golden/trl/tiny",
+    "dataset": "tests/golden/trl/pairs.jsonl",
+    "eval_pairs": 8,
+    "sample_prompts": 1,
+    "max_prompt_length": 64,
+    "max_completion_length": 32,
 }
 
 CLOCK = ("pairs_per_second", "step_seconds", "memory_gb")  # differ between runs that are otherwise equal
@@ -40,7 +51,7 @@ CLOCK = ("pairs_per_second", "step_seconds", "memory_gb")  # differ between runs
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """A process of its own: one CPU device, tokenised pairs shared between the runs here."""
-    return processes.of_a_user() | {"DPO_JAX_CACHE": str(tmp_path_factory.mktemp("environment") / "pairs")}
+    return processes.quick_to_compile() | {"DPO_JAX_CACHE": str(tmp_path_factory.mktemp("environment") / "pairs")}
 
 
 def _command(workdir, **changed):
@@ -179,19 +190,25 @@ def _stop_at(workdir, environment, split, step, how, saved=None, **changed):
     return process.returncode, err.decode()
 
 
-@pytest.mark.parametrize(("split", "step"), [("sft", 3), ("train", 1)])
-def test_killed_and_gone_on_is_never_stopped(split, step, finished, environment, tmp_path):
-    code, _ = _stop_at(tmp_path / "run", environment, split, step, signal.SIGKILL)
+def test_killed_in_sft_stopped_by_sigterm_in_dpo_and_gone_on_is_never_stopped(environment, tmp_path):
+    work, whole, changed = tmp_path / "run", tmp_path / "whole", SMALL | {"num_steps": 24}
+    _finish(whole, environment, **changed)
+    code, _ = _stop_at(work, environment, "sft", 3, signal.SIGKILL, **changed)
     assert code == -signal.SIGKILL
-    _finish(tmp_path / "run", environment)
-    assert _values(tmp_path / "run") == _values(finished[0])
-    same = lambda p: (p / "samples.jsonl").read_text()
-    assert same(tmp_path / "run") == same(finished[0])
+    code, err = _stop_at(work, environment, "train", 3, signal.SIGTERM, **changed)
+    assert code == 143, err
+    assert "everything is saved" in err
+    last = max(r["step"] for r in _values(work) if r["split"] == "train")
+    assert (work / "checkpoints" / str(4 + last)).is_dir()
+    printed = _finish(work, environment, **changed)
+    assert f"resuming from checkpoint {4 + last}" in printed
+    assert _values(work) == _values(whole)
+    assert (work / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
 def test_a_moving_reference_goes_on_where_it_was(environment, tmp_path):
     """TR-DPO: the reference is the run's own state now, and evaluations are against the moved one."""
-    changed = {"sft_steps": 0, "num_steps": 7, "export": False, "sample_prompts": 0, "eval_every": 1}
+    changed = SMALL | {"sft_steps": 0, "num_steps": 7, "export": False, "sample_prompts": 0, "eval_every": 1}
     changed |= {"loss": "sigmoid:1.0,aot:0.5", "microbatches": 2, "learning_rate": 1e-3}
     changed |= {"reference_sync_steps": 3, "reference_sync_alpha": 1.0, "checkpoint_every": 4}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -210,20 +227,8 @@ def test_a_moving_reference_goes_on_where_it_was(environment, tmp_path):
     )
 
 
-def test_sigterm_saves_first_and_going_on_is_never_stopped(finished, environment, tmp_path):
-    work = tmp_path / "run"
-    code, err = _stop_at(work, environment, "train", 3, signal.SIGTERM)
-    assert code == 143, err
-    assert "everything is saved" in err
-    last = max(r["step"] for r in _values(work) if r["split"] == "train")
-    assert (work / "checkpoints" / str(4 + last)).is_dir()
-    printed = _finish(work, environment)
-    assert f"resuming from checkpoint {4 + last}" in printed
-    assert _values(work) == _values(finished[0])
-
-
-def test_the_python_call_on_eight_devices_evaluates_as_one_device_does(finished, environment, tmp_path, monkeypatch):
-    """Fresh parameters, the same held-out pairs: whatever the mesh, the evaluation before training is the same.
+def test_the_python_call_on_eight_devices_evaluates_as_one_device_does(environment, tmp_path, monkeypatch):
+    """The same held-out pairs: whatever the mesh, the evaluation before training is the same.
 
     And whatever the number of evaluations, the reference is asked once: each is then the policy's forward pass alone.
     """
@@ -238,7 +243,7 @@ def test_the_python_call_on_eight_devices_evaluates_as_one_device_does(finished,
         )
 
     monkeypatch.setattr(setup, "eval_step_on", eval_step_on)
-    changed = SETTINGS | {"sft_steps": 0, "num_steps": 2, "export": False, "sample_prompts": 0}
+    changed = SETTINGS | SMALL | {"sft_steps": 0, "num_steps": 2, "export": False, "sample_prompts": 0}
     config = hhh.get_config("tiny")
     config.update(changed | {"mesh_data": 2, "mesh_fsdp": 4})
     final = train.run(config, tmp_path / "eight")
@@ -248,7 +253,7 @@ def test_the_python_call_on_eight_devices_evaluates_as_one_device_does(finished,
     for key, value in theirs.items():
         assert ours[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-5)), key
     assert final["step"] == 2
-    assert final["pairs"] == 16
+    assert final["pairs"] == 8
     assert len(asked) == 1
     assert evaluated == [None] * len(evaluated)  # no reference parameters
     assert len(evaluated) >= 2
@@ -257,6 +262,7 @@ def test_the_python_call_on_eight_devices_evaluates_as_one_device_does(finished,
 def test_a_run_that_loses_its_numbers_stops_and_keeps_its_checkpoints(tmp_path, capsys):
     changed = {"batch_size": 8, "sft_steps": 0, "num_steps": 6, "eval_pairs": 0, "sample_prompts": 0}
     changed |= {"checkpoint_every": 1, "learning_rate": 1e30, "warmup_steps": 0, "max_bad_steps": 1}
+    changed = SMALL | changed
     keys = [f"--config.{k}={v}" for k, v in changed.items()]
     assert train.main(["train", "--config=configs/hhh.py:tiny", f"--workdir={tmp_path}", *keys]) == 65
     said = capsys.readouterr().err

@@ -141,7 +141,7 @@ _grad = jax.jit(jax.grad(_loss, has_aux=True), static_argnums=(2, 3, 4))
 def test_remat_changes_no_gradient(name):
     config, params = golden(name)
     rows, slots = families.batch(PAIRS)
-    grads = [_grad(params, rows, config, slots, remat)[0] for remat in ("none", "dots", "attention", "full")]
+    grads = [_grad(params, rows, config, slots, remat)[0] for remat in ("none", "dots", "full")]
     for other in grads[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), other, grads[0])
 
@@ -193,7 +193,7 @@ def on_one_device(name: str):
         *(
             pytest.param(name, sizes, marks=pytest.mark.slow)
             for name, sizes in (
-                *((name, (1, 8, 1)) for name in ("gemma3_text", "mixtral")),
+                ("mixtral", (1, 8, 1)),
                 *((name, (2, 2, 2)) for name in ("olmo2", "qwen3_moe")),
             )
         ),

@@ -78,10 +78,22 @@ def _alone(n, windowed):
     return logps.reshape(5, n), grads
 
 
+# Every number of completions with and without a window, and every model.
 CASES = [
-    pytest.param(n, name, marks=() if (n, name) in ((3, "dense"), (8, "tiles")) else pytest.mark.slow)
-    for n in (1, 3, 4, 8)
-    for name in MODELS
+    (3, "dense"),
+    (8, "tiles"),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            (1, "splash"),
+            (1, "window in tiles"),
+            (3, "window in tiles"),
+            (4, "tiles"),
+            (4, "window"),
+            (8, "splash"),
+            (8, "window"),
+        )
+    ),
 ]
 
 

@@ -44,6 +44,29 @@ def refused(*args):
     return done.stderr
 
 
+# Of many commands each: its exit code, and what it said on standard error.
+SEVERAL = """
+import contextlib, io, json, sys
+from dpo_jax.plan.command import main
+for args in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(["plan", *args])
+    print(json.dumps([code, said.getvalue()]), flush=True)
+"""
+
+
+def all_refused(commands):
+    """What `refused` says of every command, in one process: importing and asking the compiler takes seconds."""
+    command = [sys.executable, "-c", SEVERAL, json.dumps(commands)]
+    done = subprocess.run(command, env=processes.of_a_user(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [code for code, _ in found] == [2] * len(commands), found
+    assert all(said.count("\n") == 1 for _, said in found), found
+    return [said for _, said in found]
+
+
 EXPERTS = {
     "model_type": "qwen3_moe", "vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts": 16,

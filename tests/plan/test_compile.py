@@ -109,14 +109,14 @@ def test_batches_of_groups_of_any_size(n):
 
 
 @compiler
-@pytest.mark.parametrize(("n", "attention"), [(1, "splash"), (3, "splash"), (4, "splash"), (8, "splash"), (8, "dense")])
-def test_rows_of_any_number_of_completions_compile(n, attention):
-    processes.run_all(_compile_groups, [(n, attention)])
+@pytest.mark.parametrize("n", [3, 8])
+def test_rows_of_any_number_of_completions_compile(n):
+    processes.run_all(_compile_groups, [(n,)])
 
 
-def _compile_groups(n, attention):
+def _compile_groups(n):
     """The gradient of a loss of groups, on eight chips."""
-    c = settings(batch_size=8, attention=attention)
+    c = settings(batch_size=8, attention="splash")
     mesh = make_mesh(1, -1, 1, parse_topology("v6e:2x4").devices())
     layout = place_model(config_from_hf(SMALL, "small"), mesh, c.layout, c.lora)
     logps, shape = logps_fn(layout, remat="dots"), RowShape(256, (128,) * n, rows=8, places=4)
@@ -130,4 +130,4 @@ def _compile_groups(n, attention):
             params, abstract_batch(shape, layout, 1)
         )
         text = traced.lower().compile().as_text()
-    assert ("splash_mha_fwd" in text) is (attention == "splash")
+    assert "splash_mha_fwd" in text

@@ -1,6 +1,7 @@
 """The reference computed once: the same run, kept by pair, and never another model's or other data's."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,17 +15,16 @@ from dpo_jax.parallel import watchdog
 from dpo_jax.records.records import read_records
 from dpo_jax.rows.pipeline import StepSource
 from dpo_jax.training import batches, reference
-from tests.end_to_end.test_train import CLOCK
+from tests.end_to_end.test_train import CLOCK, SMALL
 from tests.rows.test_pipeline import PAIRS, _schedule
 
-CHANGED = {
+CHANGED = SMALL | {  # 24 pairs to train on, 8 held out
     "batch_size": 8,
     "microbatches": 1,
     "sft_steps": 0,
-    "num_steps": 4,
+    "num_steps": 2,
     "eval_every": 2,
     "log_every": 1,
-    "eval_pairs": 16,
     "learning_rate": 1e-3,
     "warmup_steps": 0.0,
     "sample_prompts": 0,
@@ -41,11 +41,8 @@ def _run(workdir, **changed):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A run with the reference in every step, and its data for others to read."""
-    workdir = tmp_path_factory.mktemp("base") / "run"
-    records = _run(workdir, eval_pairs=16)
-    data = {"dataset": "synthetic", "dataset_path": str(workdir / "synthetic-0")}
-    return workdir, records, data
+    """The records of a run with the reference in every step."""
+    return _run(tmp_path_factory.mktemp("base") / "run")
 
 
 def _same(ours, theirs):
@@ -60,55 +57,50 @@ def _same(ours, theirs):
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"ld_alpha": 0.5}, {"microbatches": 2, "batch_size": 16, "loss": "ipo"}])
 def test_the_metrics_are_those_of_a_reference_in_the_step(base, tmp_path, more):
-    _, records, data = base
-    theirs = records if not more else _run(tmp_path / "in-step", **data, **more)
-    _same(_run(tmp_path / "kept", reference_cache=True, **data, **more), theirs)
+    theirs = base if not more else _run(tmp_path / "in-step", **more)
+    _same(_run(tmp_path / "kept", reference_cache=True, **more), theirs)
 
 
 @pytest.mark.slow
-def test_a_second_run_computes_nothing_and_another_model_everything(base, tmp_path, monkeypatch, capsys):
-    workdir, _, data = base
-    model, other = workdir / "export", tmp_path / "other"
-    first = _run(tmp_path / "first", model=str(model), reference_cache=True, **data)
-    computed = capsys.readouterr().out
-    assert "reference: 0 pairs known, 48 to compute" in computed
+def test_a_second_run_computes_nothing_and_another_model_everything(tmp_path, monkeypatch, capsys):
+    kept = {"reference_cache": True, "cache_dir": str(tmp_path / "cache")}
+    first = _run(tmp_path / "first", **kept)
+    assert "reference: 0 pairs known, 24 to compute" in capsys.readouterr().out
 
     # Nothing is loaded beside the policy now; more steps ask only for the pairs that are new.
     loads = []
     load = reference.read_reference
     monkeypatch.setattr(reference, "read_reference", lambda *a, **k: loads.append(a) or load(*a, **k))
-    _same(_run(tmp_path / "second", model=str(model), reference_cache=True, **data), first)
-    assert "reference: 48 pairs known, 0 to compute" in capsys.readouterr().out
+    _same(_run(tmp_path / "second", **kept), first)
+    assert "reference: 24 pairs known, 0 to compute" in capsys.readouterr().out
     assert not loads
     # In the host's memory the reference says the same.
-    _same(_run(tmp_path / "offload", model=str(model), reference_offload=True, **data), first)
+    _same(_run(tmp_path / "offload", reference_offload=True), first)
     assert loads
-    _run(tmp_path / "longer", model=str(model), reference_cache=True, num_steps=6, **data)
-    assert "reference: 48 pairs known, 16 to compute" in capsys.readouterr().out
+    _run(tmp_path / "longer", num_steps=3, **kept)
+    assert "reference: 24 pairs known, 8 to compute" in capsys.readouterr().out
 
     from safetensors.numpy import load_file, save_file
 
-    other.mkdir()
-    for file in model.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
+    other = tmp_path / "other"
+    shutil.copytree(SMALL["model"], other)
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32(1.001)
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    _run(tmp_path / "changed", model=str(other), reference_cache=True, **data)
-    assert "reference: 0 pairs known, 48 to compute" in capsys.readouterr().out
-    _run(tmp_path / "limits", model=str(model), reference_cache=True, max_prompt_length=40, **data)
+    _run(tmp_path / "changed", model=str(other), **kept)
+    assert "reference: 0 pairs known, 24 to compute" in capsys.readouterr().out
+    _run(tmp_path / "limits", max_prompt_length=40, **kept)
     assert "reference: 0 pairs known" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_signal_during_the_pass_ends_it_and_the_next_run_goes_on(base, tmp_path, monkeypatch, capsys):
-    workdir, _, data = base
-    kept = data | {"model": str(workdir / "export"), "reference_cache": True, "ld_alpha": 0.9}
+def test_a_signal_during_the_pass_ends_it_and_the_next_run_goes_on(tmp_path, monkeypatch, capsys):
+    kept = {"reference_cache": True, "ld_alpha": 0.9}
     compute = reference.computed_values
 
     def interrupted(*arguments):
         for n, found in enumerate(compute(*arguments)):
-            if n == 2:
+            if n == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield found
 
@@ -116,9 +108,9 @@ def test_a_signal_during_the_pass_ends_it_and_the_next_run_goes_on(base, tmp_pat
     with pytest.raises(Stopped):
         _run(tmp_path / "run", **kept)
     monkeypatch.undo()
-    assert "reference: 0 pairs known, 48 to compute" in capsys.readouterr().out
+    assert "reference: 0 pairs known, 24 to compute" in capsys.readouterr().out
     _run(tmp_path / "run", **kept)
-    assert "reference: 24 pairs known, 24 to compute" in capsys.readouterr().out
+    assert "reference: 16 pairs known, 8 to compute" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -126,8 +118,8 @@ def test_every_batch_is_a_sign_of_life(monkeypatch, tmp_path):
     """A pass over many pairs takes longer than a step, and its first batches are compiled."""
     beats = []
     monkeypatch.setattr(batches, "beat", lambda doing, patience=1.0: beats.append(patience))
-    _run(tmp_path, reference_cache=True, eval_pairs=0, num_steps=8)
-    assert len(beats) == 8  # of 8 pairs each
+    _run(tmp_path / "run", reference_cache=True, cache_dir=str(tmp_path / "cache"), eval_pairs=0, num_steps=4)
+    assert len(beats) == 4  # of 8 pairs each
     assert beats[0] == watchdog.LONGER
     assert 1.0 in beats
 

@@ -139,7 +139,7 @@ def test_the_gradient_is_the_oracles_by_finite_differences(one_device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_every_mesh_gives_the_same_numbers(sizes, one_device):
     devices = jax.devices()[: int(np.prod(sizes))]
     state, reference, metrics = _run(sizes, devices=devices)
@@ -210,7 +210,7 @@ def test_losses_across_pairs_are_the_float64_oracles(across_one_device):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("sizes", "microbatches"), [((8, 1, 1), 1), ((1, 1, 1), 2), ((1, 2, 1), 4)])
+@pytest.mark.parametrize(("sizes", "microbatches"), [((8, 1, 1), 1), ((1, 2, 1), 4)])
 def test_losses_across_pairs_see_the_whole_batch(sizes, microbatches, across_one_device):
     devices = jax.devices()[: int(np.prod(sizes))]
     state, _, metrics = _run(sizes, microbatches, steps=1, objective=ACROSS, devices=devices, placed=SCATTERED)
