@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_sound_one_used(whole, envi
 
 
 def test_a_full_disk_at_a_save_ends_the_run_in_a_line_and_going_on_needs_only_room(whole, environment, tmp_path):  # noqa: F811
-    with _small_disk(tmp_path / "disk", "2m"):  # a checkpoint takes 0.9 MB, and two are kept
+    with _small_disk(tmp_path / "disk", "1200k"):  # a checkpoint takes 800k: the second one does not fit
         work = tmp_path / "disk" / "run"
         code, out, err = _run(_command(work, **FAST), environment)
         assert code == 74, out + err
