@@ -1,6 +1,6 @@
-"""Prompts to answer: from texts, messages, rows of prompts and rows of pairs, and their token ids as training has them.
+"""Prompts to answer: from texts, messages, rows of prompts or of pairs; and their token ids as training has them.
 
-A row of any accepted form of pairs gives its prompt; so does a row with a prompt alone, whatever answers stand beside it.
+A row of any accepted form of pairs gives its prompt; so does one with a prompt alone, whatever stands beside it.
 """
 
 import io
@@ -31,7 +31,10 @@ from dpo_jax.errors import UserError
 
 # Stand where a pair has its answers: prompts are rendered by what renders pairs. Numbers say nothing to any check.
 _ANSWERS = ("1", "2")
-_COMPLETIONS: tuple[list[Message], ...] = tuple([{"role": "assistant", "content": text}] for text in _ANSWERS)
+_COMPLETIONS: tuple[list[Message], list[Message]] = (
+    [{"role": "assistant", "content": _ANSWERS[0]}],
+    [{"role": "assistant", "content": _ANSWERS[1]}],
+)
 # Columns of whole conversations, whose last turns are the assistant's in files for SFT.
 _CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue")
 _WORDS = {"empty_prompt": "the prompt is empty or blank"}
@@ -151,7 +154,7 @@ def dataset_prompts(
         raise UserError(f"split={split}: {dataset} has {' and '.join(there)}")
     skipped: list[str] = []
     found: list[Prompt] = []
-    for source, file in ((source, file) for source in sources for file in source.files if source.split == wanted):
+    for source, file in ((one, file) for one in sources for file in one.files if one.split == wanted):
         for where, row in read_rows(file):
             named = row if isinstance(row, BadLine) else source.spec.columns.apply(row)
             one = _read(named, source.spec.read)
@@ -221,14 +224,9 @@ def _listed(prompts: Iterable[Prompt], count: bool, limit: int, name: str) -> li
     for prompt in found:
         other = seen.setdefault(str(prompt.name), prompt)
         if other is not prompt:
-            of = (
-                ""
-                if prompt.id is not None and other.id is not None
-                else ", where the number of a row stands for its id"
-            )
-            raise UserError(
-                f"{prompt.where}: the id {prompt.name!r} is that of {other.where} too{of}; give every row an id of its own"
-            )
+            of = "" if None not in (prompt.id, other.id) else ", where the number of a row stands for its id"
+            mend = "give every row an id of its own"
+            raise UserError(f"{prompt.where}: the id {prompt.name!r} is that of {other.where} too{of}; {mend}")
     return found
 
 
@@ -265,7 +263,7 @@ def _id_in(row: Mapping[str, Any] | BadLine, where: str) -> str | int | None:
 def _read(row: Mapping[str, Any] | BadLine, reader: Reader) -> Comparison | Skip:
     """The prompt of a row, with answers that stand for any; why it has none."""
     if isinstance(row, BadLine):
-        return Skip(row.reason, row.text[:60])
+        return Skip(row.reason, f"{row.reason.replace('_', ' ')}: {row.text[:60]!r}")
     read = reader(row)
     for one in read[1]:
         if not isinstance(one, Skip):

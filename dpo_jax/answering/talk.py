@@ -1,0 +1,71 @@
+"""Prompts typed on a terminal: each is answered at once, in a conversation where the model has a chat template."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dpo_jax.answering.flags import Request
+from dpo_jax.answering.found import Found
+from dpo_jax.answering.ready import Ready, make_prompt_renderer, make_ready, open_policy, tokens_of
+from dpo_jax.config.settings import Settings
+from dpo_jax.data.prompts import prompt_of
+from dpo_jax.data.render import Renderer
+from dpo_jax.errors import UserError
+from dpo_jax.records.records import printable
+from dpo_jax.sampling.engine import Capacity
+
+NEW = "/new"
+
+
+def talk(r: Request, found: Found, config: Settings | None) -> None:
+    """Answer typed prompts until their end."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (editing of what is typed)
+    policy = open_policy(found)
+    renderer = make_prompt_renderer(policy.tokenizer, r.prompt_format, r.chat_template)
+    dtype = "" if r.cache_dtype == "auto" else r.cache_dtype
+    ready = make_ready(found, policy, config, r.dtype, Capacity(rows=r.rows, cache_dtype=dtype))
+    print(f"{NEW} begins a new conversation, Ctrl-D ends" if renderer.form == "chat" else "Ctrl-D ends")
+    converse(r, ready, renderer, _typed)
+
+
+def converse(r: Request, ready: Ready, renderer: Renderer, ask: Callable[[], str]) -> None:
+    """The conversation; `ask` gives what is typed, and raises EOFError at the end."""
+    turns: list[dict[str, Any]] = []
+    count = 0
+    while True:
+        try:
+            text = ask()
+        except EOFError:
+            print()
+            return
+        if text.strip() == NEW:
+            turns = []
+        elif text.strip():
+            count += 1
+            said: Any = [*turns, {"role": "user", "content": text}] if renderer.form == "chat" else text
+            try:
+                answer = _answer(r, ready, renderer, said, count)
+            except UserError as error:
+                print(f"error: {error}")
+                continue
+            if renderer.form == "chat":
+                turns = [*said, {"role": "assistant", "content": answer}]
+
+
+def _answer(r: Request, ready: Ready, renderer: Renderer, said: str | Sequence[dict[str, Any]], count: int) -> str:
+    """Print the answers to one prompt as they end; the first one goes on in the conversation."""
+    prompt = prompt_of(said, count)
+    (ids,) = tokens_of(renderer, ready.sampler.layout.config, [prompt])
+    first = ""
+    with ready.on_mesh():
+        # Named by its number: the same words asked again get another answer.
+        for one in ready.sampler.sample(ready.params, [ids], r.asked, [(*ids, -count)]):
+            text = one.answer.text.strip()
+            print((f"[{one.sample + 1}] " if r.asked.n > 1 else "") + printable(text), flush=True)
+            first = text if one.sample == 0 else first
+    return first
+
+
+def _typed() -> str:
+    return input("> ")
