@@ -167,7 +167,7 @@ def restore_part(directory: Path, abstract: Any) -> Any:
     if wrong := _damage(directory, _METADATA):
         raise UserError(f"{directory} is damaged ({wrong}); the run's own command sets it aside and resumes before it")
     context = ocp.Context()
-    context.pytree.loading.partial_load = True
+    context.pytree_options.loading.partial_load = True
     with _reading(str(directory), "give another run, or its export"), context:
         return ocp.load(directory.absolute(), abstract)
 
