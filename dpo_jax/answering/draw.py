@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from dpo_jax.answering.flags import Request
 from dpo_jax.answering.found import Found
-from dpo_jax.answering.output import Output, answer_line, tell
+from dpo_jax.answering.output import Output, answer_line
 from dpo_jax.answering.progress import Tracker
 from dpo_jax.answering.ready import block_size, make_prompt_renderer, make_ready, open_policy, tokens_of
 from dpo_jax.config.settings import Settings
@@ -36,8 +36,8 @@ def draw_answers(
     names = draw_names(ids, [prompt.id for prompt in prompts])
     dtype = "" if r.cache_dtype == "auto" else r.cache_dtype
     ready = make_ready(found, policy, config, r.dtype, Capacity(rows=r.rows, cache_dtype=dtype))
-    if first:
-        _note_devices(ready.sampler.layout.mesh.size, ready.sampler.layout.platform, output)
+    layout = ready.sampler.layout
+    output.begin(f"{layout.mesh.size} x {layout.platform}, {layout.dtype.name}")
     given = [_given(prompt, tokens, policy.tokenizer) for prompt, tokens in zip(prompts, ids, strict=True)]
     size = block_size(ready, r.asked)
     with Tracker(len(prompts), done, quiet=not first) as tracker, ready.on_mesh():
@@ -76,13 +76,3 @@ def _counted(drawn: Iterable[Sampled], tracker: Tracker) -> Iterator[Sampled]:
 def _given(prompt: Prompt, tokens: Ids, tokenizer: object) -> object:
     """The prompt as it was given; where only the tokenizer could find it, the text of its tokens."""
     return tokenizer.decode(tokens) if prompt.given is None else prompt.given  # type: ignore[attr-defined]
-
-
-def _note_devices(count: int, platform: str, output: Output) -> None:
-    """Keep on what the file was begun; say if it is resumed on something else, which rounds otherwise."""
-    mine = f"{count} x {platform}"
-    theirs = output.about.get("devices", mine)
-    if theirs != mine and output.done:
-        tell(f"{output.path}: begun on {theirs}, resumed on {mine}: the last digits of numbers may differ")
-    if "devices" not in output.about:
-        output.keep_about(devices=mine)

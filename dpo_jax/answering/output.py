@@ -31,42 +31,51 @@ class Output:
     """Where answers are written: a file that is resumed, or standard output.
 
     Attributes:
-      done: lines that were there when it was opened.
       about: what it was begun with.
+      done: lines that were there when it was opened.
       said: what is to be told of it.
     """
 
-    def __init__(self, path: Path | None, about: dict[str, Any], done: int = 0, said: Sequence[str] = ()):
-        self.path, self.about, self.done, self.said = path, about, done, list(said)
-        self._file: IO[bytes] | None = None
+    def __init__(
+        self,
+        path: Path | None,
+        about: dict[str, Any],
+        file: IO[bytes] | None = None,
+        done: int = 0,
+        said: Sequence[str] = (),
+    ):
+        self.path, self.about, self._file, self.done, self.said = path, about, file, done, list(said)
 
     @property
     def is_finished(self) -> bool:
-        return self.done == self.about["prompts"] and self.path is not None
+        return self._file is not None and self.done == self.about["prompts"]
+
+    def begin(self, devices: str) -> None:
+        """Nothing is refused any more: answers are written from here on. Says if it was begun on other devices."""
+        if self.path is None or self._file is None:
+            return
+        with _writing(self.path):
+            if not self.done:
+                self._file.truncate(0)
+                write_json(_beside(self.path), self.about | {"devices": devices})
+        theirs = self.about.get("devices", devices)
+        if self.done and theirs != devices:
+            tell(f"{self.path}: begun on {theirs}, resumed on {devices}: the last digits of numbers may differ")
 
     def write(self, line: str) -> None:
         """Append a line; it is with the system when this returns."""
-        if self.path is None:
+        if self.path is None or self._file is None:
             print(line, end="", flush=True)
             return
         with _writing(self.path):
-            if self._file is None:
-                self._file = self.path.open("ab")
             self._file.write(line.encode())
             self._file.flush()
 
     def settle(self) -> None:
         """Put what was written on disk."""
-        if self._file is not None and self.path is not None:
+        if self.path is not None and self._file is not None:
             with _writing(self.path):
                 os.fsync(self._file.fileno())
-
-    def keep_about(self, **more: Any) -> None:
-        """Write what the file was begun with beside it, and `more` of it."""
-        self.about |= more
-        if self.path is not None:
-            with _writing(self.path):
-                write_json(_beside(self.path), self.about)
 
 
 def about_answers(decides: Mapping[str, Any], found: Found, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -98,10 +107,7 @@ def opened(out: str, about: dict[str, Any], prompts: Sequence[Prompt], *, overwr
         _lock(held, path)
         try:
             with _writing(path):
-                if overwrite:
-                    _beside(path).unlink(missing_ok=True)
-                    os.ftruncate(held.fileno(), 0)
-                output = _resumed(path, about, prompts)
+                output = Output(path, about, held) if overwrite else _resumed(path, held, about, prompts)
             yield output
         finally:
             if not path.stat().st_size:  # refused, or stopped before the first answer: as if it had never begun
@@ -129,12 +135,10 @@ def _beside(path: Path) -> Path:
     return path.with_name(path.name + ABOUT)
 
 
-def _resumed(path: Path, about: dict[str, Any], prompts: Sequence[Prompt]) -> Output:
+def _resumed(path: Path, held: IO[bytes], about: dict[str, Any], prompts: Sequence[Prompt]) -> Output:
     size = path.stat().st_size
     if not size:
-        output = Output(path, about)
-        output.keep_about()
-        return output
+        return Output(path, about, held)
     if not _beside(path).exists():
         raise UserError(f"--out={path} is there, and no {_beside(path).name} says what it is of; {_MEND}")
     theirs = read_json(_beside(path), _MEND)
@@ -155,7 +159,7 @@ def _resumed(path: Path, about: dict[str, Any], prompts: Sequence[Prompt]) -> Ou
         said.append(f"{path}: the last line was torn; its {size - end:,} bytes are cut")
     if done:
         said.append(f"{path}: {done:,} of {len(prompts):,} prompts are answered")
-    return Output(path, about, done, said)
+    return Output(path, about, held, done, said)
 
 
 def _is_of(line: bytes, prompt: Prompt) -> bool:

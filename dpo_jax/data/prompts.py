@@ -348,6 +348,6 @@ def _sound(pair: Any, where: str) -> Comparison:
 
 
 def _refused(where: str, skip: Skip) -> UserError:
-    said = skip.detail or _WORDS.get(skip.reason, skip.reason.replace("_", " "))
+    said = _WORDS.get(skip.reason) or skip.detail or skip.reason.replace("_", " ")
     # The reader's hints name training's keys, which are flags of their own here.
     return UserError(f"{where}: {said.replace('--config.', '--')}")

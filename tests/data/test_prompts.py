@@ -152,7 +152,13 @@ def test_a_digest_tells_prompts_and_their_order():
     of = lambda *rows: prompts_digest(prompts_in("\n".join(map(json.dumps, rows)).encode()))
     a, b = {"prompt": "a"}, {"prompt": "b"}
     assert of(a, b) == of(a, b)
-    others = [of(b, a), of(a), of(a, b, b), of(a, {"prompt": [{"role": "user", "content": "b"}]}), of({**a, "id": 1}, b)]
+    others = [
+        of(b, a),
+        of(a),
+        of(a, b, b),
+        of(a, {"prompt": [{"role": "user", "content": "b"}]}),
+        of({**a, "id": 1}, b),
+    ]
     assert len({of(a, b), *others}) == 1 + len(others)
 
 
