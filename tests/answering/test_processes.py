@@ -29,8 +29,17 @@ def rows(tmp_path_factory):
 
 def command(rows, out, *more):
     return [
-        sys.executable, "-m", "dpo_jax.sample", f"--model={MODEL}", f"--prompts={rows}", f"--out={out}", "--n=2",
-        "--max_tokens=48", "--logprobs", "--rows=2", *more,
+        sys.executable,
+        "-m",
+        "dpo_jax.sample",
+        f"--model={MODEL}",
+        f"--prompts={rows}",
+        f"--out={out}",
+        "--n=2",
+        "--max_tokens=48",
+        "--logprobs",
+        "--rows=2",
+        *more,
     ]  # fmt: skip  (blocks of eight prompts)
 
 
