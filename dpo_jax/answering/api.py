@@ -6,12 +6,11 @@ from typing import Any, cast
 
 from dpo_jax.answering.found import find_model
 from dpo_jax.answering.ready import (
-    Ready,
     check_tokens_of,
     make_prompt_renderer,
-    make_ready,
     make_sampler,
     open_policy,
+    place,
     tokens_of,
 )
 from dpo_jax.data.prompts import prompt_of
@@ -21,9 +20,8 @@ from dpo_jax.sampling.engine import Capacity, Sampled, Sampler
 from dpo_jax.sampling.params import Answer, SamplingParams
 from dpo_jax.weights.find import Policy
 
-_USUAL = Capacity()
 _KEPT = 2  # samplers, with what they have compiled
-_samplers: list[tuple[Layout, Capacity, Sampler]] = []
+_samplers: list[tuple[Layout, Capacity | None, Sampler]] = []
 
 
 def sample(
@@ -34,7 +32,7 @@ def sample(
     stream: bool = False,
     prompt_format: str = "auto",
     chat_template: str = "",
-    capacity: Capacity = _USUAL,
+    capacity: Capacity | None = None,
     **asked: Any,
 ) -> list[list[Answer]] | Iterator[Sampled]:
     """Answers of a model to prompts.
@@ -45,7 +43,7 @@ def sample(
       ids: of prompts; draws depend on them, and where there is none on the prompt's tokens.
       stream: return an iterator of answers as they end, each with its prompt's place and which of n it is.
       prompt_format, chat_template: how texts and messages are rendered, as the config's keys.
-      capacity: how much is done at once; what is drawn does not depend on it.
+      capacity: how much is done at once, which changes no draw; None is what suits the devices.
       **asked: the fields of `dpo_jax.sampling.params.SamplingParams`: n, temperature, top_p, top_k, min_p, max_tokens,
         min_tokens, stop, stop_token_ids, seed, round.
 
@@ -62,23 +60,15 @@ def sample(
         found = find_model(str(model))
         policy = open_policy(found)
         tokens = _tokens(policy, policy.config, prompts, prompt_format, chat_template)
-        ready = make_ready(found, policy, None, "auto", capacity)
+        layout, weights = place(found, policy, None, "auto")
     else:
         policy, layout, weights = model
         tokens = _tokens(policy, layout.config, prompts, prompt_format, chat_template)
-        ready = Ready(_sampler(policy, layout, capacity), weights)
-    drawn = _drawn(ready, tokens, params, ids)
+    drawn = _sampler(policy, layout, capacity).sample(weights, tokens, params, ids)
     if stream:
         return drawn
     answers = {(one.prompt, one.sample): one.answer for one in drawn}
     return [[answers[i, k] for k in range(params.n)] for i in range(len(tokens))]
-
-
-def _drawn(
-    ready: Ready, tokens: Sequence[Sequence[int]], asked: SamplingParams, ids: Sequence[str | int | None] | None
-) -> Iterator[Sampled]:
-    with ready.on_mesh():
-        yield from ready.sampler.sample(ready.params, tokens, asked, ids)
 
 
 def _tokens(
@@ -105,7 +95,7 @@ def _as_tokens(prompt: Any) -> list[int]:
     return []
 
 
-def _sampler(policy: Policy, layout: Layout, capacity: Capacity) -> Sampler:
+def _sampler(policy: Policy, layout: Layout, capacity: Capacity | None) -> Sampler:
     """The sampler of this layout: what it has compiled serves the next call."""
     for at, (known, with_capacity, sampler) in enumerate(_samplers):
         if known is layout and with_capacity == capacity:

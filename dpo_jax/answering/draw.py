@@ -6,12 +6,14 @@ from dpo_jax.answering.flags import Request
 from dpo_jax.answering.found import Found
 from dpo_jax.answering.output import Output, answer_line
 from dpo_jax.answering.progress import Tracker
-from dpo_jax.answering.ready import block_size, make_prompt_renderer, make_ready, open_policy, tokens_of
+from dpo_jax.answering.ready import block_size, make_prompt_renderer, make_sampler, open_policy, place, tokens_of
+from dpo_jax.answering.together import the_firsts_day, the_firsts_number
 from dpo_jax.config.settings import Settings
 from dpo_jax.data.cuts import Ids
 from dpo_jax.data.prompts import Prompt
 from dpo_jax.parallel.processes import is_first
 from dpo_jax.sampling.engine import Capacity, Sampled, draw_names
+from dpo_jax.sampling.memory import free_bytes
 from dpo_jax.sampling.params import Answer
 from dpo_jax.training.workdir import same_everywhere
 
@@ -31,19 +33,21 @@ def draw_answers(
         {"flags": r.decides, "prompts": output.about["prompts_digest"], "model": output.about["model_files"]}
     )
     policy = open_policy(found)
-    renderer = make_prompt_renderer(policy.tokenizer, r.prompt_format, r.chat_template, output.about["day"])
+    day = the_firsts_day(output.about["day"])
+    renderer = make_prompt_renderer(policy.tokenizer, r.prompt_format, r.chat_template, day)
     ids = tokens_of(renderer, policy.config, prompts)
     names = draw_names(ids, [prompt.id for prompt in prompts])
     dtype = "" if r.cache_dtype == "auto" else r.cache_dtype
-    ready = make_ready(found, policy, config, r.dtype, Capacity(rows=r.rows, cache_dtype=dtype))
-    layout = ready.sampler.layout
-    output.begin(f"{layout.mesh.size} x {layout.platform}, {layout.dtype.name}")
+    layout, params = place(found, policy, config, r.dtype)
+    devices = f"{layout.mesh.size} x {layout.platform}, {layout.dtype.name}"
+    memory = the_firsts_number(output.begin(devices, free_bytes(layout)))
+    sampler = make_sampler(policy, layout, Capacity(rows=r.rows, cache_dtype=dtype, memory=memory))
     given = [_given(prompt, tokens, policy.tokenizer) for prompt, tokens in zip(prompts, ids, strict=True)]
-    size = block_size(ready, r.asked)
-    with Tracker(len(prompts), done, quiet=not first) as tracker, ready.on_mesh():
+    size = block_size(sampler, r.asked)
+    with Tracker(len(prompts), done, quiet=not first) as tracker:
         for start in range(done // size * size, len(prompts), size):
             block = slice(start, start + size)
-            drawn = ready.sampler.sample(ready.params, ids[block], r.asked, names[block])
+            drawn = sampler.sample(params, ids[block], r.asked, names[block])
             for at, answers in in_order(_counted(drawn, tracker), r.asked.n):
                 if start + at < done:
                     continue  # written before; drawn again with its block

@@ -22,6 +22,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.sampling.params import Answer, SamplingParams
 
 ABOUT = ".about.json"
+_SHARE = 0.8  # of what is free is said to be, so that the rest may be used where there was more before
 _MEND = "give another --out, or --overwrite to begin it anew"
 _SHOWN = 4  # settings that a refusal names
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # a file system that has none
@@ -50,17 +51,30 @@ class Output:
     def is_finished(self) -> bool:
         return self._file is not None and self.done == self.about["prompts"]
 
-    def begin(self, devices: str) -> None:
-        """Nothing is refused any more: answers are written from here on. Says if it was begun on other devices."""
+    def begin(self, devices: str, free: float) -> int:
+        """Nothing is refused any more: answers are written from here on.
+
+        Args:
+          devices: on which, in words; other ones than before are told, as they round otherwise.
+          free: bytes of a device that are free for keys and values.
+
+        Returns:
+          MiB that keys and values may take, which decide how many answers are drawn at once: as many as before.
+        """
+        memory = max(1, int(free) >> 20)
         if self.path is None or self._file is None:
-            return
-        with _writing(self.path):
-            if not self.done:
+            return memory
+        if not self.done:
+            with _writing(self.path):
                 self._file.truncate(0)
-                write_json(_beside(self.path), self.about | {"devices": devices})
-        theirs = self.about.get("devices", devices)
-        if self.done and theirs != devices:
+                write_json(_beside(self.path), self.about | {"devices": devices, "memory": memory})
+            return memory
+        theirs, before = self.about.get("devices", devices), int(self.about.get("memory", memory))
+        if theirs != devices:
             tell(f"{self.path}: begun on {theirs}, resumed on {devices}: the last digits of numbers may differ")
+        elif before > memory / _SHARE:
+            tell(f"{self.path}: begun with {before:,} MiB free, resumed with {memory:,}: the last digits may differ")
+        return memory if theirs != devices or before > memory / _SHARE else before
 
     def write(self, line: str) -> None:
         """Append a line; it is with the system when this returns."""
@@ -144,7 +158,7 @@ def _resumed(path: Path, held: IO[bytes], about: dict[str, Any], prompts: Sequen
     theirs = read_json(_beside(path), _MEND)
     _compare(path, theirs, about)
     # Names and days stay those that it was begun with.
-    about = about | {key: theirs[key] for key in ("model", "day", "devices") if key in theirs}
+    about = about | {key: theirs[key] for key in ("model", "day", "devices", "memory") if key in theirs}
     done, end = 0, 0
     with path.open("rb") as file:
         for line in file:

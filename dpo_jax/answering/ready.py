@@ -3,7 +3,6 @@
 What can be refused is refused before any weights are read.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig, Params
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.model.placement import Layout
-from dpo_jax.model.tuning import exact_products
 from dpo_jax.parallel.mesh import first_process_first, make_mesh, row_shards
 from dpo_jax.sampling.engine import Capacity, Sampler
 from dpo_jax.sampling.params import SamplingParams
@@ -32,19 +30,6 @@ WAVES, MOST_PROMPTS = 8, 1024  # of a block: times the rows there are, and in al
 _UNLIMITED = 1 << 30  # of rendering: the model's own limit refuses, and nothing is cut
 
 
-@dataclasses.dataclass(frozen=True)
-class Ready:
-    """A model on its mesh, and what draws its answers."""
-
-    sampler: Sampler
-    params: Params
-
-    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        """The context in which it is asked: its products are those of its number format."""
-        layout = self.sampler.layout
-        return exact_products(layout.dtype, layout.platform)
-
-
 def open_policy(found: Found) -> Policy:
     """The model's numbers and tokenizer; its weights are read later."""
     workdir = found.run if found.checkpoint is not None and found.run is not None else Path()
@@ -53,14 +38,13 @@ def open_policy(found: Found) -> Policy:
         return find_policy(found.model, workdir, seed, revision=found.revision)
 
 
-def make_ready(found: Found, policy: Policy, config: Settings | None, dtype: str, capacity: Capacity) -> Ready:
-    """The model's parameters on the mesh.
+def place(found: Found, policy: Policy, config: Settings | None, dtype: str) -> tuple[Layout, Params]:
+    """The model's layout, and its parameters on the mesh.
 
     Args:
       found, policy: the model.
       config: whose mesh and number formats are taken; None: all devices share the parameters, and formats are a run's.
       dtype: another number format; auto: as said.
-      capacity: of the sampler.
 
     Raises:
       UserError: it cannot be read, or does not divide over the mesh.
@@ -75,14 +59,13 @@ def make_ready(found: Found, policy: Policy, config: Settings | None, dtype: str
     if dtype != "auto":
         options = dataclasses.replace(options, param_dtype=dtype, compute_dtype=dtype, base_dtype=dtype)
     if found.checkpoint is None:
-        layout, params = load_whole(policy, mesh, options)
-    else:
-        assert found.settings is not None
-        layout, params = run_policy(found.checkpoint, found.settings, policy, mesh, options)
-    return Ready(make_sampler(policy, layout, capacity), params)
+        return load_whole(policy, mesh, options)
+    assert found.settings is not None
+    return run_policy(found.checkpoint, found.settings, policy, mesh, options)
 
 
-def make_sampler(policy: Policy, layout: Layout, capacity: Capacity) -> Sampler:
+def make_sampler(policy: Policy, layout: Layout, capacity: Capacity | None = None) -> Sampler:
+    """What draws the model's answers."""
     return Sampler(layout, policy.tokenizer, policy.stop_tokens(), capacity)
 
 
@@ -120,11 +103,11 @@ def check_tokens_of(tokens: Sequence[int], model: ModelConfig, where: str) -> No
         raise UserError(f"{where}: the prompt has token {token}, and the model's table has {rows:,} rows; leave it out")
 
 
-def block_size(ready: Ready, asked: SamplingParams) -> int:
+def block_size(sampler: Sampler, asked: SamplingParams) -> int:
     """How many prompts are drawn in one call of the sampler: what is drawn again at most where a file is resumed.
 
     Which prompts are drawn together decides the last digits of log-probabilities, so a file that was stopped is resumed
     where a block begins. A few times as many answers as there are rows: then rows are idle for a small part of a block.
     """
-    rows = ready.sampler.capacity.rows * row_shards(ready.sampler.layout.mesh)
+    rows = sampler.capacity.rows * row_shards(sampler.layout.mesh)
     return max(1, min(MOST_PROMPTS, -(-WAVES * rows // asked.n)))

@@ -1,5 +1,6 @@
 """Several processes answer together: the first one writes, and all know where it goes on."""
 
+import datetime
 from collections.abc import Callable
 
 import numpy as np
@@ -17,5 +18,14 @@ def by_the_first(open_it: Callable[[], Output]) -> tuple[Output | None, int]:
     """
     held: list[Output] = []
     first_only(lambda: held.append(open_it()))
-    done = int(from_first(np.asarray(held[0].done if held else 0, np.int32)))
-    return (held[0] if held else None), done
+    return (held[0] if held else None), the_firsts_number(held[0].done if held else 0)
+
+
+def the_firsts_day(day: str) -> str:
+    """The first process's day (YYYY-MM-DD), in all."""
+    return datetime.date.fromordinal(the_firsts_number(datetime.date.fromisoformat(day).toordinal())).isoformat()
+
+
+def the_firsts_number(number: int) -> int:
+    """The first process's number, below 2^31, in all."""
+    return int(from_first(np.asarray(number, np.int32)))

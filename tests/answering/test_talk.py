@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from dpo_jax.answering.flags import parse_request
-from dpo_jax.answering.ready import Ready, make_prompt_renderer
-from dpo_jax.answering.talk import converse
+from dpo_jax.answering.ready import make_prompt_renderer
+from dpo_jax.answering.talk import Asked, converse
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.sampling.engine import Sampled
 from dpo_jax.sampling.params import Answer
@@ -42,7 +42,7 @@ def ask(monkeypatch):
                 raise EOFError from None
 
         renderer = make_prompt_renderer(tokenizer, "auto", "")
-        converse(parse_request(["sample", "--model=x", *flags]), Ready(parrot, {}), renderer, next_line)
+        converse(parse_request(["sample", "--model=x", *flags]), Asked(parrot, {}), renderer, next_line)
         return [tokenizer.decode(ids) for ids, _ in parrot.asked], [name for _, name in parrot.asked]
 
     return converse_with
