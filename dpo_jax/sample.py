@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_jax.answering.flags import Request, is_typed, parse_request
-from dpo_jax.answering.found import Found, find_model
+from dpo_jax.answering.found import Found, locate_model
 from dpo_jax.answering.output import Output, about_answers, opened, tell
 from dpo_jax.config.opened import settings_of
 from dpo_jax.data.prompts import Prompt, dataset_prompts, prompts_in, read_prompts
@@ -62,7 +62,7 @@ def answer_request(r: Request, several: bool = False) -> None:
       UserError: bad input, in one line.
     """
     config = settings_of(r.config) if r.config else None
-    found = find_model(r.model, r.revision)
+    found = locate_model(r.model, r.revision)
     if is_typed(r):
         from dpo_jax.answering.talk import talk
 

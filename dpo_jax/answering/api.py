@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from dpo_jax.answering.found import find_model
+from dpo_jax.answering.found import locate_model
 from dpo_jax.answering.ready import (
     check_tokens_of,
     make_prompt_renderer,
@@ -57,7 +57,7 @@ def sample(
     """
     params = SamplingParams(**asked)
     if isinstance(model, str | Path):
-        found = find_model(str(model))
+        found = locate_model(str(model))
         policy = open_policy(found)
         tokens = _tokens(policy, policy.config, prompts, prompt_format, chat_template)
         layout, weights = place(found, policy, None, "auto")

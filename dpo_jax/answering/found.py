@@ -32,7 +32,7 @@ class Found:
     checkpoint: Path | None = None
 
 
-def find_model(model: str, revision: str = "") -> Found:
+def locate_model(model: str, revision: str = "") -> Found:
     """Find what `--model` means; a hub's id is not looked for yet.
 
     Raises:

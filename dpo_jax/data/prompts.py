@@ -274,7 +274,11 @@ def _read(row: Mapping[str, Any] | BadLine, reader: Reader) -> Comparison | Skip
         return next(one for one in read[1] if isinstance(one, Skip))
     form, (first, *_) = _alone(row)
     if form is None:  # no column that may be a prompt
-        return next(one for one in read[1] if isinstance(one, Skip)) if read[0] else Skip("no_prompt", _no_prompt(row))
+        return (
+            next(one for one in read[1] if isinstance(one, Skip))
+            if read[0]
+            else Skip("missing_column", _no_prompt(row))
+        )
     return first if isinstance(first, Skip) else _bare(first)
 
 
