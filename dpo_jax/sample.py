@@ -1,6 +1,6 @@
 """Answer prompts with a model: `python -m dpo_jax.sample --model=DIR|RUN|ID --prompts=FILE --n=4 --out=answers.jsonl`.
 
-Exit codes (docs/faults.md): 0 done; 2 bad input, one line on standard error, before anything is compiled; 70 another
+Exit codes (docs/sampling.md): 0 done; 2 bad input, one line on standard error, before anything is compiled; 70 another
 process is gone; 74 the disk is full; 130 interrupted. After all but 2 the same command resumes the file.
 
 The module is callable, too: `dpo_jax.sample(model, prompts, ...)` is `dpo_jax.answering.api.sample`.

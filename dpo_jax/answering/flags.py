@@ -200,4 +200,4 @@ def _help() -> str:
 
 def is_typed(r: Request) -> bool:
     """Whether prompts are typed on a terminal."""
-    return r.prompts in ("", "-") and not r.dataset and sys.stdin.isatty()
+    return r.prompts in ("", "-") and not r.dataset and sys.stdin is not None and sys.stdin.isatty()

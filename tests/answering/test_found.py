@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import dpo_jax
 from dpo_jax.answering.found import locate_model, model_digest
@@ -50,6 +52,24 @@ def test_a_digest_is_of_contents_wherever_they_are(run, tmp_path):
     before = model_digest(locate_model(str(run)))
     (run / "checkpoints" / "10" / "checksums.json").write_text("{}")
     assert model_digest(locate_model(str(run))) != before
+
+
+def test_an_adapter_is_known_by_itself_and_its_base(tmp_path):
+    pairs = {"A": np.ones((2, 48), np.float32), "B": np.ones((48, 2), np.float32)}
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    numbers = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+
+    def digest_over(base, alpha=2):
+        directory = tmp_path / f"adapter-{alpha}"
+        directory.mkdir(exist_ok=True)
+        save_file({name.format(x): pair for x, pair in pairs.items()}, directory / "adapter_model.safetensors")
+        said = numbers | {"base_model_name_or_path": str(base), "lora_alpha": alpha}
+        (directory / "adapter_config.json").write_text(json.dumps(said))
+        return model_digest(locate_model(str(directory)))
+
+    shutil.copytree(TINY, tmp_path / "copy")
+    assert digest_over(TINY) == digest_over(tmp_path / "copy") != model_digest(locate_model(str(TINY)))
+    assert digest_over(TINY, alpha=4) != digest_over(TINY)
 
 
 def test_settings_are_those_of_a_file_or_of_a_run(run):

@@ -205,3 +205,11 @@ def test_a_template_that_refuses_a_prompt_is_told_with_its_line():
     rows = b'{"prompt": "a"}\n{"prompt": "b", "system": "c"}'
     with pytest.raises(UserError, match="input:2: only user and assistant"):
         prompt_tokens(renderer, prompts_in(rows))
+
+
+def test_one_row_with_messages_is_no_list_of_rows():
+    """A file of a single object may hold rows in a list; messages are none."""
+    (prompt,) = prompts_in(json.dumps({"prompt": HI}).encode())
+    assert (prompt.given, prompt.number) == (HI, 1)
+    inside = {"data": [{"prompt": "a"}, {"prompt": "b"}]}
+    assert [p.given for p in prompts_in(json.dumps(inside).encode())] == ["a", "b"]
