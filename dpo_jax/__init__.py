@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 if TYPE_CHECKING:
+    from dpo_jax.answering.api import sample
     from dpo_jax.config.file import get_config
     from dpo_jax.data.comparison import Comparison, LabeledComparison, Skip
     from dpo_jax.errors import UserError
@@ -18,7 +19,17 @@ if TYPE_CHECKING:
     from dpo_jax.train import run
     from dpo_jax.weights.load import load_policy
 
-__all__ = ["LOSSES", "Comparison", "LabeledComparison", "Skip", "UserError", "get_config", "load_policy", "run"]
+__all__ = [
+    "LOSSES",
+    "Comparison",
+    "LabeledComparison",
+    "Skip",
+    "UserError",
+    "get_config",
+    "load_policy",
+    "run",
+    "sample",
+]
 
 _MODULES = {
     "LOSSES": "objective.losses",
@@ -29,10 +40,15 @@ _MODULES = {
     "get_config": "config.file",
     "load_policy": "weights.load",
     "run": "train",
+    "sample": "answering.api",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if (
+        name == "sample"
+    ):  # the module of this name, which can be called as the function: one thing, however it is reached
+        return importlib.import_module("dpo_jax.sample")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

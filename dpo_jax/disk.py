@@ -11,6 +11,8 @@ from typing import IO, Any
 
 from dpo_jax.errors import UserError
 
+_SAMPLES, _SAMPLE = 64, 1 << 16  # of a file: so many pieces of so many bytes tell it from any other
+
 
 @contextlib.contextmanager
 def whole_file(path: Path, *, exclusive: bool = False) -> Iterator[IO[bytes]]:
@@ -75,3 +77,19 @@ def digest(content: str | bytes | Iterable[bytes], size: int = 12) -> str:
     for piece in pieces:
         hashed.update(piece)
     return hashed.hexdigest()
+
+
+def file_digest(path: Path) -> dict[str, Any]:
+    """Size and digest of a file: of its beginning (which names the tensors, of weights) and of pieces throughout."""
+    size = path.stat().st_size
+    last = max(0, size - _SAMPLE)
+    with path.open("rb") as file:
+
+        def pieces() -> Iterator[bytes]:
+            for start in sorted(
+                {int(i * (last / (_SAMPLES - 1))) if i < _SAMPLES - 1 else last for i in range(_SAMPLES)}
+            ):
+                file.seek(start)
+                yield file.read(_SAMPLE)
+
+        return {"bytes": size, "digest": digest(pieces())}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_jax.answering.flags import FLAGS, parse_request
 from dpo_jax.config.command_line import TRAIN, read_flags
 from dpo_jax.config.keys import KEYS
 from dpo_jax.inspection import command as data_command
@@ -39,6 +40,8 @@ def test_commands_parse(page, line):
         name = f"data {rest.pop(0)}"
     if name in KNOWN:
         read_flags([module, *(word for word in rest if word != "...")], KNOWN[name])
+    if name == "sample":
+        parse_request([module, *rest])
 
 
 def test_there_are_commands_to_parse():
@@ -77,3 +80,10 @@ def test_the_metrics_page_says_what_a_mean_is_over_as_the_tables_do():
     for column, table in ((1, METRICS), (2, LOSS_FACTS)):
         said = {name: row[0] for row in rows for name in re.findall(r"`(\w+)`", row[column])}
         assert said == {name: it.over for name, it in table.items() if it.over}
+
+
+def test_every_flag_of_sampling_is_on_its_page_as_the_table_says():
+    rows = re.findall(r"^\| `--(\w+)` \| ([^|]*) \|", Path("docs/sampling.md").read_text(), re.M)
+    flags = {name: flag for group in FLAGS.values() for name, flag in group.items()}
+    shown = lambda value: "" if value == "" or value is False else f"`{value}`"
+    assert [(name, default.strip()) for name, default in rows] == [(n, shown(f.default)) for n, f in flags.items()]

@@ -176,6 +176,8 @@ def _rows_inside(one: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 def _are_rows(key: str, value: Any, alone: bool) -> bool:
     if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
         return False
+    if all("role" in row or "from" in row for row in value):  # the messages of the one row that there is
+        return False
     return alone or key.lower() in _WRAPPERS or bool(resolve(tuple(value[0])))
 
 

@@ -18,7 +18,7 @@ from dpo_jax.disk import digest
 from dpo_jax.errors import UserError
 
 _BATCH = 512  # rows parsed and tokenised together: enough for the tokenizer's threads, little memory
-_PLAINLY = 20_000  # rows without one good one
+PLAINLY = 20_000  # rows without one good one
 _WRONG_COLUMNS = ("unknown_columns", "missing_column", "unread_field")
 
 
@@ -47,7 +47,7 @@ def tokenise(
                 kept = tally.kept
                 yield from _batch_pairs(batch, renderer, drop_ties, tally, names.index(source.name))
                 tell(0, len(batch), tally.kept - kept)
-                if tally.read >= _PLAINLY:
+                if tally.read >= PLAINLY:
                     _refuse_wrong_columns(tally, quarantine)
                     _refuse_template(tally, quarantine)
             tally.end()

@@ -36,6 +36,11 @@ def join() -> None:
         ) from None
 
 
+def is_first() -> bool:
+    """Whether this is the process that writes: the only one, or the first of several."""
+    return jax.process_index() == 0
+
+
 def leave(code: int) -> int:
     """The exit code, with which this process ends soon even where others keep it waiting."""
     if jax.distributed.is_initialized():

@@ -39,6 +39,7 @@ class Capacity:
       prefill: tokens of prompts that a device computes at once.
       cache_dtype: "int8", or empty for the compute dtype.
       compact: whether rows are given up as answers end and none wait.
+      memory: MiB of a device that the cache may take; 0 is what is free.
     """
 
     rows: int = 0
@@ -46,6 +47,7 @@ class Capacity:
     prefill: int = 0
     cache_dtype: str = ""
     compact: bool = True
+    memory: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Drawing:
         """Where to begin, and the most pages that there may ever be; with fewer rows than would suit, if need be."""
         share, limit = -(-len(self.waiting) // self.shards), max(q.limit for q in self.waiting)
         longest, needed = len(self.waiting[0].ids), -(-(limit - 1) // self.capacity.page)
-        free = free_bytes(self.layout)
+        free = float(self.capacity.memory << 20) or free_bytes(self.layout)
         fit = [x for x in ROWS[::-1] if x < self.capacity.rows] if fewer else []
         for rows in (self.capacity.rows, *fit):
             rung = first_rung(rows, self.asked.n, share, longest, limit, self.capacity.page)

@@ -26,20 +26,28 @@ from dpo_jax.sampling.programs import Programs
 SUITS = {"cpu": Capacity(128, 32, 1024), "gpu": Capacity(256, 32, 4096), "tpu": Capacity(256, 32, 4096)}
 
 
-def prompt_identity(value: str | int | Sequence[int]) -> np.ndarray:
+Name = str | int | tuple[int, ...]
+
+
+def prompt_identity(value: Name) -> np.ndarray:
     """Two uint32 numbers for a prompt's id, or for its tokens where it has none: what its draws depend on."""
     text = str(value) if isinstance(value, str | int) else "tokens " + " ".join(map(str, value))
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").copy()
 
 
-def identities(prompts: Sequence[Sequence[int]], ids: Sequence[str | int] | None) -> list[np.ndarray]:
-    """`prompt_identity` of every prompt. Equal prompts without ids are told apart by how many of them came before."""
-    if ids is not None:
-        return [prompt_identity(one) for one in ids]
+def draw_names(prompts: Sequence[Sequence[int]], ids: Sequence[Name | None] | None) -> list[Name]:
+    """What the draws of each prompt depend on: its id, or its tokens where it has none.
+
+    Equal prompts without ids are told apart by how many of them came before. Names of prompts that are answered in
+    several calls are made of all of them, and given as `ids`.
+    """
     seen: collections.Counter[tuple[int, ...]] = collections.Counter()
-    found = []
-    for prompt in map(tuple, prompts):
-        found.append(prompt_identity((*prompt, -1 - seen[prompt]) if seen[prompt] else prompt))
+    found: list[Name] = []
+    for prompt, one in zip(map(tuple, prompts), [None] * len(prompts) if ids is None else ids, strict=True):
+        if one is not None:
+            found.append(one)
+            continue
+        found.append((*prompt, -1 - seen[prompt]) if seen[prompt] else prompt)
         seen[prompt] += 1
     return found
 
@@ -86,14 +94,14 @@ class Sampler:
         params: Params,
         prompts: Sequence[Sequence[int]],
         asked: SamplingParams,
-        ids: Sequence[str | int] | None = None,
+        ids: Sequence[Name | None] | None = None,
     ) -> Iterator[Sampled]:
         """Answers as they end; every process of several must take all of them.
 
         Args:
           params: the model's, of any dtype; adapters among them or not.
           prompts: token ids, at least one each.
-          ids: of prompts, which draws depend on; None: on their tokens.
+          ids: of prompts, which draws depend on, or names by `draw_names`; None: on a prompt's tokens.
 
         Raises:
           UserError: a prompt is empty or leaves no room for an answer, or the cache does not fit.
@@ -102,7 +110,7 @@ class Sampler:
         if not prompts:
             return
         reach = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
-        whos = identities(prompts, ids)
+        whos = list(map(prompt_identity, draw_names(prompts, ids)))
         waiting = [
             Question(i, np.asarray(p, np.int32), w, n)
             for i, (p, w, n) in enumerate(zip(prompts, whos, limits, strict=True))
@@ -119,7 +127,7 @@ class Sampler:
         params: Params,
         prompts: Sequence[Sequence[int]],
         asked: SamplingParams,
-        ids: Sequence[str | int] | None = None,
+        ids: Sequence[Name | None] | None = None,
     ) -> list[list[Answer]]:
         """All n answers to every prompt, in order; see `sample`."""
         found = {(one.prompt, one.sample): one.answer for one in self.sample(params, prompts, asked, ids)}

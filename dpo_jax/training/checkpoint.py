@@ -158,6 +158,20 @@ def restore(checkpoints: Checkpoints, step: int, abstract: Any) -> Any:
         return checkpoints.orbax.load(step, abstract)
 
 
+def restore_part(directory: Path, abstract: Any) -> Any:
+    """Of the checkpoint in `directory`, whose run may be going on, what `abstract` has; nothing else is read.
+
+    Raises:
+      UserError: it is damaged, or has no such part.
+    """
+    if wrong := _damage(directory, _METADATA):
+        raise UserError(f"{directory} is damaged ({wrong}); the run's own command sets it aside and resumes before it")
+    context = ocp.Context()
+    context.pytree_options.loading.partial_load = True
+    with _reading(str(directory), "give another run, or its export"), context:
+        return ocp.load(directory.absolute(), abstract)
+
+
 @contextlib.contextmanager
 def _reading(what: str, mend: str) -> Iterator[None]:
     try:

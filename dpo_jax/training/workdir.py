@@ -17,13 +17,12 @@ import numpy as np
 from dpo_jax.config.saved import writing
 from dpo_jax.data.cache.store import IDS_DIGEST
 from dpo_jax.data.split import Split
-from dpo_jax.disk import digest, read_json, write_json
+from dpo_jax.disk import digest, file_digest, read_json, write_json
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.mesh import agreed, any_process, from_first
 from dpo_jax.weights.hub import ModelFiles
 
 LOCK, IDENTITY = ".lock", "identity.json"
-_SAMPLES, _SAMPLE = 64, 1 << 16  # of a file of weights: so many pieces of so many bytes tell it from any other
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # a file system that has none
 _SHOWN = 3  # differences said in an error
 
@@ -102,7 +101,7 @@ def identify(split: Split, models: Mapping[str, ModelFiles | None]) -> dict[str,
     data |= {"training pairs": len(split.train), "held-out pairs": len(split.evaluation), "pairs": pairs}
     data[IDS_DIGEST] = cache.manifest.get(IDS_DIGEST)
     files = {
-        key: {path.name: _sampled(path) for path in where.deciding()}
+        key: {path.name: file_digest(path) for path in where.deciding()}
         for key, where in models.items()
         if where is not None
     }
@@ -121,19 +120,6 @@ def first_day(workdir: Path) -> str:
             day = data.get("template_date") or day
     number = int(from_first(np.array(datetime.date.fromisoformat(day).toordinal(), np.int32)))
     return datetime.date.fromordinal(number).isoformat()
-
-
-def _sampled(path: Path) -> dict[str, Any]:
-    """Size and digest of a file: of its beginning, which names the tensors, and of pieces throughout."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-
-        def pieces() -> Iterator[bytes]:
-            for start in np.unique(np.linspace(0, max(0, size - _SAMPLE), _SAMPLES).astype(np.int64)):
-                file.seek(int(start))
-                yield file.read(_SAMPLE)
-
-        return {"bytes": size, "digest": digest(pieces())}
 
 
 def keep_identity(workdir: Path, identity: Mapping[str, Any], *, resumed: bool) -> None:

@@ -1,11 +1,14 @@
 """A policy's parameters on the mesh: from its files, or fresh."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig, Params
@@ -38,9 +41,25 @@ def load_policy(
     if str(model) == "tiny":
         raise UserError("model 'tiny' has no weights before it is trained; give the export/ of its run")
     policy = find_policy(str(model), Path(), 0, revision=revision)
-    layout = place_model(policy.config, make_mesh(1, -1, 1), options or LayoutOptions())
-    with jax.set_mesh(layout.mesh):
-        return policy, layout, load_params(policy, layout, 0)
+    return policy, *load_whole(policy, make_mesh(1, -1, 1), options or LayoutOptions())
+
+
+def load_whole(policy: Policy, mesh: Mesh, options: LayoutOptions) -> tuple[Layout, Params]:
+    """A model's layout on a mesh and its parameters there, all of one number format.
+
+    Args:
+      policy: a model with files.
+      mesh: where it is placed.
+      options: as for `place_model`; param_dtype auto is the compute dtype, which is what it is read for.
+
+    Raises:
+      UserError: it is not supported, or does not divide over the mesh.
+    """
+    held = options.param_dtype
+    layout = place_model(policy.config, mesh, dataclasses.replace(options, param_dtype="float32"))
+    layout = dataclasses.replace(layout, param_dtype=layout.dtype if held == "auto" else jnp.dtype(held))
+    with jax.set_mesh(mesh):
+        return layout, load_params(policy, layout, 0)
 
 
 def load_base(policy: Policy, layout: Layout, seed: int) -> Params:

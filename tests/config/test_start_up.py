@@ -23,6 +23,8 @@ RUN = DRIVER + "module, *sys.argv[1:] = sys.argv[1:]\nrunpy.run_module(module, r
 SECONDS = 2.0
 
 TRAIN, TINY, DIRECTORY = "dpo_jax.train", "--config=configs/hhh.py:tiny", "--workdir=run"
+SAMPLE, MODEL = "dpo_jax.sample", f"--model={os.getcwd()}/tests/golden/trl/tiny"
+PROMPTS = "--prompts=prompts.jsonl"
 PLAN, TOPOLOGY = "dpo_jax.plan", "--topology=v6e:2x4"
 
 
@@ -44,6 +46,7 @@ def _python(program, *args, cwd=None):
         ("dpo_jax.config.settings", 1.0),
         ("dpo_jax.objective.table", 0.3),
         ("dpo_jax.train", 1.0),
+        ("dpo_jax.sample", 1.0),
     ],
 )
 def test_modules_are_imported_at_once_and_without_jax(module, limit):
@@ -53,7 +56,7 @@ def test_modules_are_imported_at_once_and_without_jax(module, limit):
 
 
 def test_public_names_without_arrays_need_no_jax():
-    names = "Comparison, LabeledComparison, Skip, UserError, get_config, run"
+    names = "Comparison, LabeledComparison, Skip, UserError, get_config, run, sample"
     _, _, _, seconds, slow = _python(f"{DRIVER}\nfrom dpo_jax import {names}\nget_config('configs/hhh.py:tiny')")
     assert slow == []
     assert seconds < SECONDS
@@ -61,7 +64,15 @@ def test_public_names_without_arrays_need_no_jax():
 
 @pytest.mark.parametrize(
     "command",
-    [[TRAIN], ["dpo_jax.data"], ["dpo_jax.data", "inspect"], ["dpo_jax.data", "prepare"], ["dpo_jax.report"], [PLAN]],
+    [
+        [TRAIN],
+        ["dpo_jax.data"],
+        ["dpo_jax.data", "inspect"],
+        ["dpo_jax.data", "prepare"],
+        ["dpo_jax.report"],
+        [PLAN],
+        [SAMPLE],
+    ],
     ids=" ".join,
 )
 def test_help_is_there_at_once(command):
@@ -102,6 +113,38 @@ def test_help_is_there_at_once(command):
         (["dpo_jax.data", "prepare", TINY, "--config.model=/nowhere"], "model='/nowhere': no such directory"),
         (["dpo_jax.report", "/nowhere"], "/nowhere is not a directory"),
         (["dpo_jax.report", "--nothing"], "usage: python -m dpo_jax.report"),
+        ([SAMPLE], "--model is missing"),
+        ([SAMPLE, MODEL, PROMPTS, "--n=0"], "n=0; needs at least 1 answer"),
+        ([SAMPLE, MODEL, PROMPTS, "--n=two"], "--n=two"),
+        ([SAMPLE, MODEL, PROMPTS, "--top_p=0"], "top_p=0.0; needs more than 0"),
+        ([SAMPLE, MODEL, PROMPTS, "--temperature=nan"], "temperature=nan; needs a finite number"),
+        ([SAMPLE, MODEL, PROMPTS, "--stop="], "needs texts of at least one character"),
+        ([SAMPLE, MODEL, PROMPTS, "--stop_token_ids=2,x"], "stop_token_ids='2,x'"),
+        ([SAMPLE, MODEL, PROMPTS, "--min_tokens=200"], "min_tokens=200; needs 0 to max_tokens=128"),
+        ([SAMPLE, MODEL, PROMPTS, "--seed=-1"], "seed=-1; needs 0 to"),
+        ([SAMPLE, MODEL, PROMPTS, "--dtype=half"], "--dtype=half does not exist; choose from auto, bfloat16, float32"),
+        ([SAMPLE, MODEL, PROMPTS, "--cache_dtype=int4"], "--cache_dtype=int4 does not exist"),
+        ([SAMPLE, MODEL, PROMPTS, "--prompt_format=x"], "--prompt_format=x does not exist"),
+        ([SAMPLE, MODEL, PROMPTS, "--rows=-1"], "--rows=-1; needs 0 or more"),
+        ([SAMPLE, MODEL, PROMPTS, "--temprature=1"], "Unknown command line flag 'temprature'"),
+        ([SAMPLE, MODEL, PROMPTS, "extra"], "unexpected argument 'extra'"),
+        ([SAMPLE, MODEL, PROMPTS, "--dataset=hhh"], "are both prompts; give one of them"),
+        ([SAMPLE, MODEL, PROMPTS, "--split=test"], "--split=test has no meaning without --dataset"),
+        ([SAMPLE, MODEL, PROMPTS, "--overwrite"], "--overwrite has no meaning without --out"),
+        ([SAMPLE, MODEL, PROMPTS, "--out=missing/a.jsonl"], "--out=missing/a.jsonl cannot be written"),
+        ([SAMPLE, MODEL, PROMPTS, "--out=prompts.jsonl"], "is the file of the prompts"),
+        ([SAMPLE, MODEL, PROMPTS, "--out=file"], "no file.about.json says what it is of"),
+        ([SAMPLE, MODEL, PROMPTS, "--config=other"], "--config=other: no run's directory"),
+        ([SAMPLE, MODEL, PROMPTS, "--config=configs/hhh.py:huge"], "preset 'huge' does not exist"),
+        ([SAMPLE, MODEL, PROMPTS, "--revision=main"], "is a local directory, which has none"),
+        ([SAMPLE, MODEL, "--prompts=none.jsonl"], "none.jsonl: no such file or directory"),
+        ([SAMPLE, MODEL, "--prompts=file"], "the file is empty"),
+        ([SAMPLE, MODEL, "--prompts=bad.jsonl"], "bad.jsonl:2: the prompt is empty or blank"),
+        ([SAMPLE, MODEL, "--prompts=twice.jsonl"], "twice.jsonl:2: the id 'a' is that of twice.jsonl:1 too"),
+        ([SAMPLE, MODEL, "--dataset=hhhh"], "dataset=hhhh is unknown"),
+        ([SAMPLE, "--model=tiny", PROMPTS], "model 'tiny' has no weights before it is trained"),
+        ([SAMPLE, "--model=/nowhere", PROMPTS], "model='/nowhere': no such directory"),
+        ([SAMPLE, "--model=begun", PROMPTS], "the run has no export/ and no checkpoint yet"),
         ([PLAN, "--config=configs/hhh.py"], "--topology is missing"),
         ([PLAN, "--config=configs/hhh.py", "--topology=v7:2x2"], "topology 'v7:2x2' does not exist"),
         ([PLAN, "--config=configs/hhh.py:huge", TOPOLOGY], "preset 'huge' does not exist"),
@@ -114,10 +157,18 @@ def test_a_refusal_is_one_line_at_once(args, words, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "broken.py").write_text("def get_config(:\n")
     (tmp_path / "other").mkdir()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": " "}\n')
+    (tmp_path / "twice.jsonl").write_text('{"prompt": "Hi", "id": "a"}\n' * 2)
+    if "--out=file" in args:
+        (tmp_path / "file").write_text("{}\n")
     program = f"{DRIVER}import dpo_jax; print(json.dumps(dpo_jax.get_config('configs/hhh.py:tiny').to_dict()))"
     if "--workdir=other" in args:
         saved = json.loads(_python(program, cwd=tmp_path)[1])
         (tmp_path / "other/config.json").write_text(json.dumps(saved | {"seed": 3}))
+    if "--model=begun" in args:
+        (tmp_path / "begun").mkdir()
+        (tmp_path / "begun/config.json").write_text(_python(program, cwd=tmp_path)[1])
     code, _, errors, seconds, slow = _python(RUN, *args, cwd=tmp_path)
     assert code == 2
     assert words in "\n".join(errors)

@@ -67,7 +67,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptWay:
     """A way to read the prompt: its columns with what they become, those of them that may be null, and the value."""
 
     reads: Mapping[str, str]
@@ -119,7 +119,7 @@ def two_answers(there: set[str]) -> list[Form]:
         return []
     first, second, stem, _ = found
     reads = {first: "answer A", second: "answer B"} | dict.fromkeys(winner, "winner")
-    inside = [Prompt({}, lambda row: None)] if stem == "conversation" else []
+    inside = [PromptWay({}, lambda row: None)] if stem == "conversation" else []
     return [
         Form(
             "two answers and a winner",
@@ -131,7 +131,7 @@ def two_answers(there: set[str]) -> list[Form]:
     ]
 
 
-def prompts_among(there: set[str], taken: Sequence[str] = ()) -> list[Prompt]:
+def prompts_among(there: set[str], taken: Sequence[str] = ()) -> list[PromptWay]:
     """Each way to read the prompt from the columns that are there, and are not `taken` by the answers."""
     ways = []
     for name in PROMPTS:
@@ -140,8 +140,8 @@ def prompts_among(there: set[str], taken: Sequence[str] = ()) -> list[Prompt]:
         extra = next((one for one in ("input", "query") if one in there and one not in taken), "")
         if name == "instruction" and extra:
             reads = {name: "prompt", extra: "prompt, below the instruction"}
-            ways.append(Prompt(reads, functools.partial(_joined, extra), (extra,)))
-        ways.append(Prompt({name: "prompt"}, functools.partial(_full_text, name)))
+            ways.append(PromptWay(reads, functools.partial(_joined, extra), (extra,)))
+        ways.append(PromptWay({name: "prompt"}, functools.partial(_full_text, name)))
     return ways
 
 

@@ -1,0 +1,234 @@
+"""The file of answers: a line a prompt, in their order; what it was begun with; and how it is resumed. No JAX.
+
+Beside OUT lies OUT.about.json: the settings, the model and the prompts that its lines are of.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from dpo_jax.answering.found import Found, model_digest
+from dpo_jax.data.prompts import Prompt, prompts_digest
+from dpo_jax.disk import read_json, write_json
+from dpo_jax.errors import UserError
+from dpo_jax.sampling.params import Answer, SamplingParams
+
+ABOUT = ".about.json"
+_SHARE = 0.8  # of what is free is said to be, so that the rest may be used where there was more before
+_MEND = "give another --out, or --overwrite to begin it anew"
+_SHOWN = 4  # settings that a refusal names
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # a file system that has none
+
+
+class Output:
+    """Where answers are written: a file that is resumed, or standard output.
+
+    Attributes:
+      about: what it was begun with.
+      done: lines that were there when it was opened.
+      said: what is to be told of it.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        about: dict[str, Any],
+        file: IO[bytes] | None = None,
+        done: int = 0,
+        said: Sequence[str] = (),
+    ):
+        self.path, self.about, self._file, self.done, self.said = path, about, file, done, list(said)
+
+    @property
+    def is_finished(self) -> bool:
+        return self._file is not None and self.done == self.about["prompts"]
+
+    def begin(self, devices: str, free: float) -> int:
+        """Nothing is refused any more: answers are written from here on.
+
+        Args:
+          devices: on which, in words; other ones than before are told, as they round otherwise.
+          free: bytes of a device that are free for keys and values.
+
+        Returns:
+          MiB that keys and values may take, which decide how many answers are drawn at once: as many as before.
+        """
+        memory = max(1, int(free) >> 20)
+        if self.path is None or self._file is None:
+            return memory
+        if not self.done:
+            with _writing(self.path):
+                self._file.truncate(0)
+                write_json(_beside(self.path), self.about | {"devices": devices, "memory": memory})
+            return memory
+        theirs, before = self.about.get("devices", devices), int(self.about.get("memory", memory))
+        if theirs != devices:
+            tell(f"{self.path}: begun on {theirs}, resumed on {devices}: the last digits of numbers may differ")
+        elif before > memory / _SHARE:
+            tell(f"{self.path}: begun with {before:,} MiB free, resumed with {memory:,}: the last digits may differ")
+        return memory if theirs != devices or before > memory / _SHARE else before
+
+    def write(self, line: str) -> None:
+        """Append a line; it is with the system when this returns."""
+        if self.path is None or self._file is None:
+            print(line, end="", flush=True)
+            return
+        with _writing(self.path):
+            self._file.write(line.encode())
+            self._file.flush()
+
+    def settle(self) -> None:
+        """Put what was written on disk."""
+        if self.path is not None and self._file is not None:
+            with _writing(self.path):
+                os.fsync(self._file.fileno())
+
+
+def about_answers(decides: Mapping[str, Any], found: Found, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What a file of answers is begun with. A hub's model is downloaded for it."""
+    return {
+        "settings": dict(decides),
+        "model": found.name,
+        "model_files": model_digest(found),
+        "prompts": len(prompts),
+        "prompts_digest": prompts_digest(prompts),
+        "day": datetime.date.today().isoformat(),  # which a chat template may write
+    }
+
+
+@contextlib.contextmanager
+def opened(out: str, about: dict[str, Any], prompts: Sequence[Prompt], *, overwrite: bool) -> Iterator[Output]:
+    """The file `out` to go on with, held while in here; standard output if it is empty.
+
+    Raises:
+      UserError: it was begun with something else, is no file of answers, is in use, or cannot be written.
+    """
+    if not out:
+        yield Output(None, about)
+        return
+    path = Path(out)
+    with _writing(path):
+        held = path.open("ab")
+    with held:
+        _lock(held, path)
+        try:
+            with _writing(path):
+                output = Output(path, about, held) if overwrite else _resumed(path, held, about, prompts)
+            yield output
+        finally:
+            if not path.stat().st_size:  # refused, or stopped before the first answer: as if it had never begun
+                _beside(path).unlink(missing_ok=True)
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out={path}: cannot be written ({error.strerror}); make room, or choose another") from error
+
+
+def _lock(held: IO[bytes], path: Path) -> None:
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise UserError(f"--out={path} is in use by another command; wait for it, or choose another") from None
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ABOUT)
+
+
+def _resumed(path: Path, held: IO[bytes], about: dict[str, Any], prompts: Sequence[Prompt]) -> Output:
+    size = path.stat().st_size
+    if not size:
+        return Output(path, about, held)
+    if not _beside(path).exists():
+        raise UserError(f"--out={path} is there, and no {_beside(path).name} says what it is of; {_MEND}")
+    theirs = read_json(_beside(path), _MEND)
+    _compare(path, theirs, about)
+    # Names and days stay those that it was begun with.
+    about = about | {key: theirs[key] for key in ("model", "day", "devices", "memory") if key in theirs}
+    done, end = 0, 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            if done == len(prompts) or not _is_of(line, prompts[done]):
+                raise UserError(f"--out={path} line {done + 1} is no answer to the prompt of its place; {_MEND}")
+            done, end = done + 1, end + len(line)
+    said = []
+    if end < size:
+        os.truncate(path, end)
+        said.append(f"{path}: the last line was torn; its {size - end:,} bytes are cut")
+    if done:
+        said.append(f"{path}: {done:,} of {len(prompts):,} prompts are answered")
+    return Output(path, about, held, done, said)
+
+
+def _is_of(line: bytes, prompt: Prompt) -> bool:
+    try:
+        held = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(held, dict) and held.get("id") == prompt.name and "answers" in held
+
+
+def _compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    there, here = theirs.get("settings") or {}, mine["settings"]
+    changed = [f"{key}: {there.get(key)!r} there, {here[key]!r} now" for key in here if there.get(key) != here[key]]
+    if changed:
+        more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+        raise UserError(f"--out={path} was begun with other settings ({'; '.join(changed[:_SHOWN])}{more}); {_MEND}")
+    if theirs.get("model_files") != mine["model_files"]:
+        names = f"{theirs.get('model')!r} there, {mine['model']!r} now"
+        same = ": the same name, other files" if theirs.get("model") == mine["model"] else ""
+        raise UserError(f"--out={path} was begun with another model ({names}{same}); {_MEND}")
+    if theirs.get("prompts_digest") != mine["prompts_digest"]:
+        counts = f"{theirs.get('prompts'):,} there, {mine['prompts']:,} now"
+        raise UserError(f"--out={path} was begun with other prompts ({counts}); {_MEND}")
+
+
+def answer_line(prompt: Prompt, given: Any, answers: Sequence[Answer], model: str, asked: SamplingParams) -> str:
+    """The line of a prompt with its answers."""
+    line = {
+        "id": prompt.name,
+        "prompt": given,
+        "answers": [_answer(answer, asked.logprobs) for answer in answers],
+        "model": model,
+        "seed": asked.seed,
+    }
+    return json.dumps(line | ({"round": asked.round} if asked.round else {}), ensure_ascii=False) + "\n"
+
+
+def _answer(answer: Answer, with_logprobs: bool) -> dict[str, Any]:
+    held: dict[str, Any] = {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_reason,
+        "logprob": _number(answer.logprob),
+    }
+    if with_logprobs:
+        held |= {name: [_number(x) for x in getattr(answer, name)] for name in ("logprobs", "full_logprobs")}
+    return held
+
+
+def _number(value: float) -> float | None:
+    """With the nine digits that a float32 has; None (JSON has no other word) where it is not finite."""
+    return float(f"{value:.9g}") if math.isfinite(value) else None
+
+
+def tell(text: str) -> None:
+    """A line to a person, beside the answers."""
+    print(text, file=sys.stderr, flush=True)

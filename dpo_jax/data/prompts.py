@@ -1,0 +1,357 @@
+"""Prompts to answer: from texts, messages, rows of prompts or of pairs; and their token ids as training has them.
+
+A row of any accepted form of pairs gives its prompt; so does one with a prompt alone, whatever stands beside it.
+"""
+
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpo_jax.data.comparison import Comparison, LabeledComparison, Message, RatedAnswer, Skip, checked
+from dpo_jax.data.containers import read_rows
+from dpo_jax.data.cuts import Ids
+from dpo_jax.data.files import find_files
+from dpo_jax.data.forms.beside import with_beside
+from dpo_jax.data.forms.chosen import pair_of
+from dpo_jax.data.forms.families import Form, prompts_among
+from dpo_jax.data.forms.fields import CARRIED
+from dpo_jax.data.forms.messages import conversation
+from dpo_jax.data.forms.reader import Read, Reader, make_reader, read_own
+from dpo_jax.data.forms.rename import KNOWN, Columns, parse_columns
+from dpo_jax.data.json_rows import json_rows
+from dpo_jax.data.raw import BadLine
+from dpo_jax.data.render import Renderer, render_batch
+from dpo_jax.data.sources import find_sources
+from dpo_jax.data.tokenise import PLAINLY
+from dpo_jax.disk import digest
+from dpo_jax.errors import UserError
+
+# Stand where a pair has its answers: prompts are rendered by what renders pairs. Numbers say nothing to any check.
+_ANSWERS = ("1", "2")
+_COMPLETIONS: tuple[list[Message], list[Message]] = (
+    [{"role": "assistant", "content": _ANSWERS[0]}],
+    [{"role": "assistant", "content": _ANSWERS[1]}],
+)
+# Columns of whole conversations, whose last turns are the assistant's in files for SFT.
+_CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue")
+_WORDS = {"empty_prompt": "the prompt is empty or blank"}
+_BATCH = 512
+TEXTS = ".txt"  # of a file with a prompt a line
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to answer.
+
+    Attributes:
+      id: as the row has it; None if it has none.
+      number: of the line, or of the row, from 1; stands for the id where there is none.
+      where: for messages.
+      comparison: its prompt is what is answered; where only the tokenizer can tell it from the answers, these are real.
+    """
+
+    id: str | int | None
+    number: int
+    where: str
+    comparison: Comparison
+
+    @property
+    def given(self) -> str | list[dict[str, Any]] | None:
+        """The text, or the messages; None where only the tokenizer can tell the prompt from its answers."""
+        texts, turns = self.comparison.texts, self.comparison.prompt_conversation
+        if texts is not None:
+            return texts[0] if turns else None
+        return [dict(message) for message in turns]
+
+    @property
+    def name(self) -> str | int:
+        """The id, or what stands for it."""
+        return self.number if self.id is None else self.id
+
+
+def prompt_of(value: str | Sequence[Mapping[str, Any]], number: int = 1, where: str = "") -> Prompt:
+    """A prompt from a text or from messages.
+
+    Raises:
+      UserError: it says nothing, or is no conversation that a model can answer.
+    """
+    where = where or f"prompt {number}"
+    pair = pair_of(value, *_ANSWERS)
+    return Prompt(None, number, where, _sound(pair, where))
+
+
+def read_prompts(path: str, columns: str = "", limit: int = 0) -> list[Prompt]:
+    """The prompts of a file, a glob or a directory; of a .txt file a prompt a line.
+
+    Args:
+      path: as for data of one's own.
+      columns: new names of columns, see `parse_columns`.
+      limit: the first so many; 0: all.
+
+    Raises:
+      UserError: nothing can be read, or a row is no prompt; with its line.
+    """
+    renamed = parse_columns(columns)
+    files = find_files(path)
+    return _listed(_rows_of_files(files, renamed), len(files) > 1, limit, path)
+
+
+def _rows_of_files(files: Sequence[str], renamed: Columns) -> Iterator[Prompt]:
+    seen: set[str] = set()
+    for file in files:
+        if file.endswith(TEXTS):
+            yield from _lines_of_text(_text_of(file), file)
+            continue
+        for where, row in read_rows(file):
+            if not isinstance(row, BadLine):
+                seen.update(row)
+            yield _prompt_in(row, where, renamed)
+    if seen and (absent := renamed.absent(seen)):
+        raise UserError(f"columns: no row has a column {absent[0]}; found {', '.join(sorted(seen)[:20])}")
+
+
+def prompts_in(content: bytes, columns: str = "", limit: int = 0, name: str = "standard input") -> list[Prompt]:
+    """The prompts of a stream's content: rows as JSON, or a text a line.
+
+    Raises:
+      UserError: as `read_prompts` does.
+    """
+    renamed = parse_columns(columns)
+    if content.lstrip()[:1] not in (b"{", b"["):
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}: not UTF-8 ({error})") from None
+        return _listed(_lines_of_text(text, name), False, limit, name)
+    try:
+        rows = json_rows(io.BytesIO(content))
+        return _listed((_prompt_in(row, f"{name}:{at}", renamed) for at, row in rows), False, limit, name)
+    except ValueError as error:
+        raise UserError(f"{name}: {' '.join(str(error).split())}") from None
+
+
+def dataset_prompts(
+    dataset: str, path: str = "", split: str = "", *, columns: str = "", revision: str = "", limit: int = 0
+) -> tuple[list[Prompt], list[str]]:
+    """The prompts of a dataset's split, and what is to be said of it; rows without one are left out.
+
+    Args:
+      dataset, path, columns, revision: as for training, see `find_sources`.
+      split: train or test (of a `hf:` dataset: any split of its own); empty: test if there is one, else train.
+      limit: the first so many; 0: all.
+
+    Raises:
+      UserError: there is no such dataset or split, or no prompt in it.
+    """
+    own = split if dataset.startswith("hf:") and split not in ("train", "test") else ""
+    sources = find_sources(dataset, path, "", own, columns=columns, revision=revision).sources
+    there = sorted({source.split for source in sources})
+    wanted = "train" if own else split or ("test" if "test" in there else "train")
+    if wanted not in there:
+        raise UserError(f"split={split}: {dataset} has {' and '.join(there)}")
+    skipped: list[str] = []
+    found: list[Prompt] = []
+    for source, file in ((one, file) for one in sources for file in one.files if one.split == wanted):
+        for where, row in read_rows(file):
+            named = row if isinstance(row, BadLine) else source.spec.columns.apply(row)
+            one = _read(named, source.spec.read)
+            if isinstance(one, Skip):
+                skipped.append(str(_refused(where, one)))
+                if not found and len(skipped) > PLAINLY:
+                    break
+                continue
+            found.append(Prompt(_id_in(row, where), len(found) + 1, where, one))
+            if len(found) == limit:
+                break
+        if len(found) == limit > 0:
+            break
+    if not found:
+        raise UserError(f"{dataset}: no row gives a prompt{f'; first {skipped[0]}' if skipped else ''}")
+    said = [f"{dataset}: {len(found):,} prompts of its {wanted} split"]
+    if skipped:
+        said.append(f"{dataset}: {len(skipped):,} rows give no prompt, first {skipped[0]}")
+    if len({str(prompt.name) for prompt in found}) < len(found):  # several pairs of a prompt, each with its id
+        said.append(f"{dataset}: ids are there twice, so the number of a prompt stands for its id")
+        found = [replace(prompt, id=None) for prompt in found]
+    return found, said
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """What tells these prompts, in this order, from others."""
+    parts = (
+        json.dumps([p.name, p.id is None, p.given, p.comparison.tools, p.comparison.chat_template_kwargs, _whole(p)])
+        for p in prompts
+    )
+    return digest(part.encode() + b"\n" for part in parts)
+
+
+def prompt_tokens(renderer: Renderer, prompts: Sequence[Prompt]) -> list[Ids]:
+    """Token ids up to where an answer begins, as training has them; a beginning token is never there twice.
+
+    Raises:
+      UserError: one cannot be rendered; with where it stands.
+    """
+    found: list[Ids] = []
+    for start in range(0, len(prompts), _BATCH):
+        batch = prompts[start : start + _BATCH]
+        rendered = render_batch(renderer, [LabeledComparison(p.comparison, "A") for p in batch])
+        for prompt, one in zip(batch, rendered, strict=True):
+            if isinstance(one, Skip):
+                raise _refused(prompt.where, one)
+            ids = [*one.prompt, *one.left_out]
+            if renderer.form == "text" or "templated" in one.notes:
+                ids = ids[: len(ids) - len(renderer.trailing)]  # what the tokenizer ends a text with: this one goes on
+            found.append(ids[1:] if "bos_twice" in one.notes else ids)
+    return found
+
+
+def _whole(prompt: Prompt) -> Any:
+    """The texts that only a tokenizer can divide; None of any other prompt."""
+    return prompt.comparison.texts if prompt.given is None else None
+
+
+def _listed(prompts: Iterable[Prompt], count: bool, limit: int, name: str) -> list[Prompt]:
+    """The first prompts, `count`ed where lines do not tell them apart; refuses ids that are there twice."""
+    found = list(itertools.islice(prompts, limit or None))
+    if count:
+        found = [replace(prompt, number=number) for number, prompt in enumerate(found, 1)]
+    if not found:
+        raise UserError(f"{name}: no prompts in it; give a row or a line for each")
+    seen: dict[str, Prompt] = {}
+    for prompt in found:
+        other = seen.setdefault(str(prompt.name), prompt)
+        if other is not prompt:
+            of = "" if None not in (prompt.id, other.id) else ", where the number of a row stands for its id"
+            mend = "give every row an id of its own"
+            raise UserError(f"{prompt.where}: the id {prompt.name!r} is that of {other.where} too{of}; {mend}")
+    return found
+
+
+def _text_of(file: str) -> str:
+    try:
+        with open(file, encoding="utf-8-sig") as stream:
+            return stream.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 ({error})") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check the path") from None
+
+
+def _lines_of_text(text: str, name: str) -> Iterator[Prompt]:
+    lines = enumerate(text.split("\n"), 1)
+    return (prompt_of(line.removesuffix("\r"), at, f"{name}:{at}") for at, line in lines if line.strip())
+
+
+def _prompt_in(row: dict[str, Any] | BadLine, where: str, renamed: Columns) -> Prompt:
+    named = renamed.apply(row) if renamed and not isinstance(row, BadLine) else row
+    found = _read(named, read_own)
+    if isinstance(found, Skip):
+        raise _refused(where, found)
+    return Prompt(_id_in(row, where), int(where.rpartition(":")[2]), where, found)
+
+
+def _id_in(row: Mapping[str, Any] | BadLine, where: str) -> str | int | None:
+    one = None if isinstance(row, BadLine) else row.get("id")
+    if one is not None and (isinstance(one, bool) or not isinstance(one, str | int)):
+        raise UserError(f"{where}: id is {one!r:.40}; needed is a text or a whole number")
+    return one
+
+
+def _read(row: Mapping[str, Any] | BadLine, reader: Reader) -> Comparison | Skip:
+    """The prompt of a row, with answers that stand for any; why it has none."""
+    if isinstance(row, BadLine):
+        return Skip(row.reason, f"{row.reason.replace('_', ' ')}: {row.text[:60]!r}")
+    read = reader(row)
+    for one in read[1]:
+        if not isinstance(one, Skip):
+            return _bare(one)
+    if (found := _of_equal_answers(row, read)) is not None:
+        return found
+    if reader is not read_own:
+        return next(one for one in read[1] if isinstance(one, Skip))
+    form, (first, *_) = _alone(row)
+    if form is None:  # no column that may be a prompt
+        return (
+            next(one for one in read[1] if isinstance(one, Skip))
+            if read[0]
+            else Skip("missing_column", _no_prompt(row))
+        )
+    return first if isinstance(first, Skip) else _bare(first)
+
+
+def _no_prompt(row: Mapping[str, Any]) -> str:
+    columns = ", ".join(str(name)[:40] for name in list(row)[:30]) or "none"
+    return (
+        f"found {columns}; needed is prompt (text or messages), or a form of pairs (docs/data.md); "
+        "--columns=prompt:NAME says which column it is"
+    )
+
+
+def _bare(one: LabeledComparison | RatedAnswer) -> Comparison:
+    """The prompt, with answers that stand for any; the pair itself where only the tokenizer can find the prompt."""
+    if isinstance(one, RatedAnswer):
+        texts = None if one.texts is None else (one.texts[0], *_ANSWERS)
+        return Comparison(one.prompt_conversation, *_COMPLETIONS, one.tools, one.chat_template_kwargs, texts)
+    what = one.comparison
+    if what.texts is None:
+        return replace(what, completion_a=_COMPLETIONS[0], completion_b=_COMPLETIONS[1])
+    if not what.prompt_conversation:
+        return what
+    return replace(what, completion_a=_COMPLETIONS[0], completion_b=_COMPLETIONS[1], texts=(what.texts[0], *_ANSWERS))
+
+
+def _of_equal_answers(row: Mapping[str, Any], read: Read) -> Comparison | None:
+    """The prompt of a sound row that gives no pair, as its answers are the same or tie."""
+    form, outcomes = read
+    if form is None or not all(isinstance(one, Skip) and one.deliberate for one in outcomes):
+        return None
+    parsed = form.parse(row)
+    one = with_beside(row, form.beside, parsed[0] if isinstance(parsed, list) else parsed)
+    if not isinstance(one, LabeledComparison) or not one.comparison.prompt_conversation:
+        return None
+    sound = checked(LabeledComparison(_bare(one), "A"))
+    return None if isinstance(sound, Skip) else sound.comparison
+
+
+def _prompts_alone(there: set[str]) -> list[Form]:
+    """Forms that read nothing but a prompt; answers and what is said of them may stand beside it."""
+    ways = prompts_among(there)
+    inputs = {name for way in ways for name in way.reads}  # those that are not the prompt might change it
+    beside = dict.fromkeys(sorted((there & KNOWN) - inputs - {*CARRIED}), "not read")
+    return [
+        Form(
+            "a prompt",
+            {**way.reads, **beside},
+            lambda row, way=way: _alone_parsed(way.value(row), next(iter(way.reads))),  # type: ignore[misc]
+            (*way.may_lack, *beside),
+        )
+        for way in ways
+    ]
+
+
+def _alone_parsed(value: Any, column: str) -> Any:
+    if column in _CONVERSATIONS and not isinstance(value, str):
+        turns = conversation(value)
+        if not isinstance(turns, Skip):
+            said = len(list(itertools.takewhile(lambda turn: turn["role"] == "assistant", reversed(turns))))
+            value = turns[: len(turns) - said] or turns
+    return pair_of(value, *_ANSWERS)
+
+
+_alone = make_reader((_prompts_alone,))
+
+
+def _sound(pair: Any, where: str) -> Comparison:
+    one = pair if isinstance(pair, Skip) else checked(pair)
+    if isinstance(one, Skip):
+        raise _refused(where, one)
+    return _bare(one)
+
+
+def _refused(where: str, skip: Skip) -> UserError:
+    said = _WORDS.get(skip.reason) or skip.detail or skip.reason.replace("_", " ")
+    # The reader's hints name training's keys, which are flags of their own here.
+    return UserError(f"{where}: {said.replace('--config.', '--')}")
