@@ -101,7 +101,7 @@ def _read_of(module: Module, fused: Computation, name: str, of_result: Callable[
             read += _size(user.shape)
         elif user.opcode == "scatter" and i == 0 and len(user.operands) == 3:  # updated in place, perhaps added to
             read += _size(fused.operand_shapes(user)[2])
-        elif user.opcode == "bitcast":
+        elif user.opcode in ("bitcast", "copy"):  # inside a fusion a copy is in no memory: a name for another layout
             read += of_user()
         elif user.opcode == "fusion":
             inner = module.called(user)

@@ -448,7 +448,9 @@ def test_a_scatter_updates_in_place(fused):
     costs = _count(call, inside) if fused else _count(lines)
     assert costs.hbm_bytes == 3 * 4 * 8 * 4 + 4 * 4
     # What is written elsewhere than where it comes from is written whole.
-    fresh = inside.replace("%p = f32[64,8]{1,0} parameter(0)", "%q = f32[] parameter(0)\n  %p = f32[64,8]{1,0} broadcast(%q)")
+    fresh = inside.replace(
+        "%p = f32[64,8]{1,0} parameter(0)", "%q = f32[] parameter(0)\n  %p = f32[64,8]{1,0} broadcast(%q)"
+    )
     call = call.replace("%p = f32[64,8]{1,0}", "%p = f32[]")
     assert _count(call, fresh).hbm_bytes == 64 * 8 * 4 + 4 * 8 * 4 + 4 * 4 + 4
 
