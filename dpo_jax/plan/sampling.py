@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from dpo_jax.config.settings import Settings
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig
@@ -62,9 +64,10 @@ class SampleDraft:
 
     @property
     def weights_read(self) -> float:
-        """Those of them that a step needs: of a table that is not the projection too, it looks up a few rows."""
-        untied = self.params["embedding"] if "lm_head" in self.params else {}
-        return self.weights - local_bytes(untied)
+        """Bytes of them that a step needs, in the compute dtype; of a table that is not tied it looks up a few rows."""
+        read = {name: tree for name, tree in self.params.items() if name != "embedding" or "lm_head" not in self.params}
+        cast = lambda x: jax.ShapeDtypeStruct(x.shape, self.layout.dtype, sharding=x.sharding)
+        return local_bytes(jax.tree.map(cast, read))
 
     @property
     def prompts(self) -> int:
