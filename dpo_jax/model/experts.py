@@ -114,10 +114,11 @@ def _mlp(
     grouped: Grouped | None,
     expert_axes: Axes = (),
     ffn_axes: Axes = (),
+    width_axes: Axes = (),
 ) -> jax.Array:
     """The weighted sum of the chosen experts, of those that this device has.
 
-    `expert_axes`, `ffn_axes`: mesh axes over which experts, or the ffn of each, are sharded.
+    `expert_axes`, `ffn_axes`, `width_axes`: mesh axes over which experts, the ffn of each, or D are sharded.
     """
     gate_XDF, up_XDF, down_XFD = weights
     B, T, D = x_BTD.shape
@@ -134,7 +135,10 @@ def _mlp(
     here_R = (expert_R < X)[order_R][:, None] if expert_axes else None
     masked = lambda x: x if here_R is None else jnp.where(here_R, x, 0)
     x_RD = masked(x_BTD.reshape(B * T, D)[order_R // C])
-    out_RD = masked(product(act(product(x_RD, gate_XDF)) * product(x_RD, up_XDF), down_XFD))
+    gate_RF, up_RF = product(x_RD, gate_XDF), product(x_RD, up_XDF)
+    if width_axes:
+        gate_RF, up_RF = jax.lax.psum((gate_RF, up_RF), width_axes)
+    out_RD = masked(product(act(gate_RF) * up_RF, down_XFD))
     out_BTCD = out_RD[jnp.argsort(order_R)].reshape(B, T, C, D)
     out_BTD = jnp.einsum("BTCD,BTC->BTD", out_BTCD, weights_BTC.astype(x_BTD.dtype))
     axes = (*expert_axes, *ffn_axes)
@@ -153,16 +157,17 @@ def experts_mlp(
     """Σ over a token's experts of weight · down(act(gate(x)) · up(x)), `[B, T, D]`.
 
     On a mesh every device sorts its own rows' tokens and computes its own experts (or its own part of every expert's
-    ffn) for them; the parts are added up. Left to itself the compiler would sort the tokens of the whole batch.
+    ffn) for them; the parts are added up. Left to itself the compiler would sort the tokens of the whole batch. Where
+    activations are sharded by width, for decoding, a device has that width of the weights, which stay where they lie.
     """
     local = functools.partial(_mlp, act=act, grouped=grouped)
-    rows, experts, ffn = (mesh_axes(name) for name in ("rows", "experts", "expert_mlp"))
+    rows, experts, ffn, width = (mesh_axes(name) for name in ("rows", "experts", "expert_mlp", "activation"))
     mesh = jax.sharding.get_abstract_mesh()
-    if not (rows or experts or ffn) or x_BTD.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
+    if not (rows or experts or ffn or width) or x_BTD.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
         if not mesh.empty and mesh.size > 1:  # a kernel is one device's
             local = functools.partial(local, grouped=None)
         return local(x_BTD, chosen_BTC, weights_BTC, weights)
-    by_rows, by_expert = P(rows, None, None), P(experts, None, ffn)
-    in_specs = (by_rows, by_rows, by_rows, (by_expert, by_expert, P(experts, ffn, None)))
-    local = functools.partial(local, expert_axes=experts, ffn_axes=ffn)
-    return per_device(local, in_specs, by_rows)(x_BTD, chosen_BTC, weights_BTC, weights)
+    by_rows, by_width, by_expert = P(rows, None, None), P(rows, None, width), P(experts, width, ffn)
+    in_specs = (by_width, by_rows, by_rows, (by_expert, by_expert, P(experts, ffn, width)))
+    local = functools.partial(local, expert_axes=experts, ffn_axes=ffn, width_axes=width)
+    return per_device(local, in_specs, by_width)(x_BTD, chosen_BTC, weights_BTC, weights)

@@ -1,26 +1,31 @@
 """Plan a run for TPU slices without having one: compile its own programs, print what they need and could do.
 
     python -m dpo_jax.plan --config=configs/hhh.py:llama3.1-8b --topology=v6e:2x4,v5p:2x2x4 [--json=FILE] [--search]
+    python -m dpo_jax.plan --sample --config=configs/hhh.py:llama3.1-8b --topology=v6e:2x4 [--sample_rows=256]
 
 Needs the `tpu` extra (the compiler, not a TPU). No weights are read. Exit codes: 0 planned, fitting or not; 2 bad
 input.
 """
 
+import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from dpo_jax.config.command_line import Command, read_flags
-from dpo_jax.config.settings import read_settings
+from dpo_jax.config.settings import Settings, read_settings
 from dpo_jax.disk import write_json
 from dpo_jax.errors import UserError
-from dpo_jax.parallel.tpu import parse_topology
+from dpo_jax.parallel.tpu import Topology, parse_topology
 from dpo_jax.plan.lengths import find_lengths
-from dpo_jax.plan.text import report_lines, search_line
+from dpo_jax.plan.request import read_request
+from dpo_jax.plan.text import report_lines, rows_line, sampling_lines, search_line
+
+Keep = Callable[[Mapping[str, Any]], None]  # writes everything to the file that was asked for
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -28,13 +33,22 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("json", "", "File to write everything to.", flag_values=values)
     flags.DEFINE_string("lengths", "", "lengths.npy of prepared pairs, int [n, 3].", flag_values=values)
     flags.DEFINE_bool("search", False, "Look for the largest batch that fits.", flag_values=values)
+    flags.DEFINE_bool("sample", False, "Plan the sampler: its own programs.", flag_values=values)
+    flags.DEFINE_integer("sample_rows", 0, "Answers at once on all devices; 0: what suits them.", flag_values=values)
+    flags.DEFINE_integer("sample_n", 8, "Answers to a prompt.", flag_values=values)
+    flags.DEFINE_integer("sample_prompt", 256, "Tokens of a prompt.", flag_values=values)
+    flags.DEFINE_integer("sample_tokens", 256, "Tokens of an answer.", flag_values=values)
+    flags.DEFINE_string("sample_params", "export", "export, or training: as a run has them.", flag_values=values)
+    flags.DEFINE_string("cache_dtype", "", "int8; empty: the compute dtype.", flag_values=values)
 
 
 COMMAND = Command(
     "python -m dpo_jax.plan --config=configs/hhh.py[:PRESET] --topology=v6e:2x4[,...] [--json=FILE] "
-    "[--lengths=FILE.npy] [--search] [--config.KEY=VALUE ...]",
-    "Compiles the run's step and evaluation for TPU slices on a machine without a TPU. Topologies: v5e:4x8,\n"
-    "v5p:2x2x4, v6e:2x4, tpu7x:2x2x1, two slices as v6e:2x4*2, or Cloud's names: v6e-8, v5litepod-16, v5p-16.",
+    "[--lengths=FILE.npy] [--search] [--sample ...] [--config.KEY=VALUE ...]",
+    "Compiles the run's step and evaluation for TPU slices on a machine without a TPU; with --sample those that draw\n"
+    "answers: [--sample_rows=N (0: what suits)] [--sample_n=8] [--sample_prompt=256] [--sample_tokens=256]\n"
+    "[--sample_params=export|training] [--cache_dtype=int8]. Topologies: v5e:4x8, v5p:2x2x4, v6e:2x4, tpu7x:2x2x1,\n"
+    "two slices as v6e:2x4*2, or Cloud's names: v6e-8, v5litepod-16, v5p-16.",
     _flags,
 )
 
@@ -50,31 +64,62 @@ def main(argv: Sequence[str] | None = None) -> int:
         if file and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
             raise UserError(f"--json={file} cannot be written; choose a file in a directory that is there and writable")
         s = read_settings(config)
-        lengths = find_lengths(s, values["lengths"])
-
-        import jax  # takes seconds, as what follows does: the command line is right before it is imported
-
-        from dpo_jax.plan.draft import find_model, make_draft
-        from dpo_jax.plan.estimate import estimate
-        from dpo_jax.plan.search import search_batches
-
-        jax.config.update("jax_platforms", "cpu")
-        model = find_model(s.model, seed=s.seed, revision=s.revision)
-        drafts = [make_draft(s, model, lengths, topology) for topology in topologies]  # before minutes of compiling
-        print(f"{s.model}: {model.parameter_count():,} parameters; {lengths.source}", flush=True)
-        reports: list[dict[str, Any]] = []
-        whole = {"config": s.whole, "lengths": lengths.source, "topologies": reports}
-        for draft in drafts:
-            reports.append(estimate(draft, lengths))
-            print("\n" + "\n".join(report_lines(reports[-1])), flush=True)
-            if file:
-                write_json(file, whole)
-            if values["search"]:
-                reports[-1]["largest_batch"] = search_batches(draft, model, lengths, reports[-1])
-                print(search_line(reports[-1], lengths.pairs), flush=True)
-                if file:
-                    write_json(file, whole)
+        plan = _plan_sampling if values["sample"] else _plan_training
+        plan(s, topologies, values, lambda whole: write_json(file, whole) if file else None)
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     return 0
+
+
+def _plan_training(s: Settings, topologies: list[Topology], values: Mapping[str, Any], keep: Keep) -> None:
+    lengths = find_lengths(s, values["lengths"])
+
+    import jax  # takes seconds, as what follows does: the command line is right before it is imported
+
+    from dpo_jax.plan.draft import find_model, make_draft
+    from dpo_jax.plan.estimate import estimate
+    from dpo_jax.plan.search import search_batches
+
+    jax.config.update("jax_platforms", "cpu")
+    model = find_model(s.model, seed=s.seed, revision=s.revision)
+    drafts = [make_draft(s, model, lengths, topology) for topology in topologies]  # before minutes of compiling
+    print(f"{s.model}: {model.parameter_count():,} parameters; {lengths.source}", flush=True)
+    reports: list[dict[str, Any]] = []
+    whole = {"config": s.whole, "lengths": lengths.source, "topologies": reports}
+    for draft in drafts:
+        reports.append(estimate(draft, lengths))
+        print("\n" + "\n".join(report_lines(reports[-1])), flush=True)
+        keep(whole)
+        if values["search"]:
+            reports[-1]["largest_batch"] = search_batches(draft, model, lengths, reports[-1])
+            print(search_line(reports[-1], lengths.pairs), flush=True)
+            keep(whole)
+
+
+def _plan_sampling(s: Settings, topologies: list[Topology], values: Mapping[str, Any], keep: Keep) -> None:
+    request = read_request(values)
+
+    import jax  # as above
+
+    from dpo_jax.plan.draft import find_model
+    from dpo_jax.plan.sampling import draft_sampling, estimate_sampling, other_mesh, search_rows
+
+    jax.config.update("jax_platforms", "cpu")
+    model = find_model(s.model, seed=s.seed, revision=s.revision)
+    drafts = [draft_sampling(s, model, topology, request) for topology in topologies]
+    print(f"{s.model}: {model.parameter_count():,} parameters; answers to prompts", flush=True)
+    reports: list[dict[str, Any]] = []
+    whole = {"config": s.whole, "request": dataclasses.asdict(request), "topologies": reports}
+    for draft in drafts:
+        report = estimate_sampling(draft)
+        if report.get("binds") == "interconnect":
+            report["other_mesh"] = other_mesh(s, model, draft)
+        reports.append(report)
+        print("\n" + "\n".join(sampling_lines(report)), flush=True)
+        keep(whole)
+        if values["search"]:
+            tried = lambda rows, said: print(f"  tried         {rows} rows: {said}", flush=True)
+            report["largest_rows"] = search_rows(draft, tried) * draft.programs.shards
+            print(rows_line(report), flush=True)
+            keep(whole)

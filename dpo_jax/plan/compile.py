@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -109,27 +110,41 @@ def eval_program(draft: Draft, shape: RowShape) -> Program:
 
 
 def _compile(what: str, step: Any, arguments: tuple[Any, ...], shape: RowShape, layout: Layout) -> Program:
+    what = f"{what} with rows of [{'|'.join(map(str, shape.widths))}]"
+    compiled, seconds = compile_for(layout, what, lambda: step.trace(*arguments))
+    formula = kernel_formula(shape, layout.tiling, experts_share(layout))
+    return program_of(compiled, count_costs(compiled.as_text(), formula), seconds)
+
+
+def compile_for(layout: Layout, what: str, trace: Callable[[], Any]) -> tuple[Any, float]:
+    """Compile what `trace` traces on the layout's mesh; and how long that took.
+
+    Raises:
+      TooLargeError, UserError: as `train_program`; `what` names the program.
+    """
     began = time.perf_counter()
     try:
         with jax.set_mesh(layout.mesh), exact_products(layout.dtype, layout.platform), quiet():
-            compiled = step.trace(*arguments).lower().compile()
+            compiled = trace().lower().compile()
     except Exception as e:  # XLA's errors have no class of their own for this
         message = str(e)
         if "RESOURCE_EXHAUSTED" not in message:
             raise
         if on_chip := re.search(r"memory space (?!hbm)(\w+)", message):
             raise UserError(
-                f"rows of {list(shape.widths)} do not compile: one operation {_needed(message)} of the chip's "
-                f"{on_chip[1]}; attention=dense has no kernel, and compiler_options may give it more"
+                f"{what} does not compile: one operation {_needed(message)} of the chip's {on_chip[1]}; "
+                "attention=dense has no kernel, and compiler_options may give it more"
             ) from None
-        rows = "|".join(map(str, shape.widths))
-        raise TooLargeError(f"{what} with rows of [{rows}]: {_needed(message)}") from None
-    seconds = time.perf_counter() - began
+        raise TooLargeError(f"{what}: {_needed(message)}") from None
+    return compiled, time.perf_counter() - began
+
+
+def program_of(compiled: Any, costs: Costs, seconds: float) -> Program:
+    """A compiled program, by its own analysis of memory."""
     memory = compiled.memory_analysis()
-    formula = kernel_formula(shape, layout.tiling, experts_share(layout))
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return Program(
-        costs=count_costs(compiled.as_text(), formula),
+        costs=costs,
         total_bytes=total - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes,
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         seconds=seconds,

@@ -6,9 +6,23 @@ from typing import Any
 from dpo_jax.parallel.tpu import GIB
 
 
+def _head(r: Mapping[str, Any]) -> str:
+    """Where it runs."""
+    mesh = " x ".join(f"{name} {size}" for name, size in r["mesh"].items())
+    return f"{r['topology']} ({r['accelerator_type']}, {r['chips']} chips, {mesh})"
+
+
+def _received(r: Mapping[str, Any]) -> str:
+    """What a device receives over the interconnect, and over the network between slices if there is one."""
+    moved, sent = (
+        ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in sorted(r[by].items()))
+        for by in ("interconnect_bytes", "network_bytes")
+    )
+    return f"{moved or 'none'} MB" + (f"; over the network between slices {sent} MB" if sent else "")
+
+
 def report_lines(r: Mapping[str, Any]) -> list[str]:
     """An estimate as text. Memory and bytes are those of one JAX device, the rest of the whole topology."""
-    mesh = " x ".join(f"{name} {size}" for name, size in r["mesh"].items())
     rows = "; ".join(
         f"{s['rows']} x [{'|'.join(map(str, s['widths']))}] ({s['share']:.0%} of steps)" for s in r["rows"]
     )
@@ -16,9 +30,8 @@ def report_lines(r: Mapping[str, Any]) -> list[str]:
     available = r["hbm_available"] / GIB
     held = ", ".join(f"{name} {memory[name]:.2f}" for name in ("parameters", "optimizer", "reference"))
     one = "chip" if r["devices_per_chip"] == 1 else f"device, {r['devices_per_chip']} a chip"
-    head = f"{r['topology']} ({r['accelerator_type']}, {r['chips']} chips, {mesh})"
     lines = [
-        f"{head}: {'fits' if r['fits'] else 'DOES NOT FIT'}",
+        f"{_head(r)}: {'fits' if r['fits'] else 'DOES NOT FIT'}",
         f"  rows          {rows}; {r['batch_size']} pairs, {r['useful_token_fraction']:.1%} of tokens real",
     ]
     if not r["fits"]:
@@ -69,3 +82,57 @@ def search_line(r: Mapping[str, Any], pairs: int) -> str:
     largest, unit = r["largest_batch"], r["mesh"]["data"] * r["mesh"]["fsdp"] * r["microbatches"]
     all_of_them = f"; an epoch has no more ({pairs:,})" if largest + unit > pairs else ""
     return f"  largest batch {largest} pairs fit{all_of_them}"
+
+
+def sampling_lines(r: Mapping[str, Any]) -> list[str]:
+    """An estimate of sampling as text. Memory and bytes are those of one JAX device, the rest of the whole topology."""
+    memory, available = {name: size / GIB for name, size in r["memory"].items()}, r["hbm_available"] / GIB
+    one = "chip" if r["devices_per_chip"] == 1 else f"device, {r['devices_per_chip']} a chip"
+    held = (
+        f"weights {memory['weights']:.2f} ({r['parameters']}, {r['param_dtype']}), prompts {memory['prompts']:.2f}, "
+        f"pages {memory['pages']:.2f} ({r['cache_dtype']})"
+    )
+    lines = [
+        f"{_head(r)}: {'fits' if r['fits'] else 'DOES NOT FIT'}",
+        f"  rows          {r['rows']} answers at once ({r['rows_per_device']} a device), {r['n']} to a prompt; prompts "
+        f"of {r['prompt']}, answers of {r['tokens']} tokens in pages of {r['page']}, counted when all pages are full",
+    ]
+    if not r["fits"]:
+        return [
+            *lines,
+            f"  too large     {r['why']}",
+            f"  held          {held} GiB of {available:.2f} (a {one})",
+            "  to mend       more chips, fewer sample_rows, cache_dtype=int8",
+        ]
+    step, prefill, compiled = r["step"], r["prefill"], r["compile_seconds"]
+    clocks = lambda seconds: ", ".join(f"{name} {1e3 * time:.2f} ms" for name, time in seconds.items() if time)
+    lines += [
+        f"  HBM           {held}, temporaries {memory['temporaries']:.2f}, total {memory['total']:.2f} (prompts' "
+        f"program {prefill['total'] / GIB:.2f}, while the cache grows {memory['moving']:.2f}) of {available:.2f} GiB "
+        f"(a {one})" + ("" if r["sampler_lets"] else "; the sampler keeps a fifth free, and would give up answers"),
+        f"  a step        HBM {step['hbm_bytes'] / 1e9:.3f} GB, {step['ratio']:.3f}x of weights and cache "
+        f"({step['needed_bytes'] / 1e9:.3f}); a chunk's end {step['chunk_hbm_bytes'] / r['page'] / 1e9:.3f} GB more "
+        f"({step['chunk_hbm_bytes'] / 1e9:.2f} once in {r['page']} steps)",
+        f"  collectives   {step['collectives']:.0f} a step; a {one} receives {_received(step)}",
+        f"  time bounds   {clocks(r['seconds'])}; {r['binds']} binds",
+        f"  at the bound  {r['tokens_per_second']:,.0f} tokens/s ({r['tokens_per_second_per_chip']:,.0f} a chip), "
+        f"{r['tokens_per_second_in_sequence']:,.0f} if collectives hide behind nothing; with prompts "
+        f"{r['tokens_per_second_with_prefill']:,.0f}",
+        f"  prompts       {prefill['rows']} rows of {prefill['width']}: {prefill['tokens_per_second']:,.0f} tokens/s "
+        f"at the bound; {clocks(prefill['bounds'])}; {prefill['binds']} binds",
+    ]
+    if other := r.get("other_mesh"):
+        mesh = " x ".join(f"{name} {size}" for name, size in other["mesh"].items())
+        lines.append(
+            f"  other mesh    {mesh}: {clocks(other['seconds'])}; {other['tokens_per_second']:,.0f} tokens/s, "
+            f"{other['tokens_per_second_in_sequence']:,.0f} if collectives hide behind nothing"
+        )
+    lines.append(f"  compiled in   {compiled['decode']:.0f} s (decoding), {compiled['prefill']:.0f} s (prompts)")
+    if missing := [*r["not_counted"], *prefill["not_counted"]]:
+        lines.append(f"  not counted   {', '.join(missing)}: FLOPs and times above are too low")
+    return lines
+
+
+def rows_line(r: Mapping[str, Any]) -> str:
+    """The result of the search for the most rows."""
+    return f"  largest rows  {r['largest_rows']} answers at once fit, of the sizes that the sampler takes"

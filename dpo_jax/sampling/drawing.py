@@ -19,11 +19,10 @@ from dpo_jax.model.config import Params
 from dpo_jax.model.tuning import exact_products
 from dpo_jax.parallel.mesh import ROW_AXES, local_rows, row_shards, to_global
 from dpo_jax.rows.build import build_rows
-from dpo_jax.rows.shape import RowShape
 from dpo_jax.sampling.board import Question, Row, Seats, numbers_of
 from dpo_jax.sampling.draws import Numbers
 from dpo_jax.sampling.endings import Ending
-from dpo_jax.sampling.ladder import COUNTS, ROWS, WORTH_COMPILING, at_least, first_rung, grown, shrunk, width_of
+from dpo_jax.sampling.ladder import COUNTS, ROWS, WORTH_COMPILING, at_least, first_rung, grown, packed_shape, shrunk
 from dpo_jax.sampling.memory import MOVING, free_bytes
 from dpo_jax.sampling.params import Answer
 from dpo_jax.sampling.programs import Cache, Programs, Rung
@@ -171,9 +170,9 @@ class Drawing:
 
     def _compute(self, packed: list[list[Question]]) -> None:
         """Prefill prompts, one row of a device's prompts behind each other."""
-        count = at_least(COUNTS, max(map(len, packed)))
         used = max(sum(len(q.ids) for q in questions) for questions in packed)
-        shape = RowShape(width_of(used), (0,), self.shards, count)
+        shape = packed_shape(self.shards, max(map(len, packed)), used)
+        count = shape.places
         groups = [(q.ids, np.zeros(0, np.int32)) for questions in packed for q in questions]
         placed, at = np.full((self.shards, count), -1, np.int64), 0
         new = np.zeros((self.shards, count, 3), np.int32)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.sampling.programs import Rung
 
 ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -27,6 +28,11 @@ def width_of(tokens: int) -> int:
 def power_of_two(size: int) -> int:
     """The smallest power of two that is no smaller."""
     return 1 << max(0, size - 1).bit_length()
+
+
+def packed_shape(shards: int, count: int, tokens: int) -> RowShape:
+    """Rows of prompts, one on each of `shards` devices, for at most so many prompts and tokens of one."""
+    return RowShape(width_of(tokens), (0,), shards, at_least(COUNTS, count))
 
 
 def first_rung(rows: int, n: int, prompts: int, longest: int, limit: int, page: int) -> Rung:

@@ -1,10 +1,15 @@
 """Routing and the experts' layers against NumPy, expert by expert; the load-balancing loss against its definition."""
 
+import math
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dpo_jax.model.experts import Grouped, balance_loss, balance_sums, experts_mlp, route
 from dpo_jax.parallel.mesh import make_mesh
@@ -72,6 +77,31 @@ def test_experts_over_devices_have_the_same_gradients(spread, grouped):
     with jax.set_mesh(make_mesh(2, 1, 4)), nn.logical_axis_rules(rules):
         found = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)(x, w, grouped)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, expected)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("spread", ["experts", "expert_mlp"])
+def test_experts_of_which_every_device_has_a_part_of_the_width(spread):
+    """As decoding has them: the same rows on all of an axis, and no weights gathered."""
+    x, logits = draw(4, 1, 8), draw(4, 1, 8, seed=1)
+    w = tuple(0.3 * draw(*shape, seed=s) for s, shape in enumerate([(8, 8, 16), (8, 8, 16), (8, 16, 8)]))
+
+    def out(x, w):
+        _, chosen, share = route(jnp.asarray(logits), 2, normalised=True)
+        return experts_mlp(x, chosen, share, w, act=jax.nn.silu)
+
+    rules = [("rows", "data"), ("activation", "fsdp"), (spread, "tensor")]
+    expected = out(x, w)
+    mesh = make_mesh(2, 2, 2)
+    experts, ffn = ("tensor", None) if spread == "experts" else (None, "tensor")
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    x = put(x, "data", None, "fsdp")
+    w = tuple(put(v, *spec) for v, spec in zip(w, 2 * [(experts, "fsdp", ffn)] + [(experts, ffn, "fsdp")], strict=True))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        compiled = jax.jit(out).lower(x, w).compile()
+        np.testing.assert_allclose(compiled(x, w), expected, atol=1e-5)
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", compiled.as_text())
+    assert all(math.prod(map(int, dims.split(","))) <= 4 * 8 for dims in gathered)  # activations of all rows
 
 
 def test_balance_is_lowest_where_all_experts_are_used_alike_and_sees_no_padding():

@@ -241,9 +241,9 @@ def write_pages(pool: Kept, recent: Kept, targets_R2: jax.Array, kept_R: jax.Arr
 
     def written(pages: jax.Array, new: jax.Array) -> jax.Array:
         R, G, _, *rest = new.shape
-        old = _taken(pages, targets_R2)  # [R, 2, G, J, ...]
+        old = jnp.take(pages, targets_R2, axis=0, mode="clip")  # [R, 2, G, J, ...]; of no page whatever, it is dropped
         ones = (1,) * len(rest)
-        moved = jnp.take_along_axis(new, source.reshape(R, 1, 2 * J, *ones), axis=2)
+        moved = jnp.take_along_axis(new, source.reshape(R, 1, 2 * J, *ones), axis=2, mode="promise_in_bounds")
         moved = jnp.moveaxis(moved.reshape(R, G, 2, J, *rest), 2, 1)
         return pages.at[targets_R2].set(jnp.where(is_old.reshape(R, 2, 1, J, *ones), old, moved), mode="drop")
 

@@ -47,6 +47,8 @@ def moved_bytes(module: Module, inside: Computation, it: Instruction) -> tuple[C
         reads[0] = _size(_result(it))
     elif it.opcode == "dynamic-update-slice":
         reads[0], writes[0] = 0, _size(operands[1])
+    elif it.opcode == "scatter" and len(operands) == 3:
+        reads[0] = writes[0] = _size(operands[2])
     return _by_space(operands, reads), _by_space(results, writes)
 
 
@@ -97,7 +99,9 @@ def _read_of(module: Module, fused: Computation, name: str, of_result: Callable[
         of_user = functools.partial(_read_of, module, fused, user.name, of_result)
         if user.opcode in SLICES and i == 0:
             read += _size(user.shape)
-        elif user.opcode == "bitcast":
+        elif user.opcode == "scatter" and i == 0 and len(user.operands) == 3:  # updated in place, perhaps added to
+            read += _size(fused.operand_shapes(user)[2])
+        elif user.opcode in ("bitcast", "copy"):  # inside a fusion a copy is in no memory: a name for another layout
             read += of_user()
         elif user.opcode == "fusion":
             inner = module.called(user)
@@ -118,6 +122,8 @@ def _written(module: Module, fused: Computation, name: str) -> float:
         return _written(module, fused, it.operands[0])
     if it.opcode == "dynamic-update-slice":
         return _size(fused.operand_shapes(it)[1])
+    if it.opcode == "scatter" and len(it.operands) == 3 and fused.instructions[it.operands[0]].opcode == "parameter":
+        return _size(fused.operand_shapes(it)[2])
     if it.opcode == "fusion":
         inner = module.called(it)
         return _written(module, inner, inner.results[0]) if len(inner.results) == 1 else WHOLE

@@ -96,13 +96,27 @@ def count_costs(
     return _Counter(module, kernel_flops, once).computation(module.computations[module.entry], 1.0)
 
 
+def count_turn(text: str, kernel_flops: KernelFlops = operator.attrgetter("cost_estimate")) -> tuple[Costs, Costs]:
+    """The costs of one turn of a program's outermost loop whose trips are not known, and of all that is outside it.
+
+    Of several such loops a turn is one of each. Arguments and errors are those of `count_costs`.
+    """
+    module, turns = parse_hlo(text), Costs()
+    outside = _Counter(module, kernel_flops, once=False, turns=turns)
+    return turns, outside.computation(module.computations[module.entry], 1.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Counter:
-    """Walks the computations of a module; `once` as in `count_costs`."""
+    """Walks the computations of a module; `once` as in `count_costs`.
+
+    With `turns`, bodies of loops that run nobody knows how often are added to it, and counted nowhere else.
+    """
 
     module: Module
     kernel_flops: KernelFlops
     once: bool
+    turns: Costs | None = None
 
     def computation(self, computation: Computation, times: float, *, fused: bool = False) -> Costs:
         """What `times` runs of a computation cost; values inside a fusion are in no memory."""
@@ -139,6 +153,10 @@ class _Counter:
 
     def loop(self, inside: Computation, it: Instruction, times: float) -> Costs:
         trips = trip_count(self.module, inside, it)
+        if trips is None and self.turns is not None:
+            body = self.module.called(it, "body")
+            self.turns.add(dataclasses.replace(self, turns=None).computation(body, 1.0))
+            return Costs()
         total = Costs(unknown_loops=(it.name,) if trips is None else ())
         total.add(
             self.computation(self.module.called(it, "body"), times * (1 if self.once or trips is None else trips))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.plan.hlo.count import count_costs
+from dpo_jax.plan.hlo.count import count_costs, count_turn
 from dpo_jax.plan.hlo.text import HOST, HloError, Shape, parse_hlo
 
 
@@ -395,6 +395,64 @@ def test_an_asynchronous_computation_is_followed():
         True,
     )
     assert costs.hbm_bytes == 512 + 128
+
+
+def test_a_turn_of_the_loop_that_nobody_knows_is_apart_from_the_rest():
+    """A known loop inside it counts whole; an unknown one inside it once, and is named."""
+    turn, rest = count_turn(_module(LOOP_AND_DOT, _loop(0, 7, 1, "LT")[1] + ONE_MORE))
+    assert (turn.flops, rest.flops) == (7 * 2 * 8**3, 2 * 8**3)
+    assert turn.unknown_loops == rest.unknown_loops == ()
+    assert turn.hbm_bytes > 7 * 3 * 8 * 8 * 4
+    turn, rest = count_turn(_module(LOOP_AND_DOT, _loop(0, 7, 1, "EQ")[1] + ONE_MORE))
+    assert (turn.flops, rest.flops, turn.unknown_loops) == (2 * 8**3, 2 * 8**3, ("inner",))
+    turn, rest = count_turn(_module(*_loop(0, 7, 1, "LT")))
+    assert (turn.flops, rest.flops) == (0, 7 * 2 * 8**3)
+
+
+ONE_MORE = """
+%outer_body (t: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %t = (s32[], f32[8,8]{1,0}) parameter(0)
+  %x = f32[8,8]{1,0} get-tuple-element(%t), index=1
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8,8]{1,0}) tuple(%zero, %x)
+  ROOT %inner = (s32[], f32[8,8]{1,0}) while(%start), condition=%condition, body=%body
+}
+
+%outer_condition (t: (s32[], f32[8,8])) -> pred[] {
+  %t = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  ROOT %odd = pred[] is-finite(%i)
+}
+"""
+LOOP_AND_DOT = """
+  %x = f32[8,8]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %t = (s32[], f32[8,8]{1,0}) tuple(%zero, %x)
+  %while = (s32[], f32[8,8]{1,0}) while(%t), condition=%outer_condition, body=%outer_body
+  %y = f32[8,8]{1,0} get-tuple-element(%while), index=1
+  ROOT %z = f32[8,8]{1,0} dot(%y, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+"""
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_scatter_updates_in_place(fused):
+    """Of what it updates, what is updated is read and written, no more; its indices and updates are read."""
+    lines = """
+  %p = f32[64,8]{1,0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  %u = f32[4,8]{1,0} parameter(2)
+  ROOT %s = f32[64,8]{1,0} scatter(%p, %i, %u), update_window_dims={1}, to_apply=%add
+"""
+    call = lines[: lines.index("  ROOT")] + "  ROOT %f = f32[64,8]{1,0} fusion(%p, %i, %u), calls=%inside"
+    inside = f"%inside (p: f32[64,8]) -> f32[64,8] {{{lines}}}\n"
+    costs = _count(call, inside) if fused else _count(lines)
+    assert costs.hbm_bytes == 3 * 4 * 8 * 4 + 4 * 4
+    # What is written elsewhere than where it comes from is written whole.
+    fresh = inside.replace(
+        "%p = f32[64,8]{1,0} parameter(0)", "%q = f32[] parameter(0)\n  %p = f32[64,8]{1,0} broadcast(%q)"
+    )
+    call = call.replace("%p = f32[64,8]{1,0}", "%p = f32[]")
+    assert _count(call, fresh).hbm_bytes == 64 * 8 * 4 + 4 * 8 * 4 + 4 * 4 + 4
 
 
 KERNEL = """
