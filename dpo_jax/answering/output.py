@@ -69,12 +69,12 @@ class Output:
                 self._file.truncate(0)
                 write_json(_beside(self.path), self.about | {"devices": devices, "memory": memory})
             return memory
-        theirs, before = self.about.get("devices", devices), int(self.about.get("memory", memory))
-        if theirs != devices:
-            tell(f"{self.path}: begun on {theirs}, resumed on {devices}: the last digits of numbers may differ")
+        record, before = self.about.get("devices", devices), int(self.about.get("memory", memory))
+        if record != devices:
+            tell(f"{self.path}: begun on {record}, resumed on {devices}: the last digits of numbers may differ")
         elif before > memory / _SHARE:
             tell(f"{self.path}: begun with {before:,} MiB free, resumed with {memory:,}: the last digits may differ")
-        return memory if theirs != devices or before > memory / _SHARE else before
+        return memory if record != devices or before > memory / _SHARE else before
 
     def write(self, line: str) -> None:
         """Append a line; it is with the system when this returns."""
@@ -155,10 +155,10 @@ def _resumed(path: Path, held: IO[bytes], about: dict[str, Any], prompts: Sequen
         return Output(path, about, held)
     if not _beside(path).exists():
         raise UserError(f"--out={path} is there, and no {_beside(path).name} says what it is of; {_MEND}")
-    theirs = read_json(_beside(path), _MEND)
-    _compare(path, theirs, about)
+    record = read_json(_beside(path), _MEND)
+    _compare(path, record, about)
     # Names and days stay those that it was begun with.
-    about = about | {key: theirs[key] for key in ("model", "day", "devices", "memory") if key in theirs}
+    about = about | {key: record[key] for key in ("model", "day", "devices", "memory") if key in record}
     done, end = 0, 0
     with path.open("rb") as file:
         for line in file:
@@ -184,18 +184,18 @@ def _is_of(line: bytes, prompt: Prompt) -> bool:
     return isinstance(held, dict) and held.get("id") == prompt.name and "answers" in held
 
 
-def _compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    there, here = theirs.get("settings") or {}, mine["settings"]
+def _compare(path: Path, record: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    there, here = record.get("settings") or {}, about["settings"]
     changed = [f"{key}: {there.get(key)!r} there, {here[key]!r} now" for key in here if there.get(key) != here[key]]
     if changed:
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
         raise UserError(f"--out={path} was begun with other settings ({'; '.join(changed[:_SHOWN])}{more}); {_MEND}")
-    if theirs.get("model_files") != mine["model_files"]:
-        names = f"{theirs.get('model')!r} there, {mine['model']!r} now"
-        same = ": the same name, other files" if theirs.get("model") == mine["model"] else ""
+    if record.get("model_files") != about["model_files"]:
+        names = f"{record.get('model')!r} there, {about['model']!r} now"
+        same = ": the same name, other files" if record.get("model") == about["model"] else ""
         raise UserError(f"--out={path} was begun with another model ({names}{same}); {_MEND}")
-    if theirs.get("prompts_digest") != mine["prompts_digest"]:
-        counts = f"{theirs.get('prompts'):,} there, {mine['prompts']:,} now"
+    if record.get("prompts_digest") != about["prompts_digest"]:
+        counts = f"{record.get('prompts'):,} there, {about['prompts']:,} now"
         raise UserError(f"--out={path} was begun with other prompts ({counts}); {_MEND}")
 
 
