@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,14 @@ class Grouped:
     interpret: bool = False
 
 
+class Over(NamedTuple):
+    """Mesh axes over which experts, the ffn of each, or D are sharded."""
+
+    experts: Axes = ()
+    ffn: Axes = ()
+    width: Axes = ()
+
+
 TILE_ROWS, TILE_SIDE = 128, 512  # of the kernel's products: rows of a step, and sides of what they are added to
 
 
@@ -112,36 +120,31 @@ def _mlp(
     *,
     act: Callable,
     grouped: Grouped | None,
-    expert_axes: Axes = (),
-    ffn_axes: Axes = (),
-    width_axes: Axes = (),
+    over: Over,
 ) -> jax.Array:
-    """The weighted sum of the chosen experts, of those that this device has.
-
-    `expert_axes`, `ffn_axes`, `width_axes`: mesh axes over which experts, the ffn of each, or D are sharded.
-    """
+    """The weighted sum of the chosen experts, of those that this device has."""
     gate_XDF, up_XDF, down_XFD = weights
     B, T, D = x_BTD.shape
     X, C = gate_XDF.shape[0], chosen_BTC.shape[-1]
     expert_R = chosen_BTC.reshape(B * T * C)  # R: one (token, choice) each
-    if expert_axes:
-        expert_R = expert_R - jax.lax.axis_index(expert_axes) * X
+    if over.experts:
+        expert_R = expert_R - jax.lax.axis_index(over.experts) * X
     expert_R = jnp.where((expert_R >= 0) & (expert_R < X), expert_R, X)  # those of other devices come last
     order_R = jnp.argsort(expert_R, stable=True)
     sizes_X = jnp.sum(expert_R[:, None] == jnp.arange(X)[None, :], axis=0, dtype=jnp.int32)
     run = jax.lax.ragged_dot if grouped is None else functools.partial(_product, grouped=grouped)
     product = lambda x_RI, w_XIO: run(x_RI, w_XIO, sizes_X)
     # Rows of no group hold anything on some backends, and so would their gradient.
-    here_R = (expert_R < X)[order_R][:, None] if expert_axes else None
+    here_R = (expert_R < X)[order_R][:, None] if over.experts else None
     masked = lambda x: x if here_R is None else jnp.where(here_R, x, 0)
     x_RD = masked(x_BTD.reshape(B * T, D)[order_R // C])
     gate_RF, up_RF = product(x_RD, gate_XDF), product(x_RD, up_XDF)
-    if width_axes:
-        gate_RF, up_RF = jax.lax.psum((gate_RF, up_RF), width_axes)
+    if over.width:
+        gate_RF, up_RF = jax.lax.psum((gate_RF, up_RF), over.width)
     out_RD = masked(product(act(gate_RF) * up_RF, down_XFD))
     out_BTCD = out_RD[jnp.argsort(order_R)].reshape(B, T, C, D)
     out_BTD = jnp.einsum("BTCD,BTC->BTD", out_BTCD, weights_BTC.astype(x_BTD.dtype))
-    axes = (*expert_axes, *ffn_axes)
+    axes = (*over.experts, *over.ffn)
     return jax.lax.psum(out_BTD, axes) if axes else out_BTD
 
 
@@ -160,7 +163,7 @@ def experts_mlp(
     ffn) for them; the parts are added up. Left to itself the compiler would sort the tokens of the whole batch. Where
     activations are sharded by width, for decoding, a device has that width of the weights, which stay where they lie.
     """
-    local = functools.partial(_mlp, act=act, grouped=grouped)
+    local = functools.partial(_mlp, act=act, grouped=grouped, over=Over())
     rows, experts, ffn, width = (mesh_axes(name) for name in ("rows", "experts", "expert_mlp", "activation"))
     mesh = jax.sharding.get_abstract_mesh()
     if not (rows or experts or ffn or width) or x_BTD.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
@@ -169,5 +172,5 @@ def experts_mlp(
         return local(x_BTD, chosen_BTC, weights_BTC, weights)
     by_rows, by_width, by_expert = P(rows, None, None), P(rows, None, width), P(experts, width, ffn)
     in_specs = (by_width, by_rows, by_rows, (by_expert, by_expert, P(experts, ffn, width)))
-    local = functools.partial(local, expert_axes=experts, ffn_axes=ffn, width_axes=width)
+    local = functools.partial(local, over=Over(experts, ffn, width))
     return per_device(local, in_specs, by_width)(x_BTD, chosen_BTC, weights_BTC, weights)

@@ -22,6 +22,8 @@ from tests.plan.traced import traced_flops
         (["--config=configs/hhh.py", "--topology=v6e:2x4", "--config.compiler_options=x"], "must be NAME=VALUE"),
         (["--config=configs/hhh.py", "--topology=v6e:2x4", "--json=missing/a.json"], "--json=missing/a.json cannot"),
         (["--config=configs/hhh.py", "--topology=v6e:2x4", "--json=tests"], "--json=tests cannot be written"),
+        (["--sample", "--config=configs/hhh.py", "--topology=v6e:2x4", "--sample_n=0"], "--sample_n=0; needs at least"),
+        (["--sample", "--config=configs/hhh.py"], "--topology is missing; usage"),
     ],
 )
 def test_bad_input_is_one_line(args, words):

@@ -1,7 +1,7 @@
 """What is printed of an estimate."""
 
 from dpo_jax.parallel.tpu import GIB
-from dpo_jax.plan.text import report_lines, search_line, tried_line
+from dpo_jax.plan.text import report_lines, rows_line, sampling_lines, search_line, tried_line
 
 HEAD = {
     "topology": "v6e:2x4", "accelerator_type": "v6e-8", "chips": 8, "devices_per_chip": 1,
@@ -66,3 +66,57 @@ def test_the_search():
     assert tried_line(128, 2.5 * GIB) == "  tried         128 pairs: 2.50 GiB"
     assert search_line(FITS | {"largest_batch": 96}, 10_000) == "  largest batch 96 pairs fit"
     assert search_line(FITS | {"largest_batch": 9_984}, 9_999).endswith("fit; an epoch has no more (9,999)")
+
+
+CLOCKS = {"compute": 0.0005, "hbm": 0.002, "interconnect": 0.005, "network": 0.0, "host": 0.0}
+SPEEDS = {
+    "seconds": CLOCKS, "binds": "interconnect", "tokens_per_second": 51_200.0, "tokens_per_second_per_chip": 6_400.0,
+    "tokens_per_second_in_sequence": 36_571.4, "tokens_per_second_with_prefill": 50_000.0,
+}  # fmt: skip
+SAMPLING = {
+    "topology": "v6e:2x4", "accelerator_type": "v6e-8", "chips": 8, "devices_per_chip": 1, "fits": True,
+    "mesh": {"data": 1, "fsdp": 8, "tensor": 1}, "rows": 256, "rows_per_device": 32, "n": 8, "prompt": 256,
+    "tokens": 128, "page": 32, "cache_dtype": "bfloat16", "parameters": "export", "param_dtype": "bfloat16",
+    "sampler_lets": True, "hbm_available": 31.25 * GIB, "not_counted": [],
+    "compile_seconds": {"decode": 30, "prefill": 60},
+    "memory": {"weights": 2 * GIB, "prompts": GIB, "pages": GIB, "temporaries": GIB, "total": 5 * GIB,
+               "moving": 6 * GIB},
+    "step": {
+        "hbm_bytes": 3.3e9, "needed_bytes": 3e9, "ratio": 1.1, "chunk_hbm_bytes": 3.2e9, "collectives": 184.0,
+        "interconnect_bytes": {"all-reduce": 999e6, "all-gather": 60e6}, "network_bytes": {},
+    },
+    "prefill": {
+        "rows": 8, "width": 2048, "total": 4 * GIB, "tokens_per_second": 200_000.0, "binds": "interconnect",
+        "bounds": CLOCKS, "not_counted": [],
+    },
+    **SPEEDS,
+}  # fmt: skip
+
+
+def test_sampling():
+    other = SPEEDS | {"mesh": {"data": 1, "fsdp": 1, "tensor": 8}}
+    assert sampling_lines(SAMPLING | {"other_mesh": other}) == [
+        "v6e:2x4 (v6e-8, 8 chips, data 1 x fsdp 8 x tensor 1): fits",
+        "  rows          256 answers at once (32 a device), 8 to a prompt; prompts of 256, answers of 128 tokens in "
+        "pages of 32, counted when all pages are full",
+        "  HBM           weights 2.00 (export, bfloat16), prompts 1.00, pages 1.00 (bfloat16), temporaries 1.00, total "
+        "5.00 (prompts' program 4.00, while the cache grows 6.00) of 31.25 GiB (a chip)",
+        "  a step        HBM 3.300 GB, 1.100x of weights and cache (3.000); a chunk's end 0.100 GB more (3.20 once in "
+        "32 steps)",
+        "  collectives   184 a step; a chip receives all-gather 60.0, all-reduce 999.0 MB",
+        "  time bounds   compute 0.50 ms, hbm 2.00 ms, interconnect 5.00 ms; interconnect binds",
+        "  at the bound  51,200 tokens/s (6,400 a chip), 36,571 if collectives hide behind nothing; with prompts "
+        "50,000",
+        "  prompts       8 rows of 2048: 200,000 tokens/s at the bound; compute 0.50 ms, hbm 2.00 ms, interconnect "
+        "5.00 ms; interconnect binds",
+        "  other mesh    data 1 x fsdp 1 x tensor 8: compute 0.50 ms, hbm 2.00 ms, interconnect 5.00 ms; 51,200 "
+        "tokens/s, 36,571 if collectives hide behind nothing",
+        "  compiled in   30 s (decoding), 60 s (prompts)",
+    ]
+    lines = sampling_lines(SAMPLING | {"sampler_lets": False, "not_counted": ["my_kernel"]})
+    assert lines[2].endswith("(a chip); the sampler keeps a fifth free, and would give up answers")
+    assert lines[-1] == "  not counted   my_kernel: FLOPs and times above are too low"
+    head, _, why, *_ = sampling_lines(SAMPLING | {"fits": False, "why": "needs 40G of 31.25G"})
+    assert head.endswith("DOES NOT FIT")
+    assert why == "  too large     needs 40G of 31.25G"
+    assert rows_line({"largest_rows": 512}).startswith("  largest rows  512 answers at once fit")

@@ -455,6 +455,25 @@ def test_a_scatter_updates_in_place(fused):
     assert _count(call, fresh).hbm_bytes == 64 * 8 * 4 + 4 * 8 * 4 + 4 * 4 + 4
 
 
+def test_a_copy_inside_a_fusion_is_another_name():
+    """TPU writes one where int8 arrays of a loop have tiles of another height: of what it copies a slice is read."""
+    inside = """
+%inside (p: s8[32,64,128], i: s32[]) -> s8[1,64,128] {
+  %p.1 = s8[32,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %tiles = s8[32,64,128]{2,1,0:T(8,128)(4,1)} copy(%p.1)
+  ROOT %one = s8[1,64,128]{2,1,0} dynamic-slice(%tiles, %i.1, %zero, %zero), dynamic_slice_sizes={1,64,128}
+}
+"""
+    lines = """
+  %p = s8[32,64,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %f = s8[1,64,128]{2,1,0} fusion(%p, %i), kind=kLoop, calls=%inside
+"""
+    assert _count(lines, inside).hbm_bytes == 2 * 64 * 128 + 4
+
+
 KERNEL = """
   %a = bf16[8,128]{1,0} parameter(0)
   %k = bf16[8,128]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
