@@ -32,12 +32,17 @@ class Gate:
         A trainer calls it at the same place of its loop every time, so that the seconds are those of a whole round:
         data, step and logging. Ends the process when there is no more to do.
         """
+        if self.turn(**facts) != "go":
+            raise SystemExit(0)
+
+    def turn(self, **facts: Any) -> str:
+        """`boundary` for a worker that is told more than to go on: what it was told, nothing when there is no more."""
         seconds = time.perf_counter() - self._began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9
         print(json.dumps({"seconds": seconds, "peak_gb": peak, **facts}), file=self._go, flush=True)
-        if self._come.readline().strip() != "go":
-            raise SystemExit(0)
+        told = self._come.readline().strip()
         self._began = time.perf_counter()
+        return told
 
 
 def read_steps(path: str) -> list[list[dict[str, list[int]]]]:

@@ -50,10 +50,10 @@ class Worker:
             raise Failed(f"{self._log.stem} ended with {code}; the end of {self._log}:\n{tail}")
         return json.loads(line)
 
-    def step(self) -> Record:
-        """Let it through and wait until it is back."""
+    def step(self, told: str = "go") -> Record:
+        """Let it through, tell it a line, and wait until it is back."""
         with contextlib.suppress(BrokenPipeError):  # `wait` says why
-            print("go", file=self._go, flush=True)
+            print(told, file=self._go, flush=True)
         return self.wait()
 
     def __enter__(self) -> "Worker":

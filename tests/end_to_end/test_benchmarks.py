@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, machine, tables, turns
+from benchmarks import compare, machine, sampling, sampling_worker, tables, turns
 from benchmarks.gate import Gate
 
 MODEL = {"body": 100, "projection": 10}
@@ -141,3 +141,78 @@ def test_a_worker_that_ends_says_why(tmp_path):
     command = [sys.executable, "-m", "benchmarks.no_such_worker"]
     with turns.Worker(command, tmp_path / "log.txt") as worker, pytest.raises(turns.Failed, match="no_such_worker"):
         worker.step()
+
+
+def test_a_worker_is_told_what_to_do():
+    come, there = os.pipe()
+    here, go = os.pipe()
+    gate = Gate(f"{here},{there}")
+    with os.fdopen(go, "w") as let:
+        let.write('{"n": 2}\n')
+    assert gate.turn() == '{"n": 2}'
+    assert gate.turn(tokens=3) == ""  # the other side has ended
+    assert json.loads(os.read(come, 1000).decode().splitlines()[1])["tokens"] == 3
+    os.close(come)
+    gate._come.close()
+    gate._go.close()
+
+
+def test_tokens_are_counted_up_to_the_first_that_stops():
+    assert sampling_worker.counted([5, 6, 2, 2, 7], [2, 3]) == [5, 6, 2]
+    assert sampling_worker.counted([5, 6], [2]) == [5, 6]
+    assert list(sampling_worker.parts([[1], [1] * 3, [1] * 2], 2)) == [[1, 2], [0]]
+
+
+class Answering:
+    """An engine that says 10 tokens an answer in a second for each of them."""
+
+    def __init__(self, name, ids, heard):
+        self.name, self.ids, self.heard = name, ids, heard
+
+    def step(self, told):
+        case = json.loads(told)
+        self.heard.append((self.name, len(case["prompts"]), case["n"], case["max_tokens"], case["seed"]))
+        if self.ids is None and case["seed"] == 2:
+            raise turns.Failed("killed")
+        answers = len(case["prompts"]) * case["n"]
+        told = {"seconds": answers, "peak_gb": 1.5, "answers": answers, "tokens": 10 * answers, "stopped": 0}
+        return told | {"compile_s": 0.0, "first": self.ids or [1, 2]}
+
+
+def test_engines_take_turns_and_one_that_fails_is_left_out(monkeypatch, capsys):
+    heard = []
+    engines = sampling.Engines()
+    for name, ids in (("dpo_jax", [1, 2]), ("transformers", None), ("llama", [1, 3])):
+        engines.alive[name] = Answering(name, ids, heard)
+    flags = ["--model", ".", "--hh", ".", "--peers", "transformers:4,llama", "--single-prompts", "2", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", ["sampling.py", *flags])
+    a = sampling.parse()
+    assert a.peers == {"dpo_jax": 0, "transformers": 4, "llama": 1}
+    greedy = sampling.agreement(engines, 0)
+    assert greedy["dpo_jax"] == "2 tokens as transformers"
+    assert greedy["llama"] == "as transformers for 1 tokens: [1, 3]"
+    heard.clear()
+    records = sampling.measure(a, engines, sampling.Case("4 prompts, n=2", (0, 1, 2, 3), 2))
+    assert heard == [
+        ("dpo_jax", 4, 2, 128, 0), ("transformers", 1, 1, 8, 0), ("llama", 1, 1, 8, 0),  # nobody times these
+        ("llama", 2, 2, 128, 1), ("transformers", 4, 2, 128, 1), ("dpo_jax", 4, 2, 128, 1),
+        ("dpo_jax", 4, 2, 128, 2), ("transformers", 4, 2, 128, 2), ("llama", 2, 2, 128, 2),
+    ]  # fmt: skip
+    assert engines.failed == {"transformers": "4 prompts, n=2: killed"}
+    records["dpo_jax"] = [r | {"seconds": r["seconds"] / 4} for r in records["dpo_jax"]]
+    results = {"cases": {"4 prompts, n=2": records}, "at_once": a.peers, "greedy": greedy}
+    printed = sampling.table(results | {"peak_gb": engines.peak_gb, "failed": engines.failed})
+    assert "| 4 prompts, n=2 | dpo_jax | own | 40.0 | 2.0 | 10.0 | 0% |  |" in printed
+    assert "|  | llama | 1 | 10.0 | 4.0 (2 prompts) | 10.0 | 0% | **4.00x** |" in printed
+    assert "| transformers failed |  | 4 prompts, n=2: killed |" in printed
+
+
+def test_an_engine_that_is_not_installed_says_how_it_is(monkeypatch):
+    monkeypatch.setitem(sampling.PEERS, "tunix", sampling.Peer("no_such_module", "pip install it", 1, "tunix_python"))
+    why = sampling.missing(sampling.argparse.Namespace(tunix_python="", python=""), "tunix")
+    assert why.startswith("not installed: pip install it, and --tunix-python (ModuleNotFoundError:")
+
+
+def test_few_prompts_stand_for_all():
+    assert sampling.spread(64, 4) == (8, 24, 40, 56)
+    assert sampling.spread(3, 8) == (0, 1, 2)
