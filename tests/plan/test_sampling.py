@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,14 @@ from dpo_jax.model.placement import abstract_whole, place_model
 from dpo_jax.parallel.mesh import make_mesh, replicated
 from dpo_jax.parallel.tpu import parse_topology
 from dpo_jax.plan import sampling
+from dpo_jax.plan.compile import Program
 from dpo_jax.plan.draft import find_model
+from dpo_jax.plan.hlo.count import Costs
 from dpo_jax.plan.request import SampleRequest, read_request
 from dpo_jax.sampling.abstract import abstract_cache, decode_arguments, prefill_arguments
 from dpo_jax.sampling.draws import Filters
 from dpo_jax.sampling.engine import Capacity, Sampler
-from dpo_jax.sampling.ladder import first_rung
+from dpo_jax.sampling.ladder import first_rung, width_of
 from dpo_jax.sampling.params import SamplingParams
 from dpo_jax.sampling.programs import Programs
 from tests import processes
@@ -175,11 +178,62 @@ def test_rows_that_do_not_divide_are_one_line():
 
 
 @compiler
-@pytest.mark.parametrize("changed", [["--sample_params=training"], ["--cache_dtype=int8", "--config.lora_rank=4"]])
-def test_the_command_plans_sampling(changed, tmp_path):
+def test_the_command_plans_sampling(tmp_path):
+    """As a run of adapters has them while it trains: a float32 adapter beside its bfloat16 base."""
     run = [x for x in small_run(tmp_path, SMALL, "v5e:2x2") if not x.startswith("--lengths")]
-    done = run_plan("--sample", "--sample_rows=16", "--sample_tokens=64", "--search", *run, *changed)
+    asked = ["--sample_rows=16", "--sample_tokens=64", "--sample_params=training", "--cache_dtype=int8"]
+    done = run_plan("--sample", *run, *asked, "--config.lora_rank=4", f"--json={tmp_path / 'a.json'}")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for words in ("fits", "16 answers at once (4 a device)", "a step", "tokens/s", "prompts", "largest rows"):
-        assert words in done.stdout
+    (r,) = json.loads((tmp_path / "a.json").read_text())["topologies"]
+    assert (r["rows"], r["rows_per_device"], r["cache_dtype"], r["fits"]) == (16, 4, "int8", True)
+    assert f"{r['tokens_per_second']:,.0f} tokens/s" in done.stdout
+    assert r["seconds"][r["binds"]] == max(r["seconds"].values())
+    assert r["tokens_per_second"] == pytest.approx(16 / r["seconds"][r["binds"]])
+    assert r["tokens_per_second_with_prefill"] < r["tokens_per_second"]
+
+
+@pytest.mark.parametrize(
+    ("room", "largest", "tried"),
+    [
+        (900, 256, [256]),  # the formula stops at 256 of 900 / 2.4 rows, and the programs need no more than it says
+        (700, 128, [256, 128]),
+        (3, 0, [1]),
+    ],
+)
+def test_the_most_rows_that_fit(room, largest, tried, monkeypatch):
+    draft = _draft_here()
+    need = {1: 10, 128: 600, 256: 800}
+    program = lambda one: Program(Costs(), float(need[one.rung.rows]), 0.0, 0.0)
+    monkeypatch.setattr(sampling, "decode_program", lambda one: (program(one), Costs()))
+    monkeypatch.setattr(sampling, "prefill_program", program)
+    monkeypatch.setattr(sampling.SampleDraft, "moving", property(lambda one: 0.0))
+    monkeypatch.setattr(sampling.SampleDraft, "lets", property(lambda one: 2.4 * one.rung.rows <= room))
+    generation = dataclasses.replace(draft.topology.generation, hbm_gib=room / 2**30)
+    draft = dataclasses.replace(draft, topology=dataclasses.replace(draft.topology, generation=generation))
+    seen = []
+    assert sampling.search_rows(draft, lambda rows, said: seen.append(rows)) == largest
+    assert seen == tried
+
+
+def _draft_here():
+    """Of a small model on this machine's first device."""
+    layout = layout_of()
+    programs = Programs(layout, page=8, cache_dtype=None, reach=64, filters=Filters())
+    request = SampleRequest(0, 24, SamplingParams(n=3, max_tokens=33))
+    params = abstract_whole(layout, layout.dtype)
+    return sampling.SampleDraft(
+        parse_topology("v6e:1x1"), request, programs, params, sampling.full_rung(request, 16, 8)
+    )
+
+
+def test_what_a_sampler_holds():
+    """A table that is not the projection too is not read; in float32 the rest is, and a cache of 16 rows."""
+    draft, c = _draft_here(), oracle.CONFIG
+    table = 4 * c.vocab_size * c.hidden_size
+    assert draft.weights == 4 * c.parameter_count()
+    assert draft.weights_read == draft.weights - (0 if c.tie_word_embeddings else table)
+    assert draft.prompts == draft.rung.prompts
+    assert (draft.prefill_tokens, draft.prefill_shape.length) == (draft.prompts * 24, width_of(draft.prompts * 24))
+    assert draft.lets
+    assert draft.moving == draft.weights + 1.5 * draft.programs.bytes_of(draft.rung)
