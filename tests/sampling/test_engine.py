@@ -210,7 +210,7 @@ def test_too_little_memory_is_refused_or_made_do_with(params, monkeypatch):
     )
     sizes = {rows: Programs(layout_of(), page=8, cache_dtype=None, reach=128, filters=Filters()).bytes_of(
         first_rung(rows, 3, 7, 36, 40, 8)) for rows in (4, 32)}  # fmt: skip
-    for rows, bytes_of in sizes.items():
+    for bytes_of in sizes.values():
         monkeypatch.setattr(drawing, "free_bytes", lambda layout, b=bytes_of: 1.6 * b)
         assert tokens(answers(params, layout_of(), n=3, max_tokens=40, seed=3, capacity=page)) == whole
     assert max(given_up) > 0
