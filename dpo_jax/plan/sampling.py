@@ -21,7 +21,7 @@ from dpo_jax.plan.request import SampleRequest
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.sampling.abstract import abstract_cache, decode_arguments, prefill_arguments
 from dpo_jax.sampling.draws import Filters
-from dpo_jax.sampling.engine import SUITS
+from dpo_jax.sampling.engine import suited
 from dpo_jax.sampling.ladder import COUNTS, ROWS, first_rung, grown, packed_shape, power_of_two
 from dpo_jax.sampling.memory import MOVING, SHARE
 from dpo_jax.sampling.programs import Programs, Rung
@@ -72,7 +72,7 @@ class SampleDraft:
     @property
     def prompts(self) -> int:
         """How many prompts a device computes at once."""
-        budget = SUITS[self.layout.platform].prefill
+        budget = suited(self.layout).prefill
         return min(self.rung.prompts, max(1, budget // self.request.prompt), COUNTS[-1])
 
     @property
@@ -137,7 +137,7 @@ def draft_sampling(s: Settings, model: ModelConfig, topology: Topology, request:
         params = abstract_trained(layout, layout.param_dtype)
     else:
         params = abstract_whole(layout, layout.base_dtype) | abstract_trained(layout, layout.param_dtype)
-    suits, reach = SUITS[layout.platform], power_of_two(request.prompt + asked.max_tokens)
+    suits, reach = suited(layout), power_of_two(request.prompt + asked.max_tokens)
     programs = Programs(
         layout, page=suits.page, cache_dtype=request.cache_dtype or None, reach=reach, filters=Filters.of(asked)
     )

@@ -33,7 +33,7 @@ class Capacity:
     """How much is done at once; what is drawn does not depend on it.
 
     Attributes:
-      rows: the most answers that a device decodes at once; 0 is what suits it.
+      rows: the most answers at once of a data shard: a device, or those of a tensor axis; 0 is what suits it.
       page: tokens of a page of the cache, and the most of a chunk.
       prefill: tokens of prompts that a device computes at once.
       cache_dtype: "int8", or empty for the compute dtype.

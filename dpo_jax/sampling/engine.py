@@ -15,6 +15,7 @@ import numpy as np
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import Params
 from dpo_jax.model.placement import Layout
+from dpo_jax.parallel.mesh import row_shards
 from dpo_jax.sampling.board import Question
 from dpo_jax.sampling.drawing import Capacity, Drawing, Sampled
 from dpo_jax.sampling.draws import Filters
@@ -24,6 +25,12 @@ from dpo_jax.sampling.params import Answer, SamplingParams
 from dpo_jax.sampling.programs import Programs
 
 SUITS = {"cpu": Capacity(128, 32, 1024), "gpu": Capacity(256, 32, 4096), "tpu": Capacity(256, 32, 4096)}
+
+
+def suited(layout: Layout) -> Capacity:
+    """What suits these devices: those that share rows over the tensor axis have as many together as each would alone."""
+    suits = SUITS[layout.platform]
+    return dataclasses.replace(suits, rows=suits.rows * (layout.mesh.size // row_shards(layout.mesh)))
 
 
 Name = str | int | tuple[int, ...]
@@ -74,7 +81,7 @@ class Sampler:
     ):
         self.layout, self.tokenizer, self.stops = layout, tokenizer, tuple(stops)
         self.longest = longest or layout.config.max_position_embeddings
-        suits, capacity = SUITS[layout.platform], capacity or Capacity()
+        suits, capacity = suited(layout), capacity or Capacity()
         self._fewer = capacity.rows == 0
         given = {f.name: getattr(capacity, f.name) or getattr(suits, f.name) for f in dataclasses.fields(Capacity)}
         self.capacity = Capacity(**given | {"compact": capacity.compact})
