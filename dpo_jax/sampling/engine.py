@@ -28,7 +28,7 @@ SUITS = {"cpu": Capacity(128, 32, 1024), "gpu": Capacity(256, 32, 4096), "tpu": 
 
 
 def suited(layout: Layout) -> Capacity:
-    """What suits these devices: those that share rows over the tensor axis have as many together as each would alone."""
+    """What suits these devices: those of a tensor axis have as many rows together as each would have alone."""
     suits = SUITS[layout.platform]
     return dataclasses.replace(suits, rows=suits.rows * (layout.mesh.size // row_shards(layout.mesh)))
 
