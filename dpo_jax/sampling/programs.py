@@ -39,6 +39,10 @@ from dpo_jax.sampling.draws import Drawn, Filters, Numbers, blocks_of, draw
 from dpo_jax.sampling.memory import MOVING
 
 
+# Parameters of a layer from which on a CPU takes longer to copy it out of the stack than to compile every layer.
+APART_FROM = 500_000
+
+
 @dataclasses.dataclass(frozen=True)
 class Rung:
     """The sizes of what a device holds; one step of the ladder that programs are compiled for.
@@ -127,7 +131,8 @@ class Programs:
         self.dtype = jnp.dtype(layout.dtype if cache_dtype is None else cache_dtype)
         self.shards = row_shards(mesh)
         self.heads = key_heads(c.num_attention_heads, c.num_key_value_heads, mesh.size // self.shards)
-        self.apart = mesh.size == 1 and layout.platform == "cpu"
+        layer = (c.active_parameter_count() - c.vocab_size * c.hidden_size) / c.num_hidden_layers
+        self.apart = mesh.size == 1 and layout.platform == "cpu" and layer > APART_FROM
         self.model = ModelOptions(c, layout.dtype, tiling=layout.tiling)
         self.blocks = blocks_of(c.vocab_size)
         self._rules = axis_rules(c, mesh), decoding_rules(c, mesh)

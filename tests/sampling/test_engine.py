@@ -13,7 +13,7 @@ from dpo_jax.model.lora import init_adapters
 from dpo_jax.model.options import LayoutOptions, Lora
 from dpo_jax.model.placement import place_model
 from dpo_jax.parallel.mesh import make_mesh
-from dpo_jax.sampling import board, drawing
+from dpo_jax.sampling import board, drawing, programs
 from dpo_jax.sampling.draws import Filters
 from dpo_jax.sampling.engine import Capacity, Sampler
 from dpo_jax.sampling.ladder import first_rung
@@ -130,6 +130,17 @@ def test_answers_do_not_depend_on_the_devices(params, sizes, config):
     whole = tokens(answers(params, layout_of(config), n=3, max_tokens=24, seed=3))
     for capacity in (Capacity(), Capacity(rows=1, page=8)):
         assert tokens(answers(params, layout_of(config, sizes), n=3, max_tokens=24, seed=3, capacity=capacity)) == whole
+
+
+def test_layers_apart_are_the_stacked_layers(params, monkeypatch):
+    """As larger models are computed on a CPU, with windows, int8 and adapters too."""
+    stacked = tokens(answers(params, layout_of(WINDOW), n=2, max_tokens=24, seed=3))
+    monkeypatch.setattr(programs, "APART_FROM", 0)
+    assert tokens(answers(params, layout_of(WINDOW), n=2, max_tokens=24, seed=3)) == stacked
+    rows = Capacity(rows=4, page=8, cache_dtype="int8")
+    assert len(answers(params, layout_of(WINDOW), n=2, max_tokens=24, seed=3, capacity=rows)) == len(PROMPTS)
+    for prompt, (answer,) in zip(PROMPTS, answers(params, layout_of(), temperature=0.0, max_tokens=24), strict=True):
+        assert answer.token_ids == log_probs(params, prompt, answer.token_ids).argmax(-1).tolist()
 
 
 def test_unmerged_adapters_are_the_merged_model(params):
