@@ -86,7 +86,8 @@ class Drawing:
         self.numbers = Numbers.of(self.asked, sorted(ending.stops))
         self.waiting = collections.deque(waiting)
         self.shards = row_shards(self.mesh)
-        self.rung, self.most_pages = self._first_rung(fewer)
+        with self._on_mesh():
+            self.rung, self.most_pages = self._first_rung(fewer)
         self.params, self.apart = params, programs.parameters(params)
         self.seats = [Seats(self.rung, capacity.page, self.asked.n) for _ in range(self.shards)]
         with self._on_mesh():

@@ -25,4 +25,4 @@ def free_bytes(layout: Layout) -> float:
     else:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024 / len(layout.mesh.local_devices)
-    return float(from_first(np.asarray(SHARE * free, np.float64)))
+    return float(from_first(np.asarray(SHARE * free, np.float32)))
