@@ -38,7 +38,6 @@ from dpo_jax.rows.shape import RowShape
 from dpo_jax.sampling.draws import Drawn, Filters, Numbers, blocks_of, draw
 from dpo_jax.sampling.memory import MOVING
 
-
 # Parameters of a layer from which on a CPU takes longer to copy it out of the stack than to compile every layer.
 APART_FROM = 500_000
 
