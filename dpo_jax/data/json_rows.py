@@ -15,6 +15,7 @@ Numbered = tuple[int, dict[str, Any] | BadLine]
 CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[ \t\r\n,]*")  # what is between the rows of a JSON array
 _BLANKS = re.compile(r"[ \t\r\n]*")
+_TURNS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})  # a message has one of these sets of keys
 # Keys under which files keep their rows, where nothing else tells that they are rows.
 _WRAPPERS = ("data", "rows", "examples", "train", "items", "records", "instances", "samples", "pairs", "entries")
 
@@ -176,9 +177,10 @@ def _rows_inside(one: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 def _are_rows(key: str, value: Any, alone: bool) -> bool:
     if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
         return False
-    if all("role" in row or "from" in row for row in value):  # the messages of the one row that there is
-        return False
-    return alone or key.lower() in _WRAPPERS or bool(resolve(tuple(value[0])))
+    if resolve(tuple(value[0])):
+        return True
+    are_turns = all(any(turn <= row.keys() for turn in _TURNS) for row in value)  # of the one row that there is
+    return (alone or key.lower() in _WRAPPERS) and not are_turns
 
 
 def _by_column(one: Mapping[str, Any]) -> list[dict[str, Any]] | None:

@@ -120,6 +120,21 @@ def test_a_row_that_holds_lists_is_a_row(tmp_path):
             assert [found for _, found in read_rows(written(tmp_path / "a.json", text))] == [row]
 
 
+@pytest.mark.parametrize("column", ["role", "from"])
+@pytest.mark.parametrize("key", ["data", "anything"])
+def test_a_column_that_is_named_like_a_turns_makes_no_turn(tmp_path, column, key):
+    rows = [{column: "x", "prompt": "a", "chosen": "b", "rejected": "c"}, {column: "y", "prompt": "d"}]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({key: rows}))
+    assert [row for _, row in read_rows(str(path))] == rows
+    rows = rows[1:]  # resolved by nothing: prompts alone
+    path.write_text(json.dumps({key: rows}))
+    assert [row for _, row in read_rows(str(path))] == rows
+    turns = {key: [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path.write_text(json.dumps(turns))
+    assert [row for _, row in read_rows(str(path))] == [turns]
+
+
 def test_columnar_rows_say_so(tmp_path):
     for name in ("file.arrow", "a.feather", "stream.arrow"):
         assert all(type(row) is ColumnarRow for _, row in read_rows(written(tmp_path / name, CONTENTS[name])))
