@@ -64,11 +64,8 @@ def sample(
     else:
         policy, layout, weights = model
         tokens = _tokens(policy, layout.config, prompts, prompt_format, chat_template)
-    drawn = _sampler(policy, layout, capacity).sample(weights, tokens, params, ids)
-    if stream:
-        return drawn
-    answers = {(one.prompt, one.sample): one.answer for one in drawn}
-    return [[answers[i, k] for k in range(params.n)] for i in range(len(tokens))]
+    sampler = _sampler(policy, layout, capacity)
+    return (sampler.sample if stream else sampler.answers)(weights, tokens, params, ids)
 
 
 def _tokens(

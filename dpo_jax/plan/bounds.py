@@ -4,10 +4,23 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from dpo_jax.parallel.tpu import Topology
 from dpo_jax.plan.hlo.collectives import Collective
 from dpo_jax.plan.hlo.count import Costs
 from dpo_jax.plan.hlo.text import HOST
+
+
+def where_it_runs(topology: Topology, mesh: Mesh) -> dict[str, Any]:
+    """What every report says of the slice and the mesh on it."""
+    return {
+        "topology": topology.name,
+        "accelerator_type": topology.accelerator_type,
+        "chips": topology.chips,
+        "devices_per_chip": topology.generation.devices,
+        "mesh": dict(mesh.shape),
+    }
 
 
 @dataclasses.dataclass(frozen=True)

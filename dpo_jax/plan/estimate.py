@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from dpo_jax.model.tuning import passes
-from dpo_jax.plan.bounds import bounds, by_kind
+from dpo_jax.plan.bounds import bounds, by_kind, where_it_runs
 from dpo_jax.plan.compile import TooLargeError, eval_program, held_by, train_program
 from dpo_jax.plan.draft import Draft
 from dpo_jax.plan.lengths import Lengths
@@ -17,11 +17,7 @@ def estimate(draft: Draft, lengths: Lengths) -> dict[str, Any]:
     """Compile for one topology and report; see `report_lines` for what the keys mean."""
     s, topology, layout = draft.settings, draft.topology, draft.layout
     report: dict[str, Any] = {
-        "topology": topology.name,
-        "accelerator_type": topology.accelerator_type,
-        "chips": topology.chips,
-        "devices_per_chip": topology.generation.devices,
-        "mesh": dict(layout.mesh.shape),
+        **where_it_runs(topology, layout.mesh),
         "batch_size": s.batch.size,
         "microbatches": s.batch.microbatches,
         "rows": [

@@ -13,7 +13,7 @@ from dpo_jax.model.placement import Layout, abstract_trained, abstract_whole, pl
 from dpo_jax.model.tuning import passes
 from dpo_jax.parallel.mesh import make_mesh, row_shards
 from dpo_jax.parallel.tpu import Topology
-from dpo_jax.plan.bounds import Bounds, bounds, by_kind
+from dpo_jax.plan.bounds import Bounds, bounds, by_kind, where_it_runs
 from dpo_jax.plan.compile import Program, TooLargeError, compile_for, experts_share, local_bytes, program_of
 from dpo_jax.plan.hlo.count import Costs, count_costs, count_turn
 from dpo_jax.plan.kernels import kernel_formula
@@ -186,11 +186,7 @@ def estimate_sampling(draft: SampleDraft) -> dict[str, Any]:
         "pages": local_bytes(cache.pages),
     }
     report: dict[str, Any] = {
-        "topology": topology.name,
-        "accelerator_type": topology.accelerator_type,
-        "chips": topology.chips,
-        "devices_per_chip": topology.generation.devices,
-        "mesh": dict(layout.mesh.shape),
+        **where_it_runs(topology, layout.mesh),
         "rows": draft.rows,
         "rows_per_device": rung.rows,
         "n": request.asked.n,

@@ -268,14 +268,13 @@ class Drawing:
                 pages = max(sum(seat.pages_needed(row) for _, row in seat.going()) for seat in self.seats)
                 longest = max(len(q.ids) for seat in self.seats for q in seat.prompts if q is not None)
                 rung = shrunk(rung, rows, prompts, pages, longest)
-        free = rung.pages - self.rung.pages
-        missing = max(seat.missing_pages() for seat in self.seats) - free
+        added = rung.pages - self.rung.pages
+        missing = max(seat.missing_pages() for seat in self.seats) - added
         row_pages = max(seat.most_row_pages() for seat in self.seats)
         if missing > 0 or row_pages > rung.row_pages:
             rung = grown(rung, max(0, missing), row_pages)
-        if (
-            rung.pages > self.most_pages
-        ):  # the youngest answers are given up for now, and come again with the same draws
+        if rung.pages > self.most_pages:
+            # The youngest answers are given up for now, and come again with the same draws.
             rung = dataclasses.replace(rung, pages=max(self.rung.pages, self.most_pages))
             for seat in self.seats:
                 seat.give_up(seat.missing_pages() - (rung.pages - self.rung.pages))
