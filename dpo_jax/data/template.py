@@ -13,6 +13,7 @@ from dpo_jax.errors import UserError
 
 _CLOCK = "strftime_now"  # the function by which templates write a date
 _FORMATS = "aAbBdjmUwWyYxcGuVeDFhHIMSpTRX"  # of strftime, one character each
+_TEXT = frozenset({"role", "content"})  # of a message, which every template reads
 _ROW_MAY_NAME = (
     "tools",
     "documents",
@@ -106,12 +107,12 @@ def unread_fields(template: ChatTemplate, comparison: Comparison, known: dict[tu
     """
     answers = (comparison.completion_a, comparison.completion_b)
     messages = [message for part in (comparison.prompt_conversation, *answers) for message in part]
-    if not (comparison.tools or comparison.chat_template_kwargs or any(len(message) > 2 for message in messages)):
+    if not (comparison.tools or comparison.chat_template_kwargs or any(message.keys() - _TEXT for message in messages)):
         return []  # most rows have texts alone
     fields = {key for message in messages for key, value in message.items() if value not in (None, "", [])}
     fields |= set(comparison.chat_template_kwargs or {}) - set(_ROW_MAY_NAME)
     fields |= {"tools"} if comparison.tools else set()
-    fields -= {"role", "content"}
+    fields -= _TEXT
     if not fields:
         return []
     source = source_of(template, comparison)

@@ -19,6 +19,7 @@ from dpo_jax.data.comparison import Comparison, LabeledComparison, Skip
 from dpo_jax.data.cuts import Cuts, sure_cuts
 from dpo_jax.data.forms.reader import parse_own
 from dpo_jax.data.render import Rendered, make_renderer, render_batch
+from dpo_jax.data.template import unread_fields
 from dpo_jax.errors import UserError
 from tests import places
 from tests.data.rendering_rows import comparison_of, conversations
@@ -468,6 +469,10 @@ def test_fields_that_leave_no_trace_are_noted():
     )
     assert one(make_renderer(plain), row).notes == ("unread loud", "unread thinking", "unread tools")
     assert one(make_renderer(reads), row).notes == ("unread tools",)  # transformers gives thinking another name
+    bare = bpe_tokenizer(CHATML.replace("m['content']", "m['content'] or ''"))
+    calls = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": {}}}]
+    called = LabeledComparison(replace(base, completion_a=[{"role": "assistant", "tool_calls": calls}]), "A")
+    assert unread_fields(make_renderer(bare).template, called.comparison, {}) == ["tool_calls"]  # in place of a text
     same = LabeledComparison(replace(base, chat_template_kwargs={"tokenize": True}), "A")
     assert one(make_renderer(plain), same).reason == "template_option"
 

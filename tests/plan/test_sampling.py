@@ -105,7 +105,9 @@ def _cache_shapes(programs, rung):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_the_loop_on_this_machine_copies_no_cache_and_asks_no_host(n):
+def test_the_loop_on_this_machine_copies_no_cache_and_asks_no_host(n, monkeypatch):
+    """Of layers that lie apart, as those of all but tiny models do on a CPU."""
+    monkeypatch.setattr("dpo_jax.sampling.programs.APART_FROM", 0)
     layout = layout_of()
     programs = Programs(layout, page=8, cache_dtype=None, reach=64, filters=Filters())
     rung = first_rung(16, n, 64, 40, 33, 8)
