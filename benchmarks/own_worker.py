@@ -20,9 +20,10 @@ import numpy as np
 
 from benchmarks.gate import Gate
 from dpo_jax import train
+from dpo_jax.batches import Item
 from dpo_jax.rows.pipeline import StepSource
 from dpo_jax.training import phases
-from dpo_jax.training.loop import Item, Phase
+from dpo_jax.training.loop import Phase
 
 LOGGED = ("dpo_loss", "chosen_logp", "rejected_logp", "grad_norm")
 

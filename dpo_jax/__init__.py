@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from dpo_jax.data.comparison import Comparison, LabeledComparison, Skip
     from dpo_jax.errors import UserError
     from dpo_jax.objective.losses import LOSSES
+    from dpo_jax.preference.load import load_preference_model
+    from dpo_jax.preference.models import PreferenceModel
     from dpo_jax.train import run
     from dpo_jax.weights.load import load_policy
 
@@ -23,10 +25,12 @@ __all__ = [
     "LOSSES",
     "Comparison",
     "LabeledComparison",
+    "PreferenceModel",
     "Skip",
     "UserError",
     "get_config",
     "load_policy",
+    "load_preference_model",
     "run",
     "sample",
 ]
@@ -35,10 +39,12 @@ _MODULES = {
     "LOSSES": "objective.losses",
     "Comparison": "data.comparison",
     "LabeledComparison": "data.comparison",
+    "PreferenceModel": "preference.models",
     "Skip": "data.comparison",
     "UserError": "errors",
     "get_config": "config.file",
     "load_policy": "weights.load",
+    "load_preference_model": "preference.load",
     "run": "train",
     "sample": "answering.api",
 }

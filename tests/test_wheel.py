@@ -63,4 +63,5 @@ def test_a_missing_config_is_said_with_those_that_are_installed(installed):
     run, _ = installed
     done = run("-m", "dpo_jax.train", "--config=configs/none.py", "--workdir=run")
     assert done.returncode == 2
-    assert "no such file; there are configs/helpsteer3.py, configs/hhh.py, configs/ultrafeedback.py" in done.stderr
+    names = ", ".join(f"configs/{name}.py" for name in ("helpsteer3", "hhh", "judge", "reward", "ultrafeedback"))
+    assert f"no such file; there are {names}" in done.stderr

@@ -43,6 +43,8 @@ def _asked(c: Config, names: Iterable[str]) -> list[str]:
 # Keys that nothing reads unless another key asks for it: the owner in words, whether it is there, its keys.
 _OWNERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("f_divergence=alpha", lambda c: c["f_divergence"] == "alpha", "f_alpha"),
+    ("judge", lambda c: bool(c["judge"]), "win_rate_prompts win_rate_baseline"),
+    ("task=reward", lambda c: c["task"] == "reward", "reward_center reward_margin"),
     ("a reference", lambda c: bool(c["reference"]), "reference_revision"),
     ("reference_sync_steps above 0", lambda c: c["reference_sync_steps"] > 0, "reference_sync_alpha"),
     ("lora_rank above 0", lambda c: c["lora_rank"] > 0, "lora_alpha lora_rslora lora_targets lora_base_dtype"),
@@ -104,4 +106,17 @@ def _check_reference(c: Config) -> None:
             raise UserError(f"reference_offload=True: {name}={c[name]} {why}; set one of them to its default")
 
 
-RULES = (_check_owners, _check_hyperparameters, _check_loss, _check_reference)
+# Keys of a policy's training, which preference models have no use for.
+_OF_POLICIES = """
+dpo_beta loss label_smoothing f_divergence f_alpha wpo ld_alpha simpo_gamma cpo_alpha discopop_tau reference
+reference_revision reference_cache reference_sync_steps reference_sync_alpha reference_offload sft_steps
+sft_learning_rate judge
+""".split()
+
+
+def _check_task(c: Config) -> None:
+    for name in [] if c["task"] == "dpo" else _asked(c, _OF_POLICIES):
+        raise UserError(f"{name}={c[name]!r} has no meaning for task={c['task']}; leave it at {KEYS[name].default!r}")
+
+
+RULES = (_check_task, _check_owners, _check_hyperparameters, _check_loss, _check_reference)

@@ -17,11 +17,14 @@ from dpo_jax.errors import UserError
 
 # What a reader needs to train a model like it, where it is set at all.
 _RECIPE = """
-    loss dpo_beta label_smoothing f_divergence wpo ld_alpha learning_rate lr_schedule warmup_steps optimizer
-    weight_decay max_grad_norm batch_size num_epochs sft_steps sft_learning_rate lora_rank lora_alpha lora_targets
+    task loss dpo_beta label_smoothing f_divergence wpo ld_alpha learning_rate lr_schedule warmup_steps optimizer
+    weight_decay max_grad_norm reward_center reward_margin batch_size num_epochs sft_steps sft_learning_rate lora_rank
+    lora_alpha lora_targets
     max_prompt_length max_completion_length overlong prompt_format chat_template template_date param_dtype seed
 """.split()
 _OFF = (0, 0.0, "", False, None)
+# Keys of a policy's training that a reward model's recipe has no use for.
+_OF_POLICIES = ("loss", "dpo_beta", "f_divergence", "ld_alpha", "sft_learning_rate")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class SavedConfig:
 
     model: str
     dataset: str
+    task: str
+    judge: str
     loss: str
     steps: int
     sft_steps: int
@@ -47,7 +52,22 @@ class SavedConfig:
     @property
     def is_dpo(self) -> bool:
         """Whether the run minimised DPO's own loss: what is said of ln 2 and of rewards holds for it."""
-        return self.loss in ("", "sigmoid")
+        return self.task == "dpo" and self.loss in ("", "sigmoid")
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether the run trained a policy, and no preference model."""
+        return self.task == "dpo"
+
+    @property
+    def is_reward(self) -> bool:
+        """Whether the run trained a reward model."""
+        return self.task == "reward"
+
+    @property
+    def kind(self) -> str:
+        """What was trained, in words."""
+        return {"reward": "reward model", "comparison": "preference model"}.get(self.task, "DPO")
 
     @property
     def title(self) -> tuple[str, str]:
@@ -61,12 +81,18 @@ def saved_config(table: Mapping[str, Any]) -> SavedConfig:
     return SavedConfig(
         model=str(get("model") or ""),
         dataset=str(get("dataset") or ""),
+        task=str(get("task") or "dpo"),
+        judge=str(get("judge") or ""),
         loss=str(get("loss") or ""),
         steps=_whole(get("num_steps")),
         sft_steps=_whole(get("sft_steps")),
         lora=bool(get("lora_rank")),
         table=table,
-        recipe=[(key, table[key]) for key in _RECIPE if get(key) not in _OFF],
+        recipe=[
+            (key, table[key])
+            for key in _RECIPE
+            if get(key) not in _OFF and not (get("task", "dpo") != "dpo" and key in _OF_POLICIES)
+        ],
         words={topic: [part for part in parts if part] for topic, parts in _words(table).items()},
     )
 
@@ -85,9 +111,15 @@ def _words(table: Mapping[str, Any]) -> dict[str, list[str]]:
         return form.format(get(key)) if get(key) else ""
 
     parts = fill("{} microbatches", "microbatches")
+    loss = [fill("{}", "loss"), fill("β {}", "dpo_beta"), fill("label smoothing {}", "label_smoothing")]
+    reference = [fill("{}", "reference") or ("the policy when DPO starts" if "reference" in table else "")]
+    if get("task", "dpo") != "dpo":
+        reference, loss = [], ["−log p of the right label"]
+    if get("task") == "reward":
+        loss = ["Bradley-Terry", fill("margin of {}", "reward_margin"), fill("centring {}", "reward_center")]
     return {
-        "Reference": [fill("{}", "reference") or ("the policy when DPO starts" if "reference" in table else "")],
-        "Loss": [fill("{}", "loss"), fill("β {}", "dpo_beta"), fill("label smoothing {}", "label_smoothing")],
+        "Reference": reference,
+        "Loss": loss,
         "Learning rate": [fill("{}", "learning_rate"), fill("{}", "lr_schedule"), warm_up(get("warmup_steps"))],
         "Optimizer": [fill("{}", "optimizer"), fill("decay {}", "weight_decay"), fill("clip at {}", "max_grad_norm")],
         "Batch": [fill("{} pairs", "batch_size"), parts if get("microbatches") != 1 else ""],

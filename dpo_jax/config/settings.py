@@ -17,7 +17,9 @@ from dpo_jax.rows.shape import Order
 from dpo_jax.weights.hub import local_model
 
 # Keys that name places on a host's own disk, which may differ between the hosts of one run.
-_OF_THE_HOST = ("model", "reference", "dataset_path", "eval_path", "cache_dir", "compilation_cache")
+_OF_THE_HOST = (
+    "model", "reference", "judge", "win_rate_baseline", "dataset_path", "eval_path", "cache_dir", "compilation_cache",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +33,18 @@ class BatchOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveOptions:
-    """What DPO minimises.
+    """What is minimised.
 
     Attributes:
+      task: "dpo"; or "reward" or "comparison", for which `balance` and `center` alone count.
+      center: weight of the squared sum of both scores.
       parts: losses with their weights; `hyperparameters` are of single ones, by name.
       balance: weight of the experts' load-balancing loss; 0 is off.
       beta, ld_alpha, wpo, f_divergence, f_alpha: see `keys.py`.
     """
 
+    task: str
+    center: float
     parts: Mapping[str, float]
     beta: float
     balance: float
@@ -102,6 +108,7 @@ class Settings:
     mesh: tuple[int, int, int]
     trackers: Mapping[str, str]
     seed: int
+    task: str
     model: str
     revision: str
     num_steps: int
@@ -117,6 +124,9 @@ class Settings:
     keep_checkpoints: int
     export: bool
     kl_prompts: int
+    judge: str
+    win_rate_prompts: int
+    win_rate_baseline: str
     sample_prompts: int
     sample_tokens: int
     sample_temperature: float
@@ -153,6 +163,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             ObjectiveOptions,
             parts=parse_loss(c["loss"]),
             beta=c["dpo_beta"],
+            center=c["reward_center"],
             balance=c["router_aux_loss_coef"],
             hyperparameters={n: c[n] for n in ("label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau")},
         ),

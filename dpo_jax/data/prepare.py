@@ -18,7 +18,7 @@ from dpo_jax.data.notes import sentences
 from dpo_jax.data.render import Renderer, make_renderer
 from dpo_jax.data.sources import DataSources, find_sources
 from dpo_jax.data.split import Pairs, Split, split
-from dpo_jax.data.tokenise import copy_bad_rows, tokenise
+from dpo_jax.data.tokenise import Recast, copy_bad_rows, tokenise
 from dpo_jax.errors import UserError
 
 
@@ -48,6 +48,7 @@ class DataRequest:
     cache_dir: str = ""
     batch_size: int = 1  # this and the next: what an epoch of a mixture is, for the report
     drop_remainder: bool = False
+    reward_margin: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,18 @@ Progress = Callable[[Reading], None]
 
 
 def prepare(
-    request: DataRequest, tokenizer: Any, quarantine: Path | None = None, progress: Progress | None = None
+    request: DataRequest,
+    tokenizer: Any,
+    quarantine: Path | None = None,
+    progress: Progress | None = None,
+    recasting: Callable[[Renderer], Recast] | None = None,
 ) -> Prepared:
     """Pairs for `request`, from the cache if it holds exactly these.
 
     Args:
       request, tokenizer: what to prepare, and for which model.
       quarantine: JSONL of the bad rows; None leaves them in the cache, and the report's `quarantine` names that file.
+      recasting: what makes of a renderer what pairs become before they are rendered; None: they stay pairs.
       progress: is told now and then how far building has come; never if the cache is there.
 
     UserError if the data cannot be found or read, too many rows are bad, or no pair is left.
@@ -111,7 +117,9 @@ def prepare(
         request.chat_template,
         request.template_date,
     )
-    decides = identity(data, renderer, request.drop_ties)
+    recast = None if recasting is None else recasting(renderer)
+    decides = identity(data, renderer, request.drop_ties, request.reward_margin)
+    decides |= {} if recast is None else {"recast": recast.identity}
     total = sum(file["bytes"] or 0 for source in decides["sources"] for file in source["files"])
     so_far = np.zeros(3, np.int64)  # bytes, rows, pairs
 
@@ -121,7 +129,8 @@ def prepare(
             read, rows, kept = so_far.tolist()
             progress(Reading(min(read, total), total, rows, kept))
 
-    produce = functools.partial(tokenise, data.sources, renderer, request.drop_ties, quarantine=quarantine, tell=tell)
+    options = {"quarantine": quarantine, "tell": tell, "margin": request.reward_margin, "recast": recast}
+    produce = functools.partial(tokenise, data.sources, renderer, request.drop_ties, **options)
     cache, built = open_or_build(request.cache_dir, decides, produce)
     written = copy_bad_rows(Path(cache.directory) / QUARANTINE, quarantine)
     for entry in cache.manifest["sources"]:

@@ -27,6 +27,11 @@ class Pairs:
         """int32 [n]: which of the report's `source_names` each pair is from."""
         return self.cache.source[self.index]
 
+    @property
+    def margin(self) -> np.ndarray | None:
+        """float32 [n]: by how much each chosen answer should win; None where pairs have no margin."""
+        return None if self.cache.margin is None else self.cache.margin[self.index]
+
     def __len__(self) -> int:
         return len(self.index)
 

@@ -3,19 +3,38 @@
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dpo_jax.data.cache.store import Pair
 from dpo_jax.data.comparison import DELIBERATE, LabeledComparison, Skip
 from dpo_jax.data.containers import read_rows
+from dpo_jax.data.forms.scores import margin_of
 from dpo_jax.data.raw import BadLine
-from dpo_jax.data.render import Renderer, render_batch
+from dpo_jax.data.render import Rendered, Renderer, render_batch
 from dpo_jax.data.sources import Source
 from dpo_jax.data.tally import Tally
 from dpo_jax.disk import digest
 from dpo_jax.errors import UserError
+
+
+class Recast(Protocol):
+    """What pairs become before they are rendered, such as questions with a label for an answer."""
+
+    @property
+    def identity(self) -> list[object]:
+        """What decides it: for the fingerprint of a cache."""
+        ...
+
+    def asked(self, pairs: Sequence[LabeledComparison]) -> list[LabeledComparison]:
+        """Other pairs in the place of these."""
+        ...
+
+    def cut(self, rendered: Rendered) -> tuple[Any, Any]:
+        """Token ids of chosen and rejected that are kept."""
+        ...
+
 
 _BATCH = 512  # rows parsed and tokenised together: enough for the tokenizer's threads, little memory
 PLAINLY = 20_000  # rows without one good one
@@ -29,11 +48,14 @@ def tokenise(
     bad_rows: Path,
     quarantine: Path | None,
     tell: Callable[[int, int, int], None],
+    margin: str = "",
+    recast: Recast | None = None,
 ) -> Generator[Pair, None, dict[str, Any]]:
     """Yields the pairs of all sources; returns the manifest's entries: what was read, kept, dropped and truncated.
 
     Bad rows go to the file `bad_rows`, and to `quarantine` too where reading stops at once. `tell` is given the bytes,
-    rows and pairs that are new since its last call.
+    rows and pairs that are new since its last call. `margin`: what the pairs' margins are, see `margin_of`; empty: they
+    have none. `recast`: what pairs become before they are rendered.
     """
     names = list(dict.fromkeys(source.name for source in sources))
     entries: list[dict[str, Any]] = []
@@ -45,7 +67,7 @@ def tokenise(
             rows = itertools.chain.from_iterable(read_rows(path, lambda n: tell(n, 0, 0)) for path in source.files)
             while batch := list(itertools.islice(rows, _BATCH)):
                 kept = tally.kept
-                yield from _batch_pairs(batch, renderer, drop_ties, tally, names.index(source.name))
+                yield from _batch_pairs(batch, renderer, drop_ties, tally, names.index(source.name), margin, recast)
                 tell(0, len(batch), tally.kept - kept)
                 if tally.read >= PLAINLY:
                     _refuse_wrong_columns(tally, quarantine)
@@ -62,12 +84,19 @@ def tokenise(
 
 
 def _batch_pairs(
-    batch: list[tuple[str, dict[str, Any] | BadLine]], renderer: Renderer, drop_ties: bool, tally: Tally, name: int
+    batch: list[tuple[str, dict[str, Any] | BadLine]],
+    renderer: Renderer,
+    drop_ties: bool,
+    tally: Tally,
+    name: int,
+    margin: str,
+    recast: Recast | None,
 ) -> Iterator[Pair]:
     """The pairs of some rows of one source; `name` is the number of its name."""
     source = tally.source
     spec = source.spec
     good: list[tuple[str, dict[str, Any], LabeledComparison]] = []
+    margins: list[float] = []
     tally.read += len(batch)
     for location, row in batch:
         if isinstance(row, BadLine):
@@ -77,10 +106,15 @@ def _batch_pairs(
         for pair in tally.pairs(location, row, spec.read(named)):
             if pair.label == "Tie" or (drop_ties and spec.tied(named)):
                 tally.drop(location, Skip("tie"), row)
+            elif margin and isinstance(wanted := margin_of(named, margin), Skip):
+                tally.drop(location, wanted, row)
             else:
                 good.append((location, row, pair))
+                margins += [wanted] if margin else []
     number = {path: n for n, path in enumerate(source.files)}
-    for (location, row, pair), rendered in zip(good, render_batch(renderer, [item[2] for item in good]), strict=True):
+    pairs = [pair for _, _, pair in good]
+    rendered_pairs = render_batch(renderer, pairs if recast is None else recast.asked(pairs))
+    for at, ((location, row, pair), rendered) in enumerate(zip(good, rendered_pairs, strict=True)):
         if isinstance(rendered, Skip):
             tally.drop(location, rendered, row)
             continue
@@ -93,7 +127,8 @@ def _batch_pairs(
         prompt_hash = int.from_bytes(
             bytes.fromhex(digest(json.dumps(turns or list(rendered.prompt)), size=8)), "little"
         )
-        yield Pair(rendered.prompt, rendered.chosen, rendered.rejected, name, prompt_hash, number[path], int(line))
+        both = (rendered.chosen, rendered.rejected) if recast is None else recast.cut(rendered)
+        yield Pair(rendered.prompt, *both, name, prompt_hash, number[path], int(line), margins[at] if margin else None)
 
 
 def _refuse_wrong_columns(tally: Tally, quarantine: Path | None) -> None:

@@ -103,7 +103,9 @@ def _pairs(s: Settings, given: str) -> tuple[Policy, Prepared, str]:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{workdir} cannot be written ({error.strerror}); give a writable --workdir") from error
-    policy = find_policy(s.model, workdir, s.seed, with_weights=False, revision=s.revision)
+    policy = find_policy(
+        s.model, workdir, s.seed, with_weights=False, revision=s.revision, scalar_head=s.task == "reward"
+    )
     with _progress(Console(stderr=True)) as progress:
         prepared = inputs.prepare_pairs(s, policy.tokenizer, workdir, quarantine, progress)
     return policy, prepared, shared_address(s.data.cache_dir)

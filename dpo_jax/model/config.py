@@ -31,6 +31,7 @@ class ModelConfig:
       rope_local_theta: of the sliding layers, where they have a rope of their own (never scaled).
       num_experts: 0 is a dense feed-forward layer.
       lora_scale: what adapters are multiplied by, where the parameters hold some (`lora.py`).
+      scalar_head: a reward model: one number of a hidden state in place of the vocabulary projection.
     """
 
     model_type: str
@@ -65,6 +66,7 @@ class ModelConfig:
     norm_topk_prob: bool = True
     router_aux_loss_coef: float = 0.0
     lora_scale: float = 1.0
+    scalar_head: bool = False
 
     def parameter_count(self) -> int:
         """Number of parameters, embeddings included."""
@@ -84,5 +86,5 @@ class ModelConfig:
         attention += {"": 0, "head": 2 * E, "projection": E * (H + G)}[self.qk_norm]
         mlp = 3 * D * self.intermediate_size * experts + D * self.num_experts
         norms = D * (4 if self.norms == "both" else 2)
-        tables = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * (attention + mlp + norms) + tables + D
+        tables = self.vocab_size * D * (1 if self.tie_word_embeddings or self.scalar_head else 2)
+        return self.num_hidden_layers * (attention + mlp + norms) + tables + D + D * self.scalar_head

@@ -233,7 +233,9 @@ class Decoder(nn.Module):
         model, c, context = self.model, self.model.config, dict(context)
         layer = context.pop("layers")
         table_VD = _kernel(self, "embedding", (c.vocab_size, c.hidden_size), ("vocab", "table"), model.dtype)
-        if not c.tie_word_embeddings:
+        if c.scalar_head:
+            _kernel(self, "score", (1, c.hidden_size), ("label", "norm"), model.dtype)
+        elif not c.tie_word_embeddings:
             # Read by `unembedding`, outside of this module: the projection runs on completion tokens only.
             _kernel(self, "lm_head", (c.vocab_size, c.hidden_size), ("vocab", "table"), model.dtype)
         x_BTD = _embedded(table_VD, tokens_BT, model)

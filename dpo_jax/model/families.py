@@ -31,6 +31,7 @@ class Family:
 
     Attributes:
       architecture: the transformers class of a model of this family.
+      classifier: the class of a reward model of this family; empty: named after `architecture`.
       fixed: fields of `ModelConfig` that the family fixes.
       keys: keys of its config.json and the fields (several: with blanks between) that they set.
       aliases: other names that some versions write for a key.
@@ -47,6 +48,7 @@ class Family:
     refused: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     windows: str = "none"
     partial_rotary: bool = False
+    classifier: str = ""
 
 
 _ACT = {"hidden_act": "hidden_act"}
@@ -78,6 +80,7 @@ FAMILIES = {
         keys=_GEMMA_KEYS,
         refused={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
         windows="layer_types",
+        classifier="Gemma3TextForSequenceClassification",
     ),
     "olmo2": Family("Olmo2ForCausalLM", fixed={"norms": "post", "qk_norm": "projection"}, keys=_ACT | _BIAS),
     "phi3": Family("Phi3ForCausalLM", keys=_ACT, refused=_NO_BIAS, windows="all", partial_rotary=True),
@@ -304,3 +307,14 @@ def hf_config(
         hf["partial_rotary_factor"] = c.partial_rotary_factor
         hf[_ORIGINAL] = dict(c.rope_scaling).get(_ORIGINAL, c.max_position_embeddings)
     return hf
+
+
+def classifier_config(hf: Mapping[str, Any], pad_token_id: int | None) -> dict[str, Any]:
+    """The config.json of a reward model over the model of `hf`: transformers' sequence classifier with one label.
+
+    `pad_token_id`: its score is that of the last token of another id; None: of the last token.
+    """
+    family = FAMILIES[hf["model_type"]]
+    named = family.classifier or family.architecture.replace("ForCausalLM", "ForSequenceClassification")
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return dict(hf) | {"architectures": [named], "pad_token_id": pad_token_id} | labels

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -219,6 +220,12 @@ def decode(
 def unembedding(params: Params) -> jax.Array:
     """The vocabulary projection `[V, D]`: the embedding itself where they are tied."""
     return params["lm_head" if "lm_head" in params else "embedding"]
+
+
+def fresh_head(key: jax.Array, config: ModelConfig) -> Any:
+    """A reward model's head `[1, D]` as transformers draws it, N(0, 0.02²), with its logical axis names."""
+    drawn = 0.02 * jax.random.normal(key, (1, config.hidden_size), jnp.float32)
+    return nn.LogicallyPartitioned(drawn, ("label", "norm"))
 
 
 def init_params(key: jax.Array, config: ModelConfig) -> Params:

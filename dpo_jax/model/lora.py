@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig, Params
-from dpo_jax.model.forward import init_params
+from dpo_jax.model.forward import fresh_head, init_params
 from dpo_jax.model.options import Lora
 from dpo_jax.model.tensors import Leaf, model_leaves, sizes
 
@@ -68,4 +68,6 @@ def init_adapters(key: jax.Array, config: ModelConfig, lora: Lora) -> Params:
         box = nn.LogicallyPartitioned
         flat[(BRANCH, *leaf.path, "a")] = box(a, (layers, *axes[:inputs], "rank"))
         flat[(BRANCH, *leaf.path, "b")] = box(jnp.zeros(b_shape, jnp.float32), (layers, "rank", *axes[inputs:]))
+    if config.scalar_head:  # a reward model's head is trained beside them
+        flat[("score",)] = fresh_head(jax.random.fold_in(key, len(flat)), config)
     return flax.traverse_util.unflatten_dict(flat)

@@ -53,7 +53,7 @@ def axis_rules(config: ModelConfig, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
         ("mlp", "tensor"),
         ("experts", "tensor" if spread_experts else None),
         ("expert_mlp", None if spread_experts else "tensor"),
-        *((name, None) for name in ("tokens", "activation", "head_dim", "router", "norm", "layers", "rank")),
+        *((name, None) for name in ("tokens", "activation", "head_dim", "router", "norm", "layers", "rank", "label")),
     )
 
 

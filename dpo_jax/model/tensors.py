@@ -1,6 +1,7 @@
 """How our parameter tree and a Hugging Face checkpoint's tensors correspond, for every family; used both ways.
 
-Letters: L layers, X experts, D model, F ffn, H query heads, G kv-heads, E head width, V vocabulary.
+Letters: L layers, X experts, D model, F ffn, H query heads, G kv-heads, E head width, V vocabulary, O the one output of
+a reward model.
 """
 
 import dataclasses
@@ -110,14 +111,15 @@ QK_NORMS = {"": (), "head": _qk_norms("E", "E"), "projection": _qk_norms("HE", "
 EMBEDDING = Leaf(("embedding",), "model.embed_tokens.weight", "VD", ("V", "D"))
 FINAL_NORM = Leaf(("final_norm", "scale"), "model.norm.weight", "D", ("D",))
 LM_HEAD = Leaf(("lm_head",), "lm_head.weight", "VD", ("V", "D"))
+SCORE = Leaf(("score",), "score.weight", "OD", ("O", "D"))
 
 
 def model_leaves(config: ModelConfig) -> list[Leaf]:
-    """The leaves this model has: no `lm_head` where embeddings are tied, biases where it has them, ..."""
+    """The leaves this model has: no `lm_head` where embeddings are tied, a `score` of a reward model, ..."""
     c = config
     attention, feed_forward = ATTENTIONS.get(c.model_type, ATTENTION), MLPS.get(c.model_type, MLP)
     biases = QKV_BIASES * c.attention_bias + (O_BIAS,) * c.output_bias
-    head = () if c.tie_word_embeddings else (LM_HEAD,)
+    head = (SCORE,) if c.scalar_head else () if c.tie_word_embeddings else (LM_HEAD,)
     return [EMBEDDING, *NORMS[c.norms], *attention, *biases, *QK_NORMS[c.qk_norm], *feed_forward, FINAL_NORM, *head]
 
 
@@ -126,7 +128,7 @@ def sizes(config: ModelConfig) -> Sizes:
     c = config
     return {
         "L": c.num_hidden_layers, "X": c.num_experts, "D": c.hidden_size, "F": c.intermediate_size,
-        "V": c.vocab_size, "H": c.num_attention_heads, "G": c.num_key_value_heads, "E": c.head_dim,
+        "V": c.vocab_size, "H": c.num_attention_heads, "G": c.num_key_value_heads, "E": c.head_dim, "O": 1,
     }  # fmt: skip
 
 

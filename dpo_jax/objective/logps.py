@@ -22,6 +22,8 @@ DEFAULTS = LogpOptions()
 class Logps:
     """A model's log-probabilities of the completions of groups, float32 `[B, K, n]`; of pairs (chosen, rejected).
 
+    Of a reward model its scores are in their place (`scores.py`).
+
     Attributes:
       logps: summed over a completion, where asked for weighted token by token.
       log_sum_sq: log Σ_v p(v)² of every token's distribution, summed over a completion and constant to the gradient;
@@ -71,6 +73,11 @@ def group_logps(
     return sum_groups(*values, batch, shape, weights)
 
 
+def in_group_order(by_slot_BKn: jax.Array, batch: Batch[jax.Array]) -> jax.Array:
+    """What was computed slot by slot, in the order of each group's own completions."""
+    return by_slot_BKn if batch.slots is None else jnp.take_along_axis(by_slot_BKn, batch.slots, axis=-1)
+
+
 def sum_groups(
     logps_BN: jax.Array,
     log_sum_sq_BN: jax.Array | None,
@@ -87,8 +94,7 @@ def sum_groups(
     def sums(values_BN: jax.Array, weights_BNK: jax.Array) -> jax.Array:
         # No matrix product: a TPU's would round float32 values to bfloat16.
         parts = (jnp.sum(values_BN[:, s, None] * weights_BNK[:, s], axis=1) for s in slots)
-        by_slot_BKn = jnp.stack(list(parts), axis=-1)
-        return by_slot_BKn if batch.slots is None else jnp.take_along_axis(by_slot_BKn, batch.slots, axis=-1)
+        return in_group_order(jnp.stack(list(parts), axis=-1), batch)
 
     squares = None if log_sum_sq_BN is None else sums(log_sum_sq_BN, owner_BNK)
     if weights is None:

@@ -28,14 +28,19 @@ class Groups(Protocol):
     @property
     def completion_tokens(self) -> jax.Array: ...
 
+    @property
+    def margin(self) -> jax.Array | None: ...
+
 
 # (policy's log-probabilities, the reference's or None, the groups' part of the batch, mean tokens `[n]` of completions
 # over the whole batch) -> metrics of every group
 Values = Callable[[Logps, Logps | None, Groups, jax.Array], dict[str, jax.Array]]
 
-# (the policy's log-probabilities of all groups of a set, the reference's or None, tokens of completions) -> metrics of
-# every group; arrays of NumPy
-SetValues = Callable[[Logps, Logps | None, np.ndarray], Mapping[str, np.ndarray]]
+# (the policy's log-probabilities of all groups of a set, the reference's or None, tokens of completions, margins or
+# None) -> metrics of every group; arrays of NumPy
+SetValues = Callable[[Logps, Logps | None, np.ndarray, np.ndarray | None], Mapping[str, np.ndarray]]
+# How a value of every group becomes one of a batch, where that is not the mean.
+EXTREMES: dict[str, Callable[..., jax.Array]] = {"min_reward": jnp.min, "max_reward": jnp.max}
 
 # Relative error of a summed float32 log-probability: in float32, equal models then have an accuracy of exactly 0.
 ROUNDING = 1e-6
@@ -48,7 +53,8 @@ class Objective:
     """What is minimised.
 
     Attributes:
-      values: log-probabilities `[B, K, n]` (or `[M, B, K, n]`) → metrics of every group `[B, K]` by name.
+      values: log-probabilities `[B, K, n]` (or `[M, B, K, n]`) → metrics of every group `[B, K]` by name. Those in
+        `EXTREMES` become the least or the greatest of a batch, the others means.
       loss: the name in `values` whose mean over the batch's groups is minimised.
       needs_reference: whether the reference's forward pass runs.
       across: whether a group's value depends on the other groups, so that `values` must see the whole batch at once.
@@ -67,6 +73,23 @@ class _Set(NamedTuple):
 
     is_group: jax.Array
     completion_tokens: jax.Array
+    margin: jax.Array | None = None
+
+
+def reduced(values: Mapping[str, jax.Array], is_group: jax.Array) -> dict[str, jax.Array]:
+    """Values of groups to one of all that are there: sums, or extremes."""
+    # Masked first, so that padding can hold anything finite or not.
+    return {
+        name: EXTREMES[name](jnp.where(is_group, value, jnp.inf if EXTREMES[name] is jnp.min else -jnp.inf))
+        if name in EXTREMES
+        else jnp.sum(jnp.where(is_group, value, 0.0))
+        for name, value in values.items()
+    }
+
+
+def together(parts: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Reduced values of the parts of a batch, `[parts]`, to those of the batch."""
+    return {name: EXTREMES.get(name, jnp.sum)(value, axis=0) for name, value in parts.items()}
 
 
 def mean_tokens(groups: Groups) -> jax.Array:
@@ -85,8 +108,10 @@ def make_set_values(objective: Objective) -> SetValues:
     """
 
     @jax.jit
-    def values(policy: Logps, reference: Logps | None, tokens_Nn: jax.Array) -> dict[str, jax.Array]:
-        groups = _Set(jnp.ones(tokens_Nn.shape[:1], bool), tokens_Nn)
+    def values(
+        policy: Logps, reference: Logps | None, tokens_Nn: jax.Array, margin_N: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        groups = _Set(jnp.ones(tokens_Nn.shape[:1], bool), tokens_Nn, margin_N)
         return objective.values(policy, reference, groups, mean_tokens(groups))
 
     return lambda *scored: jax.device_get(values(*scored))
@@ -216,3 +241,54 @@ def sft_objective() -> Objective:
 
     values = lambda policy, _, groups, tokens_n: {"loss": sft(_scored(policy, None, groups, tokens_n, None))}
     return Objective(values, "loss", needs_reference=False)
+
+
+def reward_objective(*, center: float = 0.0, balance: float = 0.0) -> Objective:
+    """What a reward model of Bradley and Terry's minimises: −log σ(r_c − r_r − m) + center · (r_c + r_r)².
+
+    r are the scores of chosen and rejected and m is the pair's margin (Touvron et al. 2023, arXiv 2307.09288, equation
+    2); the second term keeps scores around 0, which no comparison does (Eisenstein et al. 2023, arXiv 2312.09244).
+    `accuracy` is the share of pairs whose chosen completion has the higher score, `margin` the mean of r_c − r_r;
+    `mean_reward`, `min_reward` and `max_reward` are of all completions.
+
+    Args:
+      center: the weight of the second term.
+      balance: as in `Objective`.
+    """
+
+    def values(policy: Logps, reference: Logps | None, groups: Groups, tokens_n: jax.Array) -> dict[str, jax.Array]:
+        chosen, rejected = policy.logps[..., 0], policy.logps[..., 1]
+        wanted = 0.0 if groups.margin is None else groups.margin
+        loss = -jax.nn.log_sigmoid(chosen - rejected - wanted) + center * jnp.square(chosen + rejected)
+        return {
+            "loss": loss,
+            "accuracy": (chosen > rejected).astype(jnp.float32),
+            "margin": chosen - rejected,
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+            "mean_reward": (chosen + rejected) / 2,
+            "min_reward": jnp.minimum(chosen, rejected),
+            "max_reward": jnp.maximum(chosen, rejected),
+        }
+
+    return Objective(values, "loss", needs_reference=False, balance=balance)
+
+
+def label_objective(*, balance: float = 0.0) -> Objective:
+    """What a generative preference model minimises: −log π of the right label after a comparison, its first completion.
+
+    `accuracy` is the share of comparisons whose right label is more likely than the other one, `margin` the mean
+    difference of their log-probabilities.
+    """
+
+    def values(policy: Logps, reference: Logps | None, groups: Groups, tokens_n: jax.Array) -> dict[str, jax.Array]:
+        right, other = policy.logps[..., 0], policy.logps[..., 1]
+        return {
+            "loss": -right,
+            "accuracy": (right > other).astype(jnp.float32),
+            "margin": right - other,
+            "chosen_logp": right,
+            "rejected_logp": other,
+        }
+
+    return Objective(values, "loss", needs_reference=False, balance=balance)

@@ -1,4 +1,7 @@
-"""A model on its mesh as the step sees it: (parameters, one microbatch, row shape) → log-probabilities by group."""
+"""A model on its mesh as the step sees it: (parameters, one microbatch, row shape) → what is known of its groups.
+
+That is the log-probabilities of their completions, or the scores that a reward model gives them.
+"""
 
 import dataclasses
 
@@ -11,6 +14,7 @@ from dpo_jax.model.forward import ModelOptions, hidden_states, unembedding
 from dpo_jax.model.placement import Layout, axis_rules
 from dpo_jax.model.remat import to_device
 from dpo_jax.objective.logps import Logps, LogpsFn, TokenWeights, group_logps
+from dpo_jax.objective.scores import group_scores
 from dpo_jax.objective.token_logps import LogpOptions
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
@@ -39,8 +43,7 @@ def logps_fn(
     """
     rules = axis_rules(layout.config, layout.mesh)
     vocabulary = dataclasses.replace(logp_options(layout), log_sum_sq=log_sum_sq)
-    grouped, longest = Grouped() if layout.platform == "tpu" else None, layout.options.longest
-    model = ModelOptions(layout.config, layout.dtype, remat, layout.tiling, from_host, longest, grouped)
+    model = _model_options(layout, remat, from_host)
 
     def logps_of(params: Params, micro: Batch[jax.Array], shape: RowShape) -> Logps:
         with nn.logical_axis_rules(rules):
@@ -51,3 +54,21 @@ def logps_fn(
             return dataclasses.replace(logps, balance=sums)
 
     return logps_of
+
+
+def scores_fn(layout: Layout, *, remat: str, pad: int | None, balance: bool = False) -> LogpsFn:
+    """The function of a reward model that the step is made with; `pad` as in `group_scores`, `balance` as above."""
+    rules, model = axis_rules(layout.config, layout.mesh), _model_options(layout, remat)
+
+    def scores_of(params: Params, micro: Batch[jax.Array], shape: RowShape) -> Logps:
+        with nn.logical_axis_rules(rules):
+            hidden, sums = hidden_states(params, micro, shape, model, balance=balance)
+            scores = group_scores(hidden, micro, params["score"], shape, pad)
+            return dataclasses.replace(scores, balance=sums)
+
+    return scores_of
+
+
+def _model_options(layout: Layout, remat: str, from_host: bool = False) -> ModelOptions:
+    grouped = Grouped() if layout.platform == "tpu" else None
+    return ModelOptions(layout.config, layout.dtype, remat, layout.tiling, from_host, layout.options.longest, grouped)

@@ -83,6 +83,7 @@ def _plan_training(s: Settings, topologies: list[Topology], values: Mapping[str,
 
     jax.config.update("jax_platforms", "cpu")
     model = find_model(s.model, seed=s.seed, revision=s.revision)
+    model = dataclasses.replace(model, scalar_head=s.task == "reward")
     drafts = [make_draft(s, model, lengths, topology) for topology in topologies]  # before minutes of compiling
     print(f"{s.model}: {model.parameter_count():,} parameters; {lengths.source}", flush=True)
     reports: list[dict[str, Any]] = []
@@ -99,6 +100,8 @@ def _plan_training(s: Settings, topologies: list[Topology], values: Mapping[str,
 
 def _plan_sampling(s: Settings, topologies: list[Topology], values: Mapping[str, Any], keep: Keep) -> None:
     request = read_request(values)
+    if s.task != "dpo":
+        raise UserError(f"--sample: task={s.task} is of a model that draws no answers; leave one of them out")
 
     import jax  # as above
 

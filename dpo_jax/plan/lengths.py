@@ -64,7 +64,9 @@ def find_lengths(s: Settings, file: str = "", completions: int = 2) -> Lengths:
     from dpo_jax.weights.find import find_policy
 
     with tempfile.TemporaryDirectory() as work:
-        policy = find_policy(s.model, Path(work), s.seed, with_weights=False, revision=s.revision)
+        policy = find_policy(
+            s.model, Path(work), s.seed, with_weights=False, revision=s.revision, scalar_head=s.task == "reward"
+        )
         data = inputs.prepare_pairs(s, policy.tokenizer, Path(work), None)
         inputs.check_tokens(data.split, policy)
         lengths, mixture = np.asarray(data.train.lengths), data.split.mixture

@@ -40,12 +40,15 @@ class Metric:
 
 # In the order in which console lines and tables show them; a metric that is not listed gets four significant digits.
 METRICS = {
-    "loss": Metric("SFT loss", ".4f", "loss", over="chosen tokens"),
+    "loss": Metric("Loss", ".4f", "loss", held_out=True, over="chosen tokens"),
     "dpo_loss": Metric("DPO loss", ".4f", "dpo_loss", held_out=True, over="the loss's"),
     "accuracy": Metric("Accuracy", ".3f", "accuracy", held_out=True, over="pairs"),
     "margin": Metric("Margin", ".4f", "margin", held_out=True, over="pairs"),
     "chosen_reward": Metric("Chosen reward", ".4f", "chosen", held_out=True, over="pairs"),
     "rejected_reward": Metric("Rejected reward", ".4f", "rejected", held_out=True, over="pairs"),
+    "mean_reward": Metric("Mean reward", ".4f", held_out=True, over="completions"),
+    "min_reward": Metric("Least reward", ".4f", held_out=True),
+    "max_reward": Metric("Greatest reward", ".4f", held_out=True),
     "chosen_logp": Metric("Chosen log-probability", ".2f", held_out=True, over="pairs"),
     "rejected_logp": Metric("Rejected log-probability", ".2f", held_out=True, over="pairs"),
     "grad_norm": Metric("Gradient norm", short="grad_norm"),
@@ -53,6 +56,11 @@ METRICS = {
     "kl": Metric("KL from the reference, nats an answer", ".3f", held_out=True, over="answers"),
     "kl_error": Metric("Standard error of the KL", ".3f"),
     "kl_per_token": Metric("KL from the reference, nats a token", ".4f", held_out=True, over="answers' tokens"),
+    "win_rate": Metric("Win rate over the baseline", ".3f", held_out=True),
+    "win_rate_error": Metric("Standard error of the win rate", ".3f"),
+    "win_rate_ties": Metric("Ties with the baseline", ".3f"),
+    "no_verdict": Metric("Comparisons without a verdict", ".0f"),
+    "answer_characters": Metric("Length of an answer, characters", ".1f", held_out=True),
     "length_correlation": Metric("Correlation of length difference and margin", ".3f", held_out=True),
     "useful_token_fraction": Metric("Computed tokens that are real", ".3f"),
     "pairs_per_second": Metric("Pairs per second", ".1f"),

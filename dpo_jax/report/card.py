@@ -46,6 +46,8 @@ def write_card(run: RunFiles, directory: Path, *, base: Path | None) -> None:
         base_name=last_name,
         base_path=model if on_hub else f"path/to/{last_name}",
         is_dpo=run.saved.is_dpo,
+        is_reward=run.saved.is_reward,
+        is_comparison=run.saved.task == "comparison",
         loss=run.saved.loss,
         adapter=adapter,
         chat=run.data.get("prompt_format") == "chat",
@@ -71,10 +73,15 @@ def _metadata(run: RunFiles, datasets: list[str], base: Path | None, *, adapter:
         base_model=run.saved.model if _is_hub_id(run.saved.model) else None,
         datasets=datasets or None,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=["dpo", "dpo_jax", "preference-alignment", *(["lora", "peft"] if adapter else [])],
+        pipeline_tag="text-classification" if run.saved.is_reward else "text-generation",
+        tags=[
+            "dpo" if run.saved.is_policy else run.saved.kind.replace(" ", "-"),
+            "dpo_jax",
+            "preference-alignment",
+            *(["lora", "peft"] if adapter else []),
+        ],
         language=known.get("language"),
-        model_name=f"{Path(run.saved.model or run.name).name}-dpo",
+        model_name=f"{Path(run.saved.model or run.name).name}-{run.saved.task}",
         eval_results=_eval_results(run, datasets[0] if datasets else "preferences") or None,
         **{key: known[key] for key in LICENSE_KEYS if key in known},
     )
@@ -106,7 +113,7 @@ def _hub_datasets(run: RunFiles) -> list[str]:
 def _eval_results(run: RunFiles, dataset: str) -> list[EvalResult]:
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type="text-classification" if run.saved.is_reward else "text-generation",
             dataset_type=dataset,
             dataset_name=f"{run.saved.dataset or 'preferences'} (held out)",
             metric_type="accuracy",

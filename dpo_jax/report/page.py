@@ -8,11 +8,13 @@ from dpo_jax.report import sections
 from dpo_jax.report.charts import Chart, line_chart
 from dpo_jax.report.runs import OTHER_PLOTS, Plot, RunFiles, grouped_plots, main_plots, metric_label, metric_series
 
-NOT_CHARTED = {"step", "pairs", "tokens", "kl_error"}  # the last one is the KL's whiskers
+NOT_CHARTED = {"step", "pairs", "tokens", "kl_error", "win_rate_error"}  # the last two are whiskers
 HEADLINE = {
+    "loss": ("Held-out loss", "Where both are equal it is ln 2 = 0.6931."),
     "dpo_loss": ("Held-out loss", "A policy equal to its reference has ln 2 = 0.6931."),
     "accuracy": ("Held-out accuracy", "Pairs whose chosen answer has the higher reward."),
     "margin": ("Held-out margin", "Chosen reward minus rejected reward."),
+    "win_rate": ("Win rate", "Answers to held-out prompts against the baseline's, under the judge."),
     "kl": ("KL from the reference", "Nats an answer, on the policy's own answers."),
 }
 
@@ -20,9 +22,10 @@ HEADLINE = {
 def run_page(run: RunFiles) -> dict[str, Any]:
     """The values of the page's template."""
     model, dataset = run.saved.title
+    kind = run.saved.kind
     held_out = [(name, metric_label(name), *values) for name, *values in before_after(run.records) if "/" not in name]
     return {
-        "title": f"{model}: DPO on {dataset}" if model and dataset else f"DPO run {run.name}",
+        "title": f"{model}: {kind} on {dataset}" if model and dataset else f"{kind} run {run.name}",
         "run": run,
         "progress": _progress(run),
         "warnings": _warnings(run),
@@ -31,6 +34,7 @@ def run_page(run: RunFiles) -> dict[str, Any]:
         "curves": _curves(run),
         "held_out": held_out,
         "groups": sections.group_tables(run),
+        "scores": sections.score_figures(run.scores),
         "samples": sections.samples_by_prompt(run),
         "lengths": sections.data_lengths(run.data),
         "checkpoints": sections.checkpoint_words(run),
@@ -78,6 +82,8 @@ def _headline(run: RunFiles) -> list[dict[str, Any]]:
             note += " Chance is 0.5; before training all pairs tie."
         if name == "dpo_loss" and not run.saved.is_dpo:
             note = f"That of {run.saved.loss}."
+        if name == "win_rate":
+            note = f"Answers to held-out prompts against the baseline's, under {run.saved.judge}."
         values = {"before": before if compared else None, "after": after, "error": run.standard_error(name, after)}
         blocks.append({"name": name, "title": title, "note": note, "compared": compared} | values)
     return blocks

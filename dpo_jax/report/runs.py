@@ -65,6 +65,12 @@ OTHER_PLOTS = (
         from_zero=True,
     ),
     Plot(
+        "Win rate",
+        ("win_rate",),
+        "Answers to held-out prompts against the baseline's, under the judge; whiskers: one standard error.",
+        guide=(0.5, "equal"),
+    ),
+    Plot(
         "Completion log-probabilities",
         ("chosen_logp", "rejected_logp"),
         "Summed over a completion. Both may fall: DPO asks for a difference.",
@@ -76,6 +82,12 @@ OTHER_PLOTS = (
     Plot("Peak memory, GB", ("memory_gb",), from_zero=True, exact=True),
     Plot("SFT loss", ("loss",), "Per chosen token, before DPO.", split="sft"),
 )
+REWARD_PLOTS = (
+    Plot("Loss", ("loss",), "Bradley and Terry's; ln 2 where both scores are equal.", guide=(math.log(2), "ln 2")),
+    Plot("Accuracy", ("accuracy",), "Chosen scores higher. Whiskers: one standard error.", guide=(0.5, "chance")),
+    Plot("Margin", ("margin",), "Chosen minus rejected score.", guide=(0.0, "")),
+    Plot("Scores", ("chosen_reward", "rejected_reward"), "Means over pairs.", guide=(0.0, ""), lines=TWO),
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,7 @@ class RunFiles:
 
     saved: config.json.
     about: run.json: versions, devices, shapes.
+    scores: scores.json: of a reward model's last evaluation.
     checkpoints: bytes of each by its number, the updates of SFT and DPO together.
     exports: bytes of the files of `export` and `export-adapter`, by name.
     """
@@ -94,6 +107,7 @@ class RunFiles:
     samples: Sequence[Record]
     data: Mapping[str, Any]
     about: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: Mapping[int, int] = field(default_factory=dict)
     exports: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
@@ -149,7 +163,9 @@ class RunFiles:
 
 
 def main_plots(runs: Sequence[RunFiles]) -> tuple[Plot, ...]:
-    """`MAIN_PLOTS`, without notes that hold for DPO alone where a run minimised another loss."""
+    """`MAIN_PLOTS`, without notes that hold for DPO alone where a run minimised another loss; or those of scores."""
+    if not any(run.saved.is_policy for run in runs):
+        return REWARD_PLOTS
     if all(run.saved.is_dpo for run in runs):
         return MAIN_PLOTS
     of_dpo = ("dpo_loss", "chosen_reward")
@@ -164,9 +180,9 @@ def load_run(workdir: Path) -> RunFiles:
     """
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a directory; give the --workdir of a run")
-    config, data, about = (
+    config, data, about, scores = (
         read_json(path) if (path := workdir / name).exists() else {}
-        for name in ("config.json", "data.json", "run.json")
+        for name in ("config.json", "data.json", "run.json", "scores.json")
     )
     numbered = [path for path in _children(workdir / "checkpoints") if path.name.isdigit()]
     run = RunFiles(
@@ -176,6 +192,7 @@ def load_run(workdir: Path) -> RunFiles:
         samples=read_records(workdir / "samples.jsonl"),
         data=data,
         about=about,
+        scores=scores,
         checkpoints=dict(sorted((int(p.name), _size(p)) for p in numbered)),
         exports={name: files for name in EXPORTS if (files := {p.name: _size(p) for p in _children(workdir / name)})},
     )
@@ -221,8 +238,9 @@ def held_out_series(run: RunFiles, name: str, label: str, color: str) -> Series:
     """A metric over the evaluations; accuracy has its standard errors."""
     points, pairs = _points(run, "eval", name), run.held_out_pairs
     errors = {step: error for step, value in points if (error := run.standard_error(name, value, pairs))}
-    if name == "kl":
-        errors = {r["step"]: r["kl_error"] for r in run.records if r["split"] == "eval" and r.get("kl_error")}
+    if name in ("kl", "win_rate"):
+        error = f"{name}_error"
+        errors = {r["step"]: r[error] for r in run.records if r["split"] == "eval" and r.get(error)}
     return Series(label, color, points, held_out=True, errors=errors)
 
 

@@ -1,12 +1,14 @@
 """The parts of a run's page below its curves: held-out pairs, answers, data, and checkpoints."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dpo_jax.data.lengths import PARTS, bin_points
 from dpo_jax.records.length_bias import RATIO
 from dpo_jax.records.records import Record, show_metric
-from dpo_jax.report.charts import Chart, Series, histogram_chart
+from dpo_jax.records.scores import SCORES, calibration, expected_calibration_error, score_histograms
+from dpo_jax.report.charts import Chart, Series, histogram_chart, line_chart
 from dpo_jax.report.runs import LENGTH_WORDS, RunFiles
 
 
@@ -18,9 +20,10 @@ def group_tables(run: RunFiles) -> list[tuple[str, list[tuple[Any, ...]], str]]:
     note = f"Longer: by more than {RATIO - 1:.0%} in tokens."
     if (bias := last.get("length_correlation")) is not None:
         shown = show_metric("length_correlation", bias)
+        who = "policy" if run.saved.is_policy else "model"
         note += (
             f" Correlation of (chosen − rejected tokens) with the margin: {shown}. "
-            "Near 0 margins do not depend on length; near 1 the policy prefers what is longer, near -1 what is shorter."
+            f"Near 0 margins do not depend on length; near 1 the {who} prefers what is longer, near -1 what is shorter."
         )
     tables = [
         ("by source", _group_rows(run, last, {name: name for name in run.sources}), ""),
@@ -38,6 +41,30 @@ def _group_rows(run: RunFiles, last: Record, names: Mapping[str, str]) -> list[t
             error = run.standard_error("accuracy", accuracy, pairs) or None
             rows.append((words, pairs, accuracy, error, last.get(f"margin/{name}")))
     return rows
+
+
+def score_figures(held: Mapping[str, Any]) -> dict[str, Any]:
+    """A reward model's scores of held-out pairs: histograms, how sure it is and how often it is right, and words."""
+    if not held.get("chosen"):
+        return {}
+    found, width = score_histograms(dict(held))
+    sides = [Series(name, name, found[name]) for name in SCORES]
+    margins = [c - r for c, r in zip(held["chosen"], held["rejected"], strict=True)]
+    bins = calibration(margins)
+    right = Series("right", "accent", [(100 * sure, share) for sure, share, _ in bins], held_out=True)
+    ideal = Series("as sure as right", "soft", [(50.0, 0.5), (100.0, 1.0)], exact=True)
+    note = f"{width:.2g} a bin, over {len(margins):,} held-out pairs."
+    sure = line_chart("Calibration", [right, ideal], note="Share that is right, by how sure the margin says it is.")
+    charts = [
+        histogram_chart("Scores", sides, width, unit="score", note=note),
+        None if sure is None else replace(sure, unit="percent sure"),
+    ]
+    error = expected_calibration_error(margins)
+    words = (
+        "A margin m says that its side wins with probability 1 / (1 + exp(−|m|)). Over bins of it, that differs from "
+        f"the share that is right by {error:.3f} on average (expected calibration error)."
+    )
+    return {"charts": [chart for chart in charts if chart], "words": words}
 
 
 def samples_by_prompt(run: RunFiles) -> list[dict[str, Any]]:
@@ -103,6 +130,7 @@ def checkpoint_words(run: RunFiles) -> list[tuple[int, str, int]]:
     rows, sft = [], run.saved.sft_steps
     for number, held in run.checkpoints.items():
         dpo = max(0, number - sft)
-        parts = [f"{min(number, sft)} updates of SFT"] * bool(sft) + [f"{dpo} of DPO"] * bool(dpo or not sft)
+        of = "of DPO" if run.saved.is_policy else "updates"
+        parts = [f"{min(number, sft)} updates of SFT"] * bool(sft) + [f"{dpo} {of}"] * bool(dpo or not sft)
         rows.append((number, ", ".join(parts), held))
     return rows

@@ -29,6 +29,7 @@ class Batch(NamedTuple, Generic[A]):
       slots: int32 `[B, K, n]`, the slot of each completion; None: completion j is in slot j.
       ref_logps: float32 `[B, K, n]`, the reference's log-probabilities where they were computed before.
       ref_whole: as `ref_logps` with every token counted whole, for LD-DPO.
+      margin: float32 `[B, K]`, by how much the first completion of a group should win; None: 0 each.
     """
 
     tokens: A
@@ -40,6 +41,7 @@ class Batch(NamedTuple, Generic[A]):
     slots: A | None = None
     ref_logps: A | None = None
     ref_whole: A | None = None
+    margin: A | None = None
 
     def map(self, fn: Callable[[A], "X"]) -> "Batch[X]":
         """The same of every array that is there."""

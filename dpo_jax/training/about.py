@@ -29,6 +29,11 @@ def introduce(run: Run, schedule: Schedule, steps: int) -> None:
     mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
     say, where = run.writer.message, f"{mesh} ({layout.platform})"
     say(f"model {s.model}: {layout.config.parameter_count():,} parameters, {layout.dtype} on {where}")
+    if layout.config.scalar_head:
+        head = run.policy.head
+        say(f"head of the reward model: {head.name or 'drawn by the seed'}")
+        if head.bias:
+            say(f"its bias of {head.bias:.4g}, which moves all scores alike, is left out")
     if layout.lora is not None:
         targets = ",".join(layout.lora.targets)
         say(f"LoRA of rank {layout.lora.rank} on {targets}: {layout.trained_count:,} parameters are trained")

@@ -1,6 +1,7 @@
 """From the settings to pairs, and what is refused before anything is loaded: training, plan and inspection share it."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import numpy as np
 
 from dpo_jax.config.settings import BatchOptions, Settings
 from dpo_jax.data.cache.store import LARGEST_ID
-from dpo_jax.data.prepare import Prepared, Progress, prepare
+from dpo_jax.data.prepare import DataRequest, Prepared, Progress, prepare
+from dpo_jax.data.sources import DataSources, find_sources
 from dpo_jax.data.split import Split
 from dpo_jax.errors import UserError
+from dpo_jax.preference.questions import Questions
 from dpo_jax.weights import tiny
 from dpo_jax.weights.find import Policy
 
@@ -28,10 +31,24 @@ def prepare_pairs(
 
     `day` (YYYY-MM-DD, empty: today) is what a template with a date writes, unless the config names another.
     """
-    request = dataclasses.replace(settings.data, template_date=settings.data.template_date or day)
+    request = dataclasses.replace(_request(settings, workdir), template_date=settings.data.template_date or day)
+    recasting = functools.partial(Questions, seed=settings.seed) if settings.task == "comparison" else None
+    return prepare(request, tokenizer, quarantine, progress, recasting)
+
+
+def _request(settings: Settings, workdir: Path) -> DataRequest:
+    """What the settings ask for; `workdir` gets the dialogues of the dataset `synthetic`."""
+    request = settings.data
     if request.dataset == "synthetic" and not request.dataset_path:
         request = dataclasses.replace(request, dataset_path=str(tiny.write_dialogues(workdir, settings.seed)))
-    return prepare(request, tokenizer, quarantine, progress)
+    return request
+
+
+def sources_of(settings: Settings, workdir: Path) -> DataSources:
+    """Where the run's rows are."""
+    r = _request(settings, workdir)
+    at = (r.dataset, r.dataset_path, r.eval_path, r.split)
+    return find_sources(*at, columns=r.columns, revision=r.dataset_revision)
 
 
 def check_tokens(split: Split, policy: Policy) -> None:

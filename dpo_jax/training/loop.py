@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dpo_jax.batches import Item
 from dpo_jax.errors import Stopped
 from dpo_jax.parallel.mesh import make_any
 from dpo_jax.parallel.watchdog import LONGER, beat, watch
@@ -25,25 +26,6 @@ from dpo_jax.training.measure import Throughput, give_back, peak_gb
 
 STOP = "stop"  # beside the metrics of an update, while they are on the devices
 State = TypeVar("State")
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """The batch of one update, on the devices, and what its record tells of it.
-
-    Attributes:
-      update: its number, from 1.
-      batch: what the step takes, a tree of arrays.
-      shape: static; the step is compiled once for each.
-      facts: numbers for the record; `pairs` among them are counted by the second.
-      examples: numbers of the examples in it, -1 where there is none; events name them.
-    """
-
-    update: int
-    batch: Any
-    shape: Hashable
-    facts: Mapping[str, float]
-    examples: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)

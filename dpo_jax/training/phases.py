@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dpo_jax.batches import loaded, once_through, passed, step_source
 from dpo_jax.model.config import Params
 from dpo_jax.objective.logps import Logps
 from dpo_jax.objective.objective import Objective, SetValues, make_set_values, sft_objective
@@ -17,7 +18,6 @@ from dpo_jax.rows.build import FirstOnly
 from dpo_jax.rows.pipeline import StepSource
 from dpo_jax.rows.schedule import Schedule, make_schedule
 from dpo_jax.training import checkpoint, setup
-from dpo_jax.training.batches import loaded, once_through, passed, step_source
 from dpo_jax.training.loop import Phase, State, run_phase
 from dpo_jax.training.reference import (
     abstract_reference,
@@ -29,6 +29,7 @@ from dpo_jax.training.reference import (
 )
 from dpo_jax.training.setup import Run
 from dpo_jax.training.step import TrainState
+from dpo_jax.training.winning import make_contest, make_win_rate
 from dpo_jax.weights.load import load_params
 
 # What an evaluation tells of every group of pairs (by source, by length) apart.
@@ -52,7 +53,7 @@ def params_after_sft(run: Run) -> Params:
         objective = sft_objective()
         update = functools.partial(setup.train_step_on(layout, run.models, objective, tx, rate), base=run.base)
         step = lambda state, batch, shape: update(state, None, batch, shape)
-        state = _run_phase(run, "sft", objective.loss, source, step, state)
+        state = run_updates(run, "sft", objective.loss, source, step, state)
     return state.params
 
 
@@ -91,12 +92,13 @@ def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
         step = lambda state, batch, shape: train_step(state, reference, batch, shape)
     at: Callable[[Any], dict[str, Any]] | None = None
     if len(run.data.evaluation):
-        held_out = _evaluator(run, objective, values)
+        contest = make_contest(run, parts(tree)[0].params if begins else None)
+        held_out = _evaluator(run, objective, values, make_win_rate(run, contest))
         at = lambda tree: held_out(*parts(tree))
-    return parts(_run_phase(run, "train", objective.loss, source, step, tree, sft_steps, at))[0].params
+    return parts(run_updates(run, "train", objective.loss, source, step, tree, sft_steps, at))[0].params
 
 
-def _run_phase(
+def run_updates(
     run: Run,
     split: str,
     loss: str,
@@ -129,7 +131,10 @@ def _run_phase(
 
 
 def _evaluator(
-    run: Run, objective: Objective, values: np.ndarray | None
+    run: Run,
+    objective: Objective,
+    values: np.ndarray | None,
+    win_rate: Callable[[Params], dict[str, float]],
 ) -> Callable[[TrainState, Params | None], dict[str, Any]]:
     """(state, reference) → the values of an evaluation.
 
@@ -148,7 +153,7 @@ def _evaluator(
         asked = reference if moves else None
         step = lambda batch, shape: eval_step(state.params, asked, batch, shape, base=run.base)
         values = evaluate(step, set_values, source, layout.mesh, run.data.split.groups)
-        return values | estimate_kl(state.params, reference)
+        return values | estimate_kl(state.params, reference) | win_rate(state.params)
 
     return held_out
 
@@ -181,9 +186,11 @@ def evaluate(
     scored = jax.tree.map(lambda *vs: np.concatenate(vs)[order], *parts)
     with jax.transfer_guard_host_to_device("allow"):  # a few numbers of every pair
         values = {
-            name: np.asarray(x, np.float64) for name, x in set_values(scored[0], scored[1], lengths[:, 1:]).items()
+            name: np.asarray(x, np.float64)
+            for name, x in set_values(scored[0], scored[1], lengths[:, 1:], source.given.get("margin")).items()
         }
-    out = {name: float(x.mean()) for name, x in values.items()} | {"pairs": len(pair)}
+    reduce = {"min_reward": np.min, "max_reward": np.max}
+    out = {name: float(reduce.get(name, np.mean)(x)) for name, x in values.items()} | {"pairs": len(pair)}
     if out.get("accuracy") and (correlation := length_correlation(lengths, values["margin"])) is not None:
         out["length_correlation"] = correlation
     by_length = length_groups(lengths) if lengths.shape[1] == 3 else {}  # of pairs

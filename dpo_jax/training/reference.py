@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.batches import Given, once_through, passed
 from dpo_jax.config.settings import ReferenceOptions
 from dpo_jax.data.files import fingerprint
 from dpo_jax.data.split import Pairs
@@ -28,7 +29,6 @@ from dpo_jax.parallel.mesh import any_process, from_first, replicated
 from dpo_jax.rows.batch import REFERENCE_FIELDS
 from dpo_jax.rows.schedule import Schedule
 from dpo_jax.training import checkpoint
-from dpo_jax.training.batches import Given, once_through, passed
 from dpo_jax.training.setup import Run
 from dpo_jax.training.step import make_logps_step, make_reference_sync
 from dpo_jax.weights.hub import ModelFiles

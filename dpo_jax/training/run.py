@@ -29,6 +29,7 @@ from dpo_jax.training import workdir as claim
 from dpo_jax.training.about import introduce
 from dpo_jax.training.loop import stop_signal
 from dpo_jax.training.phases import params_after_dpo
+from dpo_jax.training.reward import params_after_pairs
 from dpo_jax.training.setup import Run, keep_compiled, make_models, write_answers
 from dpo_jax.weights.find import check_reference, find_policy
 from dpo_jax.weights.hub import ModelFiles, resolve_model
@@ -55,7 +56,7 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
     mesh = make_mesh(*s.mesh)
     inputs.check_division(s.batch, row_shards(mesh))
     with first_process_first("dpo_jax model files"):
-        policy = find_policy(s.model, workdir, s.seed, revision=s.revision)
+        policy = find_policy(s.model, workdir, s.seed, revision=s.revision, scalar_head=s.task == "reward")
     inputs.check_experts(s, policy.config.num_experts)
     layout = place_model(policy.config, mesh, s.layout, s.lora)
     reference = None
@@ -95,10 +96,12 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
         with writer:
             for line in damaged:
                 writer.message(f"warning: {line}")
-            models, base = make_models(s, layout), load_base(policy, layout, s.seed)
+            pad = policy.pad if s.task == "reward" else None
+            models, base = make_models(s, layout, pad), load_base(policy, layout, s.seed)
             run = Run(s, workdir, policy, layout, reference, data, models, base, checkpoints, writer, stop, done)
             introduce(run, schedule, steps)
-            return _finish(run, params_after_dpo(run, schedule, steps), steps)
+            train = params_after_dpo if s.task == "dpo" else params_after_pairs
+            return _finish(run, train(run, schedule, steps), steps)
 
 
 def _identify(
@@ -134,7 +137,7 @@ def _forget_after(workdir: Path, sft_steps: int, done: int) -> None:
 def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
     """Answers after training, the export, the report and the final table. Done again, it changes nothing."""
     s, workdir, layout, samples = run.settings, run.workdir, run.layout, run.workdir / "samples.jsonl"
-    if not agreed(any(r["when"] == "after" for r in read_records(samples))):
+    if s.task == "dpo" and not agreed(any(r["when"] == "after" for r in read_records(samples))):
         write_answers(run, params, "after", steps)
     export = workdir / "export"
     if s.export and not agreed((export / "config.json").exists()):
@@ -148,7 +151,7 @@ def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
             dtype=s.layout.param_dtype,
             tokenizer_from=run.policy.tokenizer_directory,
             lora_scale=layout.config.lora_scale,
-            stops=run.policy.stop_tokens(),
+            stops=() if s.task == "reward" else run.policy.stop_tokens(),
         )
     records = read_records(workdir / "metrics.jsonl")
     if jax.process_index() == 0:

@@ -21,8 +21,8 @@ from dpo_jax.data.prepare import Prepared
 from dpo_jax.model.config import Params
 from dpo_jax.model.placement import Layout, abstract_trained
 from dpo_jax.objective.logps import LogpsFn
-from dpo_jax.objective.objective import Objective, ld_weights, preference_objective
-from dpo_jax.objective.policy_logps import logps_fn
+from dpo_jax.objective.objective import Objective, label_objective, ld_weights, preference_objective, reward_objective
+from dpo_jax.objective.policy_logps import logps_fn, scores_fn
 from dpo_jax.parallel.mesh import host_shardings, replicated
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.sampling import answers, divergence
@@ -78,16 +78,23 @@ def keep_compiled(settings: Settings) -> None:
         jax.config.update("jax_compilation_cache_dir", directory)
 
 
-def make_models(settings: Settings, layout: Layout) -> Models:
-    """The policy and the reference as the steps see them."""
+def make_models(settings: Settings, layout: Layout, pad: int | None = None) -> Models:
+    """The policy and the reference as the steps see them; a reward model, whose scores are not read at `pad`."""
     o = settings.objective
+    if o.task == "reward":
+        scores = scores_fn(layout, remat=settings.remat, pad=pad, balance=o.balance > 0)
+        return scores, scores
     make = functools.partial(logps_fn, layout, remat=settings.remat, weights=ld_weights(o.ld_alpha), log_sum_sq=o.wpo)
     logps = make(balance=o.balance > 0)
     return logps, make(from_host=True) if layout.options.reference_offload else logps
 
 
 def make_objective(options: ObjectiveOptions) -> Objective:
-    """What DPO's phase minimises."""
+    """What the phase of pairs minimises."""
+    if options.task == "reward":
+        return reward_objective(center=options.center, balance=options.balance)
+    if options.task == "comparison":
+        return label_objective(balance=options.balance)
     given: dict[str, Any] = {x: getattr(options, x) for x in ("beta", "wpo", "balance", "f_divergence", "f_alpha")}
     return preference_objective(options.parts, **{**given, **options.hyperparameters})
 

@@ -21,7 +21,7 @@ from dpo_jax.model.config import Params
 from dpo_jax.model.experts import balance_loss
 from dpo_jax.model.remat import to_device, to_host
 from dpo_jax.objective.logps import Logps, LogpsFn
-from dpo_jax.objective.objective import Objective, mean_tokens
+from dpo_jax.objective.objective import EXTREMES, Objective, mean_tokens, reduced, together
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.health import SKIPPED
@@ -67,9 +67,7 @@ def _batch_gradient(
     reference_of = functools.partial(_reference, ref_logps, objective, ref_params, shape)  # constant to the gradient
 
     def loss_of(policy: Logps, reference: Logps | None, part: Batch[jax.Array]):
-        values = objective.values(policy, reference, part, tokens_n)
-        # Masked first, so that padding can hold anything finite or not.
-        sums = {name: jnp.sum(jnp.where(part.is_group, value, 0.0)) for name, value in values.items()}
+        sums = reduced(objective.values(policy, reference, part, tokens_n), part.is_group)
         loss = sums[objective.loss] / count
         if objective.balance:
             assert policy.balance is not None
@@ -97,13 +95,13 @@ def _batch_gradient(
         grads, _ = _sum_of_gradients(along, params, (batch, cotangents))
     else:
         grads, sums = _sum_of_gradients(micro_loss, params, batch)
-    return grads, {name: value / count for name, value in sums.items()}
+    return grads, {name: value if name in EXTREMES else value / count for name, value in sums.items()}
 
 
 def _sum_of_gradients(
     loss: Callable[[Params, Any], tuple[jax.Array, Any]], params: Params, items: Any
 ) -> tuple[Params, Any]:
-    """The float32 sums over `items` (first axis, one after the other) of the gradient of `loss` and of its aux.
+    """The float32 sum over `items` (first axis, one after the other) of the gradient of `loss`, and its aux of all.
 
     Float32 gradients are added where they arise, a layer's at a time (`VJP.with_refs`): the gradient of one microbatch
     alone is never held. Others are added as a whole, as a sum of many in bfloat16 would lose what is small.
@@ -112,7 +110,6 @@ def _sum_of_gradients(
     if jax.tree.leaves(items)[0].shape[0] == 1:
         grads, aux = gradient(params, jax.tree.map(lambda x: x[0], items))
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
-    total = functools.partial(jax.tree.map, lambda x: jnp.sum(x, axis=0))
     if any(p.dtype != jnp.float32 for p in jax.tree.leaves(params)):
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
 
@@ -121,7 +118,7 @@ def _sum_of_gradients(
             return jax.tree.map(lambda a, g: a + g.astype(a.dtype), sums, grads), aux
 
         grads, aux = jax.lax.scan(add, zeros, items)
-        return grads, total(aux)
+        return grads, together(aux)
     sums = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
 
     def add_in_place(_, item: Any):
@@ -131,7 +128,7 @@ def _sum_of_gradients(
         return None, aux
 
     aux = jax.lax.scan(add_in_place, None, items)[1]
-    return jax.tree.map(jax.ref.freeze, sums), total(aux)
+    return jax.tree.map(jax.ref.freeze, sums), together(aux)
 
 
 def _over(base: Params | None, logps: LogpsFn) -> LogpsFn:

@@ -8,19 +8,24 @@ import transformers
 
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.families import hf_config
+from dpo_jax.model.families import classifier_config, hf_config
 from dpo_jax.weights import hub, stops, tiny
 from dpo_jax.weights import huggingface as weights
+from dpo_jax.weights.heads import Head, find_head, is_classifier
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The model to train: its numbers, its files (None: made from scratch), and its tokenizer."""
+    """The model to train: its numbers, its files (None: made from scratch), and its tokenizer.
+
+    `head` is that of a reward model in the files; one without a name is drawn.
+    """
 
     config: ModelConfig
     files: hub.ModelFiles | None
     tokenizer_directory: Path
     tokenizer: Any
+    head: Head = dataclasses.field(default_factory=Head)
 
     @property
     def directory(self) -> Path | None:
@@ -28,11 +33,26 @@ class Policy:
         return None if self.files is None else self.files.directory
 
     def hf_config(self) -> dict[str, Any]:
-        """What its Hugging Face `config.json` holds."""
+        """What its Hugging Face `config.json` holds; of a reward model what it would hold."""
         if self.directory is not None:
-            return weights.read_config(self.directory)[1]
-        tokens = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
-        return hf_config(self.config, **tokens)
+            hf = weights.read_config(self.directory)[1]
+        else:
+            tokens = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
+            hf = hf_config(self.config, **tokens)
+        return classifier_config(hf, self.pad) if self.config.scalar_head else hf
+
+    @property
+    def pad(self) -> int | None:
+        """Of a reward model: the token that a score is not read at; None: whatever the last token is.
+
+        It is what its config.json says. Where a causal model becomes one, it is the tokenizer's padding, else its end
+        of text, as TRL has it.
+        """
+        hf = {} if self.directory is None else weights.read_config(self.directory)[1]
+        if is_classifier(hf):
+            return hf.get("pad_token_id")
+        padding, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return end if padding is None else padding
 
     def tokens_beyond(self) -> dict[int, str]:
         """Tokens of the tokenizer, by id, for which the model's table has no row: no text may hold one."""
@@ -44,10 +64,13 @@ class Policy:
         return stops.stop_tokens(self.tokenizer, self.directory, self.config.vocab_size)
 
 
-def find_policy(model: str, workdir: Path, seed: int, *, with_weights: bool = True, revision: str = "") -> Policy:
+def find_policy(
+    model: str, workdir: Path, seed: int, *, with_weights: bool = True, revision: str = "", scalar_head: bool = False
+) -> Policy:
     """Find the model's files, or make the tokenizer of the model that starts from scratch (`tiny`).
 
-    Without weights, a model of the hub has only its config and tokenizer downloaded. `revision` is the hub's.
+    Without weights, a model of the hub has only its config and tokenizer downloaded. `revision` is the hub's. With
+    `scalar_head` it is a reward model, or a causal model that becomes one.
 
     Raises:
       UserError: there is no such model, or it is not supported, or its tokenizer does not belong to it.
@@ -58,10 +81,18 @@ def find_policy(model: str, workdir: Path, seed: int, *, with_weights: bool = Tr
         dialogues = tiny.write_dialogues(workdir, seed)
         directory = tiny.write_tokenizer(workdir / f"tokenizer-{seed}", dialogues)
         tokenizer = _tokenizer(directory)
-        return Policy(tiny.model_config(len(tokenizer)), None, directory, tokenizer)
+        config = dataclasses.replace(tiny.model_config(len(tokenizer)), scalar_head=scalar_head)
+        return Policy(config, None, directory, tokenizer)
     files = hub.resolve_model(model, with_weights=with_weights, revision=revision)
-    config, _ = weights.read_config(files.directory)
-    policy = Policy(config, files, files.tokenizer, _tokenizer(files.tokenizer))
+    config, hf = weights.read_config(files.directory)
+    if is_classifier(hf) and not scalar_head:
+        raise UserError(
+            f"model={model!r} is a reward model ({hf['architectures'][0]}), which says no words; give a causal "
+            "model, or use it as a judge (--judge=)"
+        )
+    head = find_head(files) if scalar_head and with_weights else Head()
+    config = dataclasses.replace(config, scalar_head=scalar_head)
+    policy = Policy(config, files, files.tokenizer, _tokenizer(files.tokenizer), head)
     policy.stop_tokens()  # damaged files are refused now
     return policy
 

@@ -5,6 +5,7 @@ table). `model/tensors.py` maps our parameter tree to a checkpoint's tensors.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -26,7 +27,18 @@ from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig, Params
 from dpo_jax.model.families import config_from_hf, hf_config
 from dpo_jax.model.lora import BRANCH
-from dpo_jax.model.tensors import Leaf, Parts, Sizes, first_rows, model_leaves, sizes, tensors, whole_shape
+from dpo_jax.model.tensors import (
+    LM_HEAD,
+    SCORE,
+    Leaf,
+    Parts,
+    Sizes,
+    first_rows,
+    model_leaves,
+    sizes,
+    tensors,
+    whole_shape,
+)
 from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_FILES, WEIGHTS
 from dpo_jax.weights.merged import merge_adapter
 from dpo_jax.weights.stops import write_generation_config
@@ -34,6 +46,11 @@ from dpo_jax.weights.stops import write_generation_config
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtype -> its name in a safetensors file
 # Buffers that old exports hold and that follow from config.json.
 HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)
+# Names of a reward model's head, transformers' own first: the others are of other trainers.
+HEAD_NAMES = (
+    "score.weight", "v_head.summary.weight", "v_head.weight", "value_head.weight", "reward_head.weight",
+    "regression_head.weight",
+)  # fmt: skip
 PIECE_BYTES = 256e6  # of a vocabulary table gathered at once
 
 
@@ -48,7 +65,14 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def load_weights(
-    directory: Path, config: ModelConfig, shardings: Any, dtype: Any, *, adapter: Path | None = None
+    directory: Path,
+    config: ModelConfig,
+    shardings: Any,
+    dtype: Any,
+    *,
+    adapter: Path | None = None,
+    head: str = SCORE.name,
+    branches: Sequence[str] = (),
 ) -> Params:
     """Read a checkpoint into sharded arrays; every process reads only the parts of its own devices.
 
@@ -58,9 +82,11 @@ def load_weights(
       shardings: one sharding for all, or a tree of them shaped like the parameters.
       dtype: of the arrays.
       adapter: a PEFT directory, merged into the weights as they are read.
+      head: of a reward model, the name of its head's tensor; empty: there is none.
+      branches: of the parameter tree, those to read; empty: all.
 
     Returns:
-      The parameter tree of `model.py`, plain arrays.
+      The parameter tree of `model.py`, plain arrays; without `score` where there is no head.
 
     Raises:
       UserError: a missing or damaged file; a missing, unknown or wrongly shaped tensor.
@@ -68,20 +94,25 @@ def load_weights(
     directory, letters, rows = Path(directory), sizes(config), first_rows(config)
     flat = None if isinstance(shardings, jax.sharding.Sharding) else flax.traverse_util.flatten_dict(shardings)
     with contextlib.ExitStack() as files:
-        stored = _open_tensors(directory, files)
+        stored = open_tensors(directory, files)
+        if config.scalar_head:
+            stored.pop(LM_HEAD.name, None)  # of the causal model that it is made of
+            stored |= {SCORE.name: stored.pop(head)} if head in stored else {}
         if adapter is not None:
             stored = merge_adapter(stored, adapter, files, tied=config.tie_word_embeddings)
-        _check_tensors(directory, stored, config)
+        leaves = [leaf for leaf in model_leaves(config) if leaf != SCORE or head]
+        _check_tensors(directory, stored, config, leaves)
         params = {
             leaf.path: _load_leaf(
                 stored, leaf, letters, rows[leaf.path], flat[leaf.path] if flat else shardings, jnp.dtype(dtype)
             )
-            for leaf in model_leaves(config)
+            for leaf in leaves
+            if not branches or leaf.path[0] in branches
         }
     return flax.traverse_util.unflatten_dict(params)
 
 
-def _open_tensors(directory: Path, files: contextlib.ExitStack) -> dict[str, Any]:
+def open_tensors(directory: Path, files: contextlib.ExitStack) -> dict[str, Any]:
     """Every tensor by name, as a safetensors slice: nothing is read until it is indexed."""
     names = [WEIGHTS]
     if not (directory / WEIGHTS).is_file():
@@ -100,10 +131,11 @@ def _open_tensors(directory: Path, files: contextlib.ExitStack) -> dict[str, Any
     return stored
 
 
-def _check_tensors(directory: Path, stored: Mapping[str, Any], config: ModelConfig) -> None:
+def _check_tensors(directory: Path, stored: Mapping[str, Any], config: ModelConfig, leaves: Sequence[Leaf]) -> None:
     """Every tensor is there with its shape, and nothing else is: said before anything is read."""
     letters = sizes(config)
-    needed = {name: whole_shape(parts, letters) for name, parts in tensors(config).items()}
+    held = {name: parts for name, parts in tensors(config).items() if any(leaf in leaves for leaf, _ in parts)}
+    needed = {name: whole_shape(parts, letters) for name, parts in held.items()}
     missing = [name for name in needed if name not in stored]
     if missing:
         raise UserError(
@@ -120,6 +152,8 @@ def _check_tensors(directory: Path, stored: Mapping[str, Any], config: ModelConf
                 "not supported"
             )
     extra = [name for name in stored if name not in needed and not name.endswith(HARMLESS_SUFFIXES)]
+    if config.scalar_head:  # said by `heads.find_head`
+        extra = [name for name in extra if f"{name.removesuffix('bias')}weight" not in HEAD_NAMES]
     if config.tie_word_embeddings and "lm_head.weight" in extra:
         _check_tied(directory, stored)
         extra.remove("lm_head.weight")
@@ -222,6 +256,7 @@ def save_weights(
     """
     hf = hf_config(config) if isinstance(config, ModelConfig) else dict(config)
     numbers, name = config_from_hf(hf, CONFIG), jnp.dtype(dtype).name
+    numbers = dataclasses.replace(numbers, scalar_head=SCORE.path[0] in params)
     assert name in FLOATS, f"dtype={name}, needs one of {tuple(FLOATS)}"
     hf |= {key: name for key in ("dtype", "torch_dtype") if key in hf} or {"torch_dtype": name}
     flat = flax.traverse_util.flatten_dict(params)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig, Params
-from dpo_jax.model.forward import init_params
+from dpo_jax.model.forward import fresh_head, init_params
 from dpo_jax.model.lora import init_adapters
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.model.placement import Layout, place_model
@@ -76,18 +76,31 @@ def load_params(policy: Policy, layout: Layout, seed: int) -> Params:
     if lora is None:
         return _load(policy, layout, seed, layout.param_dtype)
     key = jax.random.fold_in(jax.random.key(seed), 1)  # not the one that fresh parameters are drawn with
-    return _fresh(lambda: init_adapters(key, layout.config, lora), layout.param_dtype, layout.trained)
+    params = _fresh(lambda: init_adapters(key, layout.config, lora), layout.param_dtype, layout.trained)
+    return params | (_head(policy, layout, seed, layout.param_dtype) if policy.config.scalar_head else {})
 
 
 def _load(policy: Policy, layout: Layout, seed: int, dtype: Any) -> Params:
-    if policy.files is not None:
-        return read_model(policy.files, policy.config, layout.shardings, dtype)
-    return _fresh(lambda: init_params(jax.random.key(seed), policy.config), dtype, layout.shardings)
+    if policy.files is None:
+        params = _fresh(lambda: init_params(jax.random.key(seed), policy.config), dtype, layout.shardings)
+    else:
+        params = read_model(policy.files, policy.config, layout.shardings, dtype, head=policy.head.name)
+    return params | (_head(policy, layout, seed, dtype) if policy.config.scalar_head else {})
 
 
-def read_model(files: ModelFiles, config: ModelConfig, shardings: Any, dtype: Any) -> Params:
+def _head(policy: Policy, layout: Layout, seed: int, dtype: Any) -> Params:
+    """A reward model's head alone: that of its files, or one drawn by the seed."""
+    if policy.files is not None and policy.head.name:
+        shardings = layout.shardings
+        return read_model(policy.files, policy.config, shardings, dtype, head=policy.head.name, branches=("score",))
+    key = jax.random.fold_in(jax.random.key(seed), 2)  # neither that of fresh parameters nor that of adapters
+    fresh = lambda: {"score": fresh_head(key, policy.config)}
+    return _fresh(fresh, dtype, {"score": layout.shardings["score"]})
+
+
+def read_model(files: ModelFiles, config: ModelConfig, shardings: Any, dtype: Any, **read: Any) -> Params:
     """A model's weights from its files, an adapter merged into them; see `huggingface.load_weights`."""
-    return weights.load_weights(files.directory, config, shardings, dtype, adapter=files.adapter)
+    return weights.load_weights(files.directory, config, shardings, dtype, adapter=files.adapter, **read)
 
 
 def _fresh(init: Callable[[], Any], dtype: Any, shardings: Any) -> Params:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
+from dpo_jax.model.tensors import SCORE
 from dpo_jax.weights.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 PREFIX = "base_model.model."
@@ -82,7 +83,7 @@ def merge_adapter(stored: dict[str, Any], adapter: Path, files: contextlib.ExitS
     held, where = read_adapter(adapter, files), adapter / ADAPTER_WEIGHTS
     out = dict(stored)
     for name, tensor in held.whole.items():
-        if name not in stored:
+        if name not in stored and name != SCORE.name:  # a reward model's head is trained with its adapters
             raise UserError(
                 f"{where}: tensor {PREFIX + name!r} has no place in the base; is it an adapter of that model?"
             )

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from dpo_jax.disk import read_json
 from dpo_jax.model.config import ModelConfig, Params
 from dpo_jax.model.lora import BRANCH, Lora, adapted
-from dpo_jax.model.tensors import Parts, sizes, tensors
+from dpo_jax.model.tensors import SCORE, Parts, sizes, tensors
 from dpo_jax.weights.hub import ADAPTER_CONFIG as CONFIG
 from dpo_jax.weights.hub import ADAPTER_WEIGHTS as WEIGHTS
 from dpo_jax.weights.huggingface import gather_to_host, new_directory
@@ -30,7 +30,7 @@ def save_adapters(
     """Write a directory for `peft.PeftModel.from_pretrained`; whole or not at all. Every process must call it.
 
     Args:
-      adapters: `{"lora": ...}`, see `lora.py`.
+      adapters: `{"lora": ...}`, see `lora.py`; of a reward model with its head, which PEFT saves whole.
       config, lora: of the model.
       directory: the new directory.
       base: what PEFT loads the base model from: a Hugging Face id or a directory.
@@ -41,6 +41,7 @@ def save_adapters(
       UserError: the directory cannot be written.
     """
     flat = {path: gather_to_host(leaf) for path, leaf in flax.traverse_util.flatten_dict(adapters[BRANCH]).items()}
+    head = gather_to_host(adapters["score"]) if config.scalar_head else None
     with new_directory(directory) as new, contextlib.ExitStack() as files:
         if new:
             tensors, numbers = dict(_tensors(flat, config, lora)), adapter_config(config, lora, base)
@@ -49,6 +50,9 @@ def save_adapters(
                 numbers["base_model_name_or_path"] = said["base_model_name_or_path"]
                 tensors, more = _together(tensors, read_adapter(under, files), config, lora)
                 numbers |= more
+            if head is not None:
+                tensors[PREFIX + SCORE.name] = head
+                numbers |= {"task_type": "SEQ_CLS", "modules_to_save": [SCORE.name.removesuffix(".weight")]}
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
             (new / CONFIG).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_jax.batches import step_source
 from dpo_jax.objective.logps import Logps
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.records.length_bias import GROUPS, length_correlation, length_groups
 from dpo_jax.rows.schedule import make_schedule
 from dpo_jax.rows.shape import Order, RowLimits
-from dpo_jax.training.batches import step_source
 from dpo_jax.training.phases import evaluate
 from tests.oracles import oracle
 

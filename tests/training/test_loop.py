@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax.batches import Item
 from dpo_jax.errors import NOT_FINITE, Stopped, UserError
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.training import loop as loop_module
-from dpo_jax.training.loop import Item, Phase, run_phase
+from dpo_jax.training.loop import Phase, run_phase
 
 RATE = 0.25
 TARGETS = [4.0, 2.0, 8.0, 2.0, 6.0, 4.0]  # of updates 1 .. 6

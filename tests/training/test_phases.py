@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_jax.batches import step_source
 from dpo_jax.objective.logps import sum_groups
 from dpo_jax.objective.objective import Objective, ld_weights, make_set_values, preference_objective, sft_objective
 from dpo_jax.objective.table import LOSS_FACTS
@@ -18,7 +19,6 @@ from dpo_jax.records.records import METRICS
 from dpo_jax.rows.build import FirstOnly
 from dpo_jax.rows.schedule import make_schedule
 from dpo_jax.rows.shape import Order, RowLimits
-from dpo_jax.training.batches import step_source
 from dpo_jax.training.phases import evaluate
 from dpo_jax.training.step import make_eval_step
 from tests.objective.test_losses import EXPECTED

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from configs import hhh
-from dpo_jax import train
+from dpo_jax import batches, train
 from dpo_jax.errors import Stopped
 from dpo_jax.parallel import watchdog
 from dpo_jax.records.records import read_records
 from dpo_jax.rows.pipeline import StepSource
-from dpo_jax.training import batches, reference
+from dpo_jax.training import reference
 from tests.end_to_end.test_train import CLOCK, SMALL
 from tests.rows.test_pipeline import PAIRS, _schedule
 

@@ -95,9 +95,9 @@ def counted_reads(monkeypatch):
             sizes.append(value.nbytes)
             return value
 
-    opened = weights._open_tensors
+    opened = weights.open_tensors
     with monkeypatch.context() as m:
-        m.setattr(weights, "_open_tensors", lambda *a: {k: Counted(v) for k, v in opened(*a).items()})
+        m.setattr(weights, "open_tensors", lambda *a: {k: Counted(v) for k, v in opened(*a).items()})
         yield sizes
 
 

@@ -89,7 +89,7 @@ def test_patterns_of_rank_and_alpha_and_modules_trained_as_a_whole(tmp_path):
     directory = _adapter(tmp_path / "adapter", config=said | {"modules_to_save": ["lm_head"]}, change=change)
     tensors, base = load_file(directory / "adapter_model.safetensors"), load_file(LLAMA / "model.safetensors")
     with contextlib.ExitStack() as files:
-        stored = weights._open_tensors(LLAMA, files)
+        stored = weights.open_tensors(LLAMA, files)
         found = {
             name: np.asarray(t[:]) for name, t in weights.merge_adapter(stored, directory, files, tied=False).items()
         }

@@ -25,9 +25,9 @@ DECIDE_NOTHING = frozenset(
 )
 
 
-def identity(data: DataSources, renderer: Renderer, drop_ties: bool) -> dict[str, Any]:
+def identity(data: DataSources, renderer: Renderer, drop_ties: bool, margin: str = "") -> dict[str, Any]:
     """Everything that decides the cache's content: files, parsers and our own code, tokenizer, template, limits."""
-    return {
+    return ({"margin": margin} if margin else {}) | {
         "sources": [
             {
                 "name": source.name,

@@ -34,7 +34,7 @@ FORMAT = 2  # raise it when the files below change; older caches are then built 
 QUARANTINE, MANIFEST = "quarantine.jsonl", "manifest.json"
 LARGEST_ID = "largest_id"  # of the token ids of all pairs, in the manifest
 IDS_DIGEST = "ids"  # of the token ids of all pairs, in the manifest
-_RECORDS = "pairs.array_record"
+_RECORDS, _MARGIN = "pairs.array_record", "margin.npy"
 _LEFT_OVER_SECONDS = 3600
 _PLAIN = re.compile(r"\w[\w.-]*")  # a file's name: no directory, and nothing hidden
 
@@ -42,7 +42,7 @@ _PLAIN = re.compile(r"\w[\w.-]*")  # a file's name: no directory, and nothing hi
 class Pair(NamedTuple):
     """One pair on its way into the cache: token ids, its source's number, the hash of its prompt (64 bits), its row.
 
-    The row is `line` (from 1) of the source's file number `file`.
+    The row is `line` (from 1) of the source's file number `file`. All pairs of a cache have a margin, or none has.
     """
 
     prompt: list[int]
@@ -52,6 +52,7 @@ class Pair(NamedTuple):
     prompt_hash: int
     file: int = 0
     line: int = 0
+    margin: float | None = None
 
 
 # Given the path for quarantined rows, yields the pairs and returns what the manifest keeps about them.
@@ -63,8 +64,8 @@ class PairCache:
     """Tokenised pairs on disk; cheap to open, to pickle (as its directory) and to read from several threads.
 
     `lengths` int32 [n, 3] (prompt, chosen, rejected, in tokens), `source` int32 [n], `prompt_hash` uint64 [n],
-    `origin` int32 [n, 2] (number of the source's file, line): memory maps. `manifest` is the JSON object that the
-    writer left.
+    `origin` int32 [n, 2] (number of the source's file, line), `margin` float32 [n] where pairs have one: memory maps.
+    `manifest` is the JSON object that the writer left.
     """
 
     directory: str
@@ -73,6 +74,7 @@ class PairCache:
     prompt_hash: np.ndarray
     origin: np.ndarray
     manifest: dict[str, Any]
+    margin: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -172,6 +174,7 @@ def open_cache(directory: str) -> PairCache:
         manifest = json.loads((path / MANIFEST).read_text())
         names = ("lengths", "source", "prompt_hash", "origin")
         lengths, source, prompt_hash, origin = (np.load(path / f"{name}.npy", mmap_mode="r") for name in names)
+        margin = np.load(path / _MARGIN, mmap_mode="r") if _MARGIN in file_sizes(manifest) else None
         sizes = {name: (path / name).stat().st_size for name in file_sizes(manifest)}
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -179,7 +182,7 @@ def open_cache(directory: str) -> PairCache:
         ) from error
     if manifest["format"] != FORMAT or sizes != manifest["bytes"]:
         raise UserError(f"{directory}: a cache of another version, or a damaged one; delete it to build it anew")
-    return PairCache(directory, lengths, source, prompt_hash, origin, manifest)
+    return PairCache(directory, lengths, source, prompt_hash, origin, manifest, margin)
 
 
 def _open_if_whole(target: Path, fingerprint: dict[str, Any], wanted: str) -> PairCache | None:
@@ -192,7 +195,7 @@ def _open_if_whole(target: Path, fingerprint: dict[str, Any], wanted: str) -> Pa
 
 def write_pairs(directory: Path, fingerprint: dict[str, Any], produce: Produce) -> None:
     """Writes all files of a cache; the arrays cost 32 bytes of memory a pair, the records none."""
-    lengths, sources, hashes, origins = (array.array(code) for code in "iiQi")
+    lengths, sources, hashes, origins, margins = (array.array(code) for code in "iiQif")
     # One record per group: the pipeline reads pairs in random order.
     writer = array_record_module.ArrayRecordWriter(str(directory / _RECORDS), "group_size:1")
     about: dict[str, Any] = {}
@@ -213,12 +216,17 @@ def write_pairs(directory: Path, fingerprint: dict[str, Any], produce: Produce) 
                 sources.append(pair.source)
                 hashes.append(pair.prompt_hash)
                 origins.extend((pair.file, pair.line))
+                if pair.margin is not None:
+                    margins.append(pair.margin)
     finally:
         writer.close()
     np.save(directory / "lengths.npy", np.asarray(lengths, dtype=np.int32).reshape(-1, 3))
     np.save(directory / "source.npy", np.asarray(sources, dtype=np.int32))
     np.save(directory / "prompt_hash.npy", np.asarray(hashes, dtype=np.uint64))
     np.save(directory / "origin.npy", np.asarray(origins, dtype=np.int32).reshape(-1, 2))
+    if margins:
+        assert len(margins) == len(sources), "some pairs have a margin, and others have none"
+        np.save(directory / _MARGIN, np.asarray(margins, dtype=np.float32))
     manifest = {
         "format": FORMAT,
         "id": uuid.uuid4().hex,

@@ -1,6 +1,7 @@
-"""A schedule's steps as the loop takes them: read ahead, built into rows, placed on the mesh."""
+"""A schedule's steps as a jitted step takes them: read ahead, built into rows, placed on the mesh."""
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,9 +15,27 @@ from dpo_jax.rows.build import GroupSource
 from dpo_jax.rows.pipeline import StepSource, batches
 from dpo_jax.rows.schedule import Schedule, make_schedule
 from dpo_jax.rows.shape import Order
-from dpo_jax.training.loop import Item
 
 Given = Mapping[str, np.ndarray]  # more of every group, by its name in `Batch`
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """The batch of one update, on the devices, and what its record tells of it.
+
+    Attributes:
+      update: its number, from 1.
+      batch: what the step takes, a tree of arrays.
+      shape: static; the step is compiled once for each.
+      facts: numbers for the record; `pairs` among them are counted by the second.
+      examples: numbers of the examples in it, -1 where there is none; events name them.
+    """
+
+    update: int
+    batch: Any
+    shape: Hashable
+    facts: Mapping[str, float]
+    examples: np.ndarray
 
 
 def step_source(

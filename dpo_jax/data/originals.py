@@ -1,0 +1,56 @@
+"""The conversations behind tokenised pairs: their rows are read again, as a cache holds token ids alone."""
+
+from collections.abc import Sequence
+
+from dpo_jax.data.comparison import Comparison, LabeledComparison
+from dpo_jax.data.containers import read_rows
+from dpo_jax.data.raw import BadLine
+from dpo_jax.data.sources import DataSources
+from dpo_jax.data.split import Pairs
+
+
+def conversations(pairs: Pairs, data: DataSources, most: int) -> list[tuple[int, Comparison]]:
+    """The first pairs of different prompts that have a conversation: their places in `pairs`, and a comparison of each.
+
+    Prompts that only a tokenizer can tell from their answers have none, and are left out.
+
+    Args:
+      pairs: tokenised, of a cache that was built from `data`.
+      data: where its rows are.
+      most: how many prompts.
+    """
+    seen: set[int] = set()
+    chosen: list[int] = []
+    for place, index in enumerate(pairs.index.tolist()):
+        prompt = int(pairs.cache.prompt_hash[index])
+        if prompt not in seen and len(chosen) < 2 * most:  # as some may have no conversation
+            seen.add(prompt)
+            chosen.append(place)
+    rows = _rows(pairs, data, chosen)
+    found = [(place, rows[place]) for place in chosen if place in rows and rows[place].prompt_conversation]
+    return found[:most]
+
+
+def _rows(pairs: Pairs, data: DataSources, places: Sequence[int]) -> dict[int, Comparison]:
+    """The first pair of the row of each of these places."""
+    wanted: dict[tuple[int, int], dict[int, list[int]]] = {}  # (source, file) → line → places
+    for place in places:
+        index = int(pairs.index[place])
+        entries = pairs.cache.manifest["sources"]
+        source = next(n for n, entry in enumerate(entries) if entry["start"] <= index < entry["stop"])
+        file, line = map(int, pairs.cache.origin[index])
+        wanted.setdefault((source, file), {}).setdefault(line, []).append(place)
+    found: dict[int, Comparison] = {}
+    for (number, file), lines in wanted.items():
+        source, left = data.sources[number], set(lines)
+        for location, row in read_rows(source.files[file]):
+            line = int(location.rpartition(":")[2])
+            if line not in left or isinstance(row, BadLine):
+                continue
+            left.remove(line)
+            named = source.spec.columns.apply(row) if source.spec.columns else row
+            read = [one for one in source.spec.read(named)[1] if isinstance(one, LabeledComparison)]
+            found |= {place: read[0].comparison for place in lines[line] if read}
+            if not left:
+                break
+    return found

@@ -1,0 +1,140 @@
+"""A preference model from its name. No JAX before a model needs it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.config.opened import is_run
+from dpo_jax.disk import read_json
+from dpo_jax.errors import UserError
+from dpo_jax.preference.models import Ensemble, PreferenceModel
+from dpo_jax.preference.rules import load_function
+from dpo_jax.weights.hub import ADAPTER_CONFIG, CONFIG, local_model
+
+IMPLICIT, GOLD = "implicit:", "gold"
+FORMS = "DIR or RUN, http://HOST/v1|MODEL, implicit:POLICY,REFERENCE, module:function, gold"
+
+
+def load_preference_model(spec: str, **options: Any) -> PreferenceModel:
+    """The preference model of a name.
+
+    Args:
+      spec: a directory in Hugging Face's layout or a hub's id (a reward model, or a causal one that is asked in words:
+        its files tell), a run's directory, `http://HOST/v1|MODEL`, `implicit:POLICY,REFERENCE`, `module:function`,
+        `gold`, or several of these with commas, whose verdicts are averaged.
+      options: of the kind, such as `dtype`, `prompt_format` and `chat_template` of models, or those of
+        `server.connect`.
+
+    Raises:
+      UserError: there is no such judge, it cannot be loaded, or it has no such option.
+    """
+    names = divided(spec)
+    models = tuple(_load_one(name, options) for name in names)
+    return models[0] if len(models) == 1 else Ensemble(models)
+
+
+def divided(spec: str) -> list[str]:
+    """The names of the single judges: those between commas, but for the one within `implicit:`.
+
+    Raises:
+      UserError: one is empty, or names a policy without its reference.
+
+    >>> divided("gold,implicit:a,b,my:rule")
+    ['gold', 'implicit:a,b', 'my:rule']
+    """
+    parts = [part.strip() for part in spec.split(",")]
+    names = []
+    while parts:
+        name = parts.pop(0)
+        if name.startswith(IMPLICIT):
+            if not parts or not parts[0] or name == IMPLICIT:
+                raise UserError(f"judge {name}: needed is implicit:POLICY,REFERENCE, two directories or ids")
+            name += "," + parts.pop(0)
+        if not name:
+            raise UserError(f"judge {spec!r} has an empty name; needed is {FORMS}, or several with commas")
+        names.append(name)
+    return names
+
+
+def _load_one(name: str, options: dict[str, Any]) -> PreferenceModel:
+    if name == GOLD:
+        from dpo_jax.preference.gold import gold
+
+        return _called(name, gold, options)
+    if name.startswith(("http://", "https://")):
+        from dpo_jax.preference.server import connect
+
+        return _called(name, connect, options, name)
+    if name.startswith(IMPLICIT):
+        from dpo_jax.preference.implicit import load_implicit
+
+        policy, reference = (directory_of(part) for part in name.removeprefix(IMPLICIT).split(","))
+        return _called(name, load_implicit, options, policy, reference)
+    if _is_function(name):
+        return _called(name, load_function, options, name)
+    return load_model_judge(name, **options)
+
+
+def _is_function(name: str) -> bool:
+    """Whether a name is `module:function`: no directory, and no path."""
+    module, colon, function = name.partition(":")
+    return bool(colon) and not Path(name).exists() and "/" not in name and bool(module and function)
+
+
+def load_model_judge(name: str, **options: Any) -> PreferenceModel:
+    """The judge that a model's directory, a run or a hub's id is."""
+    directory = directory_of(name)
+    if is_reward_model(directory):
+        from dpo_jax.preference.reward import load_reward_model
+
+        return _called(name, load_reward_model, options, directory)
+    from dpo_jax.preference.generative import load_generative
+
+    return _called(name, load_generative, options, directory)
+
+
+def directory_of(name: str) -> str:
+    """What a model's name stands for: a run's export, or itself.
+
+    Raises:
+      UserError: a run has no export, or there is no such directory.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and is_run(path):
+        if not (path / "export" / CONFIG).is_file():
+            raise UserError(f"judge {name}: the run has no export/ yet; let it end, with --config.export=True")
+        return str(path / "export")
+    local_model(name, what="judge")
+    return name
+
+
+def is_reward_model(directory: str) -> bool:
+    """Whether the model of a directory or a hub's id has a head for scores, by its config.json."""
+    from dpo_jax.weights.heads import is_classifier
+    from dpo_jax.weights.hub import resolve_model
+
+    files = resolve_model(directory, what="judge", with_weights=False)
+    if files.adapter is not None and read_json(files.adapter / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS":
+        return True
+    hf = read_json(files.directory / CONFIG, "fetch the model again")
+    named = [str(one) for one in hf.get("architectures") or []]
+    return is_classifier(hf) or any("RewardModel" in one or "ValueHead" in one for one in named)
+
+
+def _called(name: str, make: Callable[..., PreferenceModel], options: dict[str, Any], *args: str) -> PreferenceModel:
+    """A judge made with the options that it takes.
+
+    Raises:
+      UserError: it has no such option.
+    """
+    import inspect
+
+    takes = inspect.signature(make).parameters.values()
+    known = {p.name for p in takes if p.kind == p.KEYWORD_ONLY}
+    if any(p.kind == p.VAR_KEYWORD for p in takes):
+        known |= {"prompt_format", "chat_template"}
+    for option in options:
+        if option not in known:
+            has = f"has {', '.join(sorted(known))}" if known else "has no options"
+            raise UserError(f"{option}={options[option]!r}: the judge {name} {has}; leave it out")
+    return make(*args, **options)

@@ -1,0 +1,72 @@
+"""The phase of a preference model.
+
+Of a reward model: pairs in, a score of every completion, and Bradley and Terry's loss of the difference. Of one that
+compares in words: comparisons in, and the likelihood of the right label.
+
+It is the phase of DPO without a reference: the same rows, step, loop and checkpoints. An evaluation of a reward model
+leaves the scores themselves in scores.json, which the report draws.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.batches import Given, once_through, step_source
+from dpo_jax.data.split import Pairs
+from dpo_jax.disk import write_json
+from dpo_jax.model.config import Params
+from dpo_jax.objective.objective import make_set_values
+from dpo_jax.records.scores import SCORES
+from dpo_jax.rows.schedule import Schedule
+from dpo_jax.training import checkpoint, setup
+from dpo_jax.training.phases import evaluate, run_updates
+from dpo_jax.training.setup import Run
+from dpo_jax.training.step import TrainState
+from dpo_jax.weights.load import load_params
+
+
+def params_after_pairs(run: Run, schedule: Schedule, steps: int) -> Params:
+    """What is trained, after `steps` updates over the schedule's pairs, begun or resumed."""
+    s, layout = run.settings, run.layout
+    tx, rate = setup.make_optimizer(s.optimizer, steps)
+    objective = setup.make_objective(s.objective)
+    if run.done:
+        state = checkpoint.restore(run.checkpoints, run.done, setup.abstract_state(tx, layout))
+    else:
+        state = setup.start_state(load_params(run.policy, layout, s.seed), tx, layout)
+    source = step_source(schedule, layout.mesh, steps, s.batch.microbatches, margins(run.data.train))
+    update = functools.partial(setup.train_step_on(layout, run.models, objective, tx, rate), base=run.base)
+    step = lambda state, batch, shape: update(state, None, batch, shape)
+    held_out = _evaluator(run) if len(run.data.evaluation) else None
+    return run_updates(run, "train", objective.loss, source, step, state, 0, held_out).params
+
+
+def margins(pairs: Pairs) -> Given:
+    """What batches hold besides the pairs' tokens: their margins, where they have some."""
+    return {} if pairs.margin is None else {"margin": np.asarray(pairs.margin, np.float32)}
+
+
+def _evaluator(run: Run) -> Any:
+    """A state → the values of an evaluation; the scores are written beside."""
+    pairs, batch, layout = run.data.evaluation, run.settings.batch, run.layout
+    objective = setup.make_objective(run.settings.objective)
+    score = setup.eval_step_on(layout, run.models[0], objective)
+    source = once_through(pairs, batch.size, batch.microbatches, layout, margins(pairs))
+    set_values = make_set_values(objective)
+
+    def kept(*scored: Any) -> Any:
+        """The values; the scores among them are written."""
+        values = set_values(*scored)
+        if jax.process_index() == 0 and run.settings.task == "reward":
+            held = {name: np.round(np.asarray(values[f"{name}_reward"], np.float64), 6).tolist() for name in SCORES}
+            tokens = dict(zip(SCORES, pairs.lengths[:, 1:].T.tolist(), strict=True))
+            write_json(run.workdir / "scores.json", held | {f"{name}_tokens": tokens[name] for name in SCORES})
+        return values
+
+    def held_out(state: TrainState) -> dict[str, Any]:
+        step = lambda rows, shape: score(state.params, None, rows, shape, base=run.base)
+        return evaluate(step, kept, source, layout.mesh, run.data.split.groups)
+
+    return held_out

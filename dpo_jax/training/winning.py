@@ -1,0 +1,161 @@
+"""Win rates at evaluations: the policy's answers against a baseline's, under a judge.
+
+The baseline is the policy as it was when the phase began, whose answers are kept in baseline.jsonl, or a file of
+answers. Both are drawn with the same random numbers: where two policies are equal, so are their answers, and that is a
+tie.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dpo_jax.data.comparison import Comparison, Message
+from dpo_jax.data.originals import conversations
+from dpo_jax.disk import write_whole
+from dpo_jax.errors import UserError
+from dpo_jax.model.config import Params
+from dpo_jax.parallel.watchdog import LONGER, beat
+from dpo_jax.preference.load import load_preference_model
+from dpo_jax.preference.models import PreferenceModel, swapped
+from dpo_jax.preference.statistics import win_rate
+from dpo_jax.records.records import read_records
+from dpo_jax.sampling.params import SamplingParams
+from dpo_jax.training.inputs import sources_of
+from dpo_jax.training.setup import Run
+
+BASELINE = "baseline.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """What is asked of the policy and of the judge.
+
+    Attributes:
+      judge: whose verdicts count.
+      prompts: token ids, and `asked` the conversations that they are.
+      baseline: an answer's text to each.
+    """
+
+    judge: PreferenceModel
+    prompts: Sequence[Sequence[int]]
+    asked: Sequence[Comparison]
+    baseline: Sequence[str]
+
+
+def make_contest(run: Run, params: Params | None) -> Contest | None:
+    """What the policy's answers are compared with; None where there is no judge, or nothing is held out.
+
+    Args:
+      params: of the policy as the phase begins; None: it has begun before, and its answers are kept.
+
+    Raises:
+      UserError: the judge cannot be loaded, or the baseline lacks an answer.
+    """
+    s = run.settings
+    if not s.judge or not s.win_rate_prompts or not len(run.data.evaluation):
+        return None
+    places = conversations(run.data.evaluation, sources_of(s, run.workdir), s.win_rate_prompts)
+    if not places:
+        raise UserError(
+            f"judge={s.judge}: no held-out prompt is a conversation that a judge can be shown; leave the judge out"
+        )
+    prompts = [run.data.evaluation[place][0].tolist() for place, _ in places]
+    asked = [one for _, one in places]
+    judge = load_preference_model(s.judge)
+    return Contest(judge, prompts, asked, _baseline(run, params, prompts, asked))
+
+
+def _baseline(
+    run: Run, params: Params | None, prompts: Sequence[Sequence[int]], asked: Sequence[Comparison]
+) -> list[str]:
+    """An answer to each prompt, of the file that is named or of the policy as it began."""
+    s, kept = run.settings, run.workdir / BASELINE
+    if s.win_rate_baseline:
+        return answers_in(Path(s.win_rate_baseline), [one.prompt_conversation for one in asked])
+    if params is not None:
+        texts = draw_texts(run, params, prompts)
+        lines = [
+            json.dumps({"prompt": list(one.prompt_conversation), "answers": [{"text": text}]}, ensure_ascii=False)
+            for one, text in zip(asked, texts, strict=True)
+        ]
+        if jax.process_index() == 0:
+            write_whole(kept, "\n".join(lines) + "\n")
+        return texts
+    return answers_in(kept, [one.prompt_conversation for one in asked])
+
+
+def answers_in(path: Path, conversations: Sequence[Sequence[Message]]) -> list[str]:
+    """The first answer to each conversation in a file of `python -m dpo_jax.sample`; a prompt of text is a user's turn.
+
+    Raises:
+      UserError: the file cannot be read, or has no answer to one of them.
+    """
+    if not path.is_file():
+        raise UserError(f"win_rate_baseline={path}: there is no such file; make it with python -m dpo_jax.sample")
+    found: dict[str, str] = {}
+    for record in read_records(path):
+        prompt, answers = record.get("prompt"), record.get("answers")
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if answers and isinstance(answers[0], dict) and isinstance(answers[0].get("text"), str):
+            found.setdefault(json.dumps(turns, sort_keys=True), answers[0]["text"])
+    keys = [json.dumps(list(one), sort_keys=True) for one in conversations]
+    missing = [i for i, key in enumerate(keys) if key not in found]
+    if missing:
+        said = str(conversations[missing[0]][-1].get("content"))
+        raise UserError(
+            f"{path} has no answer to {len(missing)} of {len(keys)} held-out prompts, first {said!r:.60}; answer the "
+            "held-out prompts of this run, or leave win_rate_baseline empty"
+        )
+    return [found[key] for key in keys]
+
+
+def draw_texts(run: Run, params: Params, prompts: Sequence[Sequence[int]]) -> list[str]:
+    """An answer's text to each prompt, at temperature 1."""
+    beat("drawing answers for the win rate", LONGER)
+    asked = SamplingParams(max_tokens=run.settings.sample_tokens, seed=run.settings.seed)
+    answers = run.sampler.answers(run.base | params, prompts, asked)
+    return [one[0].text.strip() for one in answers]
+
+
+def make_win_rate(run: Run, contest: Contest | None) -> Callable[[Params], dict[str, float]]:
+    """Parameters → `win_rate` of the policy over its baseline, its standard error `win_rate_error`, the share of ties,
+    the comparisons without a verdict where there are any, and the mean length of its answers in characters.
+
+    Every process of several must call it.
+    """
+    if contest is None:
+        return lambda params: {}
+    held = contest
+
+    def measured(params: Params) -> dict[str, float]:
+        texts = draw_texts(run, params, held.prompts)
+        pairs = [
+            dataclasses.replace(one, completion_a=_said(mine), completion_b=_said(theirs), texts=None)
+            for one, mine, theirs in zip(held.asked, texts, held.baseline, strict=True)
+        ]
+        beat("asking the judge", LONGER)
+        found = verdicts(held.judge, [*pairs, *map(swapped, pairs)])
+        rate = win_rate(found[: len(pairs)], found[len(pairs) :], np.arange(len(pairs)))
+        values: dict[str, Any] = {"win_rate": rate.rate, "win_rate_error": rate.error, "win_rate_ties": rate.ties}
+        values |= {"no_verdict": rate.no_verdict} if rate.no_verdict else {}
+        return values | {"answer_characters": float(np.mean([len(text) for text in texts]))}
+
+    return measured
+
+
+def verdicts(judge: PreferenceModel, comparisons: Sequence[Comparison]) -> np.ndarray:
+    """A judge's verdicts, the same in all processes: a server is asked by the first one alone."""
+    if jax.process_count() == 1 or not getattr(judge, "is_remote", False):
+        return judge(comparisons)
+    found = judge(comparisons) if jax.process_index() == 0 else np.zeros(len(comparisons))
+    return np.asarray(multihost_utils.broadcast_one_to_all(found), np.float64)
+
+
+def _said(text: str) -> list[Message]:
+    return [{"role": "assistant", "content": text}]

@@ -1,0 +1,156 @@
+"""Judges that are models: the implicit reward and the label of a causal model against float64, and their names."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.data.comparison import Comparison, LabeledComparison
+from dpo_jax.data.render import make_renderer
+from dpo_jax.errors import UserError
+from dpo_jax.model.options import LayoutOptions
+from dpo_jax.parallel.mesh import make_mesh
+from dpo_jax.preference.comparing import comparison_messages
+from dpo_jax.preference.generative import label_tokens
+from dpo_jax.preference.load import divided, load_preference_model
+from dpo_jax.preference.models import Ensemble, disagreement, swapped
+from dpo_jax.preference.questions import Questions, question_of
+from dpo_jax.preference.scoring import answer_renderer, answer_tokens
+from dpo_jax.weights.find import find_policy
+from dpo_jax.weights.huggingface import save_weights
+from dpo_jax.weights.load import load_whole
+from tests import places
+from tests.oracles import oracle
+
+GOLDEN = places.ROOT / "tests" / "golden"
+CAUSAL, REWARD = GOLDEN / "trl" / "tiny", GOLDEN / "reward" / "tiny"
+ROWS = [json.loads(line) for line in (GOLDEN / "trl" / "pairs.jsonl").read_text().splitlines()]
+ASKED = [Comparison(row["prompt"], row["chosen"], row["rejected"]) for row in ROWS[:5]]
+# A template as Gemma's, which has no system turns and wants user and assistant by turns.
+STRICT = (
+    "{% for m in messages %}{% if m['role'] not in ('user', 'assistant') %}{{ raise_exception('no such role') }}"
+    "{% endif %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def loaded(directory):
+    policy = find_policy(str(directory), CAUSAL, 0)
+    return policy, *load_whole(policy, make_mesh(1, 1, 1, jax.devices()[:1]), LayoutOptions())
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """The causal model with other weights: a reference."""
+    policy, _, params = loaded(CAUSAL)
+    out = tmp_path_factory.mktemp("reference") / "model"
+    moved = jax.tree.map(lambda p: p * 0.9, params)
+    save_weights(moved, policy.hf_config(), out, dtype="float32", tokenizer_from=CAUSAL)
+    return out
+
+
+def test_the_implicit_reward_is_that_of_the_float64_oracle(other):
+    judge = load_preference_model(f"implicit:{CAUSAL},{other}", beta=0.5)
+    answered = [(c.prompt_conversation, side) for c in ASKED for side in (c.completion_a, c.completion_b)]
+    tokens = answer_tokens(answer_renderer(find_policy(str(CAUSAL), CAUSAL, 0).tokenizer), answered)
+    exact = []
+    for directory in (CAUSAL, other):
+        _, layout, params = loaded(directory)
+        exact.append([oracle.completion_logp(params, np.array(p), np.array(a), layout.config) for p, a in tokens])
+    wanted = 0.5 * np.subtract(*exact)
+    np.testing.assert_allclose(judge.scores(answered), wanted, atol=1e-4)
+    np.testing.assert_allclose(judge(ASKED), np.tanh((wanted[1::2] - wanted[::2]) / 2), atol=1e-4)
+
+
+def test_a_generative_verdict_is_the_softmax_over_the_labels_in_both_orders():
+    judge = load_preference_model(str(CAUSAL))
+    policy, layout, params = loaded(CAUSAL)
+    renderer = make_renderer(policy.tokenizer, "chat", 10_000, 10_000)
+    wanted = []
+    for one in ASKED:
+        values = []
+        for order in (one, swapped(one)):
+            (of,) = label_tokens(renderer, [order])
+            logp = [oracle.completion_logp(params, np.array(p), np.array(a), layout.config) for p, a in of]
+            p = np.exp(logp) / np.exp(logp).sum()
+            values.append(p[1] - p[0])
+        wanted.append((values[0] - values[1]) / 2)
+    np.testing.assert_allclose(judge(ASKED), wanted, atol=1e-5)
+    assert np.abs(wanted).max() > 1e-4
+    assert np.array_equal(judge([swapped(one) for one in ASKED]), -judge(ASKED))
+
+
+def test_labels_end_where_the_turn_does():
+    tokenizer = find_policy(str(CAUSAL), CAUSAL, 0).tokenizer
+    (labels,) = label_tokens(make_renderer(tokenizer, "chat", 10_000, 10_000), ASKED[:1])
+    assert [tokenizer.decode(ids) for _, ids in labels] == ["A", "B", "Tie"]
+    question = tokenizer.decode(labels[0][0])
+    assert question == tokenizer.apply_chat_template(
+        comparison_messages(ASKED[0]), tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_a_template_without_system_turns_is_asked_in_one_turn():
+    tokenizer = find_policy(str(CAUSAL), CAUSAL, 0).tokenizer
+    tokenizer.chat_template = STRICT
+    renderer = make_renderer(tokenizer, "chat", 10_000, 10_000)
+    assert len(question_of(renderer)(ASKED[0])) == 1
+    (labels,) = label_tokens(renderer, ASKED[:1])
+    assert [tokenizer.decode(ids) for _, ids in labels] == ["A", "B", "Tie"]
+
+
+def test_a_pair_is_asked_in_one_order_however_it_is_given():
+    tokenizer = find_policy(str(CAUSAL), CAUSAL, 0).tokenizer
+    renderer = make_renderer(tokenizer, "chat", 10_000, 10_000)
+    pairs = [LabeledComparison(Comparison(r["prompt"], r["chosen"], r["rejected"]), "A") for r in ROWS]
+    for seed in (0, 1):
+        asked = Questions(renderer, seed).asked(pairs)
+        assert Questions(renderer, seed).asked([pair.swap() for pair in pairs]) == asked
+        first = [one.chosen[0]["content"] == "A" for one in asked]
+        assert 0.25 < np.mean(first) < 0.75
+        for pair, one, is_a in zip(pairs, asked, first, strict=True):
+            turn = one.comparison.prompt_conversation[-4 if is_a else -2]
+            assert turn["content"] == pair.chosen[0]["content"]
+    assert Questions(renderer, 0).asked(pairs) != Questions(renderer, 1).asked(pairs)
+
+
+def test_an_ensemble_is_the_mean_of_those_that_have_a_verdict():
+    judge = load_preference_model(f"{REWARD},dpo_jax.preference.rules:shorter")
+    assert isinstance(judge, Ensemble)
+    each = judge.each(ASKED)
+    np.testing.assert_allclose(judge(ASKED), each.mean(0))
+    np.testing.assert_allclose(disagreement(each), each.std(0))
+    assert disagreement(np.array([[0.5], [np.nan]])).tolist() != [0.0]
+
+
+@pytest.mark.parametrize(("spec", "words"), [
+    ("", "empty name"),
+    ("gold,", "empty name"),
+    ("implicit:a", "POLICY,REFERENCE"),
+    ("./nowhere", "no such directory"),
+    ("no.such.module:rule", "cannot be imported"),
+])  # fmt: skip
+def test_a_judge_that_is_not_there_is_one_line(spec, words):
+    with pytest.raises(UserError) as refused:
+        load_preference_model(spec)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_names_are_divided_but_for_the_pair_of_an_implicit_reward():
+    assert divided("gold, implicit:a,b ,m:f") == ["gold", "implicit:a,b", "m:f"]
+
+
+def test_an_option_that_a_judge_has_not_is_refused():
+    with pytest.raises(UserError, match="the judge gold has no options"):
+        load_preference_model("gold", concurrency=4)
+
+
+def test_a_damaged_classifier_is_not_taken_for_a_causal_model(tmp_path):
+    shutil.copytree(REWARD, tmp_path / "model")
+    held = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(held | {"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(UserError, match=r"lm_head|no place"):
+        load_preference_model(str(tmp_path / "model"))
