@@ -37,9 +37,9 @@ def _rows(pairs: Pairs, data: DataSources, places: Sequence[int]) -> dict[int, C
     for place in places:
         index = int(pairs.index[place])
         entries = pairs.cache.manifest["sources"]
-        source = next(n for n, entry in enumerate(entries) if entry["start"] <= index < entry["stop"])
+        number = next(n for n, entry in enumerate(entries) if entry["start"] <= index < entry["stop"])
         file, line = map(int, pairs.cache.origin[index])
-        wanted.setdefault((source, file), {}).setdefault(line, []).append(place)
+        wanted.setdefault((number, file), {}).setdefault(line, []).append(place)
     found: dict[int, Comparison] = {}
     for (number, file), lines in wanted.items():
         source, left = data.sources[number], set(lines)

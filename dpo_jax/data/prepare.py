@@ -129,8 +129,10 @@ def prepare(
             read, rows, kept = so_far.tolist()
             progress(Reading(min(read, total), total, rows, kept))
 
-    options = {"quarantine": quarantine, "tell": tell, "margin": request.reward_margin, "recast": recast}
-    produce = functools.partial(tokenise, data.sources, renderer, request.drop_ties, **options)
+    more: dict[str, Any] = {"margin": request.reward_margin, "recast": recast}
+    produce = functools.partial(
+        tokenise, data.sources, renderer, request.drop_ties, quarantine=quarantine, tell=tell, **more
+    )
     cache, built = open_or_build(request.cache_dir, decides, produce)
     written = copy_bad_rows(Path(cache.directory) / QUARANTINE, quarantine)
     for entry in cache.manifest["sources"]:

@@ -104,13 +104,14 @@ def _batch_pairs(
             continue
         named = spec.columns.apply(row) if spec.columns else row
         for pair in tally.pairs(location, row, spec.read(named)):
+            wanted = margin_of(named, margin) if margin else 0.0
             if pair.label == "Tie" or (drop_ties and spec.tied(named)):
                 tally.drop(location, Skip("tie"), row)
-            elif margin and isinstance(wanted := margin_of(named, margin), Skip):
+            elif isinstance(wanted, Skip):
                 tally.drop(location, wanted, row)
             else:
                 good.append((location, row, pair))
-                margins += [wanted] if margin else []
+                margins.append(wanted)
     number = {path: n for n, path in enumerate(source.files)}
     pairs = [pair for _, _, pair in good]
     rendered_pairs = render_batch(renderer, pairs if recast is None else recast.asked(pairs))
@@ -127,8 +128,9 @@ def _batch_pairs(
         prompt_hash = int.from_bytes(
             bytes.fromhex(digest(json.dumps(turns or list(rendered.prompt)), size=8)), "little"
         )
-        both = (rendered.chosen, rendered.rejected) if recast is None else recast.cut(rendered)
-        yield Pair(rendered.prompt, *both, name, prompt_hash, number[path], int(line), margins[at] if margin else None)
+        chosen, rejected = (rendered.chosen, rendered.rejected) if recast is None else recast.cut(rendered)
+        where = name, prompt_hash, number[path], int(line)
+        yield Pair(rendered.prompt, chosen, rejected, *where, margins[at] if margin else None)
 
 
 def _refuse_wrong_columns(tally: Tally, quarantine: Path | None) -> None:

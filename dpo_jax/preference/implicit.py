@@ -21,7 +21,13 @@ BETA = 0.1
 
 
 def load_implicit(
-    policy: str, reference: str, *, beta: float = BETA, dtype: str = "auto", **rendering: str
+    policy: str,
+    reference: str,
+    *,
+    beta: float = BETA,
+    dtype: str = "auto",
+    prompt_format: str = "auto",
+    chat_template: str = "",
 ) -> Pointwise:
     """The judge that a policy and its reference are.
 
@@ -29,7 +35,7 @@ def load_implicit(
       policy, reference: directories, or the hub's ids, of causal models of one architecture.
       beta: β; it scales all scores, and so how sure verdicts are.
       dtype: number format of both models and their products; auto is bfloat16, on CPU float32.
-      rendering: `prompt_format` and `chat_template`, as the config's keys.
+      prompt_format, chat_template: as the config's keys.
 
     Raises:
       UserError: a model is not there, or they are of different architectures or tokenizers.
@@ -46,7 +52,7 @@ def load_implicit(
     for one in found:
         layout, params = load_whole(one, mesh, options)
         scores.append(make_score(layout, params, logps_fn(layout, remat="none")))
-    renderer = answer_renderer(found[0].tokenizer, **rendering)
+    renderer = answer_renderer(found[0].tokenizer, prompt_format, chat_template)
 
     def score(answered: Sequence[Answered]) -> np.ndarray:
         tokens = answer_tokens(renderer, answered)

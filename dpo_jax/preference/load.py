@@ -131,8 +131,6 @@ def _called(name: str, make: Callable[..., PreferenceModel], options: dict[str, 
 
     takes = inspect.signature(make).parameters.values()
     known = {p.name for p in takes if p.kind == p.KEYWORD_ONLY}
-    if any(p.kind == p.VAR_KEYWORD for p in takes):
-        known |= {"prompt_format", "chat_template"}
     for option in options:
         if option not in known:
             has = f"has {', '.join(sorted(known))}" if known else "has no options"

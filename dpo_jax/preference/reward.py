@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.data.render import Renderer
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import Params
 from dpo_jax.model.options import LayoutOptions
@@ -15,14 +16,16 @@ from dpo_jax.weights.find import Policy, find_policy
 from dpo_jax.weights.load import load_whole
 
 
-def load_reward_model(directory: str, *, dtype: str = "auto", revision: str = "", **rendering: str) -> Pointwise:
+def load_reward_model(
+    directory: str, *, dtype: str = "auto", revision: str = "", prompt_format: str = "auto", chat_template: str = ""
+) -> Pointwise:
     """The judge that a reward model is.
 
     Args:
       directory: one that `AutoModelForSequenceClassification` loads, a PEFT directory of one, or a hub's id.
       dtype: number format of the model and its products; auto is bfloat16, on CPU float32.
       revision: the hub's.
-      rendering: `prompt_format` and `chat_template`, as the config's keys.
+      prompt_format, chat_template: as the config's keys.
 
     Raises:
       UserError: there is none, or it has no head of one label.
@@ -35,11 +38,13 @@ def load_reward_model(directory: str, *, dtype: str = "auto", revision: str = ""
         )
     formats: dict[str, Any] = {} if dtype == "auto" else {"compute_dtype": dtype, "base_dtype": dtype}
     options = LayoutOptions(param_dtype=dtype, **formats)
-    return reward_judge(directory, policy, *load_whole(policy, make_mesh(1, -1, 1), options), **rendering)
+    layout, params = load_whole(policy, make_mesh(1, -1, 1), options)
+    return reward_judge(
+        directory, policy, layout, params, answer_renderer(policy.tokenizer, prompt_format, chat_template)
+    )
 
 
-def reward_judge(name: str, policy: Policy, layout: Layout, params: Params, **rendering: str) -> Pointwise:
+def reward_judge(name: str, policy: Policy, layout: Layout, params: Params, renderer: Renderer) -> Pointwise:
     """The judge of a reward model that is on the mesh already."""
-    renderer = answer_renderer(policy.tokenizer, **rendering)
     score = make_score(layout, params, scores_fn(layout, remat="none", pad=policy.pad))
     return Pointwise(name, scores_of(renderer, score))

@@ -108,16 +108,16 @@ def _batches(
     sized = [(_width(len(ids[0])), _width(max(map(len, ids[1:]))), at) for at, (_, ids) in enumerate(groups)]
     sized.sort(key=lambda one: (one[0] + n * one[1], *one), reverse=True)
     while sized:
-        prompt, completion, _ = sized[0]
-        room = max(1, most_tokens // (prompt + n * completion))
-        same = [one for one in sized if one[0] <= prompt and one[1] <= completion][: room * shards]
+        wide, long, _ = sized[0]
+        room = max(1, most_tokens // (wide + n * long))
+        same = [one for one in sized if one[0] <= wide and one[1] <= long][: room * shards]
         rows = shards
         while rows < len(same):
             rows *= 2
         taken = {one[2] for one in same}
         sized = [one for one in sized if one[2] not in taken]
         chosen = [groups[at] for _, _, at in same]
-        shape = RowShape(prompt, (completion,) * n, rows, 1)
+        shape = RowShape(wide, (long,) * n, rows, 1)
         yield [places for places, _ in chosen], [ids for _, ids in chosen], shape
 
 

@@ -239,8 +239,8 @@ def held_out_series(run: RunFiles, name: str, label: str, color: str) -> Series:
     points, pairs = _points(run, "eval", name), run.held_out_pairs
     errors = {step: error for step, value in points if (error := run.standard_error(name, value, pairs))}
     if name in ("kl", "win_rate"):
-        error = f"{name}_error"
-        errors = {r["step"]: r[error] for r in run.records if r["split"] == "eval" and r.get(error)}
+        whiskers = f"{name}_error"
+        errors = {r["step"]: r[whiskers] for r in run.records if r["split"] == "eval" and r.get(whiskers)}
     return Series(label, color, points, held_out=True, errors=errors)
 
 

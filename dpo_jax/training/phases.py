@@ -164,6 +164,8 @@ def evaluate(
     source: StepSource,
     mesh: Mesh,
     groups: Mapping[str, np.ndarray] | None = None,
+    *,
+    with_lengths: bool = True,
 ) -> dict[str, float]:
     """Means over all pairs of `source`, how many there are (`pairs`), and how their margins depend on length.
 
@@ -176,7 +178,7 @@ def evaluate(
       set_values: those of all pairs → values `[pairs of source]` by name, see `objective.make_set_values`.
       source, mesh: the rows of one pass, and where they are computed.
       groups: bool `[pairs of source]` by name: for these, `accuracy/NAME`, `margin/NAME` and `pairs/NAME` too; those
-        of `length_groups` are always there.
+        of `length_groups` are there, too, `with_lengths`: where completions are answers.
     """
     placed, results = zip(*passed(eval_step, source, mesh, "evaluation"), strict=True)
     pair = np.concatenate([x[x >= 0] for x in placed])
@@ -191,9 +193,9 @@ def evaluate(
         }
     reduce = {"min_reward": np.min, "max_reward": np.max}
     out = {name: float(reduce.get(name, np.mean)(x)) for name, x in values.items()} | {"pairs": len(pair)}
-    if out.get("accuracy") and (correlation := length_correlation(lengths, values["margin"])) is not None:
+    if with_lengths and out.get("accuracy") and (correlation := length_correlation(lengths, values["margin"])) is not None:
         out["length_correlation"] = correlation
-    by_length = length_groups(lengths) if lengths.shape[1] == 3 else {}  # of pairs
+    by_length = length_groups(lengths) if with_lengths and lengths.shape[1] == 3 else {}  # of pairs
     for group, members in {**(groups or {}), **by_length}.items():
         if members.any():
             out |= {f"{name}/{group}": float(values[name][members].mean()) for name in BY_GROUP if name in values}

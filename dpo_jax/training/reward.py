@@ -67,6 +67,7 @@ def _evaluator(run: Run) -> Any:
 
     def held_out(state: TrainState) -> dict[str, Any]:
         step = lambda rows, shape: score(state.params, None, rows, shape, base=run.base)
-        return evaluate(step, kept, source, layout.mesh, run.data.split.groups)
+        answers = run.settings.task == "reward"
+        return evaluate(step, kept, source, layout.mesh, run.data.split.groups, with_lengths=answers)
 
     return held_out

@@ -9,7 +9,24 @@ from dpo_jax.config.keys import KEYS
 
 FILES = sorted(p for p in Path("dpo_jax").rglob("*.py") if p.parts[1] != "config")
 # What is no config although its items have names that keys have too: records, entries of data.json, PEFT's file, ...
-OTHERS = {"record", "r", "first", "last", "row", "values", "entry", "source", "data", "bad", "about", "peft", "tree", "options", "line", "beside"}
+OTHERS = {
+    "record",
+    "r",
+    "first",
+    "last",
+    "row",
+    "values",
+    "entry",
+    "source",
+    "data",
+    "bad",
+    "about",
+    "peft",
+    "tree",
+    "options",
+    "line",
+    "beside",
+}
 CONFIGS = {"c", "cfg", "conf", "config", "configs"}  # what a config is called where one is at hand
 MAPPINGS = {"Any", "Config", "ConfigDict", "Dict", "Mapping", "MutableMapping", "dict"}
 # A config passes through these without being read: from the command line or a notebook, to where it is shown.

@@ -195,7 +195,8 @@ def _open_if_whole(target: Path, fingerprint: dict[str, Any], wanted: str) -> Pa
 
 def write_pairs(directory: Path, fingerprint: dict[str, Any], produce: Produce) -> None:
     """Writes all files of a cache; the arrays cost 32 bytes of memory a pair, the records none."""
-    lengths, sources, hashes, origins, margins = (array.array(code) for code in "iiQif")
+    lengths, sources, hashes, origins = (array.array(code) for code in "iiQi")
+    margins = array.array("f")
     # One record per group: the pipeline reads pairs in random order.
     writer = array_record_module.ArrayRecordWriter(str(directory / _RECORDS), "group_size:1")
     about: dict[str, Any] = {}
