@@ -5,27 +5,22 @@ Beside OUT lies OUT.about.json: the settings, the model and the prompts that its
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from dpo_jax.answering.found import Found, model_digest
+from dpo_jax.answering.lines import BEGIN_ANEW, about_path, append_lines, cut_torn_line, held_lines, settle, writing_out
 from dpo_jax.data.prompts import Prompt, prompts_digest
 from dpo_jax.disk import read_json, write_json
 from dpo_jax.errors import UserError
 from dpo_jax.sampling.params import Answer, SamplingParams
 
-ABOUT = ".about.json"
 _SHARE = 0.8  # of what is free is said to be, so that the rest may be used where there was more before
-_MEND = "give another --out, or --overwrite to begin it anew"
 _SHOWN = 4  # settings that a refusal names
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # a file system that has none
 
 
 class Output:
@@ -65,9 +60,9 @@ class Output:
         if self.path is None or self._file is None:
             return memory
         if not self.done:
-            with _writing(self.path):
+            with writing_out(self.path):
                 self._file.truncate(0)
-                write_json(_beside(self.path), self.about | {"devices": devices, "memory": memory})
+                write_json(about_path(self.path), self.about | {"devices": devices, "memory": memory})
             return memory
         record, before = self.about.get("devices", devices), int(self.about.get("memory", memory))
         if record != devices:
@@ -81,15 +76,12 @@ class Output:
         if self.path is None or self._file is None:
             print(line, end="", flush=True)
             return
-        with _writing(self.path):
-            self._file.write(line.encode())
-            self._file.flush()
+        append_lines(self.path, self._file, line)
 
     def settle(self) -> None:
         """Put what was written on disk."""
         if self.path is not None and self._file is not None:
-            with _writing(self.path):
-                os.fsync(self._file.fileno())
+            settle(self.path, self._file)
 
 
 def about_answers(decides: Mapping[str, Any], found: Found, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -115,62 +107,32 @@ def opened(out: str, about: dict[str, Any], prompts: Sequence[Prompt], *, overwr
         yield Output(None, about)
         return
     path = Path(out)
-    with _writing(path):
-        held = path.open("ab")
-    with held:
-        _lock(held, path)
-        try:
-            with _writing(path):
-                output = Output(path, about, held) if overwrite else _resumed(path, held, about, prompts)
-            yield output
-        finally:
-            if not path.stat().st_size:  # refused, or stopped before the first answer: as if it had never begun
-                _beside(path).unlink(missing_ok=True)
-                path.unlink()
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out={path}: cannot be written ({error.strerror}); make room, or choose another") from error
-
-
-def _lock(held: IO[bytes], path: Path) -> None:
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise UserError(f"--out={path} is in use by another command; wait for it, or choose another") from None
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(path.name + ABOUT)
+    with held_lines(path) as held:
+        with writing_out(path):
+            output = Output(path, about, held) if overwrite else _resumed(path, held, about, prompts)
+        yield output
 
 
 def _resumed(path: Path, held: IO[bytes], about: dict[str, Any], prompts: Sequence[Prompt]) -> Output:
     size = path.stat().st_size
     if not size:
         return Output(path, about, held)
-    if not _beside(path).exists():
-        raise UserError(f"--out={path} is there, and no {_beside(path).name} says what it is of; {_MEND}")
-    record = read_json(_beside(path), _MEND)
+    beside = about_path(path)
+    if not beside.exists():
+        raise UserError(f"--out={path} is there, and no {beside.name} says what it is of; {BEGIN_ANEW}")
+    record = read_json(beside, BEGIN_ANEW)
     _compare(path, record, about)
     # Names and days stay those that it was begun with.
     about = about | {key: record[key] for key in ("model", "day", "devices", "memory") if key in record}
-    done, end = 0, 0
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            if done == len(prompts) or not _is_of(line, prompts[done]):
-                raise UserError(f"--out={path} line {done + 1} is no answer to the prompt of its place; {_MEND}")
-            done, end = done + 1, end + len(line)
+
+    def check(at: int, line: bytes) -> None:
+        if at == len(prompts) or not _is_of(line, prompts[at]):
+            raise UserError(f"--out={path} line {at + 1} is no answer to the prompt of its place; {BEGIN_ANEW}")
+
+    done, torn = cut_torn_line(path, check)
     said = []
-    if end < size:
-        os.truncate(path, end)
-        said.append(f"{path}: the last line was torn; its {size - end:,} bytes are cut")
+    if torn:
+        said.append(f"{path}: the last line was torn; its {torn:,} bytes are cut")
     if done:
         said.append(f"{path}: {done:,} of {len(prompts):,} prompts are answered")
     return Output(path, about, held, done, said)
@@ -189,14 +151,16 @@ def _compare(path: Path, record: Mapping[str, Any], about: Mapping[str, Any]) ->
     changed = [f"{key}: {there.get(key)!r} there, {here[key]!r} now" for key in here if there.get(key) != here[key]]
     if changed:
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-        raise UserError(f"--out={path} was begun with other settings ({'; '.join(changed[:_SHOWN])}{more}); {_MEND}")
+        raise UserError(
+            f"--out={path} was begun with other settings ({'; '.join(changed[:_SHOWN])}{more}); {BEGIN_ANEW}"
+        )
     if record.get("model_files") != about["model_files"]:
         names = f"{record.get('model')!r} there, {about['model']!r} now"
         same = ": the same name, other files" if record.get("model") == about["model"] else ""
-        raise UserError(f"--out={path} was begun with another model ({names}{same}); {_MEND}")
+        raise UserError(f"--out={path} was begun with another model ({names}{same}); {BEGIN_ANEW}")
     if record.get("prompts_digest") != about["prompts_digest"]:
         counts = f"{record.get('prompts'):,} there, {about['prompts']:,} now"
-        raise UserError(f"--out={path} was begun with other prompts ({counts}); {_MEND}")
+        raise UserError(f"--out={path} was begun with other prompts ({counts}); {BEGIN_ANEW}")
 
 
 def answer_line(prompt: Prompt, given: Any, answers: Sequence[Answer], model: str, asked: SamplingParams) -> str:

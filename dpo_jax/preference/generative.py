@@ -38,9 +38,12 @@ class Generative:
         self.name, self._renderer, self._score = name, renderer, score
 
     def __call__(self, comparisons: Sequence[Comparison]) -> np.ndarray:
-        orders = [one for comparison in comparisons for one in both_orders(comparison)]
-        first, second = self._verdicts(orders).reshape(-1, 2).T
-        return verdict_of_orders(first, second)
+        return verdict_of_orders(*self.orders(comparisons))
+
+    def orders(self, comparisons: Sequence[Comparison]) -> np.ndarray:
+        """Verdicts on (A, B) and on (B, A), `[2, comparisons]`."""
+        asked = [one for comparison in comparisons for one in both_orders(comparison)]
+        return self._verdicts(asked).reshape(-1, 2).T
 
     def _verdicts(self, comparisons: Sequence[Comparison]) -> np.ndarray:
         """p(B) - p(A) among the labels, in the order given, `[comparisons]`; NaN where it cannot be asked."""

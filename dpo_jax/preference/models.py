@@ -1,12 +1,12 @@
 """What a preference model is: a callable that says of every comparison which completion is better. No JAX.
 
-    >>> from dpo_jax.data.comparison import Comparison
-    >>> answer = lambda text: [{"role": "assistant", "content": text}]
-    >>> user = {"role": "user", "content": "Name a colour."}
-    >>> comparison = Comparison([user], answer("Red, I would say."), answer("Red."))
-    >>> shorter = Function("shorter", lambda c: 1.0 if len(str(c.completion_b)) < len(str(c.completion_a)) else -1.0)
-    >>> shorter([comparison, swapped(comparison)]).tolist()
-    [1.0, -1.0]
+>>> from dpo_jax.data.comparison import Comparison
+>>> answer = lambda text: [{"role": "assistant", "content": text}]
+>>> user = {"role": "user", "content": "Name a colour."}
+>>> comparison = Comparison([user], answer("Red, I would say."), answer("Red."))
+>>> shorter = Function("shorter", lambda c: 1.0 if len(str(c.completion_b)) < len(str(c.completion_a)) else -1.0)
+>>> shorter([comparison, swapped(comparison)]).tolist()
+[1.0, -1.0]
 """
 
 import json
@@ -53,12 +53,19 @@ class Scorer(PreferenceModel, Protocol):
         ...
 
 
+@runtime_checkable
+class InBothOrders(PreferenceModel, Protocol):
+    """A preference model that can tell what it said in each order; its verdict is half their difference."""
+
+    def orders(self, comparisons: Sequence[Comparison]) -> np.ndarray:
+        """Verdicts on (A, B) and on (B, A), float64 `[2, comparisons]`: +1, the second that was shown is better."""
+        ...
+
+
 def swapped(comparison: Comparison) -> Comparison:
     """The comparison with A and B exchanged."""
     texts = comparison.texts and (comparison.texts[0], comparison.texts[2], comparison.texts[1])
-    return replace(
-        comparison, completion_a=comparison.completion_b, completion_b=comparison.completion_a, texts=texts
-    )
+    return replace(comparison, completion_a=comparison.completion_b, completion_b=comparison.completion_a, texts=texts)
 
 
 def verdict_of_scores(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -110,9 +117,13 @@ class Function:
     function: Callable[[Comparison], Any]
 
     def __call__(self, comparisons: Sequence[Comparison]) -> np.ndarray:
+        first, second = self.orders(comparisons)
+        return (first - second) / 2
+
+    def orders(self, comparisons: Sequence[Comparison]) -> np.ndarray:
+        """What the function says of (A, B) and of (B, A), `[2, comparisons]`."""
         asked = [(self._ask(c), self._ask(swapped(c))) for c in comparisons]
-        a, b = np.asarray(asked, np.float64).reshape(-1, 2).T
-        return (a - b) / 2
+        return np.asarray(asked, np.float64).reshape(-1, 2).T
 
     def _ask(self, comparison: Comparison) -> float:
         try:

@@ -193,7 +193,8 @@ def evaluate(
         }
     reduce = {"min_reward": np.min, "max_reward": np.max}
     out = {name: float(reduce.get(name, np.mean)(x)) for name, x in values.items()} | {"pairs": len(pair)}
-    if with_lengths and out.get("accuracy") and (correlation := length_correlation(lengths, values["margin"])) is not None:
+    correlation = length_correlation(lengths, values["margin"]) if with_lengths and out.get("accuracy") else None
+    if correlation is not None:
         out["length_correlation"] = correlation
     by_length = length_groups(lengths) if with_lengths and lengths.shape[1] == 3 else {}  # of pairs
     for group, members in {**(groups or {}), **by_length}.items():

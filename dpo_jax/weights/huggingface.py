@@ -99,7 +99,8 @@ def load_weights(
             stored.pop(LM_HEAD.name, None)  # of the causal model that it is made of
             stored |= {SCORE.name: stored.pop(head)} if head in stored else {}
         if adapter is not None:
-            stored = merge_adapter(stored, adapter, files, tied=config.tie_word_embeddings)
+            new = SCORE.name if config.scalar_head else ""
+            stored = merge_adapter(stored, adapter, files, tied=config.tie_word_embeddings, head=new)
         leaves = [leaf for leaf in model_leaves(config) if leaf != SCORE or head]
         _check_tensors(directory, stored, config, leaves)
         params = {

@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
-from dpo_jax.model.tensors import SCORE
 from dpo_jax.weights.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 PREFIX = "base_model.model."
@@ -68,7 +67,9 @@ class _Merged:
         return self.base[part].astype(np.float32) + self.scale * (self.b_Or[rows] @ self.a_rD[:, columns])
 
 
-def merge_adapter(stored: dict[str, Any], adapter: Path, files: contextlib.ExitStack, *, tied: bool) -> dict[str, Any]:
+def merge_adapter(
+    stored: dict[str, Any], adapter: Path, files: contextlib.ExitStack, *, tied: bool, head: str = ""
+) -> dict[str, Any]:
     """The tensors of a base by name, those of an adapter merged into them.
 
     Args:
@@ -76,6 +77,7 @@ def merge_adapter(stored: dict[str, Any], adapter: Path, files: contextlib.ExitS
       adapter: a PEFT directory.
       files: keeps the adapter's file open.
       tied: whether the base's table is its head too.
+      head: a tensor that the adapter may have and the base not: a reward model's head is trained with its adapters.
 
     Raises:
       UserError: what the adapter is cannot be computed exactly, or it is not one of this base; with the key or tensor.
@@ -83,7 +85,7 @@ def merge_adapter(stored: dict[str, Any], adapter: Path, files: contextlib.ExitS
     held, where = read_adapter(adapter, files), adapter / ADAPTER_WEIGHTS
     out = dict(stored)
     for name, tensor in held.whole.items():
-        if name not in stored and name != SCORE.name:  # a reward model's head is trained with its adapters
+        if name not in stored and name != head:
             raise UserError(
                 f"{where}: tensor {PREFIX + name!r} has no place in the base; is it an adapter of that model?"
             )

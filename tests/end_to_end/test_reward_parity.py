@@ -51,7 +51,7 @@ def test_training_agrees_with_trl(name, tmp_path):
     compare(ours, TINY["runs"][name]["steps"])
 
 
-@pytest.mark.slow
+@pytest.mark.extras
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs torch and trl, which are not here")
 def test_live_training_agrees_with_trl(tmp_path):

@@ -204,6 +204,7 @@ def test_a_fresh_head_is_drawn_by_the_seed():
     assert "lm_head" not in params
 
 
+@pytest.mark.extras
 @pytest.mark.skipif(not HAS_TORCH, reason="needs torch, which is not here")
 @pytest.mark.parametrize("pad", ["pad", "eos"])
 def test_exported_scores_are_those_of_transformers(pad, tmp_path):
