@@ -11,7 +11,7 @@ from dpo_jax.judging.answers import AnsweredPrompt, answers_digest
 from dpo_jax.judging.kept import KeptLines, Line
 from dpo_jax.judging.progress import JudgingTracker
 from dpo_jax.judging.verdicts import ask, blocks, comparisons_at_once
-from dpo_jax.preference.models import PreferenceModel, Scorer
+from dpo_jax.preference.models import Answered, PreferenceModel, Scorer
 from dpo_jax.preference.statistics import both_orders_verdict
 
 
@@ -70,7 +70,11 @@ def _block(judge: PreferenceModel, lines: Sequence[AnsweredPrompt]) -> int:
 
 
 def _own_scores(judge: Scorer, lines: Sequence[AnsweredPrompt]) -> list[list[float]]:
-    answered = [(line.asked.prompt_conversation, line.completion(one.text)) for line in lines for one in line.answers]
+    answered = [
+        Answered(line.asked.prompt_conversation, line.completion(one.text), line.asked.tools)
+        for line in lines
+        for one in line.answers
+    ]
     values = iter(np.asarray(judge.scores(answered), np.float64).tolist())
     return [[next(values) for _ in line.answers] for line in lines]
 

@@ -105,7 +105,7 @@ def judge_tasks(judge: PreferenceModel, tasks: Sequence[Task], *, quiet: bool = 
     total = sum(len(task.pairs) for task in tasks)
     with JudgingTracker(total, 0, "comparisons", quiet=quiet) as tracker:
         for part in _in_blocks(tasks, comparisons_at_once(judge)):
-            # Of a pair the verdict says all, and it is asked with the tools that a score does not get.
+            # Of a pair the verdict says all.
             listed = isinstance(judge, Scorer) and any(len(task.pairs) > 1 for task in part)
             found += _by_scores(judge, part) if listed else _by_verdicts(judge, part)  # type: ignore[arg-type]
             tracker.judged(sum(len(task.pairs) for task in part))
@@ -127,8 +127,10 @@ def _in_blocks(tasks: Sequence[Task], size: int) -> Iterator[list[Task]]:
 
 
 def _by_scores(judge: Scorer, tasks: Sequence[Task]) -> list[JudgedTask]:
-    answered: list[Answered] = [
-        (task.asked.prompt_conversation, one.messages) for task in tasks for one in (*task.good, *task.bad)
+    answered = [
+        Answered(task.asked.prompt_conversation, one.messages, task.asked.tools, task.asked.chat_template_kwargs)
+        for task in tasks
+        for one in (*task.good, *task.bad)
     ]
     scores = np.asarray(judge.scores(answered), np.float64)
     found, start = [], 0

@@ -102,7 +102,7 @@ def gold() -> Pointwise:
 
 
 def _scores(answered: Sequence[Answered]) -> np.ndarray:
-    return np.array([_score(conversation, completion) for conversation, completion in answered], np.float64)
+    return np.array([_score(one.conversation, one.completion) for one in answered], np.float64)
 
 
 def _score(conversation: Sequence[Message], completion: Sequence[Message]) -> float:

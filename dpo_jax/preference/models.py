@@ -11,17 +11,39 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from dpo_jax.data.comparison import Comparison, Message
 from dpo_jax.errors import UserError
 
-# A conversation and one completion of it.
-Answered = tuple[Sequence[Message], Sequence[Message]]
+
+class Answered(NamedTuple):
+    """A conversation with one completion of it; what else stands there is as in `Comparison`.
+
+    `texts` are prompt and completion letter for letter, where only the tokenizer can tell them apart.
+    """
+
+    conversation: Sequence[Message]
+    completion: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    texts: tuple[str, str] | None = None
+
+
+def answered_of(comparison: Comparison) -> tuple[Answered, Answered]:
+    """The conversation with completion A, and with B."""
+    c = comparison
+    beside = c.tools, c.chat_template_kwargs
+    prompt, *both = c.texts or ("", "", "")
+    a, b = (None if c.texts is None else (prompt, text) for text in both)
+    return (
+        Answered(c.prompt_conversation, c.completion_a, *beside, a),
+        Answered(c.prompt_conversation, c.completion_b, *beside, b),
+    )
 
 
 @runtime_checkable
@@ -48,7 +70,7 @@ class PreferenceModel(Protocol):
 class Scorer(PreferenceModel, Protocol):
     """A preference model that gives every completion a number of its own."""
 
-    def scores(self, answered: Sequence[Answered]) -> np.ndarray:
+    def scores(self, answered: Sequence[Answered | tuple[Sequence[Message], Sequence[Message]]]) -> np.ndarray:
         """float64 `[answered]`, more is better, without bounds; NaN: none."""
         ...
 
@@ -85,18 +107,19 @@ class Pointwise:
     name: str
     score: Callable[[Sequence[Answered]], np.ndarray]
 
-    def scores(self, answered: Sequence[Answered]) -> np.ndarray:
+    def scores(self, answered: Sequence[Answered | tuple[Sequence[Message], Sequence[Message]]]) -> np.ndarray:
         places: dict[str, int] = {}
-        which = [places.setdefault(_key(one), len(places)) for one in answered]
+        each = [Answered(*one) for one in answered]
+        which = [places.setdefault(_key(one), len(places)) for one in each]
         first: dict[int, Answered] = {}
-        for at, one in zip(which, answered, strict=True):
+        for at, one in zip(which, each, strict=True):
             first.setdefault(at, one)
         if not first:
             return np.zeros(0)
         return np.asarray(self.score(list(first.values())), np.float64)[which]
 
     def __call__(self, comparisons: Sequence[Comparison]) -> np.ndarray:
-        both = [(c.prompt_conversation, done) for c in comparisons for done in (c.completion_a, c.completion_b)]
+        both = [one for comparison in comparisons for one in answered_of(comparison)]
         a, b = self.scores(both).reshape(-1, 2).T
         return verdict_of_scores(a, b)
 

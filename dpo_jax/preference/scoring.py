@@ -40,14 +40,22 @@ def answer_renderer(tokenizer: Any, prompt_format: str = "auto", chat_template: 
 
 
 def answer_tokens(renderer: Renderer, answered: Sequence[Answered]) -> list[tuple[Ids, Ids] | None]:
-    """Token ids of prompt and completion as training has them; None where the template refuses the conversation."""
-    pairs = [
-        LabeledComparison(Comparison(prompt, said, _OTHERS[list(said) == _OTHERS[0]]), "A") for prompt, said in answered
-    ]
+    """Token ids of prompt and completion as training has them.
+
+    None where the template refuses the conversation, or where only both texts of a pair tell what its prompt is.
+    """
+    pairs = [LabeledComparison(_with_another(one), "A") for one in answered]
     return [
-        None if isinstance(one, Skip) else (tuple(one.prompt), tuple(one.chosen))
-        for one in render_batch(renderer, pairs)
+        None if isinstance(found, Skip) or not one.conversation else (tuple(found.prompt), tuple(found.chosen))
+        for one, found in zip(answered, render_batch(renderer, pairs), strict=True)
     ]
+
+
+def _with_another(one: Answered) -> Comparison:
+    """The answer as A, and any other as B: two are rendered together."""
+    other = _OTHERS[list(one.completion) == _OTHERS[0]]
+    texts = None if one.texts is None else (*one.texts, str(other[0]["content"]))
+    return Comparison(one.conversation, one.completion, other, one.tools, one.chat_template_kwargs, texts)
 
 
 def make_score(layout: Layout, params: Params, model: LogpsFn) -> Score:

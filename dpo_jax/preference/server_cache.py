@@ -34,15 +34,20 @@ class AnswerFile:
         self.path, self.torn = path, 0
         self._places: dict[str, tuple[int, ...]] = {}  # of lines, by key; of several the first sound one counts
         self._read = 0  # bytes that were looked at
+        self._file: tuple[int, int] | None = None  # which file these are of
 
     def refresh(self) -> None:
-        """Look at what was appended since, by whomever.
+        """Look at what was appended since, by whomever; at all of it if the file is another one by now.
 
         Raises:
           UserError: the file cannot be read.
         """
         with _using(self.path):
-            if not self.path.exists():
+            there = os.stat(self.path) if self.path.exists() else None
+            which = there and (there.st_dev, there.st_ino)
+            if which != self._file or (there and there.st_size < self._read):
+                self._places, self._read, self.torn, self._file = {}, 0, 0, which
+            if there is None:
                 return
             with self.path.open("rb") as file:
                 file.seek(self._read)
@@ -59,9 +64,12 @@ class AnswerFile:
     def get(self, key: str) -> str | None:
         """The body that answered a request; None if there is none."""
         for place in self._places.get(key, ()):
-            with _using(self.path), self.path.open("rb") as file:
-                file.seek(place)
-                line = file.readline()
+            with _using(self.path):
+                if not self.path.exists():
+                    return None
+                with self.path.open("rb") as file:
+                    file.seek(place)
+                    line = file.readline()
             try:
                 held = json.loads(line)
                 if held["key"] == key and isinstance(held["reply"], str):

@@ -64,6 +64,7 @@ class Counts:
       unreadable: replies that say no verdict, by reason.
       prompt_tokens, completion_tokens: of the replies that came, as the server counts.
       in_a_row: of the last requests, so many have no reply.
+      first_body: of `Wanted.bodies`; the server refuses those before it.
       said: what is to be told.
     """
 
@@ -76,6 +77,7 @@ class Counts:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     in_a_row: int = 0
+    first_body: int = 0
     said: list[str] = field(default_factory=list)
 
     @property
@@ -124,7 +126,6 @@ class _Run:
     why: str = ""
     not_before: float = 0.0  # of the loop's clock: the server wants no request until then
     last: str = ""
-    first_body: int = 0  # of `Wanted.bodies`
 
 
 class _Gone(Exception):  # noqa: N818 - ends the workers; what is told is in the run
@@ -215,7 +216,7 @@ async def _until_answered(run: _Run, wanted: Wanted) -> Trouble | None:
             await _pause(run, rest)
         if _must_end(run):
             return None
-        at = min(run.first_body, len(wanted.bodies) - 1)
+        at = min(run.counts.first_body, len(wanted.bodies) - 1)
         run.counts.asked += 1
         run.counts.retried += tries > 0
         found = await _exchange(run, wanted.bodies[at])
@@ -225,7 +226,7 @@ async def _until_answered(run: _Run, wanted: Wanted) -> Trouble | None:
         if found.reason == "no_logprobs":
             if at + 1 == len(wanted.bodies):
                 raise UserError(f"judge {run.server.name}: refused ({found.said}); read=text asks for none")
-            run.first_body = max(run.first_body, at + 1)
+            run.counts.first_body = max(run.counts.first_body, at + 1)
             note = f"{run.server.name} gives no log-probabilities ({found.said}); verdicts are read from its texts"
             if note not in run.counts.said:
                 run.counts.said.append(note)

@@ -27,7 +27,7 @@ def number(text):
         return math.nan
 
 
-SCORER = Pointwise("scorer", lambda answered: np.array([number(done[-1]["content"]) for _, done in answered]))
+SCORER = Pointwise("scorer", lambda answered: np.array([number(done[-1]["content"]) for _, done, *_ in answered]))
 
 
 def by_sign(comparison):

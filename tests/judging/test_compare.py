@@ -76,7 +76,7 @@ def test_exchanged_files_give_the_rest(files):
 
 
 def test_the_function_takes_lines_and_models(files):
-    judge = Pointwise("length", lambda answered: np.array([-len(done[-1]["content"]) for _, done in answered]))
+    judge = Pointwise("length", lambda answered: np.array([-len(done[-1]["content"]) for _, done, *_ in answered]))
     by_lines, by_files = api.compare(A, B, judge), api.compare(*files, judge)
     assert by_lines.win_rate == by_files.win_rate
     # tanh((r_B - r_A) / 2) of lengths: p 4 - 2 and 3 - 1, 7 by 2 - 4, r by 0 and 1 - 3.

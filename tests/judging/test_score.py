@@ -16,7 +16,9 @@ LINES = [line("p", ["aaa", "a", "aa"]), line("q", ["a", "a"]), line("r", ["xa", 
 
 
 def test_a_scorers_own():
-    judge = Pointwise("length", lambda answered: np.array([float(len(done[-1]["content"])) for _, done in answered]))
+    judge = Pointwise(
+        "length", lambda answered: np.array([float(len(done[-1]["content"])) for _, done, *_ in answered])
+    )
     assert api.score([*LINES, line("one", ["aaaa"])], judge) == [[3, 1, 2], [1, 1], [2, 1, 3], [4]]
 
 

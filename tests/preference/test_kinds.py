@@ -15,7 +15,7 @@ from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.preference.comparing import comparison_messages
 from dpo_jax.preference.generative import label_tokens
 from dpo_jax.preference.load import divided, load_preference_model
-from dpo_jax.preference.models import Ensemble, disagreement, swapped
+from dpo_jax.preference.models import Ensemble, answered_of, disagreement, swapped
 from dpo_jax.preference.questions import Questions, question_of
 from dpo_jax.preference.scoring import answer_renderer, answer_tokens
 from dpo_jax.weights.find import find_policy
@@ -53,7 +53,7 @@ def other(tmp_path_factory):
 
 def test_the_implicit_reward_is_that_of_the_float64_oracle(other):
     judge = load_preference_model(f"implicit:{CAUSAL},{other}", beta=0.5)
-    answered = [(c.prompt_conversation, side) for c in ASKED for side in (c.completion_a, c.completion_b)]
+    answered = [one for c in ASKED for one in answered_of(c)]
     tokens = answer_tokens(answer_renderer(find_policy(str(CAUSAL), CAUSAL, 0).tokenizer), answered)
     exact = []
     for directory in (CAUSAL, other):

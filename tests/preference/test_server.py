@@ -199,6 +199,22 @@ def test_lines_edited_by_hand_are_no_answers(judge_server, tmp_path):
     assert len(server.asked) == 3
 
 
+def test_a_file_that_is_deleted_or_replaced_is_no_error(judge_server, tmp_path):
+    server = judge_server()
+    judge, _ = ask(server, PAIRS[:1], tmp_path)
+    judge.answers.path.unlink()
+    assert judge(PAIRS[:1]).tolist() == [-1]
+    assert len(server.asked) == 4
+    first, second = judge.answers.path.read_text().splitlines(keepends=True)
+    judge.answers.refresh()
+    judge.answers.path.write_text(second + first)  # in place: as many bytes of the same file
+    keys = [json.loads(line)["key"] for line in (first, second)]
+    assert [judge.answers.get(key) for key in keys] == [None, None]
+    judge.answers.path.unlink()
+    assert judge.answers.get(keys[0]) is None
+    assert judge(PAIRS[:1]).tolist() == [-1]
+
+
 def test_several_writers_of_one_file(tmp_path):
     """Processes that append at once, and one that was killed before them: every line is whole."""
     program = (

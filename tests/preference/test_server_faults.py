@@ -20,6 +20,7 @@ from tests.fakes.judge_server import (
     completions_in,
     endless,
     in_turn,
+    pair,
     resetting,
     sending,
     shorter,
@@ -234,8 +235,10 @@ def test_a_server_without_log_probabilities_is_asked_for_texts(judge_server, tmp
     assert len(server.asked) == 13  # refused once
     assert len(judge.counts.said) == 1
     assert "gives no log-probabilities" in judge.counts.said[0]
+    judge([pair(7)])
+    assert len(server.asked) == 15  # and never again
     ask(server, PAIRS, tmp_path)
-    assert len(server.asked) == 13
+    assert len(server.asked) == 15
     with pytest.raises(UserError, match=r"logprobs from this model\); read=text asks for none"):
         ask(server, PAIRS, tmp_path, replace(QUICK, read="logprobs"))
 
