@@ -86,7 +86,8 @@ def exact_scores(directory, groups, pad):
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(("mesh", "pad"), [
-    ((2, 2, 2), "eos"), ((1, 1, 1), "pad"), ((1, 1, 1), "eos"), ((1, 1, 1), None), ((1, 8, 1), "eos"), ((8, 1, 1), "pad"),
+    ((2, 2, 2), "eos"), ((1, 1, 1), "pad"), ((1, 1, 1), "eos"), ((1, 1, 1), None), ((1, 8, 1), "eos"),
+    ((8, 1, 1), "pad"),
 ])  # fmt: skip
 def test_packed_scores_are_those_of_the_float64_oracle(pad, mesh, tmp_path):
     policy, layout, params = loaded(mesh=mesh)
