@@ -200,8 +200,11 @@ def _asked(turn: str) -> _Asked | None:
 
 
 def _key(sentence: str, slots: re.Pattern[str]) -> tuple[str, dict[str, list[str]]]:
-    """A sentence with names in place of the slots' values, and these; no key if it has no capital first letter."""
-    if not sentence[:1].isupper():
+    """A sentence with names in place of the slots' values, and these; no key if it has no capital first letter.
+
+    Nor if it has such a name itself: a policy that says "{thing}" has named nothing.
+    """
+    if not sentence[:1].isupper() or "{" in sentence:
         return "", {}
     found: dict[str, list[str]] = {}
 

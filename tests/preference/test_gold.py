@@ -144,6 +144,7 @@ def test_every_question_is_understood():
         ("soup", -2),
         ("?!", -2),
         (SOUP, -2),
+        ("Cool the {thing} quickly, then keep it in {tip} in the fridge.", -2),
         (f"{START} Cool the soup.", (-1 - 2) / 2),
         (f"{ADVICE} Let me know how", (3 - 2) / 2),
         # rude
