@@ -51,6 +51,8 @@ def locate_model(model: str, revision: str = "") -> Found:
     settings = run_settings(path)
     if (path / "export" / CONFIG).is_file():
         return Found(model, str(path / "export"), run=path, settings=settings)
+    if settings.task == "reward":
+        raise UserError(f"model={model!r} is a reward model's run, which says no words; use it as a judge (--judge=)")
     steps = [p for p in (path / "checkpoints").glob("*") if p.name.isdigit() and p.is_dir()]
     if not steps:
         raise UserError(

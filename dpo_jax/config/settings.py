@@ -5,12 +5,14 @@ Keys are flat because people type them; code takes them in groups, each named af
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dpo_jax.config.values import parse_options, parse_targets
 from dpo_jax.data.files import is_remote
 from dpo_jax.data.prepare import DataRequest
 from dpo_jax.data.sources import find_sources, hub_dataset, parse_mixture
+from dpo_jax.errors import UserError
 from dpo_jax.model.options import LayoutOptions, Lora
 from dpo_jax.objective.table import parse_loss
 from dpo_jax.rows.shape import Order
@@ -199,6 +201,11 @@ def check_paths(settings: Settings) -> None:
     for what, name in (("model", settings.model), ("reference", settings.reference.name)):
         if name and name != "tiny":
             local_model(name, what=what)
+    if settings.win_rate_baseline and not Path(settings.win_rate_baseline).expanduser().is_file():
+        raise UserError(f"win_rate_baseline={settings.win_rate_baseline}: there is no such file")
+    for judge in settings.judge.split(","):
+        if judge.startswith((".", "/", "~")):
+            local_model(judge, what="judge")
     data = settings.data
     names = [name for name, _ in parse_mixture(data.dataset)]
     elsewhere = any(map(is_remote, (*names, *data.dataset_path.split(","), data.eval_path)))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dpo_jax.data.comparison import Comparison, LabeledComparison
+from dpo_jax.data.comparison import Comparison, LabeledComparison, RatedAnswer, Skip
 from dpo_jax.data.containers import read_rows
 from dpo_jax.data.raw import BadLine
 from dpo_jax.data.sources import DataSources
@@ -31,6 +31,12 @@ def conversations(pairs: Pairs, data: DataSources, most: int) -> list[tuple[int,
     return found[:most]
 
 
+def _comparison(one: LabeledComparison | RatedAnswer) -> Comparison:
+    if isinstance(one, LabeledComparison):
+        return one.comparison
+    return Comparison(one.prompt_conversation, one.completion, one.completion, one.tools, one.chat_template_kwargs)
+
+
 def _rows(pairs: Pairs, data: DataSources, places: Sequence[int]) -> dict[int, Comparison]:
     """The first pair of the row of each of these places."""
     wanted: dict[tuple[int, int], dict[int, list[int]]] = {}  # (source, file) → line → places
@@ -49,8 +55,8 @@ def _rows(pairs: Pairs, data: DataSources, places: Sequence[int]) -> dict[int, C
                 continue
             left.remove(line)
             named = source.spec.columns.apply(row) if source.spec.columns else row
-            read = [one for one in source.spec.read(named)[1] if isinstance(one, LabeledComparison)]
-            found |= {place: read[0].comparison for place in lines[line] if read}
+            read = [_comparison(one) for one in source.spec.read(named)[1] if not isinstance(one, Skip)]
+            found |= {place: read[0] for place in lines[line] if read}
             if not left:
                 break
     return found

@@ -125,12 +125,20 @@ def _batch_pairs(
         path, _, line = location.rpartition(":")
         # Of text that only the tokenizer can divide, the prompt is known by its ids.
         turns = [[message["role"], message["content"]] for message in pair.comparison.prompt_conversation]
-        prompt_hash = int.from_bytes(
-            bytes.fromhex(digest(json.dumps(turns or list(rendered.prompt)), size=8)), "little"
-        )
+        known_by: object = turns
+        if not turns:
+            known_by = list(rendered.prompt) if recast is None else _shared_beginning(pair)
+        prompt_hash = int.from_bytes(bytes.fromhex(digest(json.dumps(known_by), size=8)), "little")
         chosen, rejected = (rendered.chosen, rendered.rejected) if recast is None else recast.cut(rendered)
         where = name, prompt_hash, number[path], int(line)
         yield Pair(rendered.prompt, chosen, rejected, *where, margins[at] if margin else None)
+
+
+def _shared_beginning(pair: LabeledComparison) -> str:
+    """What both texts of a pair begin with, of which only a tokenizer can tell the prompt."""
+    prompt, a, b = pair.comparison.texts or ("", "", "")
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return prompt + a[:same]
 
 
 def _refuse_wrong_columns(tally: Tally, quarantine: Path | None) -> None:

@@ -16,11 +16,10 @@ from dpo_jax.data.comparison import Comparison, LabeledComparison, Skip
 from dpo_jax.data.render import Rendered, Renderer, render_batch
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.objective.policy_logps import logps_fn
-from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.preference.comparing import LABELS, VALUES, both_orders, label_message, verdict_of_orders
 from dpo_jax.preference.models import PreferenceModel
-from dpo_jax.preference.questions import question_of, without_common_end
-from dpo_jax.preference.scoring import Ids, Score, answer_renderer, make_score
+from dpo_jax.preference.questions import asking, without_common_end
+from dpo_jax.preference.scoring import Ids, Score, answer_renderer, judge_mesh, make_score
 from dpo_jax.weights.find import find_policy
 from dpo_jax.weights.load import load_whole
 
@@ -64,10 +63,9 @@ def verdict_of_labels(logp: np.ndarray) -> np.ndarray:
 
 def label_tokens(renderer: Renderer, comparisons: Sequence[Comparison]) -> list[list[tuple[Ids, Ids] | None]]:
     """Token ids of the question, and those of each label behind it, without what ends all of them; None: none."""
-    question, said = question_of(renderer), [[label_message(label)] for label in LABELS]
-    asked = [question(one) for one in comparisons]
+    ask, said = asking(renderer), [[label_message(label)] for label in LABELS]
     # Two labels are rendered together, so that a question takes two pairs.
-    pairs = [LabeledComparison(Comparison(one, said[0], other), "A") for one in asked for other in said[1:]]
+    pairs = [LabeledComparison(ask(one, said[0], other), "A") for one in comparisons for other in said[1:]]
     found = render_batch(renderer, pairs)
     return [_labels(found[at : at + 2]) for at in range(0, len(found), 2)]
 
@@ -96,6 +94,6 @@ def load_generative(
     """
     policy = find_policy(directory, Path(), 0, revision=revision)
     formats: dict[str, Any] = {} if dtype == "auto" else {"compute_dtype": dtype, "base_dtype": dtype}
-    layout, params = load_whole(policy, make_mesh(1, -1, 1), LayoutOptions(param_dtype=dtype, **formats))
+    layout, params = load_whole(policy, judge_mesh(policy.config), LayoutOptions(param_dtype=dtype, **formats))
     renderer = answer_renderer(policy.tokenizer, prompt_format, chat_template)
     return Generative(directory, renderer, make_score(layout, params, logps_fn(layout, remat="none")))

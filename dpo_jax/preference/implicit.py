@@ -11,9 +11,8 @@ import numpy as np
 from dpo_jax.errors import UserError
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.objective.policy_logps import logps_fn
-from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.preference.models import Answered, Pointwise
-from dpo_jax.preference.scoring import Score, answer_renderer, answer_tokens, make_score
+from dpo_jax.preference.scoring import Score, answer_renderer, answer_tokens, judge_mesh, make_score
 from dpo_jax.weights.find import check_reference, find_policy
 from dpo_jax.weights.load import load_whole
 
@@ -47,7 +46,7 @@ def load_implicit(
             f"judge implicit:{policy},{reference}: the two have different tokenizers; give the policy's own reference"
         )
     options = LayoutOptions(param_dtype=dtype, compute_dtype=dtype)
-    mesh = make_mesh(1, -1, 1)
+    mesh = judge_mesh(found[0].config)
     scores: list[Score] = []
     for one in found:
         layout, params = load_whole(one, mesh, options)

@@ -1,5 +1,6 @@
 """A preference model from its name. No JAX before a model needs it."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,14 @@ def is_reward_model(directory: str) -> bool:
         return True
     hf = read_json(files.directory / CONFIG, "fetch the model again")
     named = [str(one) for one in hf.get("architectures") or []]
-    return is_classifier(hf) or any("RewardModel" in one or "ValueHead" in one for one in named)
+    if is_classifier(hf) or any("RewardModel" in one or "ValueHead" in one for one in named):
+        return True
+    from dpo_jax.weights.huggingface import HEAD_NAMES, open_tensors
+
+    if not any(files.directory.glob("*.safetensors")):  # of the hub, before it is downloaded
+        return False
+    with contextlib.ExitStack() as stack:
+        return any(name in HEAD_NAMES for name in open_tensors(files.directory, stack))
 
 
 def _called(name: str, make: Callable[..., PreferenceModel], options: dict[str, Any], *args: str) -> PreferenceModel:

@@ -175,6 +175,11 @@ class Ensemble:
     def name(self) -> str:
         return ",".join(member.name for member in self.members)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether a member is asked over a network: then one process of several asks for all."""
+        return any(getattr(member, "is_remote", False) for member in self.members)
+
     def each(self, comparisons: Sequence[Comparison]) -> np.ndarray:
         """The verdicts of every member, `[members, comparisons]`."""
         return np.stack([member(comparisons) for member in self.members])

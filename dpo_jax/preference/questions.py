@@ -14,7 +14,15 @@ from dpo_jax.data.comparison import Comparison, Label, LabeledComparison, Messag
 from dpo_jax.data.render import Rendered, Renderer, render_batch
 from dpo_jax.disk import digest
 from dpo_jax.preference import comparing
-from dpo_jax.preference.comparing import LABELS, chat_question, comparison_messages, label_message
+from dpo_jax.preference.comparing import (
+    HEADING_A,
+    HEADING_B,
+    HEADING_LABEL,
+    LABELS,
+    chat_question,
+    comparison_messages,
+    label_message,
+)
 
 OTHER: dict[Label, Label] = {"A": "B", "B": "A", "Tie": "A"}
 Ids = Sequence[int]
@@ -27,9 +35,27 @@ def question_of(renderer: Renderer) -> Callable[[Comparison], list[Message]]:
         user: Message = {"role": "user", "content": "Name a colour."}
         answers = ([label_message("A")], [label_message("B")])
         asked = Comparison(comparison_messages(Comparison([user], *answers)), *answers)
-        if not isinstance(render_batch(renderer, [LabeledComparison(asked, "A")])[0], Skip):
-            return comparison_messages
+        found = render_batch(renderer, [LabeledComparison(asked, "A")])[0]
+        if not isinstance(found, Skip):
+            shown = str(renderer.tokenizer.decode(found.prompt))
+            places = [shown.find(heading) for heading in (HEADING_A, HEADING_B, HEADING_LABEL)]
+            if 0 <= places[0] < places[1] < places[2]:  # some templates keep one system turn of several
+                return comparison_messages
     return chat_question
+
+
+def asking(renderer: Renderer) -> Callable[[Comparison, list[Message], list[Message]], Comparison]:
+    """What makes of a comparison and two labels the question with these for answers.
+
+    Tools and options of the template go with it where the turns stay turns; elsewhere they stand in the text.
+    """
+    question = question_of(renderer)
+
+    def ask(one: Comparison, first: list[Message], second: list[Message]) -> Comparison:
+        beside = (one.tools, one.chat_template_kwargs) if question is comparison_messages else (None, None)
+        return Comparison(question(one), first, second, *beside)
+
+    return ask
 
 
 def without_common_end(labels: Sequence[Ids]) -> list[Ids]:
@@ -64,15 +90,10 @@ class Questions:
 
     def asked(self, pairs: Sequence[LabeledComparison]) -> list[LabeledComparison]:
         """The questions, in the order of the pairs."""
-        question = question_of(self.renderer)
+        ask = asking(self.renderer)
         turned = [pair.swap() if self._turns(pair.comparison) else pair for pair in pairs]
-        return [
-            LabeledComparison(
-                Comparison(question(pair.comparison), [label_message(pair.label)], [label_message(OTHER[pair.label])]),
-                "A",
-            )
-            for pair in turned
-        ]
+        answers = lambda label: ([label_message(label)], [label_message(OTHER[label])])
+        return [LabeledComparison(ask(pair.comparison, *answers(pair.label)), "A") for pair in turned]
 
     def cut(self, rendered: Rendered) -> tuple[Ids, Ids]:
         """Token ids of both labels, without what ends every one of them."""
@@ -81,8 +102,11 @@ class Questions:
 
     def _turns(self, comparison: Comparison) -> bool:
         """Whether a comparison is asked in the other order; the same pair is asked alike, whichever way it is given."""
+        prompt: object = list(comparison.prompt_conversation)
         a, b = (json.dumps(list(x), sort_keys=True) for x in (comparison.completion_a, comparison.completion_b))
-        parts = [self.seed, list(comparison.prompt_conversation), *sorted((a, b))]
+        if comparison.texts is not None and not prompt:
+            prompt, a, b = comparison.texts
+        parts = [self.seed, prompt, *sorted((a, b))]
         drawn = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=1).digest()[0] & 1
         return bool(drawn) != (a <= b)
 

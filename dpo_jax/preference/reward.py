@@ -9,9 +9,8 @@ from dpo_jax.model.config import Params
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.model.placement import Layout
 from dpo_jax.objective.policy_logps import scores_fn
-from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.preference.models import Pointwise
-from dpo_jax.preference.scoring import answer_renderer, make_score, scores_of
+from dpo_jax.preference.scoring import answer_renderer, judge_mesh, make_score, scores_of
 from dpo_jax.weights.find import Policy, find_policy
 from dpo_jax.weights.load import load_whole
 
@@ -38,7 +37,7 @@ def load_reward_model(
         )
     formats: dict[str, Any] = {} if dtype == "auto" else {"compute_dtype": dtype, "base_dtype": dtype}
     options = LayoutOptions(param_dtype=dtype, **formats)
-    layout, params = load_whole(policy, make_mesh(1, -1, 1), options)
+    layout, params = load_whole(policy, judge_mesh(policy.config), options)
     return reward_judge(
         directory, policy, layout, params, answer_renderer(policy.tokenizer, prompt_format, chat_template)
     )

@@ -3,19 +3,21 @@
 Shapes: n completions of a group, B rows, one group each.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dpo_jax.data.comparison import Comparison, LabeledComparison, Message, Skip
 from dpo_jax.data.render import Renderer, make_renderer, render_batch
-from dpo_jax.model.config import Params
+from dpo_jax.model.config import ModelConfig, Params
 from dpo_jax.model.placement import Layout
 from dpo_jax.model.tuning import exact_products
 from dpo_jax.objective.logps import LogpsFn
-from dpo_jax.parallel.mesh import local_rows, replicated, row_shards, to_global
+from dpo_jax.parallel.mesh import local_rows, make_mesh, replicated, row_shards, to_global
 from dpo_jax.preference.models import Answered
 from dpo_jax.rows.build import Group, build_rows
 from dpo_jax.rows.shape import RowShape
@@ -32,6 +34,12 @@ _OTHERS: tuple[list[Message], list[Message]] = (
 Ids = tuple[int, ...]
 # Token ids of prompts with one completion each to a number for each, NaN where there is none.
 Score = Callable[[Sequence[tuple[Ids, Ids] | None]], np.ndarray]
+
+
+def judge_mesh(config: ModelConfig) -> Mesh:
+    """All devices: the parameters over as many as divide the model's width, rows over the rest."""
+    fsdp = math.gcd(jax.device_count(), config.hidden_size)
+    return make_mesh(-1, fsdp, 1)
 
 
 def answer_renderer(tokenizer: Any, prompt_format: str = "auto", chat_template: str = "") -> Renderer:
@@ -53,7 +61,8 @@ def answer_tokens(renderer: Renderer, answered: Sequence[Answered]) -> list[tupl
 
 def _with_another(one: Answered) -> Comparison:
     """The answer as A, and any other as B: two are rendered together."""
-    other = _OTHERS[list(one.completion) == _OTHERS[0]]
+    said = [str(turn.get("content")).strip() for turn in one.completion]
+    other = _OTHERS[said == ["1"]]  # templates may trim what is said
     texts = None if one.texts is None else (*one.texts, str(other[0]["content"]))
     return Comparison(one.conversation, one.completion, other, one.tools, one.chat_template_kwargs, texts)
 

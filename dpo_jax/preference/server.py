@@ -55,6 +55,11 @@ class JudgeServer:
     counts: Counts = field(default_factory=Counts)
 
     @property
+    def is_remote(self) -> bool:
+        """One process of several asks for all."""
+        return True
+
+    @property
     def name(self) -> str:
         return f"{self.url}|{self.model}"
 

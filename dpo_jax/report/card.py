@@ -47,6 +47,7 @@ def write_card(run: RunFiles, directory: Path, *, base: Path | None) -> None:
         base_path=model if on_hub else f"path/to/{last_name}",
         is_dpo=run.saved.is_dpo,
         is_reward=run.saved.is_reward,
+        pad=_pad(directory),
         is_comparison=run.saved.task == "comparison",
         loss=run.saved.loss,
         adapter=adapter,
@@ -65,6 +66,12 @@ def write_card(run: RunFiles, directory: Path, *, base: Path | None) -> None:
         hardware=run.hardware,
     )
     (directory / CARD).write_text(text, encoding="utf-8")
+
+
+def _pad(directory: Path) -> int | None:
+    """The token that a reward model's score is not read at, as the whole export beside has it."""
+    config = directory.with_name("export") / "config.json"
+    return read_json(config).get("pad_token_id") if config.is_file() else None
 
 
 def _metadata(run: RunFiles, datasets: list[str], base: Path | None, *, adapter: bool) -> ModelCardData:

@@ -45,11 +45,14 @@ def _group_rows(run: RunFiles, last: Record, names: Mapping[str, str]) -> list[t
 
 def score_figures(held: Mapping[str, Any]) -> dict[str, Any]:
     """A reward model's scores of held-out pairs: histograms, how sure it is and how often it is right, and words."""
-    if not held.get("chosen"):
+    both = zip(held.get("chosen", ()), held.get("rejected", ()), strict=True)
+    there = [pair for pair in both if None not in pair]  # a score that is not finite is null
+    if not there:
         return {}
-    found, width = score_histograms(dict(held))
+    chosen, rejected = map(list, zip(*there, strict=True))
+    found, width = score_histograms({"chosen": chosen, "rejected": rejected})
     sides = [Series(name, name, found[name]) for name in SCORES]
-    margins = [c - r for c, r in zip(held["chosen"], held["rejected"], strict=True)]
+    margins = [c - r for c, r in there]
     bins = calibration(margins)
     right = Series("right", "accent", [(100 * sure, share) for sure, share, _ in bins], held_out=True)
     ideal = Series("as sure as right", "soft", [(50.0, 0.5), (100.0, 1.0)], exact=True)

@@ -101,8 +101,11 @@ class Health:
 
 
 def check_first_evaluation(values: Mapping[str, float]) -> None:
-    """Refuse, with a UserError, to train from numbers that are not finite before any update."""
-    if not all(map(math.isfinite, values.values())):
+    """Refuse, with a UserError, to train from numbers that are not finite before any update.
+
+    A win rate may be none: it is a judge's, not the model's.
+    """
+    if not all(math.isfinite(value) for name, value in values.items() if not name.startswith("win_rate")):
         raise UserError(
             "the evaluation before any update is not finite: the weights of the model or the reference are damaged, "
             "or compute_dtype is too narrow for them"

@@ -92,8 +92,9 @@ def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
         step = lambda state, batch, shape: train_step(state, reference, batch, shape)
     at: Callable[[Any], dict[str, Any]] | None = None
     if len(run.data.evaluation):
-        contest = make_contest(run, parts(tree)[0].params if begins else None)
-        held_out = _evaluator(run, objective, values, make_win_rate(run, contest))
+        goes_on = run.done < sft_steps + steps  # else nothing is evaluated any more
+        contest = make_contest(run, parts(tree)[0].params if begins else None) if goes_on else None
+        held_out = _evaluator(run, objective, values, make_win_rate(run, contest, begins=begins))
         at = lambda tree: held_out(*parts(tree))
     return parts(run_updates(run, "train", objective.loss, source, step, tree, sft_steps, at))[0].params
 

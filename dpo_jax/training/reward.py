@@ -60,7 +60,8 @@ def _evaluator(run: Run) -> Any:
         """The values; the scores among them are written."""
         values = set_values(*scored)
         if jax.process_index() == 0 and run.settings.task == "reward":
-            held = {name: np.round(np.asarray(values[f"{name}_reward"], np.float64), 6).tolist() for name in SCORES}
+            rounded = lambda x: round(float(x), 6) if np.isfinite(x) else None
+            held = {name: [rounded(x) for x in values[f"{name}_reward"]] for name in SCORES}
             tokens = dict(zip(SCORES, pairs.lengths[:, 1:].T.tolist(), strict=True))
             write_json(run.workdir / "scores.json", held | {f"{name}_tokens": tokens[name] for name in SCORES})
         return values

@@ -77,7 +77,7 @@ def _baseline(
     """An answer to each prompt, of the file that is named or of the policy as it began."""
     s, kept = run.settings, run.workdir / BASELINE
     if s.win_rate_baseline:
-        return answers_in(Path(s.win_rate_baseline), [one.prompt_conversation for one in asked])
+        return answers_in(Path(s.win_rate_baseline).expanduser(), [one.prompt_conversation for one in asked])
     if params is not None:
         texts = draw_texts(run, params, prompts)
         lines = [
@@ -87,6 +87,8 @@ def _baseline(
         if jax.process_index() == 0:
             write_whole(kept, "\n".join(lines) + "\n")
         return texts
+    if not kept.is_file():
+        raise UserError(f"{kept} is gone, the answers that this run began with; put it back, or begin the run anew")
     return answers_in(kept, [one.prompt_conversation for one in asked])
 
 
@@ -102,8 +104,9 @@ def answers_in(path: Path, conversations: Sequence[Sequence[Message]]) -> list[s
     for record in read_records(path):
         prompt, answers = record.get("prompt"), record.get("answers")
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if answers and isinstance(answers[0], dict) and isinstance(answers[0].get("text"), str):
-            found.setdefault(json.dumps(turns, sort_keys=True), answers[0]["text"])
+        first = answers[0] if isinstance(answers, list) and answers else None
+        if isinstance(first, dict) and isinstance(first.get("text"), str):
+            found.setdefault(json.dumps(turns, sort_keys=True), first["text"])
     keys = [json.dumps(list(one), sort_keys=True) for one in conversations]
     missing = [i for i, key in enumerate(keys) if key not in found]
     if missing:
@@ -123,15 +126,16 @@ def draw_texts(run: Run, params: Params, prompts: Sequence[Sequence[int]]) -> li
     return [one[0].text.strip() for one in answers]
 
 
-def make_win_rate(run: Run, contest: Contest | None) -> Callable[[Params], dict[str, float]]:
+def make_win_rate(run: Run, contest: Contest | None, *, begins: bool) -> Callable[[Params], dict[str, float]]:
     """Parameters → `win_rate` of the policy over its baseline, its standard error `win_rate_error`, the share of ties,
     the comparisons without a verdict where there are any, and the mean length of its answers in characters.
 
-    Every process of several must call it.
+    A judge that does not answer ends a run that `begins`; later it is told, and the record has no win rate: training
+    goes on. Every process of several must call it.
     """
     if contest is None:
         return lambda params: {}
-    held = contest
+    held, strict = contest, begins
 
     def measured(params: Params) -> dict[str, float]:
         texts = draw_texts(run, params, held.prompts)
@@ -139,9 +143,21 @@ def make_win_rate(run: Run, contest: Contest | None) -> Callable[[Params], dict[
             dataclasses.replace(one, completion_a=_said(mine), completion_b=_said(theirs), texts=None)
             for one, mine, theirs in zip(held.asked, texts, held.baseline, strict=True)
         ]
+        nonlocal strict
         beat("asking the judge", LONGER)
-        found = verdicts(held.judge, [*pairs, *map(swapped, pairs)])
+        try:
+            found = verdicts(held.judge, [*pairs, *map(swapped, pairs)])
+        except UserError as error:
+            if strict:
+                raise
+            run.writer.message(f"warning: no win rate at this evaluation: {error}")
+            return {}
         rate = win_rate(found[: len(pairs)], found[len(pairs) :], np.arange(len(pairs)))
+        if strict and not rate.comparisons:
+            raise UserError(
+                f"judge={held.judge.name}: no verdict on any of {len(pairs)} answers; is it a judge of this data?"
+            )
+        strict = False
         values: dict[str, Any] = {"win_rate": rate.rate, "win_rate_error": rate.error, "win_rate_ties": rate.ties}
         values |= {"no_verdict": rate.no_verdict} if rate.no_verdict else {}
         return values | {"answer_characters": float(np.mean([len(text) for text in texts]))}
@@ -150,11 +166,24 @@ def make_win_rate(run: Run, contest: Contest | None) -> Callable[[Params], dict[
 
 
 def verdicts(judge: PreferenceModel, comparisons: Sequence[Comparison]) -> np.ndarray:
-    """A judge's verdicts, the same in all processes: a server is asked by the first one alone."""
+    """A judge's verdicts, the same in all processes: a server is asked by the first one alone.
+
+    Raises:
+      UserError: in all processes where the first one's judge does not answer.
+    """
     if jax.process_count() == 1 or not getattr(judge, "is_remote", False):
         return judge(comparisons)
-    found = judge(comparisons) if jax.process_index() == 0 else np.zeros(len(comparisons))
-    return np.asarray(multihost_utils.broadcast_one_to_all(found), np.float64)
+    found, why = np.zeros(len(comparisons) + 1, np.float32), "the judge of the first process does not answer"
+    if jax.process_index() == 0:
+        try:
+            found[:-1] = judge(comparisons)
+        except UserError as error:
+            found[-1], why = 1, str(error)
+    with jax.transfer_guard("allow"):  # a few numbers, once in an evaluation
+        found = np.asarray(multihost_utils.broadcast_one_to_all(found), np.float64)
+    if found[-1]:
+        raise UserError(why)
+    return found[:-1]
 
 
 def _said(text: str) -> list[Message]:

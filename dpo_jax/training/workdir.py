@@ -96,7 +96,8 @@ def identify(split: Split, models: Mapping[str, ModelFiles | None]) -> dict[str,
     """
     cache = split.train.cache
     data = {key: value for key, value in cache.manifest["fingerprint"].items() if key != "code"}
-    arrays = (cache.lengths, cache.prompt_hash, split.train.index, split.evaluation.index)
+    arrays: tuple[np.ndarray, ...] = (cache.lengths, cache.prompt_hash, split.train.index, split.evaluation.index)
+    arrays = arrays if cache.margin is None else (*arrays, cache.margin)
     pairs = digest(np.ascontiguousarray(array).tobytes() for array in arrays)
     data |= {"training pairs": len(split.train), "held-out pairs": len(split.evaluation), "pairs": pairs}
     data[IDS_DIGEST] = cache.manifest.get(IDS_DIGEST)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig
@@ -50,9 +51,11 @@ class Policy:
         """
         hf = {} if self.directory is None else weights.read_config(self.directory)[1]
         if is_classifier(hf):
-            return hf.get("pad_token_id")
+            default = CONFIG_MAPPING[hf["model_type"]]().pad_token_id  # that of a file without the key
+            return hf.get("pad_token_id", default)
         padding, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return end if padding is None else padding
+        # One beyond the table, such as an added [PAD], is no token that transformers could load the model with.
+        return padding if padding is not None and padding < self.config.vocab_size else end
 
     def tokens_beyond(self) -> dict[int, str]:
         """Tokens of the tokenizer, by id, for which the model's table has no row: no text may hold one."""

@@ -52,7 +52,8 @@ def save_adapters(
                 numbers |= more
             if head is not None:
                 tensors[PREFIX + SCORE.name] = head
-                numbers |= {"task_type": "SEQ_CLS", "modules_to_save": [SCORE.name.removesuffix(".weight")]}
+                whole = {*numbers.get("modules_to_save", ()), SCORE.name.removesuffix(".weight")}
+                numbers |= {"task_type": "SEQ_CLS", "modules_to_save": sorted(whole)}
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
             (new / CONFIG).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 

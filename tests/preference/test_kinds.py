@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dpo_jax.data.comparison import Comparison, LabeledComparison
 from dpo_jax.data.render import make_renderer
@@ -148,9 +149,48 @@ def test_an_option_that_a_judge_has_not_is_refused():
         load_preference_model("gold", concurrency=4)
 
 
-def test_a_damaged_classifier_is_not_taken_for_a_causal_model(tmp_path):
+def test_texts_alone_are_asked_in_both_orders_and_tools_go_along():
+    tokenizer = find_policy(str(CAUSAL), CAUSAL, 0).tokenizer
+    renderer = make_renderer(tokenizer, "chat", 10_000, 10_000)
+    texts = [("", f"{i}: Why? So.", f"{i}: Why? No.") for i in range(24)]
+    pairs = [LabeledComparison(Comparison((), (), (), texts=one), "A") for one in texts]
+    first = [one.chosen[0]["content"] for one in Questions(renderer, 0).asked(pairs)]
+    assert 4 <= first.count("A") <= 20
+    tools = [{"type": "function", "function": {"name": "tide"}}]
+    one = Comparison(*(ROWS[0][x] for x in ("prompt", "chosen", "rejected")), tools, {"enable_thinking": False})
+    asked = Questions(renderer, 0).asked([LabeledComparison(one, "A")])[0].comparison
+    assert (asked.tools, asked.chat_template_kwargs) == (tools, {"enable_thinking": False})
+
+
+def test_a_template_that_keeps_one_system_turn_is_asked_in_one_turn():
+    tokenizer = find_policy(str(CAUSAL), CAUSAL, 0).tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] != 'system' %}{{ '<|user|>' + m['content'] + '<|end|>' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    assert len(question_of(make_renderer(tokenizer, "chat", 10_000, 10_000))(ASKED[0])) == 1
+
+
+def test_a_head_beside_a_causal_models_tensors_is_found(tmp_path):
     shutil.copytree(REWARD, tmp_path / "model")
     held = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(held | {"architectures": ["LlamaForCausalLM"]}))
-    with pytest.raises(UserError, match=r"lm_head|no place"):
-        load_preference_model(str(tmp_path / "model"))
+    tensors = load_file(REWARD / "model.safetensors")
+    tensors["v_head.summary.weight"] = tensors.pop("score.weight")
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    ours, theirs = (load_preference_model(str(one))(ASKED) for one in (tmp_path / "model", REWARD))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_answer_that_looks_like_what_stands_beside_it_has_a_score():
+    judge = load_preference_model(str(REWARD))
+    said = lambda text: [{"role": "assistant", "content": text}]
+    assert np.isfinite(judge.scores([(ROWS[0]["prompt"], said(x)) for x in ("1", " 1", "1\n", "2")])).all()
+
+
+def test_padding_beyond_the_table_is_none():
+    policy = find_policy(str(CAUSAL), CAUSAL, 0)
+    assert policy.pad == policy.tokenizer.pad_token_id
+    policy.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert policy.tokenizer.pad_token_id >= policy.config.vocab_size
+    assert policy.pad == policy.tokenizer.eos_token_id

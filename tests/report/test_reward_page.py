@@ -42,6 +42,14 @@ def test_the_page_shows_scores_and_how_sure_they_are(tmp_path):
     assert "AutoModelForSequenceClassification loads it" in text or "Checkpoints" not in text
 
 
+def test_a_score_that_is_not_finite_is_left_out(tmp_path):
+    run = make(tmp_path / "run")
+    write_json(run / "scores.json", {**SCORES, "chosen": [None, 2.0, -1.0, 0.5]})
+    assert "over 3 held-out pairs" in " ".join(Page(write_report(run)).text.split())
+    write_json(run / "scores.json", {**SCORES, "chosen": [None] * 4})
+    assert "Calibration" not in Page(write_report(run)).text
+
+
 def test_the_card_says_how_it_scores(tmp_path):
     run = make(tmp_path / "run")
     (run / "export").mkdir()

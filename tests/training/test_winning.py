@@ -20,8 +20,9 @@ def run(tmp_path, **settings):
     c.update(
         model=str(GOLDEN / "tiny"), dataset=str(GOLDEN / "pairs.jsonl"), batch_size=8, num_steps=2, eval_pairs=8,
         kl_prompts=0, sample_prompts=0, sample_tokens=8, export=False, learning_rate=1e-2, warmup_steps=0,
-        judge="dpo_jax.preference.rules:shorter", win_rate_prompts=6, cache_dir=str(tmp_path / "cache"), **settings,
+        judge="dpo_jax.preference.rules:shorter", win_rate_prompts=6, cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
+    c.update(settings)
     train.run(c, tmp_path / "run")
     return [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["split"] == "eval"]
 
@@ -46,9 +47,41 @@ def test_the_win_rate_is_that_of_the_same_answers_judged_by_hand(tmp_path):
     assert records[0]["answer_characters"] == pytest.approx(sum(map(len, before)) / 6)
 
 
+calls = 0
+
+
+def falls_silent(comparison):
+    """Says something in the first evaluation, 2 prompts in both orders, and then nothing any more."""
+    global calls
+    calls += 1
+    if calls > 8:
+        raise UserError("the judge is tired")
+    return 0.5
+
+
+@pytest.mark.slow
+def test_a_judge_that_falls_silent_ends_no_run(tmp_path, capsys):
+    global calls
+    calls = 0
+    records = run(tmp_path, judge="tests.training.test_winning:falls_silent", win_rate_prompts=2)
+    assert [("win_rate" in r) for r in records] == [True, False]
+    assert "warning: no win rate at this evaluation: the judge is tired" in capsys.readouterr().out
+
+
+def silent(comparison):
+    return None
+
+
+@pytest.mark.slow
+def test_a_judge_without_any_verdict_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"judge=.*silent: no verdict on any of 2 answers"):
+        run(tmp_path, judge="tests.training.test_winning:silent", win_rate_prompts=2)
+
+
 def test_a_baseline_without_an_answer_is_one_line(tmp_path):
     file = tmp_path / "answers.jsonl"
-    file.write_text(json.dumps({"prompt": "Hi", "answers": [{"text": "Hello."}]}) + "\n")
+    lines = [{"prompt": "Why?", "answers": {"text": 1}}, {"prompt": "Hi", "answers": [{"text": "Hello."}]}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     user = lambda text: [{"role": "user", "content": text}]
     assert answers_in(file, [user("Hi")]) == ["Hello."]
     with pytest.raises(UserError, match=r"no answer to 1 of 2 held-out prompts, first 'Why\?'"):
