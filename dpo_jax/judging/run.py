@@ -22,7 +22,7 @@ from dpo_jax.judging.labelled import read_labelled
 from dpo_jax.judging.measure import measured
 from dpo_jax.judging.score import about_scores, check_scorable, is_scored, score_lines
 from dpo_jax.judging.tasks import judge_tasks
-from dpo_jax.preference.models import PreferenceModel
+from dpo_jax.preference.models import PreferenceModel, told_by
 
 
 def compare_files(r: JudgeRequest) -> None:
@@ -44,6 +44,7 @@ def compare_files(r: JudgeRequest) -> None:
         for line in kept.said:
             tell(line)
         verdicts = judge_matches(judge, matched.matches, unit, kept)
+    _tell_of(judge)
     result = compared(matched, verdicts, judge=judge.name, names=(first, second), unit=unit)
     print_compared(result, wide_console())
     _write_figures(r.json, result)
@@ -70,6 +71,7 @@ def benchmark_judge(r: JudgeRequest) -> None:
         tell(f"{n:,} left out: {reason.replace('_', ' ')}{where}")
     judge = load_judge(r)
     judged = judge_tasks(judge, read.tasks)
+    _tell_of(judge)
     result = measured(BENCHMARKS[read.form], judged, judge=judge.name, data=name, left_out=read.left_out)
     print_measured(result, wide_console())
     _write_figures(r.json, result)
@@ -89,6 +91,7 @@ def score_answers(r: JudgeRequest) -> None:
         for line in kept.said:
             tell(line)
         scores = score_lines(judge, lines, kept)
+    _tell_of(judge)
     print_scored(scores, wide_console())
 
 
@@ -97,6 +100,11 @@ def load_judge(r: JudgeRequest) -> PreferenceModel:
     from dpo_jax.preference.load import load_preference_model  # which may wait for JAX
 
     return load_preference_model(r.judge, **r.options)
+
+
+def _tell_of(judge: PreferenceModel) -> None:
+    for line in told_by(judge):
+        tell(line)
 
 
 def _write_figures(place: str, result: Any) -> None:

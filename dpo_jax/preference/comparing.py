@@ -20,8 +20,6 @@ import re
 from collections.abc import Sequence
 from typing import get_args
 
-import numpy as np
-
 from dpo_jax.data.comparison import Comparison, Label, Message
 from dpo_jax.preference.models import swapped
 
@@ -62,14 +60,6 @@ def label_message(label: Label) -> Message:
 def both_orders(comparison: Comparison) -> tuple[Comparison, Comparison]:
     """What is asked of a judge that reads both completions at once: as it is, and with A and B exchanged."""
     return comparison, swapped(comparison)
-
-
-def verdict_of_orders(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Verdicts in both orders to one, (v(A, B) - v(B, A)) / 2: exchanging A and B negates it exactly.
-
-    What a judge has for a place falls out. NaN, no verdict, where either order has none.
-    """
-    return (np.asarray(first, np.float64) - np.asarray(second, np.float64)) / 2
 
 
 def chat_question(comparison: Comparison, rubric: str = "") -> list[Message]:

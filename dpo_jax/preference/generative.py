@@ -16,10 +16,11 @@ from dpo_jax.data.comparison import Comparison, LabeledComparison, Skip
 from dpo_jax.data.render import Rendered, Renderer, render_batch
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.objective.policy_logps import logps_fn
-from dpo_jax.preference.comparing import LABELS, VALUES, both_orders, label_message, verdict_of_orders
+from dpo_jax.preference.comparing import LABELS, VALUES, both_orders, label_message
 from dpo_jax.preference.models import PreferenceModel
 from dpo_jax.preference.questions import asking, without_common_end
 from dpo_jax.preference.scoring import Ids, Score, answer_renderer, judge_mesh, make_score
+from dpo_jax.preference.statistics import both_orders_verdict
 from dpo_jax.weights.find import find_policy
 from dpo_jax.weights.load import load_whole
 
@@ -37,7 +38,7 @@ class Generative:
         self.name, self._renderer, self._score = name, renderer, score
 
     def __call__(self, comparisons: Sequence[Comparison]) -> np.ndarray:
-        return verdict_of_orders(*self.orders(comparisons))
+        return both_orders_verdict(*self.orders(comparisons))
 
     def orders(self, comparisons: Sequence[Comparison]) -> np.ndarray:
         """Verdicts on (A, B) and on (B, A), `[2, comparisons]`."""

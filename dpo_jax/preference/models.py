@@ -180,12 +180,22 @@ class Ensemble:
         """Whether a member is asked over a network: then one process of several asks for all."""
         return any(getattr(member, "is_remote", False) for member in self.members)
 
+    def told(self) -> list[str]:
+        """What its members tell."""
+        return [line for member in self.members for line in told_by(member)]
+
     def each(self, comparisons: Sequence[Comparison]) -> np.ndarray:
         """The verdicts of every member, `[members, comparisons]`."""
         return np.stack([member(comparisons) for member in self.members])
 
     def __call__(self, comparisons: Sequence[Comparison]) -> np.ndarray:
         return mean_verdict(self.each(comparisons))
+
+
+def told_by(judge: PreferenceModel) -> list[str]:
+    """What a user should know of what a judge was asked, in lines: a server's answers, cache, tokens, failures."""
+    told = getattr(judge, "told", None)
+    return told() if callable(told) else []
 
 
 def mean_verdict(each: np.ndarray) -> np.ndarray:

@@ -24,12 +24,13 @@ from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.comparison import Comparison, Message
 from dpo_jax.disk import digest
 from dpo_jax.errors import UserError
-from dpo_jax.preference.comparing import both_orders, chat_question, verdict_of_orders
+from dpo_jax.preference.comparing import both_orders, chat_question
 from dpo_jax.preference.server_cache import AnswerFile, answer_file, request_key
 from dpo_jax.preference.server_refusals import Server
 from dpo_jax.preference.server_replies import parse_reply, verdict_in
 from dpo_jax.preference.server_requests import Body, Counts, Limits, Wanted, ask_all
 from dpo_jax.preference.server_settings import KEYS, Asking, check_settings, parse_spec, read_asking
+from dpo_jax.preference.statistics import both_orders_verdict
 
 DIRECTORY = "judgements"  # below the root of caches
 
@@ -77,7 +78,15 @@ class JudgeServer:
         }
 
     def __call__(self, comparisons: Sequence[Comparison]) -> np.ndarray:
-        """The verdicts, float64 `[comparisons]`, see `PreferenceModel`.
+        """The verdicts, float64 `[comparisons]`, see `PreferenceModel`; raises as `orders` does."""
+        return both_orders_verdict(*self.orders(comparisons))
+
+    def told(self) -> list[str]:
+        """What a user should know of all calls, in lines."""
+        return [f"judge {self.name}: {self.counts.words()}", *self.counts.said]
+
+    def orders(self, comparisons: Sequence[Comparison]) -> np.ndarray:
+        """What was answered to (A, B) and to (B, A), see `InBothOrders`.
 
         Raises:
           UserError: the server refuses the key or the model, is not there or answers no more; or the budget is used
@@ -107,8 +116,7 @@ class JudgeServer:
             )
         verdicts = self._verdicts(found)
         both = [[verdicts.get(one.name, math.nan) for one in pair] for pair in orders]
-        first, second = np.asarray(both, np.float64).reshape(-1, 2).T
-        return verdict_of_orders(first, second)
+        return np.asarray(both, np.float64).reshape(-1, 2).T
 
     def _wanted(self, comparison: Comparison) -> Wanted:
         bodies = self._bodies(chat_question(comparison, self.rubric))

@@ -62,7 +62,10 @@ def wins_of(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
 
 
 def both_orders_verdict(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
-    """The verdict of both orders together, `[n]`: half their difference; +1 B is better, NaN none."""
+    """Verdicts on (A, B) and on (B, A) to one, `[n]`: half their difference; +1 B is better, NaN where either has none.
+
+    What a judge has for a place falls out, and exchanging A and B negates it exactly.
+    """
     return (np.asarray(forward, np.float64) - np.asarray(backward, np.float64)) / 2
 
 

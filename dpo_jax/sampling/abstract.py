@@ -42,7 +42,7 @@ def decode_arguments(
       params: as `programs.parameters` gives them, of shapes.
       stops: how many tokens end an answer.
     """
-    seats = [Seats(rung, programs.page, asked.n) for _ in range(programs.shards)]
+    seats = [Seats(rung, programs.page) for _ in range(programs.shards)]
     put = lambda spec: lambda x: _array(programs, np.shape(x), np.asarray(x).dtype, spec)
     going = jax.tree.map(put(P(ROW_AXES)), numbers_of(seats, rung))
     numbers = Numbers(*map(put(P()), Numbers.of(asked, range(stops))))

@@ -7,32 +7,25 @@ from typing import Any
 
 import jax
 
-from dpo_jax.model.config import Params
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.rows.build import GroupSource
-from dpo_jax.sampling.engine import Sampler
-from dpo_jax.sampling.params import SamplingParams
+from dpo_jax.sampling.params import Answer
 
 
-def answer_prompts(
-    sampler: Sampler, params: Params, pairs: GroupSource, modes: Mapping[str, SamplingParams]
+def sample_records(
+    tokenizer: Any, pairs: GroupSource, answers: Mapping[str, Sequence[Sequence[Answer]]]
 ) -> list[dict[str, Any]]:
-    """Answer the prompts of `pairs`.
+    """Records with `mode`, `prompt`, `answer`, `chosen`, `rejected`.
 
     Args:
-      sampler, params: of the policy.
-      pairs: whose prompts are answered; their own answers stand beside.
-      modes: how tokens are chosen, by name.
-
-    Returns:
-      Records with `mode`, `prompt`, `answer`, `chosen`, `rejected`.
+      pairs: whose prompts were answered; their own answers stand beside.
+      answers: to each prompt, by how tokens were chosen.
     """
-    shown = [pairs[i] for i in range(len(pairs))]
-    text = lambda ids: sampler.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()
     records = []
-    for mode, asked in modes.items():
-        answers = sampler.answers(params, [prompt.tolist() for prompt, *_ in shown], asked)
-        for (prompt, chosen, rejected), (answer, *_) in zip(shown, answers, strict=True):
+    for mode, drawn in answers.items():
+        for i, (answer, *_) in enumerate(drawn):
+            prompt, chosen, rejected = pairs[i]
             theirs = {"chosen": text(chosen), "rejected": text(rejected)}
             records.append({"mode": mode, "prompt": text(prompt), "answer": answer.text.strip()} | theirs)
     return records

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 
 from dpo_jax.model.attention.paged import Tables
+from dpo_jax.sampling.draws import Choice
+from dpo_jax.sampling.params import SamplingParams
 from dpo_jax.sampling.programs import Going, Rung
 
 
@@ -21,6 +23,7 @@ class Question:
       index: of the prompt among those that were given.
       who: uint32 `[2]`, what its draws depend on.
       limit: the most tokens of its answers.
+      asked: how they are drawn, and when they end.
       todo: which of its answers have not begun, the next one last.
       going: how many are being drawn.
       slot: on its device.
@@ -30,6 +33,7 @@ class Question:
     ids: np.ndarray
     who: np.ndarray
     limit: int
+    asked: SamplingParams
     todo: list[int] = dataclasses.field(default_factory=list)
     going: int = 0
     slot: int = -1
@@ -63,8 +67,8 @@ class Row:
 class Seats:
     """One device's rows, prompts and pages."""
 
-    def __init__(self, rung: Rung, page: int, n: int):
-        self.page, self.n = page, n
+    def __init__(self, rung: Rung, page: int):
+        self.page = page
         self.rows: list[Row | None] = [None] * rung.rows
         self.prompts: list[Question | None] = [None] * rung.prompts
         self.free_pages = list(range(rung.pages))[::-1]
@@ -88,7 +92,7 @@ class Seats:
 
     def seat(self, question: Question) -> int:
         """Give a prompt a slot."""
-        question.slot, question.todo = self.prompts.index(None), list(range(self.n))[::-1]
+        question.slot, question.todo = self.prompts.index(None), list(range(question.asked.n))[::-1]
         self.prompts[question.slot] = question
         return question.slot
 
@@ -155,6 +159,7 @@ class Seats:
             going.token[r], going.drawn[r] = row.tokens[-1], len(row.tokens)
             going.limit[r], going.last[r] = q.limit, row.last
             going.who[r] = (*q.who, row.sample)
+            going.choice.put(r, Choice.of(q.asked))
             first = row.kept // self.page
             for i, page in enumerate(row.pages[first : first + 2]):
                 going.targets[r, i] = page
@@ -202,7 +207,7 @@ def numbers_of(seats: list[Seats], rung: Rung) -> Going:
         )
         going = Going(
             token=zeros(R), drawn=zeros(R), limit=zeros(R), last=zeros(R), who=np.zeros((R, 3), np.uint32),
-            targets=np.full((R, 2), N, np.int32), tables=tables,
+            choice=Choice.empty(R), targets=np.full((R, 2), N, np.int32), tables=tables,
         )  # fmt: skip
         seat.fill(going, rung)
         shares.append(going)

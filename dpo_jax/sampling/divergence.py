@@ -24,8 +24,8 @@ from dpo_jax.parallel.watchdog import LONGER, beat
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.build import Group, build_rows
 from dpo_jax.rows.shape import RowShape
-from dpo_jax.sampling.engine import Sampler
-from dpo_jax.sampling.params import SamplingParams
+from dpo_jax.sampling.engine import Request
+from dpo_jax.sampling.params import Answer, SamplingParams
 
 # Answers drawn to a prompt: a group of them is a row, so that the prompt is computed once for both.
 DRAWS = 2
@@ -74,31 +74,36 @@ def make_divergence(layout: Layout, new_tokens: int) -> Callable[[Params, Params
     return divergence
 
 
-def make_on_policy_kl(
-    sampler: Sampler, prompts: Sequence[Sequence[int]], *, new_tokens: int, seed: int
-) -> Callable[[Params, Params], dict[str, float]]:
-    """Build `estimate(params, ref_params)`: the KL divergence of the policy's answers from the reference's.
+def kl_request(prompts: Sequence[Sequence[int]], *, new_tokens: int, seed: int) -> Request:
+    """What an estimate needs of the policy: `DRAWS` answers to each prompt.
 
     Args:
-      sampler: of both models.
-      prompts: token ids; `DRAWS` answers are drawn to each.
       new_tokens: the most tokens of an answer: what is estimated is the divergence of the answers' first so many.
-      seed: of the draws; the same at every call, so that an estimate changes by what the policy has learned.
+      seed: of the draws; the same at every estimate, so that it changes by what the policy has learned.
+    """
+    return Request(prompts, SamplingParams(n=DRAWS, max_tokens=new_tokens, seed=seed))
+
+
+def make_on_policy_kl(
+    layout: Layout, request: Request
+) -> Callable[[Params, Params, Sequence[Sequence[Answer]]], dict[str, float]]:
+    """Build `estimate(params, ref_params, answers)`: the KL divergence of the policy's answers from the reference's.
+
+    Args:
+      layout: of both models.
+      request: from `kl_request`; `answers` are the policy's to it.
 
     Returns:
       `estimate`, whose values are `kl`: the mean over answers, in nats an answer; `kl_error`: its standard error, by
       prompts (not of a single one); `kl_per_token`: the same sum over the number of tokens. Every process of several
       must call it.
     """
-    divergence = make_divergence(sampler.layout, new_tokens)
-    asked = SamplingParams(n=DRAWS, max_tokens=new_tokens, seed=seed)
+    divergence = make_divergence(layout, request.asked.max_tokens)
 
-    def estimate(params: Params, ref_params: Params) -> dict[str, float]:
-        beat("drawing answers for the KL divergence", LONGER)
-        drawn = sampler.answers(params, prompts, asked)
+    def estimate(params: Params, ref_params: Params, drawn: Sequence[Sequence[Answer]]) -> dict[str, float]:
         groups = [
             tuple(np.asarray(ids, np.int32) for ids in (prompt, *(answer.token_ids for answer in answers)))
-            for prompt, answers in zip(prompts, drawn, strict=True)
+            for prompt, answers in zip(request.prompts, drawn, strict=True)
         ]
         beat("computing the KL divergence", LONGER)
         nats = divergence(params, ref_params, groups)

@@ -20,12 +20,22 @@ from dpo_jax.model.tuning import exact_products
 from dpo_jax.parallel.mesh import ROW_AXES, local_rows, row_shards, to_global
 from dpo_jax.rows.build import build_rows
 from dpo_jax.sampling.board import Question, Row, Seats, numbers_of
-from dpo_jax.sampling.draws import Numbers
+from dpo_jax.sampling.draws import Choice, Numbers
 from dpo_jax.sampling.endings import Ending
-from dpo_jax.sampling.ladder import COUNTS, ROWS, WORTH_COMPILING, at_least, first_rung, grown, packed_shape, shrunk
+from dpo_jax.sampling.ladder import (
+    COUNTS,
+    ROWS,
+    at_least,
+    first_rung,
+    grown,
+    packed_size,
+    prompts_shape,
+    shrunk,
+)
 from dpo_jax.sampling.memory import MOVING, free_bytes
 from dpo_jax.sampling.params import Answer
 from dpo_jax.sampling.programs import Cache, Programs, Rung
+from dpo_jax.sampling.sizes import WORTH_COMPILING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +73,8 @@ class Drawing:
 
     Args:
       programs, params: of the model.
-      waiting: the prompts, longest first.
-      ending: tells when an answer has ended, and knows what is asked.
+      waiting: the prompts, longest first. All are asked for with the same seed, round and `min_tokens`.
+      ending: tells when an answer has ended.
       capacity: how much is done at once.
       fewer: whether fewer rows will do where memory is short.
 
@@ -81,15 +91,15 @@ class Drawing:
         capacity: Capacity,
         fewer: bool,
     ):
-        self.programs, self.ending, self.asked, self.capacity = programs, ending, ending.asked, capacity
+        self.programs, self.ending, self.capacity = programs, ending, capacity
         self.layout, self.mesh = programs.layout, programs.layout.mesh
-        self.numbers = Numbers.of(self.asked, sorted(ending.stops))
+        self.numbers = Numbers.of(waiting[0].asked, sorted(ending.stops))
         self.waiting = collections.deque(waiting)
         self.shards = row_shards(self.mesh)
         with self._on_mesh():
             self.rung, self.most_pages = self._first_rung(fewer)
         self.params, self.apart = params, programs.parameters(params)
-        self.seats = [Seats(self.rung, capacity.page, self.asked.n) for _ in range(self.shards)]
+        self.seats = [Seats(self.rung, capacity.page) for _ in range(self.shards)]
         with self._on_mesh():
             self.cache: Cache = programs.empty(rung=self.rung)
 
@@ -97,10 +107,11 @@ class Drawing:
         """Where to begin, and the most pages that there may ever be; with fewer rows than would suit, if need be."""
         share, limit = -(-len(self.waiting) // self.shards), max(q.limit for q in self.waiting)
         longest, needed = len(self.waiting[0].ids), -(-(limit - 1) // self.capacity.page)
+        answers = max(q.asked.n for q in self.waiting)
         free = float(self.capacity.memory << 20) or free_bytes(self.layout)
         fit = [x for x in ROWS[::-1] if x < self.capacity.rows] if fewer else []
         for rows in (self.capacity.rows, *fit):
-            rung = first_rung(rows, self.asked.n, share, longest, limit, self.capacity.page)
+            rung = first_rung(rows, answers, share, longest, limit, self.capacity.page)
             most = self.programs.most_pages(rung, free)
             if most >= max(needed, rung.pages):
                 return rung, most
@@ -172,8 +183,10 @@ class Drawing:
     def _compute(self, packed: list[list[Question]]) -> None:
         """Prefill prompts, one row of a device's prompts behind each other."""
         used = max(sum(len(q.ids) for q in questions) for questions in packed)
-        shape = packed_shape(self.shards, max(map(len, packed)), used)
-        count = shape.places
+        flops = 2 * self.layout.config.active_parameter_count() * self.shards
+        wanted = packed_size(max(map(len, packed)), used)
+        width, count = self.programs.sizes("prefill", self.rung).choose(wanted, lambda size: flops * size[0])
+        shape = prompts_shape(self.shards, width, count)
         groups = [(q.ids, np.zeros(0, np.int32)) for questions in packed for q in questions]
         placed, at = np.full((self.shards, count), -1, np.int64), 0
         new = np.zeros((self.shards, count, 3), np.int32)
@@ -199,14 +212,18 @@ class Drawing:
         for d, seat in enumerate(self.seats):
             while seat.ready and self._has_room(seat):
                 rows.append((d, seat.begin(self.rung)))
+        flops = 2 * self.layout.config.vocab_size * self.layout.config.hidden_size
+        sizes = self.programs.sizes("begin", self.rung.prompts)
         for start in range(0, len(rows), COUNTS[-1]):
             some = rows[start : start + COUNTS[-1]]
-            count = at_least(COUNTS, len(some))
-            slots, who = np.zeros(count, np.int32), np.zeros((count, 3), np.uint32)
+            (count,) = sizes.choose((at_least(COUNTS, len(some)),), lambda size: flops * size[0])
+            slots, who, choice = np.zeros(count, np.int32), np.zeros((count, 3), np.uint32), Choice.empty(count)
             for i, (d, row) in enumerate(some):
                 slots[i] = d * self.rung.prompts + row.question.slot
                 who[i] = (*row.question.who, row.sample)
-            drawn = self.programs.begin(self.params, self.cache, self._same(slots), self._same(who), self._numbers())
+                choice.put(i, Choice.of(row.question.asked))
+            told = jax.tree.map(self._same, (slots, who, choice))
+            drawn = self.programs.begin(self.params, self.cache.hidden, *told, self._numbers())
             token, logprob, full = (x.tolist() for x in jax.device_get(drawn))
             for i, (_, row) in enumerate(some):
                 row.tokens, row.logprobs, row.full_logprobs = [token[i]], [logprob[i]], [full[i]]

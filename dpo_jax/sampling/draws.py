@@ -22,6 +22,7 @@ from dpo_jax.sampling.params import SamplingParams
 # Filters by rank look at so many most likely tokens first, and sort the vocabulary only where these are too few.
 CANDIDATES = 256
 MOST_BLOCKS, LARGEST_BLOCK = 512, 4096
+RANKING = 500  # operations that the filters by rank take the time of, for every token of the vocabulary (CPU, measured)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,26 +33,58 @@ class Filters:
       ranked: top_k or top_p.
       floored: min_p.
       delayed: stop tokens are not drawn before `min_tokens`.
+      mixed: there is top_k or top_p in some rows, and neither in others.
     """
 
     ranked: bool = False
     floored: bool = False
     delayed: bool = False
+    mixed: bool = False
 
     @classmethod
-    def of(cls, p: SamplingParams) -> "Filters":
-        """Those of `p`; the most likely token passes all but the last."""
-        draws = p.temperature > 0
-        return cls(draws and (p.top_k > 0 or p.top_p < 1), draws and p.min_p > 0, p.min_tokens > 0)
+    def of(cls, *asked: SamplingParams) -> "Filters":
+        """Those of rows that are asked for so; the most likely token passes all but the last."""
+        choices = list(map(Choice.of, asked))
+        ranked = [bool(c.top_k > 0 or c.top_p < 1) for c in choices]
+        floored, delayed = any(c.min_p > 0 for c in choices), any(p.min_tokens > 0 for p in asked)
+        return cls(any(ranked), floored, delayed, any(ranked) and not all(ranked))
+
+    def serves(self, other: "Filters") -> bool:
+        """Whether programs with these filters draw the same as those with `other`."""
+        has_all = self.ranked >= other.ranked and self.floored >= other.floored and self.delayed >= other.delayed
+        return has_all and (self.mixed or (self.ranked == other.ranked and not other.mixed))
 
 
-class Numbers(NamedTuple):
-    """The numbers of `SamplingParams` that programs take, scalars; and stop tokens int32 `[n]`, -1 for none."""
+class Choice(NamedTuple):
+    """How a row's tokens are chosen: float32 and int32 numbers `[R]`, each row has its own."""
 
     temperature: Any
     top_p: Any
     top_k: Any
     min_p: Any
+
+    @classmethod
+    def of(cls, p: SamplingParams) -> "Choice":
+        """Of one row; a greedy one has no filters."""
+        if p.temperature == 0:
+            return cls(np.float32(0), np.float32(1), np.int32(0), np.float32(0))
+        top_k = np.int32(min(p.top_k, np.iinfo(np.int32).max))
+        return cls(np.float32(p.temperature), np.float32(p.top_p), top_k, np.float32(p.min_p))
+
+    @classmethod
+    def empty(cls, rows: int) -> "Choice":
+        """Of rows that have no answer: arrays of the host to be filled."""
+        return cls(*(np.full(rows, x) for x in cls.of(SamplingParams(temperature=0.0))))
+
+    def put(self, at: int, one: "Choice") -> None:
+        """Write one row's numbers into arrays of the host."""
+        for rows, x in zip(self, one, strict=True):
+            rows[at] = x
+
+
+class Numbers(NamedTuple):
+    """What all rows of a call share, scalars; and stop tokens int32 `[n]`, -1 for none."""
+
     min_tokens: Any
     seed: Any
     round: Any
@@ -61,10 +94,6 @@ class Numbers(NamedTuple):
     def of(cls, p: SamplingParams, stops: Sequence[int]) -> "Numbers":
         """Those of `p`, as the host has them."""
         return cls(
-            temperature=np.float32(p.temperature),
-            top_p=np.float32(p.top_p),
-            top_k=np.int32(min(p.top_k, np.iinfo(np.int32).max)),
-            min_p=np.float32(p.min_p),
             min_tokens=np.int32(p.min_tokens),
             seed=np.uint32(p.seed),
             round=np.uint32(p.round),
@@ -124,10 +153,12 @@ def _by_weight(weights_RV: jax.Array, u: tuple[jax.Array, jax.Array], blocks: in
     return (block * Y + _first_above(cumulative, u[1] * cumulative[:, -1], inside_RY)).astype(jnp.int32)
 
 
-def _ranked(z_RV: jax.Array, u_R: jax.Array, numbers: Numbers, floored: bool) -> tuple[jax.Array, jax.Array]:
-    """Tokens drawn after top_k, top_p and min_p, and their log-probabilities."""
+def _ranked(z_RV: jax.Array, u_R: jax.Array, choice: Choice, floored: bool) -> tuple[jax.Array, jax.Array]:
+    """Tokens drawn after top_k, top_p and min_p, and their log-probabilities; anything in rows with neither."""
     V = z_RV.shape[1]
-    top_k = jnp.where(numbers.top_k == 0, V, numbers.top_k)
+    _, top_p, top_k, min_p = (x[:, None] for x in choice)
+    counts = (top_k > 0) | (top_p < 1)
+    top_k = jnp.where(top_k == 0, V, top_k)
     largest_R1 = jnp.max(z_RV, axis=1, keepdims=True)
     whole_R1 = jnp.sum(jnp.exp(z_RV - largest_R1), axis=1, keepdims=True)
 
@@ -139,14 +170,14 @@ def _ranked(z_RV: jax.Array, u_R: jax.Array, numbers: Numbers, floored: bool) ->
         within_k = jnp.arange(C)[None, :] < top_k
         mass_R1 = jnp.where(top_k >= V, whole_R1, jnp.sum(jnp.where(within_k, w_RC, 0), axis=1, keepdims=True))
         before_RC = cumulative_RC - w_RC  # of the more likely tokens; the most likely one always belongs
-        within_p = (before_RC < numbers.top_p * mass_R1) | (numbers.top_p >= 1)
+        within_p = (before_RC < top_p * mass_R1) | (top_p >= 1)
         kept = within_k & within_p
         if floored:
-            kept &= w_RC >= numbers.min_p
+            kept &= w_RC >= min_p
         kept = kept.at[:, 0].set(True)
         # All that may be drawn are among them, and the mass that top_p is a share of is known.
-        knows_mass = (top_k >= V) | (numbers.top_p >= 1)
-        enough = jnp.bool_(is_all) | jnp.all((top_k <= C) | (knows_mass & ~kept[:, -1]))
+        knows_mass = (top_k >= V) | (top_p >= 1)
+        enough = jnp.bool_(is_all) | jnp.all(~counts | (top_k <= C) | (knows_mass & ~kept[:, -1:]))
         w_RC = jnp.where(kept, w_RC, 0)
         cumulative_RC = jnp.cumsum(w_RC, axis=1)
         at = _first_above(cumulative_RC, u_R * cumulative_RC[:, -1], w_RC)[:, None]
@@ -165,6 +196,18 @@ def _ranked(z_RV: jax.Array, u_R: jax.Array, numbers: Numbers, floored: bool) ->
     return jax.lax.cond(enough, lambda _: (token, logp), by_sorting, None)
 
 
+def _unranked(
+    z_RV: jax.Array, u: tuple[jax.Array, jax.Array], choice: Choice, floored: bool, blocks: int
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens drawn from all, or after min_p alone, and their log-probabilities."""
+    weights_RV = jnp.exp(z_RV - jnp.max(z_RV, axis=1, keepdims=True))
+    if floored:
+        weights_RV = jnp.where(weights_RV >= choice.min_p[:, None], weights_RV, 0)
+    token = _by_weight(weights_RV, u, blocks)
+    chosen = jnp.take_along_axis(weights_RV, token[:, None], axis=1)[:, 0]
+    return token, jnp.log(chosen) - jnp.log(jnp.sum(weights_RV, axis=1))
+
+
 def _most_likely(z_RV: jax.Array) -> jax.Array:
     """The most likely tokens `[R]`, of equal ones the first; two plain reductions, as argmax is ten of them on CPU."""
     ids = jnp.where(z_RV == jnp.max(z_RV, axis=1, keepdims=True), jnp.arange(z_RV.shape[1])[None, :], z_RV.shape[1])
@@ -172,9 +215,15 @@ def _most_likely(z_RV: jax.Array) -> jax.Array:
 
 
 def draw(
-    logits_RV: jax.Array, who_R3: jax.Array, index_R: jax.Array, numbers: Numbers, filters: Filters, blocks: int
+    logits_RV: jax.Array,
+    who_R3: jax.Array,
+    index_R: jax.Array,
+    choice: Choice,
+    numbers: Numbers,
+    filters: Filters,
+    blocks: int,
 ) -> Drawn:
-    """The next token of every row.
+    """The next token of every row; it is the same whatever the rows beside it ask for.
 
     Args:
       logits_RV: float32.
@@ -182,21 +231,21 @@ def draw(
       index_R: how many tokens the row's answer has.
       blocks: of the vocabulary, from `blocks_of`.
     """
-    z_RV, greedy = logits_RV, numbers.temperature == 0
+    z_RV, greedy_R = logits_RV, choice.temperature == 0
     if filters.delayed:
         is_stop_V = (jnp.arange(z_RV.shape[1])[:, None] == numbers.stops[None, :]).any(1)
         z_RV = jnp.where(is_stop_V[None, :] & (index_R < numbers.min_tokens)[:, None], -jnp.inf, z_RV)
-    z_RV = z_RV / jnp.where(greedy, 1.0, numbers.temperature)
+    z_RV = z_RV / jnp.where(greedy_R, 1.0, choice.temperature)[:, None]
     u = _uniforms(who_R3, index_R, numbers)
     if filters.ranked:
-        token, logprob = _ranked(z_RV, u[0], numbers, filters.floored)
-    else:
-        weights_RV = jnp.exp(z_RV - jnp.max(z_RV, axis=1, keepdims=True))
-        if filters.floored:
-            weights_RV = jnp.where(weights_RV >= numbers.min_p, weights_RV, 0)
-        token = _by_weight(weights_RV, u, blocks)
-        chosen = jnp.take_along_axis(weights_RV, token[:, None], axis=1)[:, 0]
-        logprob = jnp.log(chosen) - jnp.log(jnp.sum(weights_RV, axis=1))
-    token = jnp.where(greedy, _most_likely(z_RV), token)
+        token, logprob = _ranked(z_RV, u[0], choice, filters.floored)
+    if filters.mixed or not filters.ranked:
+        unranked = _unranked(z_RV, u, choice, filters.floored, blocks)
+        if filters.mixed:
+            counts_R = (choice.top_k > 0) | (choice.top_p < 1)
+            token, logprob = (jnp.where(counts_R, *both) for both in zip((token, logprob), unranked, strict=True))
+        else:
+            token, logprob = unranked
+    token = jnp.where(greedy_R, _most_likely(z_RV), token)
     full = jnp.take_along_axis(logits_RV, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits_RV, axis=1)
-    return Drawn(token, jnp.where(greedy, 0.0, logprob), full)
+    return Drawn(token, jnp.where(greedy_R, 0.0, logprob), full)

@@ -7,6 +7,7 @@ chunks, each one loop on the devices; between chunks answers that have ended lea
 import collections
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,11 +19,12 @@ from dpo_jax.model.placement import Layout
 from dpo_jax.parallel.mesh import row_shards
 from dpo_jax.sampling.board import Question
 from dpo_jax.sampling.drawing import Capacity, Drawing, Sampled
-from dpo_jax.sampling.draws import Filters
+from dpo_jax.sampling.draws import RANKING, Filters
 from dpo_jax.sampling.endings import Ending
 from dpo_jax.sampling.ladder import power_of_two
 from dpo_jax.sampling.params import Answer, SamplingParams
 from dpo_jax.sampling.programs import Programs
+from dpo_jax.sampling.sizes import WORTH_COMPILING
 
 SUITS = {"cpu": Capacity(128, 32, 1024), "gpu": Capacity(256, 32, 4096), "tpu": Capacity(256, 32, 4096)}
 
@@ -57,6 +59,21 @@ def draw_names(prompts: Sequence[Sequence[int]], ids: Sequence[Name | None] | No
         found.append((*prompt, -1 - seen[prompt]) if seen[prompt] else prompt)
         seen[prompt] += 1
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Prompts, and how they are to be answered.
+
+    Attributes:
+      prompts: token ids, at least one each.
+      asked: of every prompt.
+      ids: of prompts, which draws depend on, or names by `draw_names`; None: on a prompt's tokens.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    asked: SamplingParams
+    ids: Sequence[Name | None] | None = None
 
 
 class Sampler:
@@ -96,6 +113,15 @@ class Sampler:
             self._programs[key] = Programs(self.layout, page=c.page, cache_dtype=dtype, reach=key[0], filters=filters)
         return self._programs[key]
 
+    def _serving(self, reach: int, filters: Filters, tokens: int) -> Programs:
+        """Programs that draw so many tokens: those of more filters if they are there, and compiling would cost more."""
+        costs = tokens * self.layout.config.vocab_size * RANKING
+        if costs < WORTH_COMPILING[self.layout.platform]:
+            for (there, others), programs in self._programs.items():
+                if there == power_of_two(reach) and others.serves(filters):
+                    return programs
+        return self.programs(reach, filters)
+
     def sample(
         self,
         params: Params,
@@ -107,27 +133,52 @@ class Sampler:
 
         Args:
           params: the model's, of any dtype; adapters among them or not.
-          prompts: token ids, at least one each.
-          ids: of prompts, which draws depend on, or names by `draw_names`; None: on a prompt's tokens.
+          prompts, asked, ids: see `Request`.
 
         Raises:
           UserError: a prompt is empty or leaves no room for an answer, or the cache does not fit.
         """
-        limits = self.check(prompts, asked)
-        if not prompts:
+        return self._drawn(params, [Request(prompts, asked, ids)])
+
+    def _drawn(self, params: Params, requests: Sequence[Request]) -> Iterator[Sampled]:
+        """Answers to the prompts of all requests, which are counted through."""
+        waiting: list[Question] = []
+        for one in requests:
+            whos = map(prompt_identity, draw_names(one.prompts, one.ids))
+            for prompt, who, limit in zip(one.prompts, whos, self.check(one.prompts, one.asked), strict=True):
+                waiting.append(Question(len(waiting), np.asarray(prompt, np.int32), who, limit, one.asked))
+        if not waiting:
             return
-        reach = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
-        whos = list(map(prompt_identity, draw_names(prompts, ids)))
-        waiting = [
-            Question(i, np.asarray(p, np.int32), w, n)
-            for i, (p, w, n) in enumerate(zip(prompts, whos, limits, strict=True))
-        ]
         # Longest first: prompts that are there together are of about one length.
         waiting.sort(key=lambda q: -len(q.ids))
-        stops = tuple(dict.fromkeys((*self.stops, *asked.stop_token_ids)))
-        ending = Ending(asked, stops, self.tokenizer)
-        programs = self.programs(reach, Filters.of(asked))
+        ways = list(dict.fromkeys(one.asked for one in requests if len(one.prompts)))
+        reach = max(len(q.ids) + q.limit for q in waiting)
+        ending = Ending(tuple(dict.fromkeys((*self.stops, *ways[0].stop_token_ids))), self.tokenizer)
+        programs = self._serving(reach, Filters.of(*ways), sum(q.limit * q.asked.n for q in waiting))
         yield from Drawing(programs, params, waiting, ending, self.capacity, self._fewer).answers()
+
+    def together(self, params: Params, requests: Sequence[Request]) -> list[list[list[Answer]]]:
+        """All n answers to every prompt of every request, drawn in one call: the same as each request alone would get.
+
+        Args:
+          params: the model's.
+          requests: of one `seed`, `round`, `min_tokens` and one set of `stop_token_ids`; all else may differ.
+
+        Raises:
+          UserError: as `sample` does.
+          ValueError: they differ in what one call shares.
+        """
+        shared = {(p.seed, p.round, p.min_tokens, p.stop_token_ids) for p in (one.asked for one in requests)}
+        if len(shared) > 1:
+            raise ValueError(f"requests of one call differ in seed, round, min_tokens or stop_token_ids: {shared}")
+        drawn = {(one.prompt, one.sample): one.answer for one in self._drawn(params, requests)}
+        place = itertools.count()
+        found = []
+        for one in requests:
+            found.append(
+                [[drawn[at, k] for k in range(one.asked.n)] for _, at in zip(one.prompts, place, strict=False)]
+            )
+        return found
 
     def answers(
         self,
@@ -137,8 +188,7 @@ class Sampler:
         ids: Sequence[Name | None] | None = None,
     ) -> list[list[Answer]]:
         """All n answers to every prompt, in order; see `sample`."""
-        found = {(one.prompt, one.sample): one.answer for one in self.sample(params, prompts, asked, ids)}
-        return [[found[i, k] for k in range(asked.n)] for i in range(len(prompts))]
+        return self.together(params, [Request(prompts, asked, ids)])[0]
 
     def check(self, prompts: Sequence[Sequence[int]], asked: SamplingParams) -> list[int]:
         """The most tokens of every prompt's answers: `max_tokens`, or what there is room for.

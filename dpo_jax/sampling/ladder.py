@@ -7,8 +7,6 @@ from dpo_jax.sampling.programs import Rung
 
 ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 COUNTS = (1, 4, 16, 64, 256)  # of prompts or answers that begin together
-# A smaller rung is compiled only where it saves more operations than compiling takes: seconds times operations/s.
-WORTH_COMPILING = {"cpu": 2e11, "gpu": 1e15, "tpu": 1e15}
 
 
 def at_least(sizes: tuple[int, ...], size: int) -> int:
@@ -32,7 +30,17 @@ def power_of_two(size: int) -> int:
 
 def packed_shape(shards: int, count: int, tokens: int) -> RowShape:
     """Rows of prompts, one on each of `shards` devices, for at most so many prompts and tokens of one."""
-    return RowShape(width_of(tokens), (0,), shards, at_least(COUNTS, count))
+    return prompts_shape(shards, *packed_size(count, tokens))
+
+
+def packed_size(count: int, tokens: int) -> tuple[int, int]:
+    """Columns and places of a row of prompts."""
+    return width_of(tokens), at_least(COUNTS, count)
+
+
+def prompts_shape(shards: int, width: int, places: int) -> RowShape:
+    """Rows of prompts alone, one on each of `shards` devices."""
+    return RowShape(width, (0,), shards, places)
 
 
 def first_rung(rows: int, n: int, prompts: int, longest: int, limit: int, page: int) -> Rung:

@@ -10,6 +10,7 @@ prompts prefilled at once. The first axis is of all devices, the letters are of 
 
 import dataclasses
 import functools
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -35,8 +36,9 @@ from dpo_jax.parallel.mesh import ROW_AXES, row_shards
 from dpo_jax.parallel.spread import mesh_axes, per_device
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
-from dpo_jax.sampling.draws import Drawn, Filters, Numbers, blocks_of, draw
+from dpo_jax.sampling.draws import Choice, Drawn, Filters, Numbers, blocks_of, draw
 from dpo_jax.sampling.memory import MOVING
+from dpo_jax.sampling.sizes import WORTH_COMPILING, Sizes
 
 # Parameters of a layer from which on a CPU takes longer to copy it out of the stack than to compile every layer.
 APART_FROM = 500_000
@@ -91,6 +93,7 @@ class Going(NamedTuple):
       limit: the most that it may have; 0 for an empty row.
       last: the last position that it may come to.
       who: uint32 `[R, 3]`, see `draws.draw`.
+      choice: how its tokens are chosen.
       targets: int32 `[R, 2]`, see `paged.write_pages`.
       tables: whose what is.
     """
@@ -100,6 +103,7 @@ class Going(NamedTuple):
     limit: Any
     last: Any
     who: Any
+    choice: Choice
     targets: Any
     tables: Tables
 
@@ -134,6 +138,7 @@ class Programs:
         self.apart = mesh.size == 1 and layout.platform == "cpu" and layer > APART_FROM
         self.model = ModelOptions(c, layout.dtype, tiling=layout.tiling)
         self.blocks = blocks_of(c.vocab_size)
+        self._sizes: dict[tuple[str, Hashable], Sizes] = {}
         self._rules = axis_rules(c, mesh), decoding_rules(c, mesh)
         options = dict(layout.options.compiler_options)
         jit = functools.partial(jax.jit, compiler_options=options)
@@ -150,6 +155,10 @@ class Programs:
         if not self.apart:
             return params
         return layers_apart(params, self.layout.config.num_hidden_layers, self.layout.mesh.devices.flat[0])
+
+    def sizes(self, program: str, of: Hashable) -> Sizes:
+        """The sizes that `program` is compiled for where all else that its shapes depend on is `of`."""
+        return self._sizes.setdefault((program, of), Sizes(WORTH_COMPILING[self.layout.platform]))
 
     def bytes_of(self, rung: Rung) -> int:
         """Bytes of a device's cache."""
@@ -255,11 +264,19 @@ class Programs:
         cap = self.layout.config.final_logit_softcapping
         return cap * jnp.tanh(logits / cap) if cap else logits
 
-    def _begin(self, params: Params, cache: Cache, slots_R: jax.Array, who_R3: jax.Array, numbers: Numbers) -> Drawn:
-        """The first tokens of answers to the prompts in `slots_R` (of all devices)."""
+    def _begin(
+        self,
+        params: Params,
+        hidden_PD: jax.Array,
+        slots_R: jax.Array,
+        who_R3: jax.Array,
+        choice: Choice,
+        numbers: Numbers,
+    ) -> Drawn:
+        """The first tokens of answers to the prompts in `slots_R` (of all devices); `hidden_PD` is the cache's."""
         with nn.logical_axis_rules(self._rules[1]):
-            logits = self._logits(params, cache.hidden[slots_R])
-            return draw(logits, who_R3, jnp.zeros_like(slots_R), numbers, self.filters, self.blocks)
+            logits = self._logits(params, hidden_PD[slots_R])
+            return draw(logits, who_R3, jnp.zeros_like(slots_R), choice, numbers, self.filters, self.blocks)
 
     def _decode(
         self, params: Params, cache: Cache, going: Going, numbers: Numbers, floor: jax.Array, *, rung: Rung
@@ -293,7 +310,8 @@ class Programs:
             put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), t, old.ndim - 2)
             put_both = lambda old, new: Kept(put(old.k, new[0]), put(old.v, new[1]))
             recent = tuple(map(put_both, recent, new)) if self.apart else put_both(recent, new)
-            drawn = draw(self._logits(params, hidden), going.who, going.drawn + t, numbers, self.filters, self.blocks)
+            told = going.who, going.drawn + t, going.choice, numbers
+            drawn = draw(self._logits(params, hidden), *told, self.filters, self.blocks)
             outs = tuple(
                 jax.lax.dynamic_update_slice_in_dim(o, x[:, None], t, 1) for o, x in zip(outs, drawn, strict=True)
             )

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,20 @@ def open_checkpoints(directory: Path, keep: int) -> Iterator[Checkpoints]:
     orbax = ocp.training.Checkpointer(
         directory, context=context, preservation_policy=newest, cleanup_tmp_directories=True
     )
+    failed = True
     try:
         yield Checkpoints(orbax)
+        failed = False
     except Exception as e:
         processes.end_if_a_peer_is_gone(e)  # closing would wait for it
         raise
     finally:
-        with _saving(directory):
-            orbax.close()
+        try:
+            with _saving(directory):
+                orbax.close()
+        finally:
+            if failed:  # a save that failed may have been writing until now
+                _clear_unfinished(directory)
 
 
 def set_aside_damaged(directory: Path) -> list[str]:
@@ -138,13 +145,23 @@ def _saving(directory: Any) -> Iterator[None]:
     except Exception as e:  # of the file system, tensorstore, orbax: they have no parent in common
         if is_of_a_lost_peer(e):  # processes talk to each other in a save: it is not the disk
             raise
-        for unfinished in Path(directory).glob(f"*{_UNFINISHED}"):  # room for what else is written at the end
-            shutil.rmtree(unfinished, ignore_errors=True)
+        _clear_unfinished(Path(directory))  # room for what else is written at the end
         raise UserError(
             f"{directory}: a checkpoint could not be saved ({_first_line(e)}); the earlier ones are kept: make room, "
             "then the same command resumes from the newest",
             code=SAVE_FAILED,
         ) from e
+
+
+def _clear_unfinished(directory: Path) -> None:
+    """Remove what a failed save left; its other threads may still be writing, so more than once."""
+    for _ in range(20):
+        unfinished = list(directory.glob(f"*{_UNFINISHED}"))
+        for one in unfinished:
+            shutil.rmtree(one, ignore_errors=True)
+        if not unfinished:
+            return
+        time.sleep(0.1)
 
 
 def restore(checkpoints: Checkpoints, step: int, abstract: Any) -> Any:

@@ -39,7 +39,7 @@ class Phase(Generic[State]):
         and the loss among them.
       log_every: in updates, at least 1.
       eval_every, checkpoint_every: in updates; 0 is only at the end.
-      evaluate: state → the values of an `eval` record; None: there is nothing to evaluate.
+      evaluate: (state, updates done) → the values of an `eval` record; None: there is nothing to evaluate.
       save, check_save: saves a checkpoint (updates done, state); raises where a save in the background has failed.
       max_bad_steps, keep_bad_batch: see `Health`.
       stuck_after: seconds in which nothing moves, after which the process ends; 0: never.
@@ -52,7 +52,7 @@ class Phase(Generic[State]):
     log_every: int
     eval_every: int
     checkpoint_every: int
-    evaluate: Callable[[State], dict[str, Any]] | None
+    evaluate: Callable[[State, int], dict[str, Any]] | None
     save: Callable[[int, State], None]
     check_save: Callable[[], None]
     max_bad_steps: int
@@ -139,7 +139,7 @@ def _run(
     def evaluate_at(n: int) -> None:
         if phase.evaluate is not None:
             with throughput.paused():
-                values = phase.evaluate(state)
+                values = phase.evaluate(state, n)
                 writer.write({"step": n, "split": "eval"} | values)
             if n == 0:
                 check_first_evaluation(values)

@@ -19,6 +19,7 @@ from dpo_jax.rows.pipeline import StepSource
 from dpo_jax.rows.schedule import Schedule, make_schedule
 from dpo_jax.training import checkpoint, setup
 from dpo_jax.training.loop import Phase, State, run_phase
+from dpo_jax.training.own_answers import kl_measures, measured, sample_measures
 from dpo_jax.training.reference import (
     abstract_reference,
     given_reference,
@@ -29,7 +30,7 @@ from dpo_jax.training.reference import (
 )
 from dpo_jax.training.setup import Run
 from dpo_jax.training.step import TrainState
-from dpo_jax.training.winning import make_contest, make_win_rate
+from dpo_jax.training.winning import make_contest, win_rate_measures
 from dpo_jax.weights.load import load_params
 
 # What an evaluation tells of every group of pairs (by source, by length) apart.
@@ -77,8 +78,6 @@ def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
     if in_step and reference is None:
         reference = reference_params(run, state.params if begins else None)
     values = kept_reference(run, schedule, steps, state.params if begins else None)
-    if begins:
-        setup.write_answers(run, state.params, "before", 0)
 
     source = step_source(schedule, layout.mesh, steps, s.batch.microbatches, given_reference(values, run.data.train))
     train_step = functools.partial(setup.train_step_on(layout, run.models, objective, tx, rate), base=run.base)
@@ -90,12 +89,21 @@ def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
         tree = state
         parts = lambda state: (state, reference)
         step = lambda state, batch, shape: train_step(state, reference, batch, shape)
-    at: Callable[[Any], dict[str, Any]] | None = None
+    at: Callable[[Any, int], dict[str, Any]] | None = None
     if len(run.data.evaluation):
         goes_on = run.done < sft_steps + steps  # else nothing is evaluated any more
-        contest = make_contest(run, parts(tree)[0].params if begins else None) if goes_on else None
-        held_out = _evaluator(run, objective, values, make_win_rate(run, contest, begins=begins))
-        at = lambda tree: held_out(*parts(tree))
+        contest = make_contest(run, begins=begins) if goes_on else None
+        always = [*kl_measures(run), *win_rate_measures(run, contest, begins=begins)]
+        once = {0: sample_measures(run, "before", 0), steps: sample_measures(run, "after", steps)}
+        held_out = _evaluator(run, objective, values)
+
+        def at(tree: Any, n: int) -> dict[str, Any]:
+            state, reference = parts(tree)
+            values = held_out(state, reference)
+            return values | measured(run, state.params, reference, [*always, *once.get(n, [])])
+
+    elif begins:
+        measured(run, state.params, None, sample_measures(run, "before", 0))
     return parts(run_updates(run, "train", objective.loss, source, step, tree, sft_steps, at))[0].params
 
 
@@ -107,7 +115,7 @@ def run_updates(
     step: Callable[..., Any],
     state: State,
     before: int = 0,
-    evaluate: Callable[[State], dict[str, Any]] | None = None,
+    evaluate: Callable[[State, int], dict[str, Any]] | None = None,
 ) -> State:
     """The loop over a source's steps, from where the run is; checkpoints count the updates `before` this phase too."""
     s, start = run.settings, max(0, run.done - before)
@@ -132,29 +140,25 @@ def run_updates(
 
 
 def _evaluator(
-    run: Run,
-    objective: Objective,
-    values: np.ndarray | None,
-    win_rate: Callable[[Params], dict[str, float]],
+    run: Run, objective: Objective, values: np.ndarray | None
 ) -> Callable[[TrainState, Params | None], dict[str, Any]]:
-    """(state, reference) → the values of an evaluation.
+    """(state, reference) → the values of held-out pairs.
 
     A reference that stays is asked once; `values` are its values, where they are known.
     """
     pairs, batch, layout = run.data.evaluation, run.settings.batch, run.layout
     eval_step = setup.eval_step_on(layout, run.models[0], objective)
-    moves, estimate_kl = run.settings.reference.moves, setup.make_kl(run)
+    moves = run.settings.reference.moves
     set_values = make_set_values(objective)
     source = once_through(pairs, batch.size, batch.microbatches, layout, given_reference(values, pairs))
 
     def held_out(state: TrainState, reference: Params | None) -> dict[str, Any]:
         nonlocal source
         if objective.needs_reference and not moves and not source.given:
-            source = dataclasses.replace(source, given=held_out_reference(run, reference))
+            source = dataclasses.replace(source, given=held_out_reference(run, reference, eval_step))
         asked = reference if moves else None
         step = lambda batch, shape: eval_step(state.params, asked, batch, shape, base=run.base)
-        values = evaluate(step, set_values, source, layout.mesh, run.data.split.groups)
-        return values | estimate_kl(state.params, reference) | win_rate(state.params)
+        return evaluate(step, set_values, source, layout.mesh, run.data.split.groups)
 
     return held_out
 

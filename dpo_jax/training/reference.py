@@ -26,8 +26,10 @@ from dpo_jax.errors import Stopped, UserError
 from dpo_jax.model.config import Params
 from dpo_jax.model.placement import Layout, abstract_trained, abstract_whole
 from dpo_jax.parallel.mesh import any_process, from_first, replicated
-from dpo_jax.rows.batch import REFERENCE_FIELDS
+from dpo_jax.rows.batch import REFERENCE_FIELDS, Batch
+from dpo_jax.rows.pipeline import StepSource
 from dpo_jax.rows.schedule import Schedule
+from dpo_jax.rows.shape import RowShape
 from dpo_jax.training import checkpoint
 from dpo_jax.training.setup import Run
 from dpo_jax.training.step import make_logps_step, make_reference_sync
@@ -206,10 +208,26 @@ def kept_reference(run: Run, schedule: Schedule, steps: int, start: Params | Non
     return values
 
 
-def held_out_reference(run: Run, params: Params | None) -> Given:
-    """The reference's values of the held-out pairs: computed once, as they are the same at every evaluation."""
-    ids, values = map(np.concatenate, zip(*computed_values(run, params, run.data.evaluation), strict=True))
-    return _by_name(values[np.argsort(ids)])
+def held_out_reference(run: Run, params: Params | None, eval_step: Callable[..., Any]) -> Given:
+    """The reference's values of the held-out pairs: computed once, as they are the same at every evaluation.
+
+    `eval_step` is what evaluates the policy, and asks a reference on the devices, too: nothing more is compiled.
+    """
+    layout, batch, pairs = run.layout, run.settings.batch, run.data.evaluation
+    if layout.options.reference_offload:
+        computed = computed_values(run, params, pairs)
+    else:
+        fields = 1 if run.settings.objective.ld_alpha == 1 else len(REFERENCE_FIELDS)
+        blank = _by_name(np.zeros((len(pairs), 2, fields), np.float32))  # what is not known yet is not read
+        source = once_through(pairs, batch.size, batch.microbatches, layout, blank)
+
+        def step(rows: Batch[jax.Array], shape: RowShape) -> list[jax.Array]:
+            values, _ = eval_step(params, None, rows, shape, base=run.base)
+            return [x for x in (values.logps, values.whole) if x is not None]
+
+        computed = _by_pair(step, source, layout)
+    ids, found = map(np.concatenate, zip(*computed, strict=True))
+    return _by_name(found[np.argsort(ids)])
 
 
 def given_reference(values: np.ndarray | None, pairs: Pairs) -> Given:
@@ -222,8 +240,14 @@ def computed_values(run: Run, params: Params | None, pairs: Pairs) -> Iterator[t
     layout, batch = run.layout, run.settings.batch
     step = make_logps_step(run.models[1], out_shardings=replicated(layout.mesh), **layout.step_options)
     logps = lambda batch, shape: step(params, batch, shape, base=run.base)
-    source = once_through(pairs, batch.size, batch.microbatches, layout)
-    for placed, values in passed(logps, source, layout.mesh, "reference"):
+    yield from _by_pair(logps, once_through(pairs, batch.size, batch.microbatches, layout), layout)
+
+
+def _by_pair(
+    step: Callable[..., list[jax.Array]], source: StepSource, layout: Layout
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What `step` says of every pair of a source, as `computed_values` gives it."""
+    for placed, values in passed(step, source, layout.mesh, "reference"):
         yield placed[placed >= 0], np.stack(values, axis=-1)[placed >= 0]
 
 

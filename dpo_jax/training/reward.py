@@ -66,7 +66,7 @@ def _evaluator(run: Run) -> Any:
             write_json(run.workdir / "scores.json", held | {f"{name}_tokens": tokens[name] for name in SCORES})
         return values
 
-    def held_out(state: TrainState) -> dict[str, Any]:
+    def held_out(state: TrainState, _: int) -> dict[str, Any]:
         step = lambda rows, shape: score(state.params, None, rows, shape, base=run.base)
         answers = run.settings.task == "reward"
         return evaluate(step, kept, source, layout.mesh, run.data.split.groups, with_lengths=answers)

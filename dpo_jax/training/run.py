@@ -28,9 +28,10 @@ from dpo_jax.training import checkpoint, inputs
 from dpo_jax.training import workdir as claim
 from dpo_jax.training.about import introduce
 from dpo_jax.training.loop import stop_signal
+from dpo_jax.training.own_answers import measured, sample_measures
 from dpo_jax.training.phases import params_after_dpo
 from dpo_jax.training.reward import params_after_pairs
-from dpo_jax.training.setup import Run, keep_compiled, make_models, write_answers
+from dpo_jax.training.setup import Run, keep_compiled, make_models
 from dpo_jax.weights.find import check_reference, find_policy
 from dpo_jax.weights.hub import ModelFiles, resolve_model
 from dpo_jax.weights.huggingface import read_config, save_weights
@@ -138,7 +139,7 @@ def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
     """Answers after training, the export, the report and the final table. Done again, it changes nothing."""
     s, workdir, layout, samples = run.settings, run.workdir, run.layout, run.workdir / "samples.jsonl"
     if s.task == "dpo" and not agreed(any(r["when"] == "after" for r in read_records(samples))):
-        write_answers(run, params, "after", steps)
+        measured(run, params, None, sample_measures(run, "after", steps))
     export = workdir / "export"
     if s.export and not agreed((export / "config.json").exists()):
         if layout.lora is not None:

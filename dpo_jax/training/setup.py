@@ -25,9 +25,7 @@ from dpo_jax.objective.objective import Objective, label_objective, ld_weights, 
 from dpo_jax.objective.policy_logps import logps_fn, scores_fn
 from dpo_jax.parallel.mesh import host_shardings, replicated
 from dpo_jax.records.writer import MetricsWriter
-from dpo_jax.sampling import answers, divergence
 from dpo_jax.sampling.engine import Sampler
-from dpo_jax.sampling.params import SamplingParams
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.optimizer import optimizer, rate_schedule
 from dpo_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -154,19 +152,6 @@ def eval_step_on(layout: Layout, logps: LogpsFn, objective: Objective) -> Callab
     return make_eval_step(logps, objective, out_shardings=replicated(layout.mesh), **layout.step_options)
 
 
-def write_answers(run: Run, params: Params, when: str, step: int) -> None:
-    """Answer the first held-out prompts and append the answers to samples.jsonl."""
-    s = run.settings
-    pairs = run.data.evaluation if len(run.data.evaluation) else run.data.train
-    shown = dataclasses.replace(pairs, index=pairs.index[: s.sample_prompts])
-    if not len(shown):
-        return
-    greedy = SamplingParams(temperature=0.0, max_tokens=s.sample_tokens, seed=s.seed)
-    drawn = dataclasses.replace(greedy, temperature=s.sample_temperature, top_p=s.sample_top_p)
-    records = answers.answer_prompts(run.sampler, run.base | params, shown, {"greedy": greedy, "sampled": drawn})
-    answers.append_samples(run.workdir / "samples.jsonl", [{"when": when, "step": step} | r for r in records])
-
-
 def keep_bad_batch(run: Run, split: str, step: int, pairs: np.ndarray) -> Path:
     """Write out which rows a batch is made of: bad_batch.json names file and line of each, and has its text."""
     path, train = run.workdir / "bad_batch.json", run.data.train
@@ -178,18 +163,3 @@ def keep_bad_batch(run: Run, split: str, step: int, pairs: np.ndarray) -> Path:
             named.append(row | dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
         path.write_text(json.dumps({"split": split, "step": step, "pairs": named}, indent=1, ensure_ascii=False) + "\n")
     return path
-
-
-def make_kl(run: Run) -> Callable[[Params, Params | None], dict[str, float]]:
-    """(parameters, reference) → the KL divergence of the policy's answers from the reference, see `divergence.py`.
-
-    Nothing where there is no reference on the devices to ask: a loss without one, one that was computed before and is
-    freed, or one in the host's memory.
-    """
-    s, held_out, base = run.settings, run.data.evaluation, run.base
-    pairs = dataclasses.replace(held_out, index=held_out.index[: s.kl_prompts])
-    if not len(pairs) or run.layout.options.reference_offload:
-        return lambda params, reference: {}
-    prompts = [pairs[i][0].tolist() for i in range(len(pairs))]
-    estimate = divergence.make_on_policy_kl(run.sampler, prompts, new_tokens=s.sample_tokens, seed=s.seed)
-    return lambda params, ref: {} if ref is None else estimate(base | params, base | ref)

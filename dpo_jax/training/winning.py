@@ -7,7 +7,7 @@ tie.
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +25,36 @@ from dpo_jax.preference.load import load_preference_model
 from dpo_jax.preference.models import PreferenceModel, swapped
 from dpo_jax.preference.statistics import win_rate
 from dpo_jax.records.records import read_records
+from dpo_jax.sampling.engine import Request
 from dpo_jax.sampling.params import SamplingParams
 from dpo_jax.training.inputs import sources_of
+from dpo_jax.training.own_answers import Drawn, Measure
 from dpo_jax.training.setup import Run
 
 BASELINE = "baseline.jsonl"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Contest:
     """What is asked of the policy and of the judge.
 
     Attributes:
       judge: whose verdicts count.
       prompts: token ids, and `asked` the conversations that they are.
-      baseline: an answer's text to each.
+      baseline: an answer's text to each; None: what the policy answers at the first evaluation.
     """
 
     judge: PreferenceModel
     prompts: Sequence[Sequence[int]]
     asked: Sequence[Comparison]
-    baseline: Sequence[str]
+    baseline: Sequence[str] | None
 
 
-def make_contest(run: Run, params: Params | None) -> Contest | None:
+def make_contest(run: Run, *, begins: bool) -> Contest | None:
     """What the policy's answers are compared with; None where there is no judge, or nothing is held out.
 
     Args:
-      params: of the policy as the phase begins; None: it has begun before, and its answers are kept.
+      begins: the phase has not begun before: else the answers of its first evaluation are kept.
 
     Raises:
       UserError: the judge cannot be loaded, or the baseline lacks an answer.
@@ -68,28 +70,28 @@ def make_contest(run: Run, params: Params | None) -> Contest | None:
     prompts = [run.data.evaluation[place][0].tolist() for place, _ in places]
     asked = [one for _, one in places]
     judge = load_preference_model(s.judge)
-    return Contest(judge, prompts, asked, _baseline(run, params, prompts, asked))
+    return Contest(judge, prompts, asked, _baseline(run, asked, begins=begins))
 
 
-def _baseline(
-    run: Run, params: Params | None, prompts: Sequence[Sequence[int]], asked: Sequence[Comparison]
-) -> list[str]:
-    """An answer to each prompt, of the file that is named or of the policy as it began."""
+def _baseline(run: Run, asked: Sequence[Comparison], *, begins: bool) -> list[str] | None:
+    """An answer to each prompt, of the file that is named or of the policy as it began, if it has."""
     s, kept = run.settings, run.workdir / BASELINE
     if s.win_rate_baseline:
         return answers_in(Path(s.win_rate_baseline).expanduser(), [one.prompt_conversation for one in asked])
-    if params is not None:
-        texts = draw_texts(run, params, prompts)
-        lines = [
-            json.dumps({"prompt": list(one.prompt_conversation), "answers": [{"text": text}]}, ensure_ascii=False)
-            for one, text in zip(asked, texts, strict=True)
-        ]
-        if jax.process_index() == 0:
-            write_whole(kept, "\n".join(lines) + "\n")
-        return texts
+    if begins:
+        return None
     if not kept.is_file():
         raise UserError(f"{kept} is gone, the answers that this run began with; put it back, or begin the run anew")
     return answers_in(kept, [one.prompt_conversation for one in asked])
+
+
+def _keep_baseline(run: Run, asked: Sequence[Comparison], texts: Sequence[str]) -> None:
+    lines = [
+        json.dumps({"prompt": list(one.prompt_conversation), "answers": [{"text": text}]}, ensure_ascii=False)
+        for one, text in zip(asked, texts, strict=True)
+    ]
+    if jax.process_index() == 0:
+        write_whole(run.workdir / BASELINE, "\n".join(lines) + "\n")
 
 
 def answers_in(path: Path, conversations: Sequence[Sequence[Message]]) -> list[str]:
@@ -118,27 +120,22 @@ def answers_in(path: Path, conversations: Sequence[Sequence[Message]]) -> list[s
     return [found[key] for key in keys]
 
 
-def draw_texts(run: Run, params: Params, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """An answer's text to each prompt, at temperature 1."""
-    beat("drawing answers for the win rate", LONGER)
-    asked = SamplingParams(max_tokens=run.settings.sample_tokens, seed=run.settings.seed)
-    answers = run.sampler.answers(run.base | params, prompts, asked)
-    return [one[0].text.strip() for one in answers]
-
-
-def make_win_rate(run: Run, contest: Contest | None, *, begins: bool) -> Callable[[Params], dict[str, float]]:
-    """Parameters → `win_rate` of the policy over its baseline, its standard error `win_rate_error`, the share of ties,
+def win_rate_measures(run: Run, contest: Contest | None, *, begins: bool) -> list[Measure]:
+    """`win_rate` of the policy over its baseline, its standard error `win_rate_error`, the share of ties,
     the comparisons without a verdict where there are any, and the mean length of its answers in characters.
 
     A judge that does not answer ends a run that `begins`; later it is told, and the record has no win rate: training
     goes on. Every process of several must call it.
     """
     if contest is None:
-        return lambda params: {}
+        return []
     held, strict = contest, begins
 
-    def measured(params: Params) -> dict[str, float]:
-        texts = draw_texts(run, params, held.prompts)
+    def of(params: Params, reference: Params | None, drawn: Sequence[Drawn]) -> dict[str, Any]:
+        texts = [one[0].text.strip() for one in drawn[0]]
+        if held.baseline is None:
+            held.baseline = texts
+            _keep_baseline(run, held.asked, texts)
         pairs = [
             dataclasses.replace(one, completion_a=_said(mine), completion_b=_said(theirs), texts=None)
             for one, mine, theirs in zip(held.asked, texts, held.baseline, strict=True)
@@ -162,7 +159,8 @@ def make_win_rate(run: Run, contest: Contest | None, *, begins: bool) -> Callabl
         values |= {"no_verdict": rate.no_verdict} if rate.no_verdict else {}
         return values | {"answer_characters": float(np.mean([len(text) for text in texts]))}
 
-    return measured
+    asked = SamplingParams(max_tokens=run.settings.sample_tokens, seed=run.settings.seed)
+    return [Measure([Request(held.prompts, asked)], of)]
 
 
 def verdicts(judge: PreferenceModel, comparisons: Sequence[Comparison]) -> np.ndarray:

@@ -13,8 +13,8 @@ from dpo_jax.preference.comparing import (
     chat_question,
     comparison_messages,
     label_message,
-    verdict_of_orders,
 )
+from dpo_jax.preference.statistics import both_orders_verdict
 
 
 def turn(role, content, **fields):
@@ -83,8 +83,8 @@ def test_the_labels_are_verdicts_and_orders_average():
     assert [VALUES[label] for label in LABELS] == [-1, 1, 0]
     first, second = np.array([1.0, 1.0, 0.5, np.nan, 0.0]), np.array([-1.0, 1.0, -0.25, 1.0, np.nan])
     # Agreed; the second place always wins; nearly agreed; no verdict where one order has none.
-    assert np.array_equal(verdict_of_orders(first, second), [1.0, 0.0, 0.375, np.nan, np.nan], equal_nan=True)
-    assert np.array_equal(verdict_of_orders(second, first), [-1.0, 0.0, -0.375, np.nan, np.nan], equal_nan=True)
+    assert np.array_equal(both_orders_verdict(first, second), [1.0, 0.0, 0.375, np.nan, np.nan], equal_nan=True)
+    assert np.array_equal(both_orders_verdict(second, first), [-1.0, 0.0, -0.375, np.nan, np.nan], equal_nan=True)
 
 
 def test_a_question_to_a_chat_model():

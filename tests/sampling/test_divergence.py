@@ -11,7 +11,7 @@ from dpo_jax.model.forward import init_params
 from dpo_jax.model.options import LayoutOptions
 from dpo_jax.model.placement import place_model
 from dpo_jax.parallel.mesh import make_mesh
-from dpo_jax.sampling.divergence import make_divergence, make_on_policy_kl
+from dpo_jax.sampling.divergence import kl_request, make_divergence, make_on_policy_kl
 from dpo_jax.sampling.engine import Sampler
 from tests.oracles import oracle
 
@@ -34,6 +34,13 @@ def _layout(sizes=(1, 1, 1), config=CONFIG):
 
 def _sampler(stop):
     return Sampler(_layout(), None, [stop])
+
+
+def _kl_of(stop, prompts, new_tokens, seed):
+    """`estimate(params, ref_params)` of answers that are drawn for it."""
+    sampler, request = _sampler(stop), kl_request(prompts, new_tokens=new_tokens, seed=seed)
+    estimate = make_on_policy_kl(sampler.layout, request)
+    return lambda params, ref_params: estimate(params, ref_params, sampler.together(params, [request])[0])
 
 
 def _log_probs(params, ids):
@@ -85,7 +92,7 @@ def test_the_estimate_is_the_divergence_of_all_answers():
         by_answer += (probs * (ours[token] + next_ours - theirs[token] - next_theirs)).sum()
     assert exact == pytest.approx(by_answer)
 
-    estimate = make_on_policy_kl(_sampler(stop), [prompt] * 300, new_tokens=2, seed=1)
+    estimate = _kl_of(stop, [prompt] * 300, new_tokens=2, seed=1)
     values = estimate(POLICY, REFERENCE)
     assert values["kl"] == pytest.approx(exact, abs=4 * values["kl_error"])
     assert values["kl_error"] < 0.1 * exact  # so that the line before says something
@@ -95,8 +102,8 @@ def test_the_estimate_is_the_divergence_of_all_answers():
 
 
 def test_a_policy_that_is_its_reference_has_none():
-    estimate = make_on_policy_kl(_sampler(3), [[5, 9, 2], [7]], new_tokens=4, seed=0)
+    estimate = _kl_of(3, [[5, 9, 2], [7]], new_tokens=4, seed=0)
     assert estimate(POLICY, POLICY) == {"kl": 0.0, "kl_per_token": 0.0, "kl_error": 0.0}
-    alone = make_on_policy_kl(_sampler(3), [[5]], new_tokens=4, seed=0)(POLICY, REFERENCE)
+    alone = _kl_of(3, [[5]], new_tokens=4, seed=0)(POLICY, REFERENCE)
     assert set(alone) == {"kl", "kl_per_token"}
     assert alone["kl"] > 0

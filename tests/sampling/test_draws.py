@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.sampling import draws
-from dpo_jax.sampling.draws import Filters, Numbers, blocks_of, draw
+from dpo_jax.sampling.draws import Choice, Filters, Numbers, blocks_of, draw
 from dpo_jax.sampling.params import SamplingParams
 
 V, DRAWS = 24, 20_000
@@ -47,13 +47,17 @@ def expected(logits, asked, stops=(), index=0):
     return out
 
 
-def drawn(logits, asked, count, stops=(-1,), index=0):
+def drawn(logits, asked, count, stops=(-1,), index=0, beside=()):
+    """`count` rows that ask for the same; `beside` are what every second, third, ... row asks for instead."""
     who = jnp.stack(
         [jnp.arange(count, dtype=jnp.uint32), jnp.zeros(count, jnp.uint32), jnp.zeros(count, jnp.uint32)], 1
     )
     rows = jnp.broadcast_to(jnp.asarray(logits), (count, len(logits)))
-    run = jax.jit(functools.partial(draw, filters=Filters.of(asked), blocks=blocks_of(len(logits))))
-    return run(rows, who, jnp.full(count, index, jnp.int32), Numbers.of(asked, stops))
+    run = jax.jit(functools.partial(draw, filters=Filters.of(asked, *beside), blocks=blocks_of(len(logits))))
+    choice = Choice.empty(count)
+    for row in range(count):
+        choice.put(row, Choice.of([asked, *beside][row % (1 + len(beside))]))
+    return run(rows, who, jnp.full(count, index, jnp.int32), choice, Numbers.of(asked, stops))
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -115,6 +119,23 @@ def test_a_nucleus_wider_than_the_candidates_is_sorted_whole(monkeypatch):
         monkeypatch.setattr(draws, "CANDIDATES", 300)
         assert (drawn(logits, asked, 4000).token == out.token).all()
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("vocabulary", [61, 300, 4097])
+def test_a_rows_draw_does_not_depend_on_what_rows_beside_it_ask_for(vocabulary):
+    """Greedy, filtered by rank with few and with all candidates, by min_p, by nothing."""
+    logits = np.random.default_rng(2).normal(size=vocabulary).astype(np.float32)
+    settings = [{}, {"temperature": 0.0, "top_p": 0.5}, {"top_p": 0.9, "temperature": 0.8}, {"min_p": 0.2}]
+    settings += [{"top_k": 5, "min_p": 0.1}, {"temperature": 1.3}, {"top_k": 290, "top_p": 0.99}]
+    every = [SamplingParams(**one) for one in settings]
+    count = 60 * len(every)
+    mixed = drawn(logits, every[0], count, beside=every[1:])
+    for k, asked in enumerate(every):
+        alone = drawn(logits, asked, count)
+        mine = slice(k, None, len(every))
+        assert (mixed.token[mine] == alone.token[mine]).all(), asked
+        np.testing.assert_allclose(mixed.logprob[mine], alone.logprob[mine], atol=1e-6)
+        assert len(set(alone.token[mine].tolist())) > 1 or not asked.temperature
 
 
 def test_draws_are_a_function_of_who_and_when():

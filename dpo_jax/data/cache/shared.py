@@ -31,6 +31,7 @@ from dpo_jax.data.cache.store import (
     file_sizes,
     find_or_write,
     holds,
+    locked,
     write_pairs,
 )
 from dpo_jax.disk import whole_file, write_json
@@ -96,7 +97,8 @@ def open_or_build(cache_dir: str, fingerprint: dict[str, Any], produce: Produce)
         with contextlib.suppress(FileNotFoundError):  # another builder has finished and cleared up
             store.ask("rm", probe, answers=(FileNotFoundError,))
         built, _ = find_or_write(root, fingerprint, build)
-        manifest = _publish(store, built, fingerprint)
+        with locked(root, cache_key(fingerprint)):  # or two would write the same files of the same build at once
+            manifest = _whole(store, fingerprint) or _publish(store, built, fingerprint)
         written = manifest["id"] == built.manifest["id"]
 
     def copy(directory: Path) -> None:

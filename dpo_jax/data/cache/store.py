@@ -143,8 +143,7 @@ def find_or_write(
         return cache, False
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with open(root / f"{key}.lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel if we are killed
+        with locked(root, key):
             if (cache := _open_if_whole(target, fingerprint, wanted)) is not None:  # built while we waited
                 return cache, False
             _clear_left_overs(root, key)
@@ -165,6 +164,14 @@ def find_or_write(
             f"cache_dir={root}: cannot be written ({error.strerror or error}); give a writable --config.cache_dir"
         ) from error
     return open_cache(str(target)), True
+
+
+@contextlib.contextmanager
+def locked(root: Path, key: str) -> Iterator[None]:
+    """Only one process of this machine at a time is in here for one cache; others wait."""
+    with open(root / f"{key}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel if we are killed
+        yield
 
 
 def open_cache(directory: str) -> PairCache:

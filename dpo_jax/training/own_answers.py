@@ -1,0 +1,91 @@
+"""What is measured and shown of the policy's own answers; those of one evaluation are drawn in one call.
+
+Answers are asked for by what measures them: the KL divergence, the win rate, the samples that a run keeps. An answer is
+the same whatever else is drawn with it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dpo_jax.model.config import Params
+from dpo_jax.parallel.watchdog import LONGER, beat
+from dpo_jax.sampling import answers, divergence
+from dpo_jax.sampling.engine import Request
+from dpo_jax.sampling.params import Answer, SamplingParams
+from dpo_jax.training.setup import Run
+
+Drawn = Sequence[Sequence[Answer]]  # to each prompt of a request
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """Something that is known from the policy's answers.
+
+    Attributes:
+      requests: the answers that it needs.
+      of: (parameters, reference, answers to each request) → values of an `eval` record.
+      needs_reference: it is left out where there is none.
+    """
+
+    requests: Sequence[Request]
+    of: Callable[[Params, Params | None, Sequence[Drawn]], dict[str, Any]]
+    needs_reference: bool = False
+
+
+def measured(run: Run, params: Params, reference: Params | None, measures: Sequence[Measure]) -> dict[str, Any]:
+    """The values of all measures. Every process of several must call it."""
+    measures = [one for one in measures if reference is not None or not one.needs_reference]
+    requests = [request for one in measures for request in one.requests]
+    if not requests:
+        return {}
+    beat("drawing the policy's answers", LONGER)
+    drawn = run.sampler.together(run.base | params, requests)
+    values: dict[str, Any] = {}
+    for one in measures:
+        values |= one.of(params, reference, drawn[: len(one.requests)])
+        drawn = drawn[len(one.requests) :]
+    return values
+
+
+def kl_measures(run: Run) -> list[Measure]:
+    """The KL divergence of the policy's answers from the reference, see `divergence.py`.
+
+    None where there is no reference on the devices to ask: a loss without one, one that was computed before and is
+    freed, or one in the host's memory.
+    """
+    s, held_out, base = run.settings, run.data.evaluation, run.base
+    pairs = dataclasses.replace(held_out, index=held_out.index[: s.kl_prompts])
+    if not len(pairs) or run.layout.options.reference_offload:
+        return []
+    prompts = [pairs[i][0].tolist() for i in range(len(pairs))]
+    request = divergence.kl_request(prompts, new_tokens=s.sample_tokens, seed=s.seed)
+    estimate = divergence.make_on_policy_kl(run.layout, request)
+
+    def of(params: Params, reference: Params | None, drawn: Sequence[Drawn]) -> dict[str, Any]:
+        assert reference is not None
+        return estimate(base | params, base | reference, drawn[0])
+
+    return [Measure([request], of, needs_reference=True)]
+
+
+def sample_measures(run: Run, when: str, step: int) -> list[Measure]:
+    """Answers to the first held-out prompts, greedy and drawn, which are appended to samples.jsonl; no values."""
+    s = run.settings
+    pairs = run.data.evaluation if len(run.data.evaluation) else run.data.train
+    shown = dataclasses.replace(pairs, index=pairs.index[: s.sample_prompts])
+    if not len(shown):
+        return []
+    greedy = SamplingParams(temperature=0.0, max_tokens=s.sample_tokens, seed=s.seed)
+    modes = {
+        "greedy": greedy,
+        "sampled": dataclasses.replace(greedy, temperature=s.sample_temperature, top_p=s.sample_top_p),
+    }
+    prompts = [shown[i][0].tolist() for i in range(len(shown))]
+
+    def of(params: Params, reference: Params | None, drawn: Sequence[Drawn]) -> dict[str, Any]:
+        records = answers.sample_records(run.policy.tokenizer, shown, dict(zip(modes, drawn, strict=True)))
+        answers.append_samples(run.workdir / "samples.jsonl", [{"when": when, "step": step} | r for r in records])
+        return {}
+
+    return [Measure([Request(prompts, asked) for asked in modes.values()], of)]
