@@ -20,12 +20,61 @@ def tell():
 atexit.register(tell)
 """
 RUN = DRIVER + "module, *sys.argv[1:] = sys.argv[1:]\nrunpy.run_module(module, run_name='__main__', alter_sys=True)\n"
+# The same for a command after another, each in a fork of one process that has imported what refusals need. A line on
+# standard input is [arguments, directory, file for both outputs]; a line on standard output is the exit code.
+FORKS = """
+import importlib, json, os, sys
+doors, *light = sys.argv[1].split(), *sys.argv[2:]
+for name in light:
+    importlib.import_module(name)
+assert not {"jax", "transformers", "grain", "orbax", "torch"} & set(sys.modules), sys.modules.keys()
+assert not {f"dpo_jax.{door}" for door in doors} & set(sys.modules)
+for line in sys.stdin:
+    (module, *arguments), directory, out = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(directory)
+        file = os.open(out, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.argv[1:] = [module, *arguments]
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    os._exit(0)
+"""
+LIGHT = (
+    "config.command_line config.check config.opened data.prepare records.trackers answering.output plan.request".split()
+)
+# Of every command what it refuses last, and so with the most imported: in a process of its own, as a user starts it.
+FROM_NOTHING = [
+    "--config.reference=/nowhere", "--config.trackio_project=x", "--shards=0", "--config.model=/nowhere", "/nowhere",
+    "--prompts=twice.jsonl", "--model=begun", "--config.batch_size=0",
+]  # fmt: skip
 SECONDS = 2.0
 
 TRAIN, TINY, DIRECTORY = "dpo_jax.train", "--config=configs/hhh.py:tiny", "--workdir=run"
 SAMPLE, MODEL = "dpo_jax.sample", f"--model={os.getcwd()}/tests/golden/trl/tiny"
 PROMPTS = "--prompts=prompts.jsonl"
 PLAN, TOPOLOGY = "dpo_jax.plan", "--topology=v6e:2x4"
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """A function: the arguments of a command and a directory → (exit code, what it said, seconds, slow imports)."""
+    program = [sys.executable, "-c", FORKS + RUN, "train sample", *(f"dpo_jax.{x}" for x in LIGHT)]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(program, env=environment, **pipes) as server:  # which ends with its standard input
+
+        def run(args, directory):
+            said = directory / "said.txt"
+            print(json.dumps([args, str(directory), str(said)]), file=server.stdin, flush=True)
+            code = int(server.stdout.readline())
+            *lines, told = said.read_text().splitlines()
+            return code, lines, *json.loads(told)
+
+        yield run
 
 
 def _python(program, *args, cwd=None):
@@ -153,7 +202,7 @@ def test_help_is_there_at_once(command):
     ],
     ids=lambda x: " ".join(x)[8:60] if isinstance(x, list) else "",
 )
-def test_a_refusal_is_one_line_at_once(args, words, tmp_path):
+def test_a_refusal_is_one_line_at_once(args, words, tmp_path, forks):
     (tmp_path / "file").write_text("")
     (tmp_path / "broken.py").write_text("def get_config(:\n")
     (tmp_path / "other").mkdir()
@@ -169,7 +218,10 @@ def test_a_refusal_is_one_line_at_once(args, words, tmp_path):
     if "--model=begun" in args:
         (tmp_path / "begun").mkdir()
         (tmp_path / "begun/config.json").write_text(_python(program, cwd=tmp_path)[1])
-    code, _, errors, seconds, slow = _python(RUN, *args, cwd=tmp_path)
+    if args[-1] in FROM_NOTHING:
+        code, _, errors, seconds, slow = _python(RUN, *args, cwd=tmp_path)
+    else:
+        code, errors, seconds, slow = forks(args, tmp_path)
     assert code == 2
     assert words in "\n".join(errors)
     assert "Traceback" not in "\n".join(errors)

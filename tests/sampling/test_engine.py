@@ -1,6 +1,7 @@
 """The sampler against the whole model run again for every token, and against itself done in other ways."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -26,8 +27,10 @@ WINDOW = dataclasses.replace(CONFIG, sliding_window=8, sliding_layers=(True, Fal
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 60, 11], [1, 2, 3, 4] * 9, [4], [4, 4], [4, 5, 6, 7, 8]]
 STOP = 58
 USUAL = Capacity()
+SAMPLERS = {}  # by layout, then by capacity: what was compiled for one test serves the next
 
 
+@functools.cache
 def layout_of(config=CONFIG, sizes=(1, 1, 1), lora=None, **options):
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     return place_model(config, mesh, LayoutOptions(**{"compute_dtype": "float32"} | options), lora)
@@ -44,7 +47,10 @@ def params():
 
 def answers(params, layout, prompts=PROMPTS, capacity=USUAL, ids=None, **asked):
     on_mesh = jax.device_put(params, layout.shardings)
-    return Sampler(layout, None, [STOP], capacity).answers(on_mesh, prompts, SamplingParams(**asked), ids)
+    kept = SAMPLERS.setdefault(id(layout), (layout, {}))[1]
+    if capacity not in kept:
+        kept[capacity] = Sampler(layout, None, [STOP], capacity)
+    return kept[capacity].answers(on_mesh, prompts, SamplingParams(**asked), ids)
 
 
 def tokens(found):
@@ -159,10 +165,11 @@ def test_layers_apart_are_the_stacked_layers(params, monkeypatch):
     """As larger models are computed on a CPU, with windows, int8 and adapters too."""
     stacked = tokens(answers(params, layout_of(WINDOW), n=2, max_tokens=24, seed=3))
     monkeypatch.setattr(programs, "APART_FROM", 0)
-    assert tokens(answers(params, layout_of(WINDOW), n=2, max_tokens=24, seed=3)) == stacked
+    windows, whole = layout_of.__wrapped__(WINDOW), layout_of.__wrapped__()
+    assert tokens(answers(params, windows, n=2, max_tokens=24, seed=3)) == stacked
     rows = Capacity(rows=4, page=8, cache_dtype="int8")
-    assert len(answers(params, layout_of(WINDOW), n=2, max_tokens=24, seed=3, capacity=rows)) == len(PROMPTS)
-    for prompt, (answer,) in zip(PROMPTS, answers(params, layout_of(), temperature=0.0, max_tokens=24), strict=True):
+    assert len(answers(params, windows, n=2, max_tokens=24, seed=3, capacity=rows)) == len(PROMPTS)
+    for prompt, (answer,) in zip(PROMPTS, answers(params, whole, temperature=0.0, max_tokens=24), strict=True):
         assert answer.token_ids == log_probs(params, prompt, answer.token_ids).argmax(-1).tolist()
 
 
