@@ -1,7 +1,5 @@
 """Pages about judging, in the look of a run's report: figures, verdicts, and the answers side by side. No JAX."""
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from dpo_jax.data.comparison import Message
-from dpo_jax.errors import UserError
 from dpo_jax.judging.answers import Match, Matched
 from dpo_jax.judging.compare import Compared, Verdicts, figures
 from dpo_jax.judging.measure import Measured
 from dpo_jax.judging.tasks import Candidate, JudgedTask
 from dpo_jax.preference.statistics import wins_of
 from dpo_jax.report.charts import Chart, Series, histogram_chart, line_chart
-from dpo_jax.report.html import render
+from dpo_jax.report.html import write_page
 
-_PACKAGE = Path(__file__).parents[1]
+_EXTRA = "judging/templates/judging"
 _BIN = 0.1  # width of a bin of verdicts
 _GROUPS = 8  # of comparisons by length difference
 _FEWEST = 40  # comparisons from which these are shown
@@ -62,9 +58,11 @@ def write_comparison_page(
     """
     which = spread_over(len(matched.matches), shown)
     names = [f"{file} ({model})" if model else file for file, model in zip((result.a, result.b), models, strict=True)]
-    return _write(
+    return write_page(
         path,
         "judging/templates/compared.html",
+        option="--html",
+        extra=_EXTRA,
         title=f"{Path(result.a).name} against {Path(result.b).name}",
         names=names,
         r=figures(result),
@@ -87,9 +85,11 @@ def write_benchmark_page(path: Path, result: Measured, judged: Sequence[JudgedTa
     which = spread_over(len(judged), shown)
     margins = np.concatenate([one.orders.mean(0).ravel() for one in judged])
     chart = _verdict_chart(margins, "verdict for the better answer")
-    return _write(
+    return write_page(
         path,
         "judging/templates/measured.html",
+        option="--html",
+        extra=_EXTRA,
         title=f"{result.judge} on {Path(result.data).name} ({result.format})",
         r=figures(result),
         figures=[chart] if chart else [],
@@ -97,23 +97,6 @@ def write_benchmark_page(path: Path, result: Measured, judged: Sequence[JudgedTa
         kinds=(("right", "right"), ("wrong", "wrong"), ("tie", "tie"), ("none", "no verdict")),
         items=[_judged_item(judged[i]) for i in which],
     )
-
-
-def _write(path: Path, template: str, **values: Any) -> Path:
-    """One page that fetches nothing; only its own script, told by its hash, runs."""
-    read = lambda kind: "".join(
-        (_PACKAGE / place).read_text("utf-8")
-        for place in (f"report/templates/page.{kind}", f"judging/templates/judging.{kind}")
-    )
-    script, style = read("js"), read("css")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = render(template, script=Markup(script), style=Markup(style), digest=digest, **values)
-    try:
-        # A lone surrogate in an answer has no UTF-8 form: a question mark stands for it.
-        path.write_bytes(page.encode("utf-8", "replace"))
-    except OSError as error:
-        raise UserError(f"--html={path}: cannot be written ({error.strerror}); choose another") from error
-    return path
 
 
 def spread_over(count: int, shown: int) -> list[int]:

@@ -30,13 +30,21 @@ def render(template: str, **values: Any) -> str:
     return jinja_environment().get_template(template).render(values)
 
 
-def write_page(path: Path, template: str, *, option: str, **values: Any) -> Path:
-    """Write a page; `option` is the flag that names its place.
+def write_page(path: Path, template: str, *, option: str, extra: str = "", **values: Any) -> Path:
+    """Write a page.
+
+    Args:
+      option: the flag that names its place.
+      extra: a script and a style besides every page's own, as `judging/templates/judging`.
+      **values: for the template.
 
     Raises:
       UserError: the place cannot be written.
     """
-    script, style = ((_PACKAGE / "report/templates" / name).read_text("utf-8") for name in ("page.js", "page.css"))
+    names = ("report/templates/page", *filter(None, (extra,)))
+    script, style = (
+        "".join((_PACKAGE / f"{name}.{kind}").read_text("utf-8") for name in names) for kind in ("js", "css")
+    )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = render(template, script=Markup(script), style=Markup(style), digest=digest, **values)
     try:
