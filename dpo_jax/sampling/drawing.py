@@ -7,7 +7,7 @@ their places.
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ from dpo_jax.sampling.ladder import (
 from dpo_jax.sampling.memory import MOVING, free_bytes
 from dpo_jax.sampling.params import Answer
 from dpo_jax.sampling.programs import Cache, Programs, Rung
-from dpo_jax.sampling.sizes import WORTH_COMPILING
+from dpo_jax.sampling.sizes import WORTH_COMPILING, Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Drawing:
         self.layout, self.mesh = programs.layout, programs.layout.mesh
         self.numbers = Numbers.of(waiting[0].asked, sorted(ending.stops))
         self.waiting = collections.deque(waiting)
+        self._chosen: dict[Hashable, Sizes] = {}
         self.shards = row_shards(self.mesh)
         with self._on_mesh():
             self.rung, self.most_pages = self._first_rung(fewer)
@@ -158,6 +159,14 @@ class Drawing:
         while self.waiting and any(self._lacks_prompts(seat) for seat in self.seats):
             self._compute(self._packed())
 
+    def _sizes(self, program: str, of: Hashable) -> Sizes:
+        """The sizes that `program` runs in where all else that its shapes depend on is `of`.
+
+        They are of this call alone: what is computed must not depend on the calls before, which another process that
+        goes on has not made.
+        """
+        return self._chosen.setdefault((program, of), Sizes(WORTH_COMPILING[self.layout.platform]))
+
     def _lacks_prompts(self, seat: Seats) -> bool:
         """Whether a device has more free rows than answers that could begin, and room for another prompt."""
         return seat.ready < seat.free_rows and seat.free_prompts > 0
@@ -185,7 +194,7 @@ class Drawing:
         used = max(sum(len(q.ids) for q in questions) for questions in packed)
         flops = 2 * self.layout.config.active_parameter_count() * self.shards
         wanted = packed_size(max(map(len, packed)), used)
-        width, count = self.programs.sizes("prefill", self.rung).choose(wanted, lambda size: flops * size[0])
+        width, count = self._sizes("prefill", self.rung).choose(wanted, lambda size: flops * size[0])
         shape = prompts_shape(self.shards, width, count)
         groups = [(q.ids, np.zeros(0, np.int32)) for questions in packed for q in questions]
         placed, at = np.full((self.shards, count), -1, np.int64), 0
@@ -213,7 +222,7 @@ class Drawing:
             while seat.ready and self._has_room(seat):
                 rows.append((d, seat.begin(self.rung)))
         flops = 2 * self.layout.config.vocab_size * self.layout.config.hidden_size
-        sizes = self.programs.sizes("begin", self.rung.prompts)
+        sizes = self._sizes("begin", self.rung.prompts)
         for start in range(0, len(rows), COUNTS[-1]):
             some = rows[start : start + COUNTS[-1]]
             (count,) = sizes.choose((at_least(COUNTS, len(some)),), lambda size: flops * size[0])

@@ -22,7 +22,6 @@ from dpo_jax.sampling.params import SamplingParams
 # Filters by rank look at so many most likely tokens first, and sort the vocabulary only where these are too few.
 CANDIDATES = 256
 MOST_BLOCKS, LARGEST_BLOCK = 512, 4096
-RANKING = 500  # operations that the filters by rank take the time of, for every token of the vocabulary (CPU, measured)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +47,6 @@ class Filters:
         ranked = [bool(c.top_k > 0 or c.top_p < 1) for c in choices]
         floored, delayed = any(c.min_p > 0 for c in choices), any(p.min_tokens > 0 for p in asked)
         return cls(any(ranked), floored, delayed, any(ranked) and not all(ranked))
-
-    def serves(self, other: "Filters") -> bool:
-        """Whether programs with these filters draw the same as those with `other`."""
-        has_all = self.ranked >= other.ranked and self.floored >= other.floored and self.delayed >= other.delayed
-        return has_all and (self.mixed or (self.ranked == other.ranked and not other.mixed))
 
 
 class Choice(NamedTuple):

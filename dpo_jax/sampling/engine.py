@@ -19,12 +19,11 @@ from dpo_jax.model.placement import Layout
 from dpo_jax.parallel.mesh import row_shards
 from dpo_jax.sampling.board import Question
 from dpo_jax.sampling.drawing import Capacity, Drawing, Sampled
-from dpo_jax.sampling.draws import RANKING, Filters
+from dpo_jax.sampling.draws import Filters
 from dpo_jax.sampling.endings import Ending
 from dpo_jax.sampling.ladder import power_of_two
 from dpo_jax.sampling.params import Answer, SamplingParams
 from dpo_jax.sampling.programs import Programs
-from dpo_jax.sampling.sizes import WORTH_COMPILING
 
 SUITS = {"cpu": Capacity(128, 32, 1024), "gpu": Capacity(256, 32, 4096), "tpu": Capacity(256, 32, 4096)}
 
@@ -113,15 +112,6 @@ class Sampler:
             self._programs[key] = Programs(self.layout, page=c.page, cache_dtype=dtype, reach=key[0], filters=filters)
         return self._programs[key]
 
-    def _serving(self, reach: int, filters: Filters, tokens: int) -> Programs:
-        """Programs that draw so many tokens: those of more filters if they are there, and compiling would cost more."""
-        costs = tokens * self.layout.config.vocab_size * RANKING
-        if costs < WORTH_COMPILING[self.layout.platform]:
-            for (there, others), programs in self._programs.items():
-                if there == power_of_two(reach) and others.serves(filters):
-                    return programs
-        return self.programs(reach, filters)
-
     def sample(
         self,
         params: Params,
@@ -154,7 +144,7 @@ class Sampler:
         ways = list(dict.fromkeys(one.asked for one in requests if len(one.prompts)))
         reach = max(len(q.ids) + q.limit for q in waiting)
         ending = Ending(tuple(dict.fromkeys((*self.stops, *ways[0].stop_token_ids))), self.tokenizer)
-        programs = self._serving(reach, Filters.of(*ways), sum(q.limit * q.asked.n for q in waiting))
+        programs = self.programs(reach, Filters.of(*ways))
         yield from Drawing(programs, params, waiting, ending, self.capacity, self._fewer).answers()
 
     def together(self, params: Params, requests: Sequence[Request]) -> list[list[list[Answer]]]:

@@ -10,7 +10,6 @@ prompts prefilled at once. The first axis is of all devices, the letters are of 
 
 import dataclasses
 import functools
-from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -38,7 +37,6 @@ from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.sampling.draws import Choice, Drawn, Filters, Numbers, blocks_of, draw
 from dpo_jax.sampling.memory import MOVING
-from dpo_jax.sampling.sizes import WORTH_COMPILING, Sizes
 
 # Parameters of a layer from which on a CPU takes longer to copy it out of the stack than to compile every layer.
 APART_FROM = 500_000
@@ -138,7 +136,6 @@ class Programs:
         self.apart = mesh.size == 1 and layout.platform == "cpu" and layer > APART_FROM
         self.model = ModelOptions(c, layout.dtype, tiling=layout.tiling)
         self.blocks = blocks_of(c.vocab_size)
-        self._sizes: dict[tuple[str, Hashable], Sizes] = {}
         self._rules = axis_rules(c, mesh), decoding_rules(c, mesh)
         options = dict(layout.options.compiler_options)
         jit = functools.partial(jax.jit, compiler_options=options)
@@ -155,10 +152,6 @@ class Programs:
         if not self.apart:
             return params
         return layers_apart(params, self.layout.config.num_hidden_layers, self.layout.mesh.devices.flat[0])
-
-    def sizes(self, program: str, of: Hashable) -> Sizes:
-        """The sizes that `program` is compiled for where all else that its shapes depend on is `of`."""
-        return self._sizes.setdefault((program, of), Sizes(WORTH_COMPILING[self.layout.platform]))
 
     def bytes_of(self, rung: Rung) -> int:
         """Bytes of a device's cache."""

@@ -1,4 +1,4 @@
-"""Which sizes a program is compiled for, where one that is compiled for more would do, too. No JAX."""
+"""Which sizes a program runs in, where one that is compiled for more would do, too. No JAX."""
 
 import collections
 from collections.abc import Callable
@@ -8,7 +8,7 @@ WORTH_COMPILING = {"cpu": 2e11, "gpu": 1e15, "tpu": 1e15}
 
 
 class Sizes:
-    """The sizes that a program is compiled for. A larger one serves until it has wasted what compiling is worth.
+    """The sizes that a program has run in. A larger one serves until it has wasted what compiling is worth.
 
     Ski rental: never more than twice what would have been best, whatever comes (Karlin, Manasse, Rudolph and Sleator
     1988).
@@ -19,18 +19,18 @@ class Sizes:
 
     def __init__(self, worth: float):
         self.worth = worth
-        self._compiled: list[tuple[int, ...]] = []
+        self._sizes: list[tuple[int, ...]] = []
         self._wasted: collections.defaultdict[tuple[int, ...], float] = collections.defaultdict(float)
 
     def choose(self, wanted: tuple[int, ...], operations: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
-        """The size to run for a `wanted` one: itself, or one that is compiled and no smaller in anything."""
-        if wanted in self._compiled:
+        """The size to run for a `wanted` one: itself, or one that has run and is no smaller in anything."""
+        if wanted in self._sizes:
             return wanted
-        fit = [one for one in self._compiled if all(a >= b for a, b in zip(one, wanted, strict=True))]
+        fit = [one for one in self._sizes if all(a >= b for a, b in zip(one, wanted, strict=True))]
         if fit:
             best = min(fit, key=operations)
             self._wasted[wanted] += operations(best) - operations(wanted)
             if self._wasted[wanted] < self.worth:
                 return best
-        self._compiled.append(wanted)
+        self._sizes.append(wanted)
         return wanted

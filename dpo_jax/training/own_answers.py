@@ -24,17 +24,23 @@ class Measure:
 
     Attributes:
       requests: the answers that it needs.
-      of: (parameters, reference, answers to each request) → values of an `eval` record.
+      of: (parameters, reference, updates done, answers to each request) → values of an `eval` record.
       needs_reference: it is left out where there is none.
     """
 
     requests: Sequence[Request]
-    of: Callable[[Params, Params | None, Sequence[Drawn]], dict[str, Any]]
+    of: Callable[[Params, Params | None, int, Sequence[Drawn]], dict[str, Any]]
     needs_reference: bool = False
 
 
-def measured(run: Run, params: Params, reference: Params | None, measures: Sequence[Measure]) -> dict[str, Any]:
-    """The values of all measures. Every process of several must call it."""
+def measured(
+    run: Run, params: Params, reference: Params | None, updates: int, measures: Sequence[Measure]
+) -> dict[str, Any]:
+    """The values of all measures. Every process of several must call it.
+
+    Evaluations with the same measures ask for the same, so that they run the same programs and a run that goes on has
+    the numbers of one that was never stopped.
+    """
     measures = [one for one in measures if reference is not None or not one.needs_reference]
     requests = [request for one in measures for request in one.requests]
     if not requests:
@@ -43,7 +49,7 @@ def measured(run: Run, params: Params, reference: Params | None, measures: Seque
     drawn = run.sampler.together(run.base | params, requests)
     values: dict[str, Any] = {}
     for one in measures:
-        values |= one.of(params, reference, drawn[: len(one.requests)])
+        values |= one.of(params, reference, updates, drawn[: len(one.requests)])
         drawn = drawn[len(one.requests) :]
     return values
 
@@ -62,15 +68,18 @@ def kl_measures(run: Run) -> list[Measure]:
     request = divergence.kl_request(prompts, new_tokens=s.sample_tokens, seed=s.seed)
     estimate = divergence.make_on_policy_kl(run.layout, request)
 
-    def of(params: Params, reference: Params | None, drawn: Sequence[Drawn]) -> dict[str, Any]:
+    def of(params: Params, reference: Params | None, updates: int, drawn: Sequence[Drawn]) -> dict[str, Any]:
         assert reference is not None
         return estimate(base | params, base | reference, drawn[0])
 
     return [Measure([request], of, needs_reference=True)]
 
 
-def sample_measures(run: Run, when: str, step: int) -> list[Measure]:
-    """Answers to the first held-out prompts, greedy and drawn, which are appended to samples.jsonl; no values."""
+def sample_measures(run: Run, steps: int) -> list[Measure]:
+    """Answers to the first held-out prompts, greedy and drawn; no values.
+
+    Those before training and after all its `steps` are appended to samples.jsonl.
+    """
     s = run.settings
     pairs = run.data.evaluation if len(run.data.evaluation) else run.data.train
     shown = dataclasses.replace(pairs, index=pairs.index[: s.sample_prompts])
@@ -83,9 +92,12 @@ def sample_measures(run: Run, when: str, step: int) -> list[Measure]:
     }
     prompts = [shown[i][0].tolist() for i in range(len(shown))]
 
-    def of(params: Params, reference: Params | None, drawn: Sequence[Drawn]) -> dict[str, Any]:
+    def of(params: Params, reference: Params | None, updates: int, drawn: Sequence[Drawn]) -> dict[str, Any]:
+        when = {0: "before", steps: "after"}.get(updates)
+        if when is None:
+            return {}
         records = answers.sample_records(run.policy.tokenizer, shown, dict(zip(modes, drawn, strict=True)))
-        answers.append_samples(run.workdir / "samples.jsonl", [{"when": when, "step": step} | r for r in records])
+        answers.append_samples(run.workdir / "samples.jsonl", [{"when": when, "step": updates} | r for r in records])
         return {}
 
     return [Measure([Request(prompts, asked) for asked in modes.values()], of)]

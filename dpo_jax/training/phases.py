@@ -93,17 +93,16 @@ def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
     if len(run.data.evaluation):
         goes_on = run.done < sft_steps + steps  # else nothing is evaluated any more
         contest = make_contest(run, begins=begins) if goes_on else None
-        always = [*kl_measures(run), *win_rate_measures(run, contest, begins=begins)]
-        once = {0: sample_measures(run, "before", 0), steps: sample_measures(run, "after", steps)}
+        measures = [*kl_measures(run), *win_rate_measures(run, contest, begins=begins), *sample_measures(run, steps)]
         held_out = _evaluator(run, objective, values)
 
         def at(tree: Any, n: int) -> dict[str, Any]:
             state, reference = parts(tree)
             values = held_out(state, reference)
-            return values | measured(run, state.params, reference, [*always, *once.get(n, [])])
+            return values | measured(run, state.params, reference, n, measures)
 
     elif begins:
-        measured(run, state.params, None, sample_measures(run, "before", 0))
+        measured(run, state.params, None, 0, sample_measures(run, steps))
     return parts(run_updates(run, "train", objective.loss, source, step, tree, sft_steps, at))[0].params
 
 

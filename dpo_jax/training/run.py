@@ -139,7 +139,7 @@ def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
     """Answers after training, the export, the report and the final table. Done again, it changes nothing."""
     s, workdir, layout, samples = run.settings, run.workdir, run.layout, run.workdir / "samples.jsonl"
     if s.task == "dpo" and not agreed(any(r["when"] == "after" for r in read_records(samples))):
-        measured(run, params, None, sample_measures(run, "after", steps))
+        measured(run, params, None, steps, sample_measures(run, steps))
     export = workdir / "export"
     if s.export and not agreed((export / "config.json").exists()):
         if layout.lora is not None:

@@ -131,7 +131,7 @@ def win_rate_measures(run: Run, contest: Contest | None, *, begins: bool) -> lis
         return []
     held, strict = contest, begins
 
-    def of(params: Params, reference: Params | None, drawn: Sequence[Drawn]) -> dict[str, Any]:
+    def of(params: Params, reference: Params | None, updates: int, drawn: Sequence[Drawn]) -> dict[str, Any]:
         texts = [one[0].text.strip() for one in drawn[0]]
         if held.baseline is None:
             held.baseline = texts
