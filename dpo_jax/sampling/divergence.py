@@ -24,7 +24,7 @@ from dpo_jax.parallel.watchdog import LONGER, beat
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.build import Group, build_rows
 from dpo_jax.rows.shape import RowShape
-from dpo_jax.sampling.engine import Request
+from dpo_jax.sampling.engine import AnswerRequest
 from dpo_jax.sampling.params import Answer, SamplingParams
 
 # Answers drawn to a prompt: a group of them is a row, so that the prompt is computed once for both.
@@ -74,18 +74,18 @@ def make_divergence(layout: Layout, new_tokens: int) -> Callable[[Params, Params
     return divergence
 
 
-def kl_request(prompts: Sequence[Sequence[int]], *, new_tokens: int, seed: int) -> Request:
+def kl_request(prompts: Sequence[Sequence[int]], *, new_tokens: int, seed: int) -> AnswerRequest:
     """What an estimate needs of the policy: `DRAWS` answers to each prompt.
 
     Args:
       new_tokens: the most tokens of an answer: what is estimated is the divergence of the answers' first so many.
       seed: of the draws; the same at every estimate, so that it changes by what the policy has learned.
     """
-    return Request(prompts, SamplingParams(n=DRAWS, max_tokens=new_tokens, seed=seed))
+    return AnswerRequest(prompts, SamplingParams(n=DRAWS, max_tokens=new_tokens, seed=seed))
 
 
 def make_on_policy_kl(
-    layout: Layout, request: Request
+    layout: Layout, request: AnswerRequest
 ) -> Callable[[Params, Params, Sequence[Sequence[Answer]]], dict[str, float]]:
     """Build `estimate(params, ref_params, answers)`: the KL divergence of the policy's answers from the reference's.
 

@@ -61,7 +61,7 @@ def draw_names(prompts: Sequence[Sequence[int]], ids: Sequence[Name | None] | No
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class AnswerRequest:
     """Prompts, and how they are to be answered.
 
     Attributes:
@@ -123,14 +123,14 @@ class Sampler:
 
         Args:
           params: the model's, of any dtype; adapters among them or not.
-          prompts, asked, ids: see `Request`.
+          prompts, asked, ids: see `AnswerRequest`.
 
         Raises:
           UserError: a prompt is empty or leaves no room for an answer, or the cache does not fit.
         """
-        return self._drawn(params, [Request(prompts, asked, ids)])
+        return self._drawn(params, [AnswerRequest(prompts, asked, ids)])
 
-    def _drawn(self, params: Params, requests: Sequence[Request]) -> Iterator[Sampled]:
+    def _drawn(self, params: Params, requests: Sequence[AnswerRequest]) -> Iterator[Sampled]:
         """Answers to the prompts of all requests, which are counted through."""
         waiting: list[Question] = []
         for one in requests:
@@ -147,7 +147,7 @@ class Sampler:
         programs = self.programs(reach, Filters.of(*ways))
         yield from Drawing(programs, params, waiting, ending, self.capacity, self._fewer).answers()
 
-    def together(self, params: Params, requests: Sequence[Request]) -> list[list[list[Answer]]]:
+    def together(self, params: Params, requests: Sequence[AnswerRequest]) -> list[list[list[Answer]]]:
         """All n answers to every prompt of every request, drawn in one call: the same as each request alone would get.
 
         Args:
@@ -178,7 +178,7 @@ class Sampler:
         ids: Sequence[Name | None] | None = None,
     ) -> list[list[Answer]]:
         """All n answers to every prompt, in order; see `sample`."""
-        return self.together(params, [Request(prompts, asked, ids)])[0]
+        return self.together(params, [AnswerRequest(prompts, asked, ids)])[0]
 
     def check(self, prompts: Sequence[Sequence[int]], asked: SamplingParams) -> list[int]:
         """The most tokens of every prompt's answers: `max_tokens`, or what there is room for.

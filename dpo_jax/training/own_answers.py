@@ -11,7 +11,7 @@ from typing import Any
 from dpo_jax.model.config import Params
 from dpo_jax.parallel.watchdog import LONGER, beat
 from dpo_jax.sampling import answers, divergence
-from dpo_jax.sampling.engine import Request
+from dpo_jax.sampling.engine import AnswerRequest
 from dpo_jax.sampling.params import Answer, SamplingParams
 from dpo_jax.training.setup import Run
 
@@ -28,12 +28,12 @@ class Measure:
       needs_reference: it is left out where there is none.
     """
 
-    requests: Sequence[Request]
+    requests: Sequence[AnswerRequest]
     of: Callable[[Params, Params | None, int, Sequence[Drawn]], dict[str, Any]]
     needs_reference: bool = False
 
 
-def measured(
+def measure_answers(
     run: Run, params: Params, reference: Params | None, updates: int, measures: Sequence[Measure]
 ) -> dict[str, Any]:
     """The values of all measures. Every process of several must call it.
@@ -100,4 +100,4 @@ def sample_measures(run: Run, steps: int) -> list[Measure]:
         answers.append_samples(run.workdir / "samples.jsonl", [{"when": when, "step": updates} | r for r in records])
         return {}
 
-    return [Measure([Request(prompts, asked) for asked in modes.values()], of)]
+    return [Measure([AnswerRequest(prompts, asked) for asked in modes.values()], of)]

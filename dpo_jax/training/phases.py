@@ -19,7 +19,7 @@ from dpo_jax.rows.pipeline import StepSource
 from dpo_jax.rows.schedule import Schedule, make_schedule
 from dpo_jax.training import checkpoint, setup
 from dpo_jax.training.loop import Phase, State, run_phase
-from dpo_jax.training.own_answers import kl_measures, measured, sample_measures
+from dpo_jax.training.own_answers import kl_measures, measure_answers, sample_measures
 from dpo_jax.training.reference import (
     abstract_reference,
     given_reference,
@@ -99,10 +99,10 @@ def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
         def at(tree: Any, n: int) -> dict[str, Any]:
             state, reference = parts(tree)
             values = held_out(state, reference)
-            return values | measured(run, state.params, reference, n, measures)
+            return values | measure_answers(run, state.params, reference, n, measures)
 
     elif begins:
-        measured(run, state.params, None, 0, sample_measures(run, steps))
+        measure_answers(run, state.params, None, 0, sample_measures(run, steps))
     return parts(run_updates(run, "train", objective.loss, source, step, tree, sft_steps, at))[0].params
 
 

@@ -28,7 +28,7 @@ from dpo_jax.training import checkpoint, inputs
 from dpo_jax.training import workdir as claim
 from dpo_jax.training.about import introduce
 from dpo_jax.training.loop import stop_signal
-from dpo_jax.training.own_answers import measured, sample_measures
+from dpo_jax.training.own_answers import measure_answers, sample_measures
 from dpo_jax.training.phases import params_after_dpo
 from dpo_jax.training.reward import params_after_pairs
 from dpo_jax.training.setup import Run, keep_compiled, make_models
@@ -139,7 +139,7 @@ def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
     """Answers after training, the export, the report and the final table. Done again, it changes nothing."""
     s, workdir, layout, samples = run.settings, run.workdir, run.layout, run.workdir / "samples.jsonl"
     if s.task == "dpo" and not agreed(any(r["when"] == "after" for r in read_records(samples))):
-        measured(run, params, None, steps, sample_measures(run, steps))
+        measure_answers(run, params, None, steps, sample_measures(run, steps))
     export = workdir / "export"
     if s.export and not agreed((export / "config.json").exists()):
         if layout.lora is not None:

@@ -25,7 +25,7 @@ from dpo_jax.preference.load import load_preference_model
 from dpo_jax.preference.models import PreferenceModel, swapped
 from dpo_jax.preference.statistics import win_rate
 from dpo_jax.records.records import read_records
-from dpo_jax.sampling.engine import Request
+from dpo_jax.sampling.engine import AnswerRequest
 from dpo_jax.sampling.params import SamplingParams
 from dpo_jax.training.inputs import sources_of
 from dpo_jax.training.own_answers import Drawn, Measure
@@ -160,7 +160,7 @@ def win_rate_measures(run: Run, contest: Contest | None, *, begins: bool) -> lis
         return values | {"answer_characters": float(np.mean([len(text) for text in texts]))}
 
     asked = SamplingParams(max_tokens=run.settings.sample_tokens, seed=run.settings.seed)
-    return [Measure([Request(held.prompts, asked)], of)]
+    return [Measure([AnswerRequest(held.prompts, asked)], of)]
 
 
 def verdicts(judge: PreferenceModel, comparisons: Sequence[Comparison]) -> np.ndarray:

@@ -247,7 +247,10 @@ except UserError as error:
 
 def start(server, tmp_path):
     command = [sys.executable, "-c", PROGRAM, server.spec, str(tmp_path)]
-    return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True)
+    # Where the tests run in the background of a shell, SIGINT is ignored, which a child would inherit.
+    hears = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=hears)
 
 
 def until(true, seconds=60):

@@ -16,7 +16,7 @@ from dpo_jax.model.placement import place_model
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.sampling import board, drawing, programs
 from dpo_jax.sampling.draws import Filters
-from dpo_jax.sampling.engine import Capacity, Request, Sampler
+from dpo_jax.sampling.engine import AnswerRequest, Capacity, Sampler
 from dpo_jax.sampling.ladder import first_rung
 from dpo_jax.sampling.params import SamplingParams
 from dpo_jax.sampling.programs import Programs
@@ -143,10 +143,10 @@ def test_requests_are_answered_together_as_alone(params, sizes):
     """Greedy, filtered, texts of several lengths and numbers of answers; two requests share prompts."""
     layout = layout_of(sizes=sizes)
     requests = [
-        Request(PROMPTS[:3], SamplingParams(n=2, max_tokens=20, seed=4)),
-        Request([], SamplingParams(max_tokens=3, seed=4)),
-        Request(PROMPTS[1:], SamplingParams(temperature=0.0, max_tokens=33, seed=4)),
-        Request(PROMPTS, SamplingParams(temperature=0.8, top_p=0.9, max_tokens=9, seed=4), list("abcdefg")),
+        AnswerRequest(PROMPTS[:3], SamplingParams(n=2, max_tokens=20, seed=4)),
+        AnswerRequest([], SamplingParams(max_tokens=3, seed=4)),
+        AnswerRequest(PROMPTS[1:], SamplingParams(temperature=0.0, max_tokens=33, seed=4)),
+        AnswerRequest(PROMPTS, SamplingParams(temperature=0.8, top_p=0.9, max_tokens=9, seed=4), list("abcdefg")),
     ]
     found = Sampler(layout, None, [STOP]).together(jax.device_put(params, layout.shardings), requests)
     assert [[len(one) for one in group] for group in found] == [[2] * 3, [], [1] * 6, [1] * 7]
@@ -158,7 +158,7 @@ def test_requests_are_answered_together_as_alone(params, sizes):
 def test_requests_of_one_call_share_their_seed(params):
     sampler = Sampler(layout_of(), None, [STOP])
     with pytest.raises(ValueError, match="differ in seed"):
-        sampler.together(params, [Request([[1]], SamplingParams(seed=seed)) for seed in (1, 2)])
+        sampler.together(params, [AnswerRequest([[1]], SamplingParams(seed=seed)) for seed in (1, 2)])
 
 
 def test_layers_apart_are_the_stacked_layers(params, monkeypatch):

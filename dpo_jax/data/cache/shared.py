@@ -27,11 +27,11 @@ from dpo_jax.data.cache.store import (
     PairCache,
     Produce,
     cache_key,
+    cache_lock,
     cache_root,
     file_sizes,
     find_or_write,
     holds,
-    locked,
     write_pairs,
 )
 from dpo_jax.disk import whole_file, write_json
@@ -97,7 +97,7 @@ def open_or_build(cache_dir: str, fingerprint: dict[str, Any], produce: Produce)
         with contextlib.suppress(FileNotFoundError):  # another builder has finished and cleared up
             store.ask("rm", probe, answers=(FileNotFoundError,))
         built, _ = find_or_write(root, fingerprint, build)
-        with locked(root, cache_key(fingerprint)):  # or two would write the same files of the same build at once
+        with cache_lock(root, cache_key(fingerprint)):  # or two would write the same files of the same build at once
             manifest = _whole(store, fingerprint) or _publish(store, built, fingerprint)
         written = manifest["id"] == built.manifest["id"]
 

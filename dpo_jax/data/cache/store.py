@@ -143,7 +143,7 @@ def find_or_write(
         return cache, False
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with locked(root, key):
+        with cache_lock(root, key):
             if (cache := _open_if_whole(target, fingerprint, wanted)) is not None:  # built while we waited
                 return cache, False
             _clear_left_overs(root, key)
@@ -167,7 +167,7 @@ def find_or_write(
 
 
 @contextlib.contextmanager
-def locked(root: Path, key: str) -> Iterator[None]:
+def cache_lock(root: Path, key: str) -> Iterator[None]:
     """Only one process of this machine at a time is in here for one cache; others wait."""
     with open(root / f"{key}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel if we are killed
