@@ -162,13 +162,11 @@ class Sampler:
         if len(shared) > 1:
             raise ValueError(f"requests of one call differ in seed, round, min_tokens or stop_token_ids: {shared}")
         drawn = {(one.prompt, one.sample): one.answer for one in self._drawn(params, requests)}
-        place = itertools.count()
-        found = []
-        for one in requests:
-            found.append(
-                [[drawn[at, k] for k in range(one.asked.n)] for _, at in zip(one.prompts, place, strict=False)]
-            )
-        return found
+        first = itertools.accumulate((len(one.prompts) for one in requests), initial=0)
+        return [
+            [[drawn[at + i, k] for k in range(one.asked.n)] for i in range(len(one.prompts))]
+            for at, one in zip(first, requests, strict=False)  # the last sum is behind all of them
+        ]
 
     def answers(
         self,

@@ -160,16 +160,27 @@ def find_or_write(
                 shutil.rmtree(building, ignore_errors=True)
             _clear_left_overs(root, f"{key}.building-damaged", older_than=0)
     except OSError as error:
-        raise UserError(
-            f"cache_dir={root}: cannot be written ({error.strerror or error}); give a writable --config.cache_dir"
-        ) from error
+        raise _unwritable(root, error) from error
     return open_cache(str(target)), True
+
+
+def _unwritable(root: Path, error: OSError) -> UserError:
+    reason = error.strerror or error
+    return UserError(f"cache_dir={root}: cannot be written ({reason}); give a writable --config.cache_dir")
 
 
 @contextlib.contextmanager
 def cache_lock(root: Path, key: str) -> Iterator[None]:
-    """Only one process of this machine at a time is in here for one cache; others wait."""
-    with open(root / f"{key}.lock", "a") as lock:
+    """Only one process of this machine at a time is in here for one cache; others wait.
+
+    Raises:
+      UserError: there can be no lock in `root`.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            lock = held.enter_context(open(root / f"{key}.lock", "a"))
+        except OSError as error:
+            raise _unwritable(root, error) from error
         fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel if we are killed
         yield
 
