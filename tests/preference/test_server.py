@@ -233,7 +233,9 @@ def test_several_writers_of_one_file(tmp_path):
 
 
 PROGRAM = """
-import sys
+import signal, sys
+# A shell runs what is in its background with SIGINT ignored, which a child inherits.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from dpo_jax.errors import UserError
 from dpo_jax.preference.server import Asking, connect
 from tests.fakes.judge_server import pair
@@ -247,10 +249,8 @@ except UserError as error:
 
 def start(server, tmp_path):
     command = [sys.executable, "-c", PROGRAM, server.spec, str(tmp_path)]
-    # Where the tests run in the background of a shell, SIGINT is ignored, which a child would inherit.
-    hears = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=hears)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def until(true, seconds=60):
