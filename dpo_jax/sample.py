@@ -7,52 +7,23 @@ The module is callable, too: `dpo_jax.sample(model, prompts, ...)` is `dpo_jax.a
 """
 
 import contextlib
-import errno
-import os
 import sys
 import types
 from collections.abc import Sequence
 from typing import Any
 
+from dpo_jax.answering.door import run_command
 from dpo_jax.answering.flags import Request, is_typed, parse_request
 from dpo_jax.answering.found import Found, locate_model
 from dpo_jax.answering.output import Output, about_answers, opened, tell
 from dpo_jax.config.opened import settings_of
 from dpo_jax.data.prompts import Prompt, dataset_prompts, prompts_in, read_prompts
-from dpo_jax.errors import SAVE_FAILED, UserError
-
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    several = False
-    try:
-        request = parse_request(sys.argv if argv is None else argv)
-        several = request.distributed or int(os.environ.get("JAX_NUM_PROCESSES") or 1) > 1
-        if several:  # first of all, as the others wait for this process
-            from dpo_jax.parallel.processes import join
-
-            join()
-        answer_request(request, several)
-    except KeyboardInterrupt:
-        tell("interrupted; what is written stays, and the same command resumes it")
-        return INTERRUPTED
-    except UserError as e:
-        tell(f"error: {e}")
-        full = isinstance(e.__cause__, OSError) and e.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
-        return _leave(SAVE_FAILED if full else e.code, several)
-    except BrokenPipeError:  # whoever read the answers has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as e:
-        if several:
-            from dpo_jax.parallel.processes import end_if_a_peer_is_gone
-
-            end_if_a_peer_is_gone(e)
-        _leave(1, several)
-        raise
-    return 0
+    given = sys.argv if argv is None else argv
+    return run_command(given, parse_request, answer_request, lambda request: request.distributed)
 
 
 def answer_request(r: Request, several: bool = False) -> None:
@@ -107,15 +78,6 @@ def _open(
     from dpo_jax.answering.together import by_the_first
 
     return by_the_first(open_it)
-
-
-def _leave(code: int, several: bool) -> int:
-    """The exit code; of one of several processes, which would wait for the others, it is the end soon."""
-    if not several:
-        return code
-    from dpo_jax.parallel.processes import leave
-
-    return leave(code)
 
 
 class _Callable(types.ModuleType):

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,34 +110,63 @@ class Request:
 
 
 def parse_request(argv: Sequence[str]) -> Request:
-    """The command line as a request.
+    """The command line of `python -m dpo_jax.sample` as a request.
 
     Raises:
       UserError: anything wrong with it, in one line.
       SystemExit: 0 after `--help`.
     """
-    if any(argument in ("--help", "-h", "--helpfull", "-help") for argument in argv[1:]):
-        print(_help())
+    if asks_help(argv):
+        print(help_text(USAGE, _ABOUT, FLAGS))
         raise SystemExit(0)
+    given, rest = parse_values(argv, _ALL)
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
+    request = request_of(given)
+    _check(request)
+    return request
+
+
+def asks_help(argv: Sequence[str]) -> bool:
+    return any(argument in ("--help", "-h", "--helpfull", "-help") for argument in argv[1:])
+
+
+def parse_values(argv: Sequence[str], table: Mapping[str, Flag]) -> tuple[dict[str, Any], list[str]]:
+    """The flags of a command line by name, and its other arguments.
+
+    Raises:
+      UserError: a flag is unknown, or its value is of another type or no choice of it.
+    """
     values = flags.FlagValues()  # not absl's own registry, which holds the flags of every library that is imported
-    for name, flag in _ALL.items():
+    for name, flag in table.items():
         _define(values, name, flag)
     try:
         _, *rest = values(list(argv))
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
-    if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
-    given: dict[str, Any] = {name: values[name].value for name in _ALL}
+    given: dict[str, Any] = {name: values[name].value for name in table}
+    for name, flag in table.items():
+        if flag.choices and given[name] not in flag.choices:
+            raise UserError(f"--{name}={given[name]} does not exist; choose from {', '.join(flag.choices)}")
+    return given, rest
+
+
+def request_of(given: Mapping[str, Any]) -> Request:
+    """The request of the flags of `FLAGS`.
+
+    Raises:
+      UserError: a value of sampling means nothing, or a count is below 0.
+    """
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
     asked: dict[str, Any] = {name: value for name, value in given.items() if name in fields}
     asked["stop"] = tuple(asked["stop"] or ())
     asked["stop_token_ids"] = _ids(asked["stop_token_ids"])
-    request = Request(
+    for name in ("rows", "limit"):
+        if given[name] < 0:
+            raise UserError(f"--{name}={given[name]}; needs 0 or more")
+    return Request(
         **{name: value for name, value in given.items() if name not in fields}, asked=SamplingParams(**asked)
     )
-    _check(request)
-    return request
 
 
 def _define(values: flags.FlagValues, name: str, flag: Flag) -> None:
@@ -160,13 +189,6 @@ def _ids(text: str) -> tuple[int, ...]:
 def _check(r: Request) -> None:
     if not r.model:
         raise UserError(f"--model is missing; usage: {USAGE}")
-    for name, flag in _ALL.items():
-        value = getattr(r, name, None)
-        if flag.choices and value not in flag.choices:
-            raise UserError(f"--{name}={value} does not exist; choose from {', '.join(flag.choices)}")
-    for name in ("rows", "limit"):
-        if getattr(r, name) < 0:
-            raise UserError(f"--{name}={getattr(r, name)}; needs 0 or more")
     if r.prompts and r.dataset:
         raise UserError(f"--prompts={r.prompts} and --dataset={r.dataset} are both prompts; give one of them")
     for name in () if r.dataset else ("dataset_path", "dataset_revision", "split"):
@@ -175,21 +197,29 @@ def _check(r: Request) -> None:
     if r.overwrite and not r.out:
         raise UserError("--overwrite has no meaning without --out; leave it out")
     if r.out:
-        path = Path(r.out)
-        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-            raise UserError(f"--out={r.out} cannot be written; choose a file in a directory that is there and writable")
-        if r.prompts and path.exists() and Path(r.prompts).exists() and path.samefile(r.prompts):
-            raise UserError(f"--out={r.out} is the file of the prompts; choose another one")
+        check_out(r.out, r.prompts)
 
 
-def _help() -> str:
-    about = (
-        "Answers prompts with a model, many at once. The same command resumes a file that was not finished; the file "
-        "then ends byte for byte as if it had never stopped. Without --prompts on a terminal, prompts are typed. "
-        "docs/sampling.md has the forms of prompts and answers."
-    )
-    lines = [f"usage: {USAGE}", "", *textwrap.wrap(about, 118)]
-    for title, group in FLAGS.items():
+def check_out(out: str, prompts: str) -> None:
+    """Refuse, with a UserError, an --out that cannot be written or is the file of the prompts."""
+    path = Path(out)
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"--out={out} cannot be written; choose a file in a directory that is there and writable")
+    if prompts and path.exists() and Path(prompts).exists() and path.samefile(prompts):
+        raise UserError(f"--out={out} is the file of the prompts; choose another one")
+
+
+_ABOUT = (
+    "Answers prompts with a model, many at once. The same command resumes a file that was not finished; the file then "
+    "ends byte for byte as if it had never stopped. Without --prompts on a terminal, prompts are typed. "
+    "docs/sampling.md has the forms of prompts and answers."
+)
+
+
+def help_text(usage: str, about: str, table: Mapping[str, Mapping[str, Flag]]) -> str:
+    """What `--help` prints of a command: its flags in groups."""
+    lines = [f"usage: {usage}", "", *textwrap.wrap(about, 118)]
+    for title, group in table.items():
         lines.append(f"\n{title}")
         for name, flag in group.items():
             default = "" if isinstance(flag.default, bool) or flag.several else flag.default

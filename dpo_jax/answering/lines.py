@@ -3,10 +3,11 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dpo_jax.errors import UserError
 
@@ -30,8 +31,10 @@ def writing_out(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held_lines(path: Path) -> Iterator[IO[bytes]]:
-    """The file, open to append, while no other command has it; it and its record are gone if it is empty at the end.
+def held_lines(path: Path, empty_stays: Callable[[], bool] = lambda: False) -> Iterator[IO[bytes]]:
+    """The file, open to append, while no other command has it.
+
+    It and its record are gone if it is empty at the end, unless then `empty_stays`.
 
     Raises:
       UserError: it cannot be written, or is in use.
@@ -47,9 +50,20 @@ def held_lines(path: Path) -> Iterator[IO[bytes]]:
         try:
             yield held
         finally:
-            if not path.stat().st_size:  # refused, or stopped before the first line: as if it had never begun
+            # Refused, or stopped before the first line: as if it had never begun.
+            if not path.stat().st_size and not empty_stays():
                 about_path(path).unlink(missing_ok=True)
                 path.unlink()
+
+
+def written_line(value: Mapping[str, Any]) -> str:
+    """A mapping as a line of JSON."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which only an escape can hold
+        text = json.dumps(value)
+    return text + "\n"
 
 
 def append_lines(path: Path, held: IO[bytes], lines: str) -> None:

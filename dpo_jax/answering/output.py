@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from dpo_jax.answering.found import Found, model_digest
-from dpo_jax.answering.lines import BEGIN_ANEW, about_path, append_lines, cut_torn_line, held_lines, settle, writing_out
+from dpo_jax.answering.lines import (
+    BEGIN_ANEW,
+    about_path,
+    append_lines,
+    cut_torn_line,
+    held_lines,
+    settle,
+    writing_out,
+    written_line,
+)
 from dpo_jax.data.prompts import Prompt, prompts_digest
 from dpo_jax.disk import read_json, write_json
 from dpo_jax.errors import UserError
@@ -64,12 +73,7 @@ class Output:
                 self._file.truncate(0)
                 write_json(about_path(self.path), self.about | {"devices": devices, "memory": memory})
             return memory
-        record, before = self.about.get("devices", devices), int(self.about.get("memory", memory))
-        if record != devices:
-            tell(f"{self.path}: begun on {record}, resumed on {devices}: the last digits of numbers may differ")
-        elif before > memory / _SHARE:
-            tell(f"{self.path}: begun with {before:,} MiB free, resumed with {memory:,}: the last digits may differ")
-        return memory if record != devices or before > memory / _SHARE else before
+        return resumed_memory(self.path, self.about, devices, memory)
 
     def write(self, line: str) -> None:
         """Append a line; it is with the system when this returns."""
@@ -82,6 +86,16 @@ class Output:
         """Put what was written on disk."""
         if self.path is not None and self._file is not None:
             settle(self.path, self._file)
+
+
+def resumed_memory(path: Path, about: Mapping[str, Any], devices: str, memory: int) -> int:
+    """MiB for keys and values where a file is resumed: as many as it was begun with, if they are there."""
+    record, before = about.get("devices", devices), int(about.get("memory", memory))
+    if record != devices:
+        tell(f"{path}: begun on {record}, resumed on {devices}: the last digits of numbers may differ")
+    elif before > memory / _SHARE:
+        tell(f"{path}: begun with {before:,} MiB free, resumed with {memory:,}: the last digits may differ")
+    return memory if record != devices or before > memory / _SHARE else before
 
 
 def about_answers(decides: Mapping[str, Any], found: Found, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -121,7 +135,7 @@ def _resumed(path: Path, held: IO[bytes], about: dict[str, Any], prompts: Sequen
     if not beside.exists():
         raise UserError(f"--out={path} is there, and no {beside.name} says what it is of; {BEGIN_ANEW}")
     record = read_json(beside, BEGIN_ANEW)
-    _compare(path, record, about)
+    check_same_work(path, record, about)
     # Names and days stay those that it was begun with.
     about = about | {key: record[key] for key in ("model", "day", "devices", "memory") if key in record}
 
@@ -146,7 +160,8 @@ def _is_of(line: bytes, prompt: Prompt) -> bool:
     return isinstance(held, dict) and held.get("id") == prompt.name and "answers" in held
 
 
-def _compare(path: Path, record: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def check_same_work(path: Path, record: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Refuse, with a UserError, a file that was begun with other settings, another model or other prompts."""
     there, here = record.get("settings") or {}, about["settings"]
     changed = [f"{key}: {there.get(key)!r} there, {here[key]!r} now" for key in here if there.get(key) != here[key]]
     if changed:
@@ -172,7 +187,7 @@ def answer_line(prompt: Prompt, given: Any, answers: Sequence[Answer], model: st
         "model": model,
         "seed": asked.seed,
     }
-    return json.dumps(line | ({"round": asked.round} if asked.round else {}), ensure_ascii=False) + "\n"
+    return written_line(line | ({"round": asked.round} if asked.round else {}))
 
 
 def _answer(answer: Answer, with_logprobs: bool) -> dict[str, Any]:

@@ -47,6 +47,14 @@ _OWNERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("task=reward", lambda c: c["task"] == "reward", "reward_center reward_margin"),
     ("a reference", lambda c: bool(c["reference"]), "reference_revision"),
     ("reference_sync_steps above 0", lambda c: c["reference_sync_steps"] > 0, "reference_sync_alpha"),
+    ("rounds above 0", lambda c: c["rounds"] > 0, "round_reference"),
+    ("sft_steps above 0", lambda c: c["sft_steps"] > 0, "sft_on"),
+    (
+        "rounds above 0 or sft_on=best_of_n",
+        lambda c: _collects(c),
+        "round_prompts collect_judge same_judge collect_n collect_temperature collect_mode collect_length_penalty "
+        "collect_min_margin collect_unfinished",
+    ),
     ("lora_rank above 0", lambda c: c["lora_rank"] > 0, "lora_alpha lora_rslora lora_targets lora_base_dtype"),
 )
 
@@ -110,7 +118,7 @@ def _check_reference(c: Config) -> None:
 _OF_POLICIES = """
 dpo_beta loss label_smoothing f_divergence f_alpha wpo ld_alpha simpo_gamma cpo_alpha discopop_tau reference
 reference_revision reference_cache reference_sync_steps reference_sync_alpha reference_offload sft_steps
-sft_learning_rate judge
+sft_learning_rate judge rounds sft_on
 """.split()
 
 
@@ -119,4 +127,38 @@ def _check_task(c: Config) -> None:
         raise UserError(f"{name}={c[name]!r} has no meaning for task={c['task']}; leave it at {KEYS[name].default!r}")
 
 
-RULES = (_check_task, _check_owners, _check_hyperparameters, _check_loss, _check_reference)
+def _check_rounds(c: Config) -> None:
+    if not _collects(c):
+        return
+    if not c["collect_judge"]:
+        raise UserError(
+            f"{_collecting(c)}: collect_judge is empty; name what scores the policy's answers, such as gold"
+        )
+    both = {name.strip() for name in c["collect_judge"].split(",")} & {name.strip() for name in c["judge"].split(",")}
+    if both and not c["same_judge"]:
+        raise UserError(
+            f"judge={c['judge']} would grade what {both.pop()} was asked for in training, and a judge that is trained "
+            "against is no measure of quality; name another judge, or set same_judge=True"
+        )
+    if not c["rounds"]:
+        return
+    if c["num_steps"] % c["rounds"]:
+        raise UserError(f"num_steps={c['num_steps']} does not divide over rounds={c['rounds']}; use a multiple of it")
+    if c["reference_cache"]:
+        raise UserError("reference_cache=True keeps values of the dataset's pairs, and rounds collect others; leave it")
+    if c["round_reference"] == "previous" and c["reference_sync_steps"]:
+        raise UserError("round_reference=previous and reference_sync_steps both move the reference; leave one of them")
+    if c["round_reference"] == "previous" and c["lora_rank"]:
+        raise UserError("round_reference=previous: with lora_rank above 0 the frozen base is the reference; leave it")
+
+
+def _collects(c: Config) -> bool:
+    """Whether pairs of the policy's own answers are collected."""
+    return c["rounds"] > 0 or c["sft_on"] == "best_of_n"
+
+
+def _collecting(c: Config) -> str:
+    return f"rounds={c['rounds']}" if c["rounds"] else f"sft_on={c['sft_on']}"
+
+
+RULES = (_check_task, _check_owners, _check_hyperparameters, _check_loss, _check_reference, _check_rounds)

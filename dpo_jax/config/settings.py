@@ -16,11 +16,13 @@ from dpo_jax.errors import UserError
 from dpo_jax.model.options import LayoutOptions, Lora
 from dpo_jax.objective.table import parse_loss
 from dpo_jax.rows.shape import Order
+from dpo_jax.sampling.selection import Selection
 from dpo_jax.weights.hub import local_model
 
 # Keys that name places on a host's own disk, which may differ between the hosts of one run.
 _OF_THE_HOST = (
-    "model", "reference", "judge", "win_rate_baseline", "dataset_path", "eval_path", "cache_dir", "compilation_cache",
+    "model", "reference", "judge", "collect_judge", "win_rate_baseline", "dataset_path", "eval_path", "cache_dir",
+    "compilation_cache",
 )  # fmt: skip
 
 
@@ -77,6 +79,25 @@ class ReferenceOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class RoundOptions:
+    """Rounds of collecting pairs of the policy's own answers; `count` 0: there are none.
+
+    Attributes:
+      prompts: answered in a round, `n` times each at `temperature`.
+      sft_on: "chosen", or "best_of_n" of the same number of prompts.
+      judge: scores the answers; `rules` say which become pairs.
+    """
+
+    count: int
+    prompts: int
+    sft_on: str
+    judge: str
+    n: int
+    temperature: float
+    rules: Selection
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
     """An optimiser and its learning rate; a `warmup` below 1 is a fraction of all updates."""
 
@@ -103,6 +124,7 @@ class Settings:
     batch: BatchOptions
     objective: ObjectiveOptions
     reference: ReferenceOptions
+    rounds: RoundOptions
     optimizer: OptimizerOptions
     sft_optimizer: OptimizerOptions
     lora: Lora | None
@@ -156,6 +178,9 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     optimizer = OptimizerOptions(
         c["optimizer"], c["learning_rate"], c["lr_schedule"], c["warmup_steps"], c["weight_decay"], c["max_grad_norm"]
     )
+    sync = c["reference_sync_steps"], c["reference_sync_alpha"]
+    if c["rounds"] and c["round_reference"] == "previous":
+        sync = steps_of_rounds(c) // c["rounds"], 1.0
     return read(
         Settings,
         whole=dict(config),
@@ -173,8 +198,17 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             c["reference"],
             c["reference_revision"],
             c["reference_cache"],
-            c["reference_sync_steps"],
-            c["reference_sync_alpha"],
+            *sync,
+        ),
+        num_steps=steps_of_rounds(c) if c["rounds"] else c["num_steps"],
+        rounds=RoundOptions(
+            c["rounds"],
+            c["round_prompts"],
+            c["sft_on"],
+            c["collect_judge"],
+            c["collect_n"],
+            c["collect_temperature"],
+            Selection(c["collect_mode"], c["collect_length_penalty"], c["collect_min_margin"], c["collect_unfinished"]),
         ),
         optimizer=optimizer,
         sft_optimizer=dataclasses.replace(optimizer, peak=c["sft_learning_rate"], schedule="constant"),
@@ -190,6 +224,12 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     )
 
 
+def steps_of_rounds(config: Mapping[str, Any]) -> int:
+    """Updates of all rounds together: as many as are asked for, or one for every batch of prompts."""
+    of_a_round = -(-config["round_prompts"] // config["batch_size"])
+    return config["num_steps"] or config["rounds"] * of_a_round
+
+
 def check_paths(settings: Settings) -> None:
     """Look for the model, the reference and the data where they are local, before anything slow is imported.
 
@@ -203,7 +243,7 @@ def check_paths(settings: Settings) -> None:
             local_model(name, what=what)
     if settings.win_rate_baseline and not Path(settings.win_rate_baseline).expanduser().is_file():
         raise UserError(f"win_rate_baseline={settings.win_rate_baseline}: there is no such file")
-    for judge in settings.judge.split(","):
+    for judge in (*settings.judge.split(","), *settings.rounds.judge.split(",")):
         if judge.startswith((".", "/", "~")):
             local_model(judge, what="judge")
     data = settings.data

@@ -26,9 +26,13 @@ def conversations(pairs: Pairs, data: DataSources, most: int) -> list[tuple[int,
         if prompt not in seen and len(chosen) < 2 * most:  # as some may have no conversation
             seen.add(prompt)
             chosen.append(place)
-    rows = _rows(pairs, data, chosen)
-    found = [(place, rows[place]) for place in chosen if place in rows and rows[place].prompt_conversation]
-    return found[:most]
+    return conversations_at(pairs, data, chosen)[:most]
+
+
+def conversations_at(pairs: Pairs, data: DataSources, places: Sequence[int]) -> list[tuple[int, Comparison]]:
+    """Those of these places whose prompt is a conversation, and a comparison of each, see `conversations`."""
+    rows = _rows(pairs, data, places)
+    return [(place, rows[place]) for place in places if place in rows and rows[place].prompt_conversation]
 
 
 def _comparison(one: LabeledComparison | RatedAnswer) -> Comparison:

@@ -24,7 +24,7 @@ from dpo_jax.data.forms.rename import KNOWN, Columns, parse_columns
 from dpo_jax.data.json_rows import json_rows
 from dpo_jax.data.raw import BadLine
 from dpo_jax.data.render import Renderer, render_batch
-from dpo_jax.data.sources import find_sources
+from dpo_jax.data.sources import Source, find_sources
 from dpo_jax.data.tokenise import PLAINLY
 from dpo_jax.disk import digest
 from dpo_jax.errors import UserError
@@ -92,11 +92,21 @@ def read_prompts(path: str, columns: str = "", limit: int = 0) -> list[Prompt]:
       limit: the first so many; 0: all.
 
     Raises:
-      UserError: nothing can be read, or a row is no prompt; with its line.
+      UserError: nothing can be read, or a row is no prompt; with its line. An id is there twice.
     """
-    renamed = parse_columns(columns)
-    files = find_files(path)
-    return _listed(_rows_of_files(files, renamed), len(files) > 1, limit, path)
+    return _listed(each_prompt(path, columns), limit, path)
+
+
+def each_prompt(path: str, columns: str = "") -> Iterator[Prompt]:
+    """The prompts that `read_prompts` reads, one at a time; ids may be there twice.
+
+    Raises:
+      UserError: nothing can be read; later, a row is no prompt.
+    """
+    renamed, files = parse_columns(columns), find_files(path)
+    prompts = _rows_of_files(files, renamed)
+    # Lines do not tell the rows of several files apart.
+    return prompts if len(files) == 1 else (replace(one, number=at) for at, one in enumerate(prompts, 1))
 
 
 def _rows_of_files(files: Sequence[str], renamed: Columns) -> Iterator[Prompt]:
@@ -125,10 +135,10 @@ def prompts_in(content: bytes, columns: str = "", limit: int = 0, name: str = "s
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{name}: not UTF-8 ({error})") from None
-        return _listed(_lines_of_text(text, name), False, limit, name)
+        return _listed(_lines_of_text(text, name), limit, name)
     try:
         rows = json_rows(io.BytesIO(content))
-        return _listed((_prompt_in(row, f"{name}:{at}", renamed) for at, row in rows), False, limit, name)
+        return _listed((_prompt_in(row, f"{name}:{at}", renamed) for at, row in rows), limit, name)
     except ValueError as error:
         raise UserError(f"{name}: {' '.join(str(error).split())}") from None
 
@@ -146,27 +156,17 @@ def dataset_prompts(
     Raises:
       UserError: there is no such dataset or split, or no prompt in it.
     """
-    own = split if dataset.startswith("hf:") and split not in ("train", "test") else ""
-    sources = find_sources(dataset, path, "", own, columns=columns, revision=revision).sources
-    there = sorted({source.split for source in sources})
-    wanted = "train" if own else split or ("test" if "test" in there else "train")
-    if wanted not in there:
-        raise UserError(f"split={split}: {dataset} has {' and '.join(there)}")
-    skipped: list[str] = []
     found: list[Prompt] = []
-    for source, file in ((one, file) for one in sources for file in one.files if one.split == wanted):
-        for where, row in read_rows(file):
-            named = row if isinstance(row, BadLine) else source.spec.columns.apply(row)
-            one = _read(named, source.spec.read)
-            if isinstance(one, Skip):
-                skipped.append(str(_refused(where, one)))
-                if not found and len(skipped) > PLAINLY:
-                    break
-                continue
-            found.append(Prompt(_id_in(row, where), len(found) + 1, where, one))
+    skipped: list[str] = []
+    wanted, rows = split_prompts(dataset, path, split, columns=columns, revision=revision)
+    for one in rows:
+        if isinstance(one, Prompt):
+            found.append(one)
             if len(found) == limit:
                 break
-        if len(found) == limit > 0:
+            continue
+        skipped.append(one.detail)
+        if not found and len(skipped) > PLAINLY:
             break
     if not found:
         raise UserError(f"{dataset}: no row gives a prompt{f'; first {skipped[0]}' if skipped else ''}")
@@ -179,7 +179,41 @@ def dataset_prompts(
     return found, said
 
 
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
+def split_prompts(
+    dataset: str, path: str = "", split: str = "", *, columns: str = "", revision: str = "", default: str = "test"
+) -> tuple[str, Iterator[Prompt | Skip]]:
+    """The name of a dataset's split, and its prompts one at a time; for a row without one why, with its place.
+
+    Args:
+      dataset, path, split, columns, revision: see `dataset_prompts`.
+      default: the split that an empty one means where there is one; else train.
+
+    Raises:
+      UserError: there is no such dataset or split.
+    """
+    own = split if dataset.startswith("hf:") and split not in ("train", "test") else ""
+    sources = find_sources(dataset, path, "", own, columns=columns, revision=revision).sources
+    there = sorted({source.split for source in sources})
+    wanted = "train" if own else split or (default if default in there else "train")
+    if wanted not in there:
+        raise UserError(f"split={split}: {dataset} has {' and '.join(there)}")
+    return split or wanted, _prompts_of([source for source in sources if source.split == wanted])
+
+
+def _prompts_of(sources: Sequence[Source]) -> Iterator[Prompt | Skip]:
+    count = 0
+    for source, file in ((one, file) for one in sources for file in one.files):
+        for where, row in read_rows(file):
+            named = row if isinstance(row, BadLine) else source.spec.columns.apply(row)
+            one = _read(named, source.spec.read)
+            if isinstance(one, Skip):
+                yield Skip(one.reason, str(_refused(where, one)))
+                continue
+            count += 1
+            yield Prompt(_id_in(row, where), count, where, one)
+
+
+def prompts_digest(prompts: Iterable[Prompt]) -> str:
     """What tells these prompts, in this order, from others."""
     parts = (
         json.dumps([p.name, p.id is None, p.given, p.comparison.tools, p.comparison.chat_template_kwargs, _whole(p)])
@@ -189,18 +223,32 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 
 
 def prompt_tokens(renderer: Renderer, prompts: Sequence[Prompt]) -> list[Ids]:
-    """Token ids up to where an answer begins, as training has them; a beginning token is never there twice.
+    """Token ids of prompts, see `tokens_or_reasons`.
 
     Raises:
       UserError: one cannot be rendered; with where it stands.
     """
     found: list[Ids] = []
+    for prompt, one in zip(prompts, tokens_or_reasons(renderer, prompts), strict=True):
+        if isinstance(one, Skip):
+            raise _refused(prompt.where, one)
+        found.append(one)
+    return found
+
+
+def tokens_or_reasons(renderer: Renderer, prompts: Sequence[Prompt]) -> list[Ids | Skip]:
+    """Token ids up to where an answer begins, as training has them; a beginning token is never there twice.
+
+    Of a prompt that cannot be rendered it is the reason.
+    """
+    found: list[Ids | Skip] = []
     for start in range(0, len(prompts), _BATCH):
         batch = prompts[start : start + _BATCH]
         rendered = render_batch(renderer, [LabeledComparison(p.comparison, "A") for p in batch])
-        for prompt, one in zip(batch, rendered, strict=True):
+        for one in rendered:
             if isinstance(one, Skip):
-                raise _refused(prompt.where, one)
+                found.append(one)
+                continue
             ids = [*one.prompt, *one.left_out]
             if renderer.form == "text" or "templated" in one.notes:
                 ids = ids[: len(ids) - len(renderer.trailing)]  # what the tokenizer ends a text with: this one goes on
@@ -213,11 +261,9 @@ def _whole(prompt: Prompt) -> Any:
     return prompt.comparison.texts if prompt.given is None else None
 
 
-def _listed(prompts: Iterable[Prompt], count: bool, limit: int, name: str) -> list[Prompt]:
-    """The first prompts, `count`ed where lines do not tell them apart; refuses ids that are there twice."""
+def _listed(prompts: Iterable[Prompt], limit: int, name: str) -> list[Prompt]:
+    """The first prompts; refuses ids that are there twice."""
     found = list(itertools.islice(prompts, limit or None))
-    if count:
-        found = [replace(prompt, number=number) for number, prompt in enumerate(found, 1)]
     if not found:
         raise UserError(f"{name}: no prompts in it; give a row or a line for each")
     seen: dict[str, Prompt] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_jax.data.cache.store import Pair
-from dpo_jax.data.comparison import DELIBERATE, LabeledComparison, Skip
+from dpo_jax.data.comparison import DELIBERATE, Comparison, LabeledComparison, Skip
 from dpo_jax.data.containers import read_rows
 from dpo_jax.data.forms.scores import margin_of
 from dpo_jax.data.raw import BadLine
@@ -124,14 +124,23 @@ def _batch_pairs(
         tally.truncated.update(rendered.truncated)
         path, _, line = location.rpartition(":")
         # Of text that only the tokenizer can divide, the prompt is known by its ids.
-        turns = [[message["role"], message["content"]] for message in pair.comparison.prompt_conversation]
-        known_by: object = turns
-        if not turns:
+        known_by: object = spoken_turns(pair.comparison)
+        if not known_by:
             known_by = list(rendered.prompt) if recast is None else _shared_beginning(pair)
-        prompt_hash = int.from_bytes(bytes.fromhex(digest(json.dumps(known_by), size=8)), "little")
+        prompt_hash = hash_of(known_by)
         chosen, rejected = (rendered.chosen, rendered.rejected) if recast is None else recast.cut(rendered)
         where = name, prompt_hash, number[path], int(line)
         yield Pair(rendered.prompt, chosen, rejected, *where, margins[at] if margin else None)
+
+
+def spoken_turns(comparison: Comparison) -> list[list[str]]:
+    """Roles and contents of the prompt's messages, by whose `hash_of` equal prompts are found."""
+    return [[message["role"], message["content"]] for message in comparison.prompt_conversation]
+
+
+def hash_of(known_by: object) -> int:
+    """64 bits of what a prompt is known by, which JSON can hold."""
+    return int.from_bytes(bytes.fromhex(digest(json.dumps(known_by), size=8)), "little")
 
 
 def _shared_beginning(pair: LabeledComparison) -> str:

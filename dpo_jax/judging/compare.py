@@ -14,7 +14,6 @@ import numpy as np
 from dpo_jax.judging.answers import Match, Matched, answers_digest
 from dpo_jax.judging.kept import KeptLines, Line
 from dpo_jax.judging.progress import JudgingTracker
-from dpo_jax.judging.verdicts import ask, blocks, comparisons_at_once
 from dpo_jax.preference.models import PreferenceModel
 from dpo_jax.preference.statistics import (
     WinRate,
@@ -25,6 +24,7 @@ from dpo_jax.preference.statistics import (
     win_rate,
     wins_of,
 )
+from dpo_jax.preference.verdicts import ask, blocks, comparisons_at_once
 
 NO_SOURCE = "(none)"
 

@@ -15,7 +15,7 @@ from dpo_jax.records.records import printable
 
 def print_compared(result: Compared, console: Console) -> None:
     """The table of a comparison."""
-    _heading(console, f"{result.a} against {result.b}, judge {result.judge}")
+    print_heading(console, f"{result.a} against {result.b}, judge {result.judge}")
     shares = f"{share(result.wins)}, {share(result.ties)}, {share(result.losses)}"
     lengths = f"{number(result.mean_length_a, 1)}, {number(result.mean_length_b, 1)} {result.length_unit}"
     rows = [
@@ -29,8 +29,8 @@ def print_compared(result: Compared, console: Console) -> None:
     ]
     if result.disagreement is not None:
         rows.append(("disagreement of judges", number(result.disagreement, 3)))
-    _table(console, ("", ""), rows)
-    _table(
+    print_table(console, ("", ""), rows)
+    print_table(
         console,
         ("source", "prompts", "win rate", "ties", "no verdict"),
         [
@@ -48,12 +48,14 @@ def print_compared(result: Compared, console: Console) -> None:
 
 def print_measured(result: Measured, console: Console) -> None:
     """The table of a benchmark: all of it, and its parts."""
-    _heading(console, f"{result.data} ({result.format}), judge {result.judge}")
+    print_heading(console, f"{result.data} ({result.format}), judge {result.judge}")
     rows = [_measured_row(name, part) for name, part in result.parts.items()] if len(result.parts) > 1 else []
     whole = {name: getattr(result, name) for name in ("accuracy", "accuracy_error", "ties", "no_verdict", "items")}
-    _table(console, ("", "items", "accuracy", "ties", "no verdict"), [*rows, _measured_row("all", whole)])
+    print_table(console, ("", "items", "accuracy", "ties", "no verdict"), [*rows, _measured_row("all", whole)])
     if result.more:
-        _table(console, ("", ""), [(name.replace("_", " "), number(value, 3)) for name, value in result.more.items()])
+        print_table(
+            console, ("", ""), [(name.replace("_", " "), number(value, 3)) for name, value in result.more.items()]
+        )
     console.print(printable(f"accuracy: {result.about}"), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -95,11 +97,13 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=160)
 
 
-def _heading(console: Console, text: str) -> None:
+def print_heading(console: Console, text: str) -> None:
+    """A line above a table."""
     console.print(Text(printable(text), style="bold"), soft_wrap=True)  # a table's own title wraps at its width
 
 
-def _table(console: Console, head: Sequence[str], entries: Sequence[Sequence[str]]) -> None:
+def print_table(console: Console, head: Sequence[str], entries: Sequence[Sequence[str]]) -> None:
+    """Rows of texts, the first column to the left; nothing if there is none."""
     if not entries:
         return
     table = Table(box=box.SIMPLE_HEAD, show_header=any(head))

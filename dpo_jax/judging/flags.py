@@ -115,7 +115,7 @@ def parse_judging(argv: Sequence[str]) -> JudgeRequest:
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
     given: dict[str, Any] = {name: values[name].value for name in flags_of(command)}
-    request = JudgeRequest(command, tuple(files), options=_options(given.pop("option") or []), **given)
+    request = JudgeRequest(command, tuple(files), options=read_options(given.pop("option") or []), **given)
     _check(request)
     return request
 
@@ -128,7 +128,7 @@ def _define(values: flags.FlagValues, name: str, flag: Flag) -> None:
     kinds[type(flag.default)](name, flag.default, flag.meaning, flag_values=values)
 
 
-def _options(given: Sequence[str]) -> dict[str, Any]:
+def read_options(given: Sequence[str]) -> dict[str, Any]:
     """Names and values; a value is a number or a truth if it is written as JSON has it, else a text."""
     found: dict[str, Any] = {}
     for text in given:

@@ -15,6 +15,7 @@ from dpo_jax.answering.lines import (
     held_lines,
     settle,
     writing_out,
+    written_line,
 )
 from dpo_jax.disk import read_json, write_json
 from dpo_jax.errors import UserError
@@ -53,7 +54,7 @@ class KeptLines:
                 self._file.truncate(0)
                 write_json(about_path(self._path), self._about)
             self._begun = True
-        append_lines(self._path, self._file, "".join(map(_written, lines)))
+        append_lines(self._path, self._file, "".join(map(written_line, lines)))
         if time.monotonic() - self._settled >= _SETTLE_SECONDS:
             self.settle()
 
@@ -129,12 +130,3 @@ def _check_same(path: Path, record: Mapping[str, Any], about: Mapping[str, Any])
     old, new = record.get("settings") or {}, about["settings"]
     if changed := [f"{key}: {old.get(key)!r} there, {new[key]!r} now" for key in new if old.get(key) != new[key]]:
         raise UserError(f"{begun} other settings ({'; '.join(changed)}); {BEGIN_ANEW}")
-
-
-def _written(line: Line) -> str:
-    text = json.dumps(line, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a character, which only an escape can hold
-        text = json.dumps(line)
-    return text + "\n"

@@ -18,7 +18,7 @@ from dpo_jax.preference.statistics import wins_of
 from dpo_jax.report.charts import Chart, Series, histogram_chart, line_chart
 from dpo_jax.report.html import write_page
 
-_EXTRA = "judging/templates/judging"
+EXTRA = "judging/templates/judging"
 _BIN = 0.1  # width of a bin of verdicts
 _GROUPS = 8  # of comparisons by length difference
 _FEWEST = 40  # comparisons from which these are shown
@@ -62,13 +62,13 @@ def write_comparison_page(
         path,
         "judging/templates/compared.html",
         option="--html",
-        extra=_EXTRA,
+        extra=EXTRA,
         title=f"{Path(result.a).name} against {Path(result.b).name}",
         names=names,
         r=figures(result),
         left_out=matched.said(result.a, result.b),
         figures=[one for one in (_verdict_chart(verdicts.both, "verdict"), _length_chart(result, verdicts)) if one],
-        shown=_shown(len(which), len(matched.matches), "comparisons"),
+        shown=shown_of(len(which), len(matched.matches), "comparisons"),
         kinds=(
             ("a", "A is better"),
             ("b", "B is better"),
@@ -89,11 +89,11 @@ def write_benchmark_page(path: Path, result: Measured, judged: Sequence[JudgedTa
         path,
         "judging/templates/measured.html",
         option="--html",
-        extra=_EXTRA,
+        extra=EXTRA,
         title=f"{result.judge} on {Path(result.data).name} ({result.format})",
         r=figures(result),
         figures=[chart] if chart else [],
-        shown=_shown(len(which), len(judged), "rows"),
+        shown=shown_of(len(which), len(judged), "rows"),
         kinds=(("right", "right"), ("wrong", "wrong"), ("tie", "tie"), ("none", "no verdict")),
         items=[_judged_item(judged[i]) for i in which],
     )
@@ -106,7 +106,8 @@ def spread_over(count: int, shown: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, shown).round().astype(int)).tolist()
 
 
-def _shown(some: int, every: int, what: str) -> str:
+def shown_of(some: int, every: int, what: str) -> str:
+    """How many of all there are on a page, in words."""
     return f"{some:,} of {every:,} {what}, spread over all." if some < every else f"All {every:,} {what}."
 
 
@@ -149,12 +150,12 @@ def _compared_item(match: Match, verdicts: Verdicts, at: int, unit: str) -> Show
     comparison, source = match.comparison, match.a.source or match.b.source
     return ShownItem(
         title=f"{match.a.id}{f', answer {match.sample + 1}' if match.sample else ''}{f' · {source}' if source else ''}",
-        prompt=_turns(comparison.prompt_conversation),
+        prompt=turns_of(comparison.prompt_conversation),
         kinds=kinds,
         verdict=words if math.isnan(verdict) else f"{words} ({_signed(verdict)})",
         detail=", ".join(said),
         sides=[
-            Side(name, _turns(messages), kind, f"{length:,} {unit}")
+            Side(name, turns_of(messages), kind, f"{length:,} {unit}")
             for name, messages, kind, length in zip(
                 "AB", (comparison.completion_a, comparison.completion_b), better, verdicts.lengths[at], strict=True
             )
@@ -174,7 +175,7 @@ def _judged_item(one: JudgedTask) -> ShownItem:
     good, bad = task.good[at[0]], task.bad[at[1]]
     return ShownItem(
         title=f"{task.part} · {task.id or Path(task.where).name}",
-        prompt=_turns(task.asked.prompt_conversation) or _texts(task.asked.texts),
+        prompt=turns_of(task.asked.prompt_conversation) or _texts(task.asked.texts),
         kinds=[kind],
         verdict=words if none[at] else f"{words} ({_signed(margin)})",
         detail=f"shown first {_signed(one.orders[0][at])}, second {_signed(one.orders[1][at])}{several}",
@@ -183,14 +184,14 @@ def _judged_item(one: JudgedTask) -> ShownItem:
 
 
 def _said(one: Candidate) -> Turns:
-    return _turns(one.messages) or [("assistant", one.text or "")]
+    return turns_of(one.messages) or [("assistant", one.text or "")]
 
 
 def _texts(texts: tuple[str, str, str] | None) -> Turns:
     return [("text", texts[0])] if texts and texts[0] else []
 
 
-def _turns(messages: Sequence[Message]) -> Turns:
+def turns_of(messages: Sequence[Message]) -> Turns:
     """Roles and texts; whatever else a message has is shown as JSON."""
     found = []
     for message in messages:

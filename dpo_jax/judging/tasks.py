@@ -8,8 +8,8 @@ import numpy as np
 from dpo_jax.data.comparison import Comparison, LabeledComparison, Message
 from dpo_jax.data.prompts import prompt_of
 from dpo_jax.judging.progress import JudgingTracker
-from dpo_jax.judging.verdicts import BLOCK, ask, comparisons_at_once
 from dpo_jax.preference.models import Answered, PreferenceModel, Scorer
+from dpo_jax.preference.verdicts import BLOCK, ask, comparisons_at_once
 
 
 @dataclass(frozen=True)

@@ -153,9 +153,17 @@ class Schedule:
 
 
 def make_schedule(
-    groups: GroupSource, batch_size: int, limits: RowLimits, order: Order, mixture: Mixture | None = None
+    groups: GroupSource,
+    batch_size: int,
+    limits: RowLimits,
+    order: Order,
+    mixture: Mixture | None = None,
+    longest: np.ndarray | None = None,
 ) -> Schedule:
     """Choose row shapes for these groups.
+
+    Args:
+      longest: int `[1+n]`, tokens of prompt and completions that a row must have room for, where there will be others.
 
     Raises:
       UserError: a part of the mixture has too few pairs for one batch of the proportions asked for.
@@ -174,5 +182,6 @@ def make_schedule(
             "bring the weights nearer together, or leave the part out"
         )
     epoch = lengths[draft.members(0)]
-    ladder = choose_ladder(epoch, batch_size, limits, order, longest=by_length(lengths).max(0))
+    widest_groups = by_length(lengths).max(0) if longest is None else np.maximum(by_length(lengths).max(0), longest)
+    ladder = choose_ladder(epoch, batch_size, limits, order, longest=widest_groups)
     return dataclasses.replace(draft, ladder=ladder)

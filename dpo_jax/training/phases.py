@@ -1,4 +1,4 @@
-"""The phases of a run, a light SFT on chosen completions, if any, then DPO, and the evaluation of held-out pairs."""
+"""The phases of a run: a light SFT, if any, then DPO on the data's pairs or in rounds; and what held-out pairs say."""
 
 import dataclasses
 import functools
@@ -28,6 +28,7 @@ from dpo_jax.training.reference import (
     moving_step,
     reference_params,
 )
+from dpo_jax.training.rounds import RoundCollector, best_answers
 from dpo_jax.training.setup import Run
 from dpo_jax.training.step import TrainState
 from dpo_jax.training.winning import make_contest, win_rate_measures
@@ -48,8 +49,12 @@ def params_after_sft(run: Run) -> Params:
     else:
         state = setup.start_state(load_params(run.policy, layout, s.seed), tx, layout)
     if run.done < steps:
-        pairs, limits = FirstOnly(run.data.train), layout.row_limits(s.batch.microbatches)
-        schedule = make_schedule(pairs, s.batch.size, limits, s.batch.order, run.data.split.mixture)
+        limits = layout.row_limits(s.batch.microbatches)
+        if s.rounds.sft_on == "chosen":
+            pairs, mixture = FirstOnly(run.data.train), run.data.split.mixture
+            schedule = make_schedule(pairs, s.batch.size, limits, s.batch.order, mixture)
+        else:
+            schedule = best_answers(run, lambda: load_params(run.policy, layout, s.seed), limits)
         source = step_source(schedule, layout.mesh, steps, s.batch.microbatches)
         objective = sft_objective()
         update = functools.partial(setup.train_step_on(layout, run.models, objective, tx, rate), base=run.base)
@@ -58,8 +63,60 @@ def params_after_sft(run: Run) -> Params:
     return state.params
 
 
+@dataclasses.dataclass(frozen=True)
+class DpoPhase:
+    """What updates of DPO are made of.
+
+    Attributes:
+      tree: the state where the phase begins or is resumed, with the reference where that moves.
+      step: (tree, batch, shape) → tree, metrics.
+      parts: a tree to its state and the reference in it, or beside it.
+      evaluate: see `Phase`.
+      values: the reference's for every pair, where they are kept.
+    """
+
+    tree: Any
+    step: Callable[..., Any]
+    parts: Callable[[Any], tuple[TrainState, Params | None]]
+    evaluate: Callable[[Any, int], dict[str, Any]] | None
+    objective: Objective
+    values: np.ndarray | None
+
+
 def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
     """What is trained, after `steps` updates of DPO over the schedule's pairs, begun or resumed."""
+    s = run.settings
+    dpo = begin_dpo(run, steps, schedule)
+    given = given_reference(dpo.values, run.data.train)
+    source = step_source(schedule, run.layout.mesh, steps, s.batch.microbatches, given)
+    tree = run_updates(run, "train", dpo.objective.loss, source, dpo.step, dpo.tree, s.sft_steps, dpo.evaluate)
+    return dpo.parts(tree)[0].params
+
+
+def params_after_rounds(run: Run, schedule: Schedule, steps: int) -> Params:
+    """What is trained, after rounds of collecting pairs of the policy's own answers and `steps` updates on them in all.
+
+    The schedule is that of the dataset's own pairs, which are not trained on. The policy, its reference and the judge
+    stay on the devices.
+    """
+    s, layout = run.settings, run.layout
+    dpo = begin_dpo(run, steps)
+    tree, every = dpo.tree, steps // s.rounds.count
+    collector = RoundCollector(run, layout.row_limits(s.batch.microbatches))
+    for number in range(max(0, run.done - s.sft_steps) // every, s.rounds.count):
+        schedule = collector.schedule(number, number * every, dpo.parts(tree)[0].params)
+        source = step_source(schedule, layout.mesh, every, s.batch.microbatches)
+        step, first = dpo.step, number * every
+        tree = run_updates(run, "train", dpo.objective.loss, source, step, tree, s.sft_steps, dpo.evaluate, first)
+    return dpo.parts(tree)[0].params
+
+
+def begin_dpo(run: Run, steps: int, schedule: Schedule | None = None) -> DpoPhase:
+    """A phase of `steps` updates of DPO, where it begins or is resumed.
+
+    Args:
+      schedule: of the pairs for which the reference's values may be kept.
+    """
     s, layout = run.settings, run.layout
     sft_steps, moves = s.sft_steps, s.reference.moves
     tx, rate = setup.make_optimizer(s.optimizer, steps)
@@ -77,9 +134,7 @@ def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
         state = checkpoint.restore(run.checkpoints, run.done, setup.abstract_state(tx, layout))
     if in_step and reference is None:
         reference = reference_params(run, state.params if begins else None)
-    values = kept_reference(run, schedule, steps, state.params if begins else None)
-
-    source = step_source(schedule, layout.mesh, steps, s.batch.microbatches, given_reference(values, run.data.train))
+    values = None if schedule is None else kept_reference(run, schedule, steps, state.params if begins else None)
     train_step = functools.partial(setup.train_step_on(layout, run.models, objective, tx, rate), base=run.base)
     if moves:  # the reference is a part of the state, here and in checkpoints
         tree = {"state": state, "reference": reference}
@@ -103,7 +158,7 @@ def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
 
     elif begins:
         measure_answers(run, state.params, None, 0, sample_measures(run, steps))
-    return parts(run_updates(run, "train", objective.loss, source, step, tree, sft_steps, at))[0].params
+    return DpoPhase(tree, step, parts, at, objective, values)
 
 
 def run_updates(
@@ -115,13 +170,20 @@ def run_updates(
     state: State,
     before: int = 0,
     evaluate: Callable[[State, int], dict[str, Any]] | None = None,
+    first: int = 0,
 ) -> State:
-    """The loop over a source's steps, from where the run is; checkpoints count the updates `before` this phase too."""
-    s, start = run.settings, max(0, run.done - before)
+    """The loop over a source's steps, from where the run is.
+
+    Args:
+      before: updates of other phases, which checkpoints count too.
+      first: updates of this phase before those of the source.
+    """
+    s = run.settings
+    start = max(first, run.done - before)
     phase = Phase(
         split=split,
         loss=loss,
-        updates=len(source),
+        updates=first + len(source),
         step=step,
         log_every=s.log_every,
         eval_every=s.eval_every if evaluate else 0,
@@ -134,7 +196,8 @@ def run_updates(
         stuck_after=s.stuck_after_seconds,
     )
     mesh = run.layout.mesh
-    batches = loaded(source, mesh, f"the rows of a {split} step", start)
+    items = loaded(source, mesh, f"the rows of a {split} step", start - first)
+    batches = (dataclasses.replace(item, update=first + item.update) for item in items)
     return run_phase(phase, batches, state, start, mesh=mesh, writer=run.writer, stop=run.stop)
 
 

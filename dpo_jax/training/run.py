@@ -29,7 +29,7 @@ from dpo_jax.training import workdir as claim
 from dpo_jax.training.about import introduce
 from dpo_jax.training.loop import stop_signal
 from dpo_jax.training.own_answers import measure_answers, sample_measures
-from dpo_jax.training.phases import params_after_dpo
+from dpo_jax.training.phases import params_after_dpo, params_after_rounds
 from dpo_jax.training.reward import params_after_pairs
 from dpo_jax.training.setup import Run, keep_compiled, make_models
 from dpo_jax.weights.find import check_reference, find_policy
@@ -101,7 +101,8 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
             models, base = make_models(s, layout, pad), load_base(policy, layout, s.seed)
             run = Run(s, workdir, policy, layout, reference, data, models, base, checkpoints, writer, stop, done)
             introduce(run, schedule, steps)
-            train = params_after_dpo if s.task == "dpo" else params_after_pairs
+            dpo = params_after_rounds if s.rounds.count else params_after_dpo
+            train = dpo if s.task == "dpo" else params_after_pairs
             return _finish(run, train(run, schedule, steps), steps)
 
 
@@ -129,6 +130,8 @@ def _forget_after(workdir: Path, sft_steps: int, done: int) -> None:
     def keep(record: dict[str, Any]) -> bool:
         if record.get("split") == "sft":
             return record["step"] <= done
+        if record.get("split") == "collect":  # written anew where the round begins
+            return record["step"] < done - sft_steps or (record["round"] == "sft" and done > 0)
         return done > sft_steps and record["step"] <= done - sft_steps
 
     for name in ("metrics.jsonl", "samples.jsonl", EVENTS):

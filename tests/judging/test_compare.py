@@ -10,8 +10,8 @@ import pytest
 from dpo_jax import judge as door
 from dpo_jax.errors import UserError
 from dpo_jax.judging import api
-from dpo_jax.judging.verdicts import ask
 from dpo_jax.preference.models import Ensemble, Function, Pointwise
+from dpo_jax.preference.verdicts import ask
 from tests.judging import judges
 from tests.judging.judges import answer, line, write
 

@@ -49,6 +49,7 @@ def test_packed_rows_are_plain_sequences(name):
     assert difference(packed, sequence_logits(params, config, PAIRS.sequences())) < 2e-5
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", NAMES)
 def test_the_sampler_is_the_whole_model_run_again(name):
     config, params = golden(name)

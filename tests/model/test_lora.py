@@ -108,6 +108,7 @@ def test_the_first_step_sees_the_base_twice_and_trains_nothing_else():
     assert sorted(x.shape for x in moments) == sorted(2 * [x.shape for x in jax.tree.leaves(_adapters())])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_without_b_the_policy_is_the_base_exactly(dtype):
     layout = _layout(compute_dtype=dtype)
@@ -203,6 +204,7 @@ def test_every_mesh_gives_one_devices_numbers(sizes, microbatches, one_device):
     assert state.opt_state[1].mu["lora"]["layers"]["attention"]["q"]["a"].sharding == q["a"].sharding
 
 
+@pytest.mark.slow
 @pytest.mark.sweep
 @pytest.mark.parametrize("remat", ["none", "attention_offload", "full"])
 def test_what_the_backward_pass_keeps_changes_no_number(remat, one_device):
@@ -211,6 +213,7 @@ def test_what_the_backward_pass_keeps_changes_no_number(remat, one_device):
     _close(state.params, one_device[0].params, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_base_under_float32_adapters():
     state, base, metrics = _run(base_dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
@@ -218,6 +221,7 @@ def test_a_bfloat16_base_under_float32_adapters():
     assert float(metrics[0]["dpo_loss"]) == pytest.approx(np.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluation_is_what_a_training_step_reports(one_device):
     layout = _layout()
     with jax.set_mesh(layout.mesh):

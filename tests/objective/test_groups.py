@@ -97,6 +97,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("n", "name"), CASES)
 def test_packed_is_unpacked(n, name):
     (ours, grads), (theirs, theirs_grads) = _packed(n, name), _alone(n, name.startswith("window"))

@@ -65,6 +65,7 @@ def test_every_mesh_gives_the_same_values_and_gradients(sizes, vocab, softcap, w
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), spread, _alone(vocab, options))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("vocab", [1, 7, 40, 31])
 @pytest.mark.parametrize(("chunk", "block"), [(3, 4), (1000, 4), (7, 1), (16, 40), (16, 1000)])
 @pytest.mark.parametrize("softcap", [None, 2.0])

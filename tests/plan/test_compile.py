@@ -93,6 +93,7 @@ def test_a_device_has_its_share_of_the_experts_rows(experts, tensor, share):
     assert experts_share(layout) == share
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("n", [1, 4])
 def test_batches_of_groups_of_any_size(n):
     """Lengths are drawn, rows are chosen and a batch is spelled out for n completions, as for pairs."""

@@ -67,6 +67,7 @@ def test_an_answers_divergence_is_the_float64_oracles(sizes):
     assert found.min() > 0.01  # these two models differ
 
 
+@pytest.mark.slow
 def test_chunks_and_softcapping_change_what_they_should(monkeypatch):
     layout = _layout()
     whole = make_divergence(layout, 7)(POLICY, REFERENCE, ANSWERS)

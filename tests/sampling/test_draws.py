@@ -107,6 +107,7 @@ def test_every_token_can_be_drawn_and_no_other(vocabulary):
     assert counts.max() < 300
 
 
+@pytest.mark.slow
 def test_a_nucleus_wider_than_the_candidates_is_sorted_whole(monkeypatch):
     """A row's draw does not depend on whether a row beside it needs more candidates than were looked at."""
     logits = np.random.default_rng(1).normal(size=300).astype(np.float32) * 0.1
@@ -121,6 +122,7 @@ def test_a_nucleus_wider_than_the_candidates_is_sorted_whole(monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("vocabulary", [61, 300, 4097])
 def test_a_rows_draw_does_not_depend_on_what_rows_beside_it_ask_for(vocabulary):
     """Greedy, filtered by rank with few and with all candidates, by min_p, by nothing."""

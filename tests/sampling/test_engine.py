@@ -113,6 +113,7 @@ def test_answers_do_not_depend_on_how_many_are_drawn_at_once(params, capacity, m
     assert tokens(answers(params, layout_of(), n=5, max_tokens=40, seed=3, capacity=capacity)) == whole
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_other_prompts(params):
     whole = tokens(answers(params, layout_of(), n=3, max_tokens=40, seed=3))
     some = tokens(answers(params, layout_of(), PROMPTS[::-2], n=2, max_tokens=40, seed=3))
@@ -138,6 +139,7 @@ def test_answers_do_not_depend_on_the_devices(params, sizes, config):
         assert tokens(answers(params, layout_of(config, sizes), n=3, max_tokens=24, seed=3, capacity=capacity)) == whole
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_requests_are_answered_together_as_alone(params, sizes):
     """Greedy, filtered, texts of several lengths and numbers of answers; two requests share prompts."""
@@ -161,6 +163,7 @@ def test_requests_of_one_call_share_their_seed(params):
         sampler.together(params, [AnswerRequest([[1]], SamplingParams(seed=seed)) for seed in (1, 2)])
 
 
+@pytest.mark.slow
 def test_layers_apart_are_the_stacked_layers(params, monkeypatch):
     """As larger models are computed on a CPU, with windows, int8 and adapters too."""
     stacked = tokens(answers(params, layout_of(WINDOW), n=2, max_tokens=24, seed=3))
@@ -173,6 +176,7 @@ def test_layers_apart_are_the_stacked_layers(params, monkeypatch):
         assert answer.token_ids == log_probs(params, prompt, answer.token_ids).argmax(-1).tolist()
 
 
+@pytest.mark.slow
 def test_unmerged_adapters_are_the_merged_model(params):
     lora = Lora(2, 4.0, ("all",))
     layout = layout_of(lora=lora)
@@ -210,6 +214,7 @@ def test_bfloat16_parameters_are_computed_in_the_layouts_numbers(params):
     assert tokens(answers(rounded, layout_of(), max_tokens=24)) == tokens(answers(back, layout_of(), max_tokens=24))
 
 
+@pytest.mark.slow
 def test_a_stop_token_comes_no_sooner_than_asked(params):
     free = answers(params, layout_of(), n=8, max_tokens=40, seed=1)
     assert any(len(answer.token_ids) < 12 for one in free for answer in one)
@@ -236,6 +241,7 @@ def test_what_cannot_be_answered_is_refused_before_anything_is_compiled(params):
     assert answers(params, layout_of(), []) == []
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_refused_or_made_do_with(params, monkeypatch):
     """Fewer rows, then answers that are given up and come again: the same answers. Asked for by number: one line."""
     whole = tokens(answers(params, layout_of(), n=3, max_tokens=40, seed=3))

@@ -42,6 +42,7 @@ def _host(tree):
     return jax.tree.map(lambda x: np.array(x, copy=True), tree)
 
 
+@pytest.mark.slow
 def test_states_come_back_on_another_mesh_although_the_next_step_took_their_memory(tmp_path):
     layout = _layout((1, 4, 2))
     state, kept = _state(layout), {}

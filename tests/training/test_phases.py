@@ -120,6 +120,7 @@ def test_no_value_depends_on_the_mesh_and_the_microbatches(name, sizes, microbat
     assert found == pytest.approx(_whole(name), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 30), st.sampled_from(EVERY))
 def test_no_value_depends_on_the_batch_size(batch_size, name):

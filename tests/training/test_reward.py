@@ -105,6 +105,7 @@ def test_packed_scores_are_those_of_the_float64_oracle(pad, mesh, tmp_path):
     assert (found[placed < 0] == 0).all()
 
 
+@pytest.mark.slow
 def test_an_answer_of_nothing_but_padding_is_read_at_its_prompt():
     policy, layout, params = loaded()
     pad = policy.tokenizer.eos_token_id

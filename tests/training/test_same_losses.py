@@ -81,11 +81,13 @@ def test_every_mesh_gives_the_same_losses(sizes, plain):
     _same(_run(sizes), plain)
 
 
+@pytest.mark.slow
 def test_the_kernel_in_the_step_gives_the_same_losses(plain):
     """On other meshes below, with microbatches."""
     _same(_run((2, 2, 2), attention="splash"), plain)
 
 
+@pytest.mark.slow
 def test_moments_and_reference_in_host_memory_change_no_number(plain):
     run = _run((1, 4, 2), optimizer_offload=True, reference_offload=True)
     _same(run, plain)

@@ -81,6 +81,7 @@ def test_tiles_are_dense_attention_with_its_gradients(dtype, heads, softcap):
 pair = st.tuples(st.integers(1, 40), st.integers(1, 20), st.integers(1, 20))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(pair, min_size=0, max_size=8), min_size=2, max_size=2), st.sampled_from([8, 24, 200]))
 def test_any_pairs_in_a_row_and_any_tile(lengths, tile):

@@ -104,6 +104,7 @@ def test_a_row_attends_to_its_whole_sequence(window, scores, heads):
         np.testing.assert_allclose(out[r, 0], expected(q[r, 0], *whole[r], window, scores), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_int8_is_near_and_not_equal():
     q = random(R, 1, H, E, seed=1000)
     outs = []

@@ -1,0 +1,188 @@
+"""On-policy preferences: prompts are answered by the policy, the answers scored by a judge, and pairs made of them.
+
+`collect_pairs` is one block of it; `python -m dpo_jax.collect` writes the blocks to a file, and rounds of training take
+them as they are.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dpo_jax.data.comparison import Comparison, Message
+from dpo_jax.errors import UserError
+from dpo_jax.model.config import Params
+from dpo_jax.preference.models import PreferenceModel
+from dpo_jax.preference.ranking import AnswerGroup, group_scores
+from dpo_jax.sampling.engine import Name, Sampler, prompt_identity
+from dpo_jax.sampling.params import Answer, SamplingParams
+from dpo_jax.sampling.selection import Candidate, Selection, select_pairs
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt to collect pairs for.
+
+    Attributes:
+      id: what its pairs are known by.
+      ids: its tokens.
+      name: what its draws depend on.
+      comparison: its prompt is shown to the judge.
+      strips: blanks around an answer are none of it, as the prompt is a transcript.
+    """
+
+    id: str | int
+    ids: Sequence[int]
+    name: Name
+    comparison: Comparison
+    strips: bool = False
+
+    def completion(self, text: str) -> list[Message]:
+        return [{"role": "assistant", "content": text.strip() if self.strips else text}]
+
+
+@dataclass(frozen=True)
+class PairAnswers:
+    """A pair: the prompt, and its better and its worse answer with their scores and which of n they are."""
+
+    asked: Asked
+    answers: tuple[Answer, Answer]
+    scores: tuple[float, float]
+    samples: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What became of a block of prompts.
+
+    Attributes:
+      pairs: in the order of the prompts.
+      dropped: answers and prompts without a pair, by reason.
+      scores: of all answers, `[prompts][n]`, NaN for none.
+      tokens: drawn.
+      sampling_seconds, judging_seconds: of wall time.
+    """
+
+    pairs: list[PairAnswers]
+    dropped: Mapping[str, int]
+    scores: list[np.ndarray]
+    tokens: int
+    sampling_seconds: float
+    judging_seconds: float
+
+
+def collect_pairs(
+    sampler: Sampler,
+    params: Params,
+    judge: PreferenceModel,
+    prompts: Sequence[Asked],
+    asked: SamplingParams,
+    rules: Selection,
+    beat: Callable[[str], None] = lambda what: None,
+) -> Collected:
+    """Answer the prompts n times each, score the answers and pair them. Every process of several must call it.
+
+    Args:
+      beat: is told what begins, which may take long.
+
+    Raises:
+      UserError: the judge does not answer.
+    """
+    beat("drawing the policy's answers")
+    begin = time.monotonic()
+    drawn = sampler.answers(params, [one.ids for one in prompts], asked, [one.name for one in prompts])
+    middle = time.monotonic()
+    beat("asking the judge")
+    groups = [
+        AnswerGroup(
+            one.comparison, [one.completion(answer.text) for answer in answers], [answer.text for answer in answers]
+        )
+        for one, answers in zip(prompts, drawn, strict=True)
+    ]
+    scores = _scores_everywhere(judge, groups)
+    end = time.monotonic()
+    dropped: Counter[str] = Counter()
+    pairs: list[PairAnswers] = []
+    for one, answers, values in zip(prompts, drawn, scores, strict=True):
+        found = select_pairs(values, list(map(candidate, answers)), rules, pair_rng(asked, one.name))
+        dropped.update(found.dropped)
+        for i, j in found.pairs:
+            both = float(values[i]), float(values[j])
+            pairs.append(PairAnswers(one, (answers[i], answers[j]), both, (i, j)))
+    tokens = sum(len(answer.token_ids) for answers in drawn for answer in answers)
+    return Collected(pairs, dropped, scores, tokens, middle - begin, end - middle)
+
+
+def check_judged(judge: PreferenceModel, found: Collected) -> None:
+    """Refuse, with a UserError, a judge that has said nothing of any answer of a block."""
+    if found.scores and all(np.isnan(values).all() for values in found.scores):
+        count = sum(map(len, found.scores))
+        raise UserError(f"judge={judge.name}: no verdict on any of {count} answers; is it a judge of this data?")
+
+
+def candidate(answer: Answer) -> Candidate:
+    """What decides whether an answer may be in a pair."""
+    return Candidate(answer.text, len(answer.token_ids), answer.finish_reason == "stop")
+
+
+def pair_rng(asked: SamplingParams, name: Name) -> np.random.Generator:
+    """Draws of a prompt's pairs: they depend on seed, round and prompt alone."""
+    return np.random.default_rng([asked.seed, asked.round, *prompt_identity(name).tolist()])
+
+
+def _scores_everywhere(judge: PreferenceModel, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
+    """The scores, the same in all processes: a server is asked by the first one alone.
+
+    Raises:
+      UserError: in all processes where the first one's judge does not answer.
+    """
+    if jax.process_count() == 1 or not getattr(judge, "is_remote", False):
+        return group_scores(judge, groups)
+    counts = [len(group.completions) for group in groups]
+    found, why = np.zeros(sum(counts) + 1), "the judge of the first process does not answer"
+    if jax.process_index() == 0:
+        try:
+            found[:-1] = np.concatenate(group_scores(judge, groups))
+        except UserError as error:
+            found[-1], why = 1, str(error)
+    with jax.transfer_guard("allow"):  # a few numbers of every prompt
+        # As halves, since JAX makes float32 of float64.
+        halves = multihost_utils.broadcast_one_to_all(found.view(np.uint32))
+    found = np.asarray(halves, np.uint32).view(np.float64)
+    if found[-1]:
+        raise UserError(why)
+    return np.split(found[:-1], np.cumsum(counts)[:-1])
+
+
+def pair_record(pair: PairAnswers, about: Mapping[str, Any], *, as_texts: bool = False) -> dict[str, Any]:
+    """The line of a pair: a labelled comparison in the preference API's form, A the better one, and where it is from.
+
+    Args:
+      about: more of every line, such as `model` and `judge`.
+      as_texts: of texts without turns; they are written letter for letter.
+    """
+    c, answers = pair.asked.comparison, pair.answers
+    prompt: Any = [dict(message) for message in c.prompt_conversation]
+    completions: list[Any] = [pair.asked.completion(answer.text) for answer in answers]
+    if as_texts and c.texts is not None:
+        prompt, completions = c.texts[0], [answer.text for answer in answers]
+    line: dict[str, Any] = {"id": pair.asked.id, "prompt_conversation": prompt}
+    line |= {f"completion_{side}": said for side, said in zip("ab", completions, strict=True)}
+    line["label"] = "A"
+    if c.tools:
+        line["tools"] = list(c.tools)
+    if c.chat_template_kwargs:
+        line["chat_template_kwargs"] = dict(c.chat_template_kwargs)
+    for side, answer, score, sample in zip("ab", answers, pair.scores, pair.samples, strict=True):
+        line |= {
+            f"score_{side}": score,
+            f"tokens_{side}": len(answer.token_ids),
+            f"finish_reason_{side}": answer.finish_reason,
+            f"sample_{side}": sample,
+        }
+    return line | dict(about)
