@@ -9,10 +9,10 @@
         SmolLM2-135M-Instruct with the rule "the shorter answer wins", on prompts of HH: mean lengths fall from round to
         round, which shows on a laptop that the loop closes.
 
-    python -m dpo_jax.train --config=configs/online.py --workdir=runs/online-8b \\
-        --config.collect_judge=REWARD_MODEL --config.judge=http://HOST/v1|MODEL
-        Llama-3.1-8B-Instruct on prompts of UltraFeedback: three rounds of five answers to a prompt, the best against
-        the worst, the reference staying the first policy (RLHFlow, arXiv 2405.07863). It was not run.
+    python -m dpo_jax.train --config=configs/online.py --workdir=runs/online-8b "--config.judge=http://HOST/v1|MODEL"
+        Llama-3.1-8B-Instruct on prompts of UltraFeedback, judged by Skywork-Reward-V2-Llama-3.1-8B: three rounds of
+        five answers to a prompt, the best against the worst, the reference staying the first policy (RLHFlow, arXiv
+        2405.07863). The judge that grades is another one. It was not run.
 
 Judges: docs/judging.md. What a round does and what its records hold: docs/collecting.md.
 """
@@ -34,6 +34,7 @@ PRESETS = {
         "rounds": 3,
         "round_prompts": 20000,
         "collect_n": 5,
+        "collect_judge": "Skywork/Skywork-Reward-V2-Llama-3.1-8B",
         "sample_tokens": 512,
     },
     "tiny": hhh.PRESETS["tiny"]

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from dpo_jax.answering.flags import FLAGS, parse_request
+from dpo_jax.collecting.summary import WORDS
 from dpo_jax.config.command_line import TRAIN, read_flags
 from dpo_jax.config.keys import KEYS
 from dpo_jax.inspection import command as data_command
 from dpo_jax.objective.table import LOSS_FACTS
 from dpo_jax.plan import command as plan
 from dpo_jax.records.records import METRICS
+from dpo_jax.sampling.selection import MODES
 from tests.config import configuration_page
 
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
@@ -87,3 +89,9 @@ def test_every_flag_of_sampling_is_on_its_page_as_the_table_says():
     flags = {name: flag for group in FLAGS.values() for name, flag in group.items()}
     shown = lambda value: "" if value == "" or value is False else f"`{value}`"
     assert [(name, default.strip()) for name, default in rows] == [(n, shown(f.default)) for n, f in flags.items()]
+
+
+def test_every_reason_of_collecting_is_on_its_page():
+    page = Path("docs/collecting.md").read_text()
+    assert all(f"`{reason}`" in page for reason in WORDS), WORDS
+    assert all(f"`{mode}`" in page for mode in MODES)

@@ -45,9 +45,9 @@ class Tracker:
         if kind is None and not self.quiet:
             self._print(f"{self.done - self.before:,} prompts, {self.answers:,} answers, {self._words()}")
 
-    def ended(self, tokens: int) -> None:
-        """An answer of so many tokens has ended."""
-        self.answers += 1
+    def ended(self, tokens: int, answers: int = 1) -> None:
+        """So many answers, of so many tokens together, have ended."""
+        self.answers += answers
         self.tokens += tokens
         self._show()
 

@@ -12,7 +12,8 @@ from dpo_jax.answering.found import Found
 from dpo_jax.config.file import get_config
 from dpo_jax.config.settings import Settings, read_settings
 from dpo_jax.data.cuts import Ids
-from dpo_jax.data.prompts import Prompt, prompt_tokens
+from dpo_jax.data.prompt_ids import prompt_tokens
+from dpo_jax.data.prompts import Prompt
 from dpo_jax.data.render import Renderer, make_renderer
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig, Params

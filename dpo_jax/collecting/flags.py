@@ -23,6 +23,7 @@ _ABOUT = (
     "it had never stopped. docs/collecting.md has the modes and what a line holds."
 )
 _OF_SAMPLE = ANSWERING["What answers"] | ANSWERING["What is answered"]
+(_POLICY,) = (flag for name, flag in ANSWERING["What answers"].items() if name == "model")
 
 
 def _of_sample(*names: str) -> dict[str, Flag]:
@@ -31,7 +32,7 @@ def _of_sample(*names: str) -> dict[str, Flag]:
 
 FLAGS: dict[str, dict[str, Flag]] = {
     "What answers": {
-        "policy": _OF_SAMPLE["model"],
+        "policy": _POLICY,
         **_of_sample("revision", "config", "dtype", "cache_dtype", "rows"),
     },
     "What is answered": {

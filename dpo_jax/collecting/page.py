@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.collecting.summary import WORDS, Summary, pairs_in
+from dpo_jax.collecting.summary import WORDS, Summary, collected_lines
 from dpo_jax.judging.page import EXTRA, ShownItem, Side, shown_of, spread_over, turns_of
 from dpo_jax.report.charts import Chart, Series, histogram_chart
 from dpo_jax.report.html import write_page
@@ -22,7 +22,7 @@ def write_pairs_page(path: Path, result: Summary, pairs: Path, shown: int) -> Pa
       UserError: it cannot be written.
     """
     which = set(spread_over(result.pairs, shown))
-    items = [_item(line) for at, line in enumerate(pairs_in(pairs)) if at in which]
+    items = [_item(line) for at, line in enumerate(collected_lines(pairs)) if at in which]
     charts = [
         _chart("Scores", result.scores, "score"),
         _chart("Lengths", result.lengths.astype(np.float64), "tokens"),

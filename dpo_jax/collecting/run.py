@@ -22,7 +22,8 @@ from dpo_jax.config.opened import settings_of
 from dpo_jax.config.settings import Settings
 from dpo_jax.data.comparison import Skip
 from dpo_jax.data.forms.transcripts import transcript_prompt
-from dpo_jax.data.prompts import Prompt, tokens_or_reasons
+from dpo_jax.data.prompt_ids import tokens_or_reasons
+from dpo_jax.data.prompts import Prompt
 from dpo_jax.errors import UserError
 from dpo_jax.judging.console import wide_console
 from dpo_jax.judging.identity import judge_identity
@@ -32,7 +33,7 @@ from dpo_jax.sampling.selection import OF_ANSWERS, OF_PROMPTS
 
 if TYPE_CHECKING:
     from dpo_jax.data.render import Renderer
-    from dpo_jax.training.on_policy import Asked
+    from dpo_jax.training.on_policy import AskedPrompt
 
 
 def collect(r: CollectRequest, several: bool = False) -> None:
@@ -124,7 +125,7 @@ def _draw(
             prompts, left_out = askable(renderer, policy.config.max_position_embeddings, block)
             found_pairs = collect_pairs(sampler, params, judge, prompts, a.asked, r.rules)
             check_judged(judge, found_pairs)
-            tracker.ended(found_pairs.tokens)
+            tracker.ended(found_pairs.tokens, len(prompts) * a.asked.n)
             if file is not None:
                 as_texts = renderer.form == "text"
                 lines = [pair_record(pair, every_line, as_texts=as_texts) for pair in found_pairs.pairs]
@@ -134,13 +135,15 @@ def _draw(
             tracker.answered(len(block))
 
 
-def askable(renderer: "Renderer", longest: int, prompts: Sequence[Prompt]) -> "tuple[list[Asked], dict[str, int]]":
+def askable(
+    renderer: "Renderer", longest: int, prompts: Sequence[Prompt]
+) -> "tuple[list[AskedPrompt], dict[str, int]]":
     """Prompts as answers are collected for them, and how many the model cannot answer, by reason.
 
     Args:
       longest: the model's positions, for a prompt with its answer.
     """
-    from dpo_jax.training.on_policy import Asked
+    from dpo_jax.training.on_policy import AskedPrompt
 
     left_out: Counter[str] = Counter()
     found = []
@@ -153,7 +156,7 @@ def askable(renderer: "Renderer", longest: int, prompts: Sequence[Prompt]) -> "t
             strips = renderer.form == "plain" or transcript_prompt(prompt.given) is not None
             # Where there is no id draws depend on the tokens, as those of `python -m dpo_jax.sample` do.
             name = tuple(ids) if prompt.id is None else prompt.id
-            found.append(Asked(prompt.name, ids, name, prompt.comparison, strips))
+            found.append(AskedPrompt(prompt.name, ids, name, prompt.comparison, strips))
     return found, dict(left_out)
 
 

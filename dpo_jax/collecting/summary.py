@@ -59,7 +59,7 @@ class Summary:
 def summarised(file: PairFile) -> Summary:
     """The figures of a file."""
     scores, lengths = array("d"), array("q")
-    for line in pairs_in(file.path):
+    for line in collected_lines(file.path):
         scores.extend((line["score_a"], line["score_b"]))
         lengths.extend((line["tokens_a"], line["tokens_b"]))
     counts: dict[str, int] = dict(file.about["counts"])
@@ -77,7 +77,7 @@ def summarised(file: PairFile) -> Summary:
     )
 
 
-def pairs_in(path: Path) -> Iterator[dict[str, Any]]:
+def collected_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file of pairs, one at a time."""
     with path.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)

@@ -64,7 +64,8 @@ class ReferenceOptions:
     """The reference: `name` (empty: the policy when DPO starts), and what becomes of it.
 
     `revision` is the hub's. With `cache` its log-probabilities are computed once and its memory is freed. Every
-    `sync_every` updates (0: never) it moves towards the policy by `sync_alpha`.
+    `sync_every` updates (0: never) it moves towards the policy by `sync_alpha`; where it `follows`, it becomes the
+    policy whenever a round begins.
     """
 
     name: str
@@ -72,10 +73,11 @@ class ReferenceOptions:
     cache: bool
     sync_every: int
     sync_alpha: float
+    follows: bool
 
     @property
     def moves(self) -> bool:
-        return self.sync_every > 0
+        return self.follows or self.sync_every > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +180,6 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     optimizer = OptimizerOptions(
         c["optimizer"], c["learning_rate"], c["lr_schedule"], c["warmup_steps"], c["weight_decay"], c["max_grad_norm"]
     )
-    sync = c["reference_sync_steps"], c["reference_sync_alpha"]
-    if c["rounds"] and c["round_reference"] == "previous":
-        sync = steps_of_rounds(c) // c["rounds"], 1.0
     return read(
         Settings,
         whole=dict(config),
@@ -198,7 +197,9 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             c["reference"],
             c["reference_revision"],
             c["reference_cache"],
-            *sync,
+            c["reference_sync_steps"],
+            c["reference_sync_alpha"],
+            c["round_reference"] == "previous" and c["rounds"] > 0,
         ),
         num_steps=steps_of_rounds(c) if c["rounds"] else c["num_steps"],
         rounds=RoundOptions(

@@ -57,6 +57,7 @@ class Prepared:
 
     split: Split
     report: dict[str, Any]
+    form: str = ""  # of prompts, as they were rendered: chat, plain or text
     built: bool = False  # by this call; the cache was not there
 
     @property
@@ -153,7 +154,8 @@ def prepare(
             for entry in cache.manifest["sources"]
         )
         raise UserError(f"dataset={empty[0]}: no training pair is left; {counts}")
-    return Prepared(divided, _report(request, renderer, data, divided) | {"quarantine": written}, built)
+    report = _report(request, renderer, data, divided) | {"quarantine": written}
+    return Prepared(divided, report, renderer.form, built)
 
 
 # What a source's entry says of its rows' forms and fields.

@@ -1,4 +1,4 @@
-"""Prompts to answer: from texts, messages, rows of prompts or of pairs; and their token ids as training has them.
+"""Prompts to answer: from texts, messages, rows of prompts or of pairs.
 
 A row of any accepted form of pairs gives its prompt; so does one with a prompt alone, whatever stands beside it.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 from dpo_jax.data.comparison import Comparison, LabeledComparison, Message, RatedAnswer, Skip, checked
 from dpo_jax.data.containers import read_rows
-from dpo_jax.data.cuts import Ids
 from dpo_jax.data.files import find_files
 from dpo_jax.data.forms.beside import with_beside
 from dpo_jax.data.forms.chosen import pair_of
@@ -23,7 +22,6 @@ from dpo_jax.data.forms.reader import Read, Reader, make_reader, read_own
 from dpo_jax.data.forms.rename import KNOWN, Columns, parse_columns
 from dpo_jax.data.json_rows import json_rows
 from dpo_jax.data.raw import BadLine
-from dpo_jax.data.render import Renderer, render_batch
 from dpo_jax.data.sources import Source, find_sources
 from dpo_jax.data.tokenise import PLAINLY
 from dpo_jax.disk import digest
@@ -38,7 +36,6 @@ _COMPLETIONS: tuple[list[Message], list[Message]] = (
 # Columns of whole conversations, whose last turns are the assistant's in files for SFT.
 _CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue")
 _WORDS = {"empty_prompt": "the prompt is empty or blank"}
-_BATCH = 512
 TEXTS = ".txt"  # of a file with a prompt a line
 
 
@@ -207,7 +204,7 @@ def _prompts_of(sources: Sequence[Source]) -> Iterator[Prompt | Skip]:
             named = row if isinstance(row, BadLine) else source.spec.columns.apply(row)
             one = _read(named, source.spec.read)
             if isinstance(one, Skip):
-                yield Skip(one.reason, str(_refused(where, one)))
+                yield Skip(one.reason, str(prompt_refusal(where, one)))
                 continue
             count += 1
             yield Prompt(_id_in(row, where), count, where, one)
@@ -220,40 +217,6 @@ def prompts_digest(prompts: Iterable[Prompt]) -> str:
         for p in prompts
     )
     return digest(part.encode() + b"\n" for part in parts)
-
-
-def prompt_tokens(renderer: Renderer, prompts: Sequence[Prompt]) -> list[Ids]:
-    """Token ids of prompts, see `tokens_or_reasons`.
-
-    Raises:
-      UserError: one cannot be rendered; with where it stands.
-    """
-    found: list[Ids] = []
-    for prompt, one in zip(prompts, tokens_or_reasons(renderer, prompts), strict=True):
-        if isinstance(one, Skip):
-            raise _refused(prompt.where, one)
-        found.append(one)
-    return found
-
-
-def tokens_or_reasons(renderer: Renderer, prompts: Sequence[Prompt]) -> list[Ids | Skip]:
-    """Token ids up to where an answer begins, as training has them; a beginning token is never there twice.
-
-    Of a prompt that cannot be rendered it is the reason.
-    """
-    found: list[Ids | Skip] = []
-    for start in range(0, len(prompts), _BATCH):
-        batch = prompts[start : start + _BATCH]
-        rendered = render_batch(renderer, [LabeledComparison(p.comparison, "A") for p in batch])
-        for one in rendered:
-            if isinstance(one, Skip):
-                found.append(one)
-                continue
-            ids = [*one.prompt, *one.left_out]
-            if renderer.form == "text" or "templated" in one.notes:
-                ids = ids[: len(ids) - len(renderer.trailing)]  # what the tokenizer ends a text with: this one goes on
-            found.append(ids[1:] if "bos_twice" in one.notes else ids)
-    return found
 
 
 def _whole(prompt: Prompt) -> Any:
@@ -295,7 +258,7 @@ def _prompt_in(row: dict[str, Any] | BadLine, where: str, renamed: Columns) -> P
     named = renamed.apply(row) if renamed and not isinstance(row, BadLine) else row
     found = _read(named, read_own)
     if isinstance(found, Skip):
-        raise _refused(where, found)
+        raise prompt_refusal(where, found)
     return Prompt(_id_in(row, where), int(where.rpartition(":")[2]), where, found)
 
 
@@ -393,11 +356,12 @@ _alone = make_reader((_prompts_alone,))
 def _sound(pair: Any, where: str) -> Comparison:
     one = pair if isinstance(pair, Skip) else checked(pair)
     if isinstance(one, Skip):
-        raise _refused(where, one)
+        raise prompt_refusal(where, one)
     return _bare(one)
 
 
-def _refused(where: str, skip: Skip) -> UserError:
+def prompt_refusal(where: str, skip: Skip) -> UserError:
+    """What is said of a prompt that cannot be answered, with its place."""
     said = _WORDS.get(skip.reason) or skip.detail or skip.reason.replace("_", " ")
     # The reader's hints name training's keys, which are flags of their own here.
     return UserError(f"{where}: {said.replace('--config.', '--')}")

@@ -9,7 +9,7 @@ from dpo_jax.judging.answers import AnsweredPrompt, answers_digest
 from dpo_jax.judging.kept import KeptLines, Line
 from dpo_jax.judging.progress import JudgingTracker
 from dpo_jax.preference.models import PreferenceModel, Scorer
-from dpo_jax.preference.ranking import AnswerGroup, group_scores, groups_at_once
+from dpo_jax.preference.ranking import AnswerGroup, groups_at_once, scores_in_groups
 from dpo_jax.preference.verdicts import blocks
 
 
@@ -43,13 +43,13 @@ def check_scorable(judge: PreferenceModel, lines: Sequence[AnsweredPrompt]) -> N
 def score_lines(
     judge: PreferenceModel, lines: Sequence[AnsweredPrompt], kept: KeptLines, *, quiet: bool = False
 ) -> list[list[float]]:
-    """The scores of every line's answers, see `group_scores`. Lines that are kept are not judged again."""
+    """The scores of every line's answers, see `scores_in_groups`. Lines that are kept are not judged again."""
     scores = [[_number(one["score"]) for one in line["answers"]] for line in kept.done]
     done, most = len(scores), max(len(line.answers) for line in lines)
     with JudgingTracker(len(lines), done, "prompts", quiet=quiet or done == len(lines)) as tracker:
         for block in blocks(len(lines), done, groups_at_once(judge, most)):
             part = lines[block]
-            new = [of_line.tolist() for of_line in group_scores(judge, list(map(_group, part)))]
+            new = [of_line.tolist() for of_line in scores_in_groups(judge, list(map(_group, part)))]
             kept.write([_scored(line, of_line, judge.name) for line, of_line in zip(part, new, strict=True)])
             scores += new
             tracker.judged(len(part))

@@ -49,7 +49,7 @@ class AnswerGroup:
         return replace(self.asked, completion_a=a, completion_b=b, texts=texts)
 
 
-def group_scores(judge: PreferenceModel, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
+def scores_in_groups(judge: PreferenceModel, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
     """The scores of every group's answers, float64 `[answers]` each; more is better, NaN: none.
 
     A `Scorer` gives its own scores. Any other judge's is the mean of its verdicts for the answer against the others of

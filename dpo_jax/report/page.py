@@ -6,6 +6,7 @@ from typing import Any
 from dpo_jax.records.records import before_after
 from dpo_jax.report import sections
 from dpo_jax.report.charts import Chart, line_chart
+from dpo_jax.report.rounds import rounds_of
 from dpo_jax.report.runs import OTHER_PLOTS, Plot, RunFiles, grouped_plots, main_plots, metric_label, metric_series
 
 NOT_CHARTED = {"step", "pairs", "tokens", "kl_error", "win_rate_error"}  # the last two are whiskers
@@ -34,6 +35,7 @@ def run_page(run: RunFiles) -> dict[str, Any]:
         "curves": _curves(run),
         "held_out": held_out,
         "groups": sections.group_tables(run),
+        "rounds": rounds_of(run),
         "scores": sections.score_figures(run.scores),
         "samples": sections.samples_by_prompt(run),
         "lengths": sections.data_lengths(run.data),

@@ -10,7 +10,7 @@ Which answers are paired is a `mode`:
 A score that a length penalty was taken from decides; among equal scores the answer that was drawn earlier.
 
 >>> rules = Selection("best_worst", length_penalty=0.1)
->>> candidates = [Candidate("short", 2, True), Candidate("a long answer", 30, True), Candidate("cut", 9, False)]
+>>> candidates = [DrawnAnswer("short", 2, True), DrawnAnswer("a long answer", 30, True), DrawnAnswer("cut", 9, False)]
 >>> select_pairs([1.0, 2.0, 5.0], candidates, rules, np.random.default_rng(0))
 Selected(pairs=[(0, 1)], dropped={'unfinished': 1})
 """
@@ -68,7 +68,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class DrawnAnswer:
     """An answer: its text, its tokens, and whether it came to an end."""
 
     text: str
@@ -85,7 +85,7 @@ class Selected:
 
 
 def select_pairs(
-    scores: Sequence[float] | np.ndarray, answers: Sequence[Candidate], rules: Selection, rng: np.random.Generator
+    scores: Sequence[float] | np.ndarray, answers: Sequence[DrawnAnswer], rules: Selection, rng: np.random.Generator
 ) -> Selected:
     """The pairs of one prompt's answers.
 
@@ -108,7 +108,7 @@ def select_pairs(
     return Selected(pairs, {name: dropped[name] for name in (*OF_ANSWERS, *OF_PROMPTS) if dropped[name]})
 
 
-def _reasons(scores: Sequence[float] | np.ndarray, answers: Sequence[Candidate], rules: Selection) -> list[str]:
+def _reasons(scores: Sequence[float] | np.ndarray, answers: Sequence[DrawnAnswer], rules: Selection) -> list[str]:
     seen: set[str] = set()
     reasons = []
     for score, answer in zip(scores, answers, strict=True):

@@ -18,14 +18,14 @@ from dpo_jax.data.comparison import Comparison, Message
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import Params
 from dpo_jax.preference.models import PreferenceModel
-from dpo_jax.preference.ranking import AnswerGroup, group_scores
+from dpo_jax.preference.ranking import AnswerGroup, scores_in_groups
 from dpo_jax.sampling.engine import Name, Sampler, prompt_identity
 from dpo_jax.sampling.params import Answer, SamplingParams
-from dpo_jax.sampling.selection import Candidate, Selection, select_pairs
+from dpo_jax.sampling.selection import DrawnAnswer, Selection, select_pairs
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedPrompt:
     """A prompt to collect pairs for.
 
     Attributes:
@@ -50,7 +50,7 @@ class Asked:
 class PairAnswers:
     """A pair: the prompt, and its better and its worse answer with their scores and which of n they are."""
 
-    asked: Asked
+    asked: AskedPrompt
     answers: tuple[Answer, Answer]
     scores: tuple[float, float]
     samples: tuple[int, int]
@@ -80,7 +80,7 @@ def collect_pairs(
     sampler: Sampler,
     params: Params,
     judge: PreferenceModel,
-    prompts: Sequence[Asked],
+    prompts: Sequence[AskedPrompt],
     asked: SamplingParams,
     rules: Selection,
     beat: Callable[[str], None] = lambda what: None,
@@ -125,9 +125,9 @@ def check_judged(judge: PreferenceModel, found: Collected) -> None:
         raise UserError(f"judge={judge.name}: no verdict on any of {count} answers; is it a judge of this data?")
 
 
-def candidate(answer: Answer) -> Candidate:
+def candidate(answer: Answer) -> DrawnAnswer:
     """What decides whether an answer may be in a pair."""
-    return Candidate(answer.text, len(answer.token_ids), answer.finish_reason == "stop")
+    return DrawnAnswer(answer.text, len(answer.token_ids), answer.finish_reason == "stop")
 
 
 def pair_rng(asked: SamplingParams, name: Name) -> np.random.Generator:
@@ -142,12 +142,12 @@ def _scores_everywhere(judge: PreferenceModel, groups: Sequence[AnswerGroup]) ->
       UserError: in all processes where the first one's judge does not answer.
     """
     if jax.process_count() == 1 or not getattr(judge, "is_remote", False):
-        return group_scores(judge, groups)
+        return scores_in_groups(judge, groups)
     counts = [len(group.completions) for group in groups]
     found, why = np.zeros(sum(counts) + 1), "the judge of the first process does not answer"
     if jax.process_index() == 0:
         try:
-            found[:-1] = np.concatenate(group_scores(judge, groups))
+            found[:-1] = np.concatenate(scores_in_groups(judge, groups))
         except UserError as error:
             found[-1], why = 1, str(error)
     with jax.transfer_guard("allow"):  # a few numbers of every prompt

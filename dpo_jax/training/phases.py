@@ -22,6 +22,7 @@ from dpo_jax.training.loop import Phase, State, run_phase
 from dpo_jax.training.own_answers import kl_measures, measure_answers, sample_measures
 from dpo_jax.training.reference import (
     abstract_reference,
+    followed,
     given_reference,
     held_out_reference,
     kept_reference,
@@ -89,7 +90,8 @@ def params_after_dpo(run: Run, schedule: Schedule, steps: int) -> Params:
     dpo = begin_dpo(run, steps, schedule)
     given = given_reference(dpo.values, run.data.train)
     source = step_source(schedule, run.layout.mesh, steps, s.batch.microbatches, given)
-    tree = run_updates(run, "train", dpo.objective.loss, source, dpo.step, dpo.tree, s.sft_steps, dpo.evaluate)
+    before = s.sft_steps, 0
+    tree = run_updates(run, "train", dpo.objective.loss, source, dpo.step, dpo.tree, before, dpo.evaluate)
     return dpo.parts(tree)[0].params
 
 
@@ -104,10 +106,12 @@ def params_after_rounds(run: Run, schedule: Schedule, steps: int) -> Params:
     tree, every = dpo.tree, steps // s.rounds.count
     collector = RoundCollector(run, layout.row_limits(s.batch.microbatches))
     for number in range(max(0, run.done - s.sft_steps) // every, s.rounds.count):
-        schedule = collector.schedule(number, number * every, dpo.parts(tree)[0].params)
+        first = number * every
+        if s.reference.follows and number and run.done <= s.sft_steps + first:
+            tree = followed(tree, layout)
+        schedule = collector.schedule(number, first, dpo.parts(tree)[0].params)
         source = step_source(schedule, layout.mesh, every, s.batch.microbatches)
-        step, first = dpo.step, number * every
-        tree = run_updates(run, "train", dpo.objective.loss, source, step, tree, s.sft_steps, dpo.evaluate, first)
+        tree = run_updates(run, "train", dpo.objective.loss, source, dpo.step, tree, (s.sft_steps, first), dpo.evaluate)
     return dpo.parts(tree)[0].params
 
 
@@ -168,18 +172,17 @@ def run_updates(
     source: StepSource,
     step: Callable[..., Any],
     state: State,
-    before: int = 0,
+    before: tuple[int, int] = (0, 0),
     evaluate: Callable[[State, int], dict[str, Any]] | None = None,
-    first: int = 0,
 ) -> State:
     """The loop over a source's steps, from where the run is.
 
     Args:
-      before: updates of other phases, which checkpoints count too.
-      first: updates of this phase before those of the source.
+      before: updates of other phases, which checkpoints count too, and of this phase before those of the source.
     """
     s = run.settings
-    start = max(first, run.done - before)
+    others, first = before
+    start = max(first, run.done - others)
     phase = Phase(
         split=split,
         loss=loss,
@@ -189,7 +192,7 @@ def run_updates(
         eval_every=s.eval_every if evaluate else 0,
         checkpoint_every=s.checkpoint_every,
         evaluate=evaluate,
-        save=lambda n, state: checkpoint.save_checkpoint(run.checkpoints, before + n, state),
+        save=lambda n, state: checkpoint.save_checkpoint(run.checkpoints, others + n, state),
         check_save=functools.partial(checkpoint.check_save, run.checkpoints),
         max_bad_steps=s.max_bad_steps,
         keep_bad_batch=functools.partial(setup.keep_bad_batch, run),

@@ -103,11 +103,17 @@ def moving_step(
     def step(tree: dict[str, Any], *rows: Any) -> tuple[dict[str, Any], Any]:
         reference = tree["reference"]
         state, metrics = update(tree["state"], reference, *rows)
-        if next(numbers) % options.sync_every == 0:
+        if options.sync_every and next(numbers) % options.sync_every == 0:
             reference = sync(reference, state.params)
         return {"state": state, "reference": reference}, metrics
 
     return step
+
+
+def followed(tree: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """The tree of a state and its reference, where the reference is now the policy."""
+    sync = make_reference_sync(1.0, shardings=layout.shardings)
+    return tree | {"reference": sync(tree["reference"], tree["state"].params)}
 
 
 @dataclasses.dataclass(frozen=True)

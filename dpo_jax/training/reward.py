@@ -40,7 +40,7 @@ def params_after_pairs(run: Run, schedule: Schedule, steps: int) -> Params:
     update = functools.partial(setup.train_step_on(layout, run.models, objective, tx, rate), base=run.base)
     step = lambda state, batch, shape: update(state, None, batch, shape)
     held_out = _evaluator(run) if len(run.data.evaluation) else None
-    return run_updates(run, "train", objective.loss, source, step, state, 0, held_out).params
+    return run_updates(run, "train", objective.loss, source, step, state, evaluate=held_out).params
 
 
 def margins(pairs: Pairs) -> Given:

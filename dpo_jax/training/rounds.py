@@ -32,7 +32,7 @@ from dpo_jax.rows.schedule import Schedule, efficiency, make_schedule
 from dpo_jax.rows.shape import RowLimits
 from dpo_jax.sampling.params import SamplingParams
 from dpo_jax.training.inputs import sources_of
-from dpo_jax.training.on_policy import Asked, Collected, check_judged, collect_pairs, pair_record
+from dpo_jax.training.on_policy import AskedPrompt, Collected, check_judged, collect_pairs, pair_record
 from dpo_jax.training.setup import Run
 
 BLOCK = 64  # prompts that are drawn and judged together, and done again at most where a run was stopped
@@ -112,7 +112,8 @@ class RoundCollector:
         path = self._path(name)
         if not agreed(path.is_file()):
             self._collect(name, path, params(), prompts)
-        if self.run.done <= self.run.settings.sft_steps + updates or name == SFT:
+        begins = self.run.done == 0 if name == SFT else self.run.done <= self.run.settings.sft_steps + updates
+        if begins:
             self.run.writer.write({"step": updates, "split": "collect", "round": name} | read_json(_about(path)))
         return read_pairs(path)
 
@@ -174,12 +175,12 @@ class RoundCollector:
         write_whole(path, "".join(lines))
         shutil.rmtree(parts)
 
-    def _asked(self, place: int, comparison: Comparison) -> Asked:
+    def _asked(self, place: int, comparison: Comparison) -> AskedPrompt:
         pairs = self.run.data.train
         text = None if comparison.texts is None else comparison.texts[0]
-        strips = self.run.data.report["prompt_format"] == "plain" or transcript_prompt(text) is not None
+        strips = self.run.data.form == "plain" or transcript_prompt(text) is not None
         ids = pairs[place][0].tolist()
-        return Asked(int(pairs.index[place]), ids, tuple(ids), comparison, strips)
+        return AskedPrompt(int(pairs.index[place]), ids, tuple(ids), comparison, strips)
 
 
 def best_answers(run: Run, params: Callable[[], Params], limits: RowLimits) -> Schedule:

@@ -159,7 +159,10 @@ def win_rate_measures(run: Run, contest: Contest | None, *, begins: bool) -> lis
         values |= {"no_verdict": rate.no_verdict} if rate.no_verdict else {}
         return values | {"answer_characters": float(np.mean([len(text) for text in texts]))}
 
-    asked = SamplingParams(max_tokens=run.settings.sample_tokens, seed=run.settings.seed)
+    s = run.settings
+    asked = SamplingParams(
+        temperature=s.sample_temperature, top_p=s.sample_top_p, max_tokens=s.sample_tokens, seed=s.seed
+    )
     return [Measure([AnswerRequest(held.prompts, asked)], of)]
 
 

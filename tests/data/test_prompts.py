@@ -5,7 +5,8 @@ import json
 import pytest
 
 from dpo_jax.data.comparison import Comparison, LabeledComparison
-from dpo_jax.data.prompts import dataset_prompts, prompt_of, prompt_tokens, prompts_digest, prompts_in, read_prompts
+from dpo_jax.data.prompt_ids import prompt_tokens
+from dpo_jax.data.prompts import dataset_prompts, prompt_of, prompts_digest, prompts_in, read_prompts
 from dpo_jax.data.render import make_renderer, render_batch
 from dpo_jax.errors import UserError
 from tests.data.small_tokenizers import small_tokenizer

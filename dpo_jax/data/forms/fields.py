@@ -39,9 +39,10 @@ _LAST = frozenset(
     size num number ratio percent percentage order position turn turns round rounds step seed temperature batch
     metadata meta info stats statistics params parameters config configs settings ip kwargs extra extras details
     usage vulnerability
-    rationale rationales critique critiques feedback comment comments remark remarks explanation explanations
-    justification evaluation evaluations assessment judgment judgement judgments judgements verdict analysis review
-    reviews annotation annotations statement elaboration unprocessed anony anonymous natured moderation toxic
+    rationale rationales reason reasons critique critiques feedback comment comments remark remarks explanation
+    explanations justification evaluation evaluations assessment judgment judgement judgments judgements verdict
+    analysis review reviews annotation annotations statement elaboration unprocessed anony anonymous natured moderation
+    toxic
     responses generations completions candidates outputs output gold reference references truth target solution answer
     answers correct incorrect expected winner loser better safer safe harmful relevant valid
     """.split()
