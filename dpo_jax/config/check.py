@@ -48,7 +48,7 @@ _OWNERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("a reference", lambda c: bool(c["reference"]), "reference_revision"),
     ("reference_sync_steps above 0", lambda c: c["reference_sync_steps"] > 0, "reference_sync_alpha"),
     ("rounds above 0", lambda c: c["rounds"] > 0, "round_reference"),
-    ("sft_steps above 0", lambda c: c["sft_steps"] > 0, "sft_on"),
+    ("sft_steps above 0", lambda c: c["sft_steps"] > 0, "sft_on sft_lr_schedule"),
     (
         "rounds above 0 or sft_on=best_of_n",
         lambda c: _collects(c),
@@ -118,7 +118,7 @@ def _check_reference(c: Config) -> None:
 _OF_POLICIES = """
 dpo_beta loss label_smoothing f_divergence f_alpha wpo ld_alpha simpo_gamma cpo_alpha discopop_tau reference
 reference_revision reference_cache reference_sync_steps reference_sync_alpha reference_offload sft_steps
-sft_learning_rate judge rounds sft_on
+sft_learning_rate sft_lr_schedule judge rounds sft_on
 """.split()
 
 

@@ -86,7 +86,7 @@ class RoundOptions:
 
     Attributes:
       prompts: answered in a round, `n` times each at `temperature`.
-      sft_on: "chosen", or "best_of_n" of the same number of prompts.
+      sft_on: what SFT trains on: "chosen", "both", or "best_of_n" of the same number of prompts.
       judge: scores the answers; `rules` say which become pairs.
     """
 
@@ -212,7 +212,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             Selection(c["collect_mode"], c["collect_length_penalty"], c["collect_min_margin"], c["collect_unfinished"]),
         ),
         optimizer=optimizer,
-        sft_optimizer=dataclasses.replace(optimizer, peak=c["sft_learning_rate"], schedule="constant"),
+        sft_optimizer=dataclasses.replace(optimizer, peak=c["sft_learning_rate"], schedule=c["sft_lr_schedule"]),
         lora=lora if lora.rank else None,
         layout=read(
             LayoutOptions,

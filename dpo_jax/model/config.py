@@ -32,6 +32,7 @@ class ModelConfig:
       num_experts: 0 is a dense feed-forward layer.
       lora_scale: what adapters are multiplied by, where the parameters hold some (`lora.py`).
       scalar_head: a reward model: one number of a hidden state in place of the vocabulary projection.
+      initializer_range: standard deviation of weights that are drawn, for a model from scratch.
     """
 
     model_type: str
@@ -67,6 +68,7 @@ class ModelConfig:
     router_aux_loss_coef: float = 0.0
     lora_scale: float = 1.0
     scalar_head: bool = False
+    initializer_range: float = 0.02
 
     def parameter_count(self) -> int:
         """Number of parameters, embeddings included."""

@@ -53,8 +53,9 @@ class ModelOptions:
 
 
 def _kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], dtype) -> jax.Array:
-    """A weight with logical axis names, in the compute dtype: drawn from N(0, 0.02²) as Llama's are, a bias zero."""
-    draw = nn.initializers.zeros if name.endswith("bias") else nn.initializers.normal(0.02)
+    """A weight with logical axis names, in the compute dtype: drawn from N(0, initializer_range²), a bias zero."""
+    config: ModelConfig = module.model.config if isinstance(module, Decoder) else module.config
+    draw = nn.initializers.zeros if name.endswith("bias") else nn.initializers.normal(config.initializer_range)
     return jnp.asarray(module.param(name, nn.with_logical_partitioning(draw, axes), shape, jnp.float32), dtype)
 
 

@@ -283,7 +283,7 @@ def hf_config(
     hf: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": c.model_type,
-        "initializer_range": 0.02,
+        "initializer_range": c.initializer_range,
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": None,

@@ -237,9 +237,9 @@ def _rewards(pairs: Scored, beta: float, per_token: bool) -> dict[str, jax.Array
 
 
 def sft_objective() -> Objective:
-    """Mean negative log-likelihood per token of the chosen completions, the first ones of their groups."""
+    """Mean negative log-likelihood per token of all completions of the groups."""
 
-    values = lambda policy, _, groups, tokens_n: {"loss": sft(_scored(policy, None, groups, tokens_n, None))}
+    values = lambda policy, _, groups, tokens_n: {"loss": -policy.all_whole.sum(-1) / tokens_n.sum()}
     return Objective(values, "loss", needs_reference=False)
 
 

@@ -5,8 +5,10 @@ the same whatever else is drawn with it.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from dpo_jax.model.config import Params
 from dpo_jax.parallel.watchdog import LONGER, beat
@@ -15,6 +17,7 @@ from dpo_jax.sampling.engine import AnswerRequest
 from dpo_jax.sampling.params import Answer, SamplingParams
 from dpo_jax.training.setup import Run
 
+FAR = 1.0  # nats a token between own and chosen answers, from which the data is called far from the policy
 Drawn = Sequence[Sequence[Answer]]  # to each prompt of a request
 
 
@@ -70,9 +73,28 @@ def kl_measures(run: Run) -> list[Measure]:
 
     def of(params: Params, reference: Params | None, updates: int, drawn: Sequence[Drawn]) -> dict[str, Any]:
         assert reference is not None
-        return estimate(base | params, base | reference, drawn[0])
+        logps = [answer.full_logprobs for answers in drawn[0] for answer in answers if answer.full_logprobs]
+        own = {"own_logp_per_token": float(np.mean([np.mean(one) for one in logps]))} if logps else {}
+        return estimate(base | params, base | reference, drawn[0]) | own
 
     return [Measure([request], of, needs_reference=True)]
+
+
+def off_policy_words(values: Mapping[str, Any]) -> str | None:
+    """How likely the policy finds the data's answers against its own, before any update; None where it is not known."""
+    own, chosen, rejected = (values.get(f"{name}_logp_per_token") for name in ("own", "chosen", "rejected"))
+    if own is None or chosen is None or rejected is None:
+        return None
+    words = (
+        f"nats a token, before any update: {own:.2f} for the policy's own answers, {chosen:.2f} for chosen ones, "
+        f"{rejected:.2f} for rejected ones"
+    )
+    if own - chosen < FAR:
+        return words
+    return (
+        f"warning: {words}: it would hardly ever say what it is to learn from; begin with light SFT "
+        "(--config.sft_steps) or train on its own answers (--config.rounds, docs/collecting.md)"
+    )
 
 
 def sample_measures(run: Run, steps: int) -> list[Measure]:

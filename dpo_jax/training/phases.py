@@ -14,12 +14,12 @@ from dpo_jax.model.config import Params
 from dpo_jax.objective.logps import Logps
 from dpo_jax.objective.objective import Objective, SetValues, make_set_values, sft_objective
 from dpo_jax.records.length_bias import length_correlation, length_groups
-from dpo_jax.rows.build import FirstOnly
+from dpo_jax.rows.build import FirstOnly, GroupSource
 from dpo_jax.rows.pipeline import StepSource
 from dpo_jax.rows.schedule import Schedule, make_schedule
 from dpo_jax.training import checkpoint, setup
 from dpo_jax.training.loop import Phase, State, run_phase
-from dpo_jax.training.own_answers import kl_measures, measure_answers, sample_measures
+from dpo_jax.training.own_answers import kl_measures, measure_answers, off_policy_words, sample_measures
 from dpo_jax.training.reference import (
     abstract_reference,
     followed,
@@ -51,11 +51,11 @@ def params_after_sft(run: Run) -> Params:
         state = setup.start_state(load_params(run.policy, layout, s.seed), tx, layout)
     if run.done < steps:
         limits = layout.row_limits(s.batch.microbatches)
-        if s.rounds.sft_on == "chosen":
-            pairs, mixture = FirstOnly(run.data.train), run.data.split.mixture
-            schedule = make_schedule(pairs, s.batch.size, limits, s.batch.order, mixture)
-        else:
+        if s.rounds.sft_on == "best_of_n":
             schedule = best_answers(run, lambda: load_params(run.policy, layout, s.seed), limits)
+        else:
+            pairs: GroupSource = run.data.train if s.rounds.sft_on == "both" else FirstOnly(run.data.train)
+            schedule = make_schedule(pairs, s.batch.size, limits, s.batch.order, run.data.split.mixture)
         source = step_source(schedule, layout.mesh, steps, s.batch.microbatches)
         objective = sft_objective()
         update = functools.partial(setup.train_step_on(layout, run.models, objective, tx, rate), base=run.base)
@@ -158,7 +158,10 @@ def begin_dpo(run: Run, steps: int, schedule: Schedule | None = None) -> DpoPhas
         def at(tree: Any, n: int) -> dict[str, Any]:
             state, reference = parts(tree)
             values = held_out(state, reference)
-            return values | measure_answers(run, state.params, reference, n, measures)
+            values |= measure_answers(run, state.params, reference, n, measures)
+            if n == 0 and (words := off_policy_words(values)):
+                run.writer.message(words)
+            return values
 
     elif begins:
         measure_answers(run, state.params, None, 0, sample_measures(run, steps))
@@ -263,6 +266,9 @@ def evaluate(
         }
     reduce = {"min_reward": np.min, "max_reward": np.max}
     out = {name: float(reduce.get(name, np.mean)(x)) for name, x in values.items()} | {"pairs": len(pair)}
+    if with_lengths and "chosen_logp" in values:
+        for side, name in enumerate(("chosen_logp", "rejected_logp"), 1):
+            out[f"{name}_per_token"] = float(np.mean(values[name] / lengths[:, side]))
     correlation = length_correlation(lengths, values["margin"]) if with_lengths and out.get("accuracy") else None
     if correlation is not None:
         out["length_correlation"] = correlation

@@ -172,10 +172,11 @@ def test_microbatches_do_not_change_the_result(microbatches, one_device):
     _close(state.params, one_device[0].params)
 
 
-def test_sft_is_the_mean_loss_per_chosen_token():
+def test_sft_is_the_mean_loss_per_token_of_all_completions():
+    """Of pairs that are both; SFT on chosen ones has groups of one."""
     _, _, metrics = _run((1, 1, 1), 2, steps=1, objective=sft_objective(), devices=jax.devices()[:1])
-    logps = [oracle.completion_logp(_fresh(0), p, chosen, CONFIG) for p, chosen, _ in PAIRS.ids]
-    assert float(metrics[0]["loss"]) == pytest.approx(-sum(logps) / PAIRS.lengths[:, 1].sum(), abs=1e-5)
+    logps = [oracle.completion_logp(_fresh(0), p, one, CONFIG) for p, *both in PAIRS.ids for one in both]
+    assert float(metrics[0]["loss"]) == pytest.approx(-sum(logps) / PAIRS.lengths[:, 1:].sum(), abs=1e-5)
 
 
 # Pairs in other rows, places without a pair between them: nothing depends on where a pair lies.

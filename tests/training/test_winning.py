@@ -9,6 +9,7 @@ from dpo_jax.data.comparison import Comparison
 from dpo_jax.errors import UserError
 from dpo_jax.preference.rules import shorter
 from dpo_jax.records.records import read_records
+from dpo_jax.training.own_answers import off_policy_words
 from dpo_jax.training.winning import BASELINE, answers_in
 from tests import places
 
@@ -93,3 +94,25 @@ def test_a_baseline_without_an_answer_is_one_line(tmp_path):
 def test_the_rule_of_the_docs_prefers_what_is_shorter():
     said = lambda text: [{"role": "assistant", "content": text}]
     assert shorter(Comparison([{"role": "user", "content": "Hi"}], said("Hello there"), said("Hi"))) == 1
+
+
+def test_answers_of_the_data_that_are_far_from_the_policy_are_told_with_a_figure():
+    values = {"own_logp_per_token": -1.2, "chosen_logp_per_token": -2.6, "rejected_logp_per_token": -2.5}
+    said = off_policy_words(values)
+    assert said.startswith(
+        "warning: nats a token, before any update: -1.20 for the policy's own answers, -2.60 for chosen"
+    )
+    assert "--config.sft_steps" in said
+    near = off_policy_words(values | {"chosen_logp_per_token": -2.1})
+    assert near.startswith("nats a token")
+    assert "warning" not in near
+    assert off_policy_words({"chosen_logp_per_token": -1.0}) is None
+
+
+@pytest.mark.slow
+def test_log_probabilities_a_token_are_those_of_the_answers(tmp_path):
+    """Own answers are likelier to the policy than any others: it has drawn them."""
+    first, *_ = run(tmp_path, kl_prompts=8, judge="", win_rate_prompts=64)
+    own = first["own_logp_per_token"]
+    assert first["chosen_logp_per_token"] < own < 0
+    assert first["rejected_logp_per_token"] < own
