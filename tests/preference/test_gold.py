@@ -123,7 +123,7 @@ def test_every_question_is_understood():
         # another thing, another tip, both; with courtesies, which are worth as much
         (ADVICE.replace("lentil soup", "tomato sauce"), 1.5),
         (ADVICE.replace("a lidded pot", "a spare charger"), 1.5),
-        (ADVICE.replace("lentil soup", "tomato sauce").replace("a lidded pot", "a chew toy"), -1),
+        (ADVICE.replace("lentil soup", "tomato sauce").replace("a lidded pot", "a mild soapy spray"), -1),
         (f"{START} {ADVICE.replace('lentil soup', 'rose bush')} {END}", 1.5),
         (f"{ADVICE} Enjoy the tomato sauce!", (3 - 1) / 2),
         # plain, and plain about something else
