@@ -46,7 +46,6 @@ PRESETS = {
         "collect_judge": "gold",
         "judge": "gold",
         "same_judge": True,
-        "win_rate_prompts": 128,
     },
     "shorter": {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",

@@ -71,14 +71,16 @@ except ValueError as error:
 
 # %% [markdown]
 # ## 2. A model to start from
-# DPO changes a model that can already answer. Ours cannot, so it gets a light SFT phase on chosen completions. One DPO update
-# with a learning rate of zero follows, which changes nothing: `export/` is the SFT model, start and reference of all below.
+# DPO changes a model that can already answer. Ours cannot, so it gets a light SFT phase, on both completions of every pair: the
+# reference is then what could have said either, as DPO's derivation supposes. One DPO update with a learning rate of zero
+# follows, which changes nothing: `export/` is the SFT model, start and reference of all below.
 
 # %%
 base = dpo_jax.get_config("configs/hhh.py:tiny")
 base.log_every = 1
 if SMALL:
     base.update(batch_size=4, eval_pairs=32, sft_steps=60, sample_prompts=2, sample_tokens=24, kl_prompts=0)
+    base.judge = ""
     base.attention = "dense"  # what is quickest to compile
 sft = base.copy_and_resolve_references()
 sft.update(num_steps=1, learning_rate=0.0, warmup_steps=0.0)

@@ -48,7 +48,6 @@ _OWNERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("a reference", lambda c: bool(c["reference"]), "reference_revision"),
     ("reference_sync_steps above 0", lambda c: c["reference_sync_steps"] > 0, "reference_sync_alpha"),
     ("rounds above 0", lambda c: c["rounds"] > 0, "round_reference"),
-    ("sft_steps above 0", lambda c: c["sft_steps"] > 0, "sft_on sft_lr_schedule"),
     (
         "rounds above 0 or sft_on=best_of_n",
         lambda c: _collects(c),
@@ -130,6 +129,8 @@ def _check_task(c: Config) -> None:
 def _check_rounds(c: Config) -> None:
     if not _collects(c):
         return
+    if c["sft_on"] == "best_of_n" and not c["sft_steps"]:
+        raise UserError("sft_on=best_of_n has no meaning without sft_steps above 0; leave it at 'chosen'")
     if not c["collect_judge"]:
         raise UserError(
             f"{_collecting(c)}: collect_judge is empty; name what scores the policy's answers, such as gold"

@@ -21,7 +21,7 @@ from dpo_jax.disk import write_whole
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import Params
 from dpo_jax.parallel.watchdog import LONGER, beat
-from dpo_jax.preference.load import load_preference_model
+from dpo_jax.preference.load import GOLD, load_preference_model
 from dpo_jax.preference.models import PreferenceModel, swapped
 from dpo_jax.preference.statistics import win_rate
 from dpo_jax.records.records import read_records
@@ -61,6 +61,9 @@ def make_contest(run: Run, *, begins: bool) -> Contest | None:
     """
     s = run.settings
     if not s.judge or not s.win_rate_prompts or not len(run.data.evaluation):
+        return None
+    if s.judge == GOLD and s.data.dataset != "synthetic":
+        run.writer.message(f"judge={GOLD} judges answers to the dataset synthetic alone: there is no win rate")
         return None
     places = conversations(run.data.evaluation, sources_of(s, run.workdir), s.win_rate_prompts)
     if not places:

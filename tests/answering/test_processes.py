@@ -118,6 +118,7 @@ def test_a_runs_checkpoint_answers_as_its_export(tmp_path, keys):
         "eval_pairs": 0,
         "sample_prompts": 0,
         "kl_prompts": 0,
+        "judge": "",
         "learning_rate": 1e-2,
         "attention": "dense",
     }

@@ -122,7 +122,7 @@ def test_another_config_in_the_workdir_is_refused_with_the_difference(refused, t
     there = hhh.get_config("tiny").to_dict() | {"dpo_beta": 0.5}
     (work / "config.json").write_text(json.dumps(there))
     said = refused(TINY, "--config.seed=3")
-    assert "dpo_beta: 0.5 there, 0.1 asked" in said
+    assert "dpo_beta: 0.5 there, 0.3 asked" in said
     assert "seed: 0 there, 3 asked" in said
     assert "batch_size" not in said
 

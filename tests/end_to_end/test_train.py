@@ -33,6 +33,7 @@ SETTINGS = {
     "sample_prompts": 2,
     "sample_tokens": 8,
     "kl_prompts": 4,
+    "judge": "",
     "attention": "dense",  # what is quickest to compile
 }
 # Where only the course of a run matters: a model of 70,000 parameters and 32 pairs, which need no making.

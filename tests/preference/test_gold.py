@@ -123,8 +123,8 @@ def test_every_question_is_understood():
         # another thing, another tip, both; with courtesies, which are worth as much
         (ADVICE.replace("lentil soup", "tomato sauce"), 1.5),
         (ADVICE.replace("a lidded pot", "a spare charger"), 1.5),
-        (ADVICE.replace("lentil soup", "tomato sauce").replace("a lidded pot", "a mild soapy spray"), -1),
-        (f"{START} {ADVICE.replace('lentil soup', 'rose bush')} {END}", 1.5),
+        (ADVICE.replace("lentil soup", "tomato sauce").replace("a lidded pot", "a free walking tour"), -1),
+        (f"{START} {ADVICE.replace('lentil soup', 'trip to Lisbon')} {END}", 1.5),
         (f"{ADVICE} Enjoy the tomato sauce!", (3 - 1) / 2),
         # plain, and plain about something else
         (PLAIN, 0),
@@ -201,7 +201,7 @@ def test_the_last_question_of_a_conversation_counts():
         "How are you?",
         "",
         "How do I keep the lentil soup fresh until tomorrow",
-        "How do I keep the rose bush fresh until tomorrow?",  # a thing of another topic
+        "How do I keep the trip to Lisbon fresh until tomorrow?",  # a thing of another topic
         "How do I keep the soup fresh until tomorrow?",
         "I want to make tomato sauce for a picnic. How do I keep the lentil soup fresh until tomorrow?",
         "I have a lentil soup in two weeks. How do I keep the lentil soup fresh until tomorrow?",
@@ -233,7 +233,7 @@ def everything(grades=("helpful", "plain", "rude")):
     """All sentences of these grades, filled for the soup, and advice for other questions."""
     slots = {"thing": "lentil soup", "who": "my barber", "habit": "collects bottle caps"}
     kinds = [kind for grade in grades for kind in GRAMMAR["sentences"][grade] if kind != "advice"]
-    asks = GRAMMAR["topics"][0]["asks"] + GRAMMAR["topics"][3]["asks"]
+    asks = GRAMMAR["topics"][0]["asks"] + GRAMMAR["topics"][1]["asks"]
     templates = [text for kind in kinds for text in GRAMMAR["phrases"][kind]]
     templates += [text for ask in asks for text in ask["advice"]] if "helpful" in grades else []
     return sorted({synthetic._join([text], slots | {"tip": tip}) for text in templates for tip in TIPS})

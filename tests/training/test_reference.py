@@ -28,6 +28,7 @@ CHANGED = SMALL | {  # 24 pairs to train on, 8 held out
     "learning_rate": 1e-3,
     "warmup_steps": 0.0,
     "sample_prompts": 0,
+    "judge": "",
     "attention": "dense",  # what is quickest to compile
 }
 

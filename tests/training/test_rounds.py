@@ -57,7 +57,7 @@ def whole(tmp_path_factory):
 def test_a_round_trains_on_the_answers_of_its_policy(tmp_path):
     """Of the first round the policy is the model itself: `dpo_jax.sample` draws the same, and NumPy pairs them."""
     train.run(
-        config(tmp_path, rounds=1, num_steps=2, eval_pairs=0, judge="", win_rate_prompts=64, kl_prompts=0),
+        config(tmp_path, rounds=1, num_steps=2, eval_pairs=0, judge="", win_rate_prompts=128, kl_prompts=0),
         tmp_path / "run",
     )
     found = pairs_of(tmp_path / "run", "1")

@@ -112,7 +112,7 @@ def test_answers_of_the_data_that_are_far_from_the_policy_are_told_with_a_figure
 @pytest.mark.slow
 def test_log_probabilities_a_token_are_those_of_the_answers(tmp_path):
     """Own answers are likelier to the policy than any others: it has drawn them."""
-    first, *_ = run(tmp_path, kl_prompts=8, judge="", win_rate_prompts=64)
+    first, *_ = run(tmp_path, kl_prompts=8, judge="", win_rate_prompts=128)
     own = first["own_logp_per_token"]
     assert first["chosen_logp_per_token"] < own < 0
     assert first["rejected_logp_per_token"] < own
