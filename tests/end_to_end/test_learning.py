@@ -33,7 +33,16 @@ RUNS |= {f"f_divergence={f}": {"f_divergence": f} for f in ("forward_kl", "js", 
 # Rude answers are nothing the policy would say: few pairs weigh much, and a large beta soon has enough of those.
 RUNS["wpo"] = {"wpo": True, "dpo_beta": 1.0, "learning_rate": 2e-4, "num_steps": 60}
 RUNS |= {"ld_alpha": {"ld_alpha": 0.5}, "reference_sync_steps": {"reference_sync_steps": 10}}
-SWEEP = {"num_steps": 30, "learning_rate": 3e-4, "eval_every": 0, "checkpoint_every": 0, "sample_prompts": 0, "judge": ""}
+SWEEP = {
+    "dpo_beta": 0.1,
+    "batch_size": 32,
+    "num_steps": 30,
+    "learning_rate": 3e-4,
+    "eval_every": 0,
+    "checkpoint_every": 0,
+    "sample_prompts": 0,
+    "judge": "",
+}
 
 
 @pytest.fixture(scope="module")
