@@ -1,7 +1,7 @@
 """dpo_jax against TRL 1.16 and google-tunix 0.1.7 on this machine, and what each part of dpo_jax's own step is worth.
 
     python benchmarks/compare.py --model DIR --hh FILE [--ultrafeedback FILE]
-        [--peers trl:4,trl:1,...] [--own PAIRS] [--remat POLICY] [--batch-sizes 16,64] [--steps 5]
+        [--peers trl:4,trl:1,trl-reward:1,...] [--own PAIRS] [--remat POLICY] [--batch-sizes 16,64] [--steps 5]
         [--no-ablation] [--no-tpu] [--out DIR] [--json FILE] [--write-docs]
 
 DIR is a Hugging Face directory (a Llama in float32, such as SmolLM2-135M-Instruct), FILEs are raw ones, such as
@@ -60,6 +60,7 @@ class Peer:
     worker: str
     flags: tuple[str, ...] = ()
     limits: tuple[int, int] = (512, 512)  # tokens of a prompt, of a completion
+    task: str = "dpo"  # or "reward", of which both trainers begin with the same head
 
 
 DATA = {"hh": Data("hhh", 8), "ultrafeedback": Data("ultrafeedback", 4)}
@@ -67,6 +68,7 @@ TRL = ("torch==2.13.0", "trl==1.16.0", "safetensors", "jinja2", "sentencepiece",
 PEERS = {
     "trl": Peer("trl-environment", (3, 11), TRL, "benchmarks.trl_worker"),
     "trl-bf16": Peer("trl-environment", (3, 11), TRL, "benchmarks.trl_worker", ("--bf16",)),
+    "trl-reward": Peer("trl-environment", (3, 11), TRL, "benchmarks.trl_worker", ("--reward",), task="reward"),
     # Every pair is padded to the limits: at 512 + 512 one pair at once took more than 17 GB.
     "tunix": Peer("tunix-environment", (3, 12), ("google-tunix==0.1.7",), "benchmarks.tunix_worker", (), (256, 256)),
 }
@@ -76,7 +78,9 @@ DEFAULT_PEERS = "trl:1,trl-bf16:1,tunix:1"  # one pair at once is the peers' fas
 SPARE = 8  # steps there are beyond those asked for: warm-up, and steps for which dpo_jax compiles
 
 
-def own_flags(a: argparse.Namespace, data: str, batch: int, steps: int, limits: tuple[int, int]) -> list[str]:
+def own_flags(
+    a: argparse.Namespace, data: str, batch: int, steps: int, limits: tuple[int, int], task: str = "dpo"
+) -> list[str]:
     """dpo_jax's command line: a config's defaults, with what makes runs comparable and nothing written at the end."""
     d, source = DATA[data], {"hh": a.hh, "ultrafeedback": a.ultrafeedback}[data]
     settings = {
@@ -89,12 +93,27 @@ def own_flags(a: argparse.Namespace, data: str, batch: int, steps: int, limits: 
     }  # fmt: skip
     if a.remat:
         settings["remat"] = a.remat
+    if task == "reward":
+        settings |= {"model": classifier(a), "reward_center": 0.0}
+        for key in ("dpo_beta", "sample_prompts"):
+            del settings[key]
     workdir = a.out / f"run-{data}-{batch}-{time.time_ns()}"
     return [
-        "--config=configs/hhh.py",
+        f"--config=configs/{'hhh' if task == 'dpo' else 'reward'}.py",
         f"--workdir={workdir}",
         *(f"--config.{key}={value}" for key, value in settings.items()),
     ]
+
+
+def classifier(a: argparse.Namespace) -> Path:
+    """The model with a head for scores, made in TRL's environment if it is not there."""
+    path = a.out / "classifier"
+    if not (path / "config.json").exists():
+        python = turns.make_environment(a.out / "trl-environment", TRL, lambda: turns.find_python((3, 11)))
+        command = [python, "-m", "benchmarks.trl_worker", "--model", a.model, "--classifier", str(path)]
+        if code := subprocess.run(command, cwd=ROOT, check=False).returncode:
+            raise turns.Failed(f"making a classifier ended with {code}")
+    return path
 
 
 def own_pairs(a: argparse.Namespace, data: str) -> int:
@@ -112,7 +131,8 @@ def peer_command(a: argparse.Namespace, spec: str, file: Path, longest: Sequence
     name, _, at_once = spec.partition(":")
     peer = PEERS[name]
     python = turns.make_environment(a.out / peer.environment, peer.requirements, lambda: turns.find_python(peer.python))
-    command = [python, "-m", peer.worker, "--model", a.model, "--steps-file", str(file)]
+    model = a.model if peer.task == "dpo" else str(classifier(a))
+    command = [python, "-m", peer.worker, "--model", model, "--steps-file", str(file)]
     command += ["--micro-batch", at_once, *peer.flags]
     if name == "tunix":
         command += ["--widths", ",".join(str(-(-x // 8) * 8) for x in longest)]
@@ -128,7 +148,7 @@ def measure(a: argparse.Namespace, data: str, batch: int, spec: str) -> dict[str
     name, steps = spec.partition(":")[0], a.steps + SPARE
     file = a.out / f"steps-{data}-{batch}.jsonl"
     own = [sys.executable, "-m", "benchmarks.own_worker", "--steps-file", str(file), "--steps", str(steps), "--"]
-    own += own_flags(a, data, batch, steps, PEERS[name].limits)
+    own += own_flags(a, data, batch, steps, PEERS[name].limits, PEERS[name].task)
     cell: dict[str, Any] = {"began": time.strftime("%Y-%m-%d %H:%M"), "load": [os.getloadavg()[0]], "peak_gflops": []}
     records: dict[str, list[dict[str, Any]]] = {"dpo_jax": [], name: []}
     with turns.Worker(own, a.out / f"dpo_jax-{data}-{batch}.log") as ours:
@@ -150,7 +170,12 @@ def measure(a: argparse.Namespace, data: str, batch: int, spec: str) -> dict[str
     batches = read_steps(str(file))[: len(records[name])]
     lengths = [[[len(pair[f"{part}_ids"]) for part in tables.PARTS] for pair in pairs] for pairs in batches]
     cell["load"].append(os.getloadavg()[0])
-    facts = {"limits": PEERS[name].limits, "longest": ready["longest"], "pairs": ready["pairs"]}
+    facts = {
+        "task": PEERS[name].task,
+        "limits": PEERS[name].limits,
+        "longest": ready["longest"],
+        "pairs": ready["pairs"],
+    }
     return cell | {"records": records, "lengths": lengths, **facts}
 
 
@@ -260,8 +285,9 @@ def main() -> int:
     for batch in a.batch_sizes:
         for data in (name for name in DATA if getattr(a, name)):
             for spec in a.peers:
-                limits = "+".join(map(str, PEERS[spec.partition(":")[0]].limits))
-                key = f"{data} {batch} {limits} dpo_jax:{own_at_once(a, data, batch)} {spec}"
+                peer = PEERS[spec.partition(":")[0]]
+                own = f"dpo_jax{'' if peer.task == 'dpo' else f'-{peer.task}'}:{own_at_once(a, data, batch)}"
+                key = f"{data} {batch} {'+'.join(map(str, peer.limits))} {own} {spec}"
                 jobs[key] = lambda data=data, batch=batch, spec=spec: measure(a, data, batch, spec)
     if a.hh and not a.no_ablation:
         batch = a.batch_sizes[0]

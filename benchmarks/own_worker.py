@@ -25,7 +25,7 @@ from dpo_jax.rows.pipeline import StepSource
 from dpo_jax.training import phases
 from dpo_jax.training.loop import Phase
 
-LOGGED = ("dpo_loss", "chosen_logp", "rejected_logp", "grad_norm")
+LOGGED = ("dpo_loss", "loss", "margin", "chosen_logp", "rejected_logp", "grad_norm")
 
 
 def write_steps(source: StepSource, path: Path, steps: int) -> None:
@@ -39,7 +39,7 @@ def write_steps(source: StepSource, path: Path, steps: int) -> None:
             _, placed = source.schedule.place(step)
             ids = rng.permutation(placed[placed >= 0])
             names = ("prompt_ids", "chosen_ids", "rejected_ids")
-            pairs = [dict(zip(names, (x.tolist() for x in source.schedule.pairs[int(i)]), strict=True)) for i in ids]
+            pairs = [dict(zip(names, (x.tolist() for x in source.schedule.groups[int(i)]), strict=True)) for i in ids]
             f.write(json.dumps(pairs) + "\n")
 
 
@@ -57,7 +57,7 @@ def gated(phase: Phase[Any], batches: Iterator[Item], gate: Gate, longest: list[
 
     def step(state: Any, batch: Any, shape: Any) -> Any:
         jax.block_until_ready((state, running))
-        facts.update({name: float(running[name]) for name in LOGGED if running})
+        facts.update({name: float(running[name]) for name in LOGGED if name in running})
         gate.boundary(**facts)
         state, metrics = phase.step(state, batch, shape)
         facts.clear()

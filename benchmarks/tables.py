@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 PARTS = ("prompt", "chosen", "rejected")
-LABELS = {"dpo_jax": "dpo_jax", "trl": "TRL float32", "trl-bf16": "TRL bf16", "tunix": "Tunix float32"}
+LABELS = {
+    "dpo_jax": "dpo_jax",
+    "dpo_jax-reward": "dpo_jax, reward model",
+    "trl": "TRL float32",
+    "trl-bf16": "TRL bf16",
+    "trl-reward": "TRL RewardTrainer float32",
+    "tunix": "Tunix float32",
+}
 NAMES = {"hh": "HH harmless-base", "ultrafeedback": "UltraFeedback"}
 COLUMNS = (
     "data, limits in tokens, pairs a step", "trainer", "pairs at once", "s/step", "pairs/s", "real tokens/s",
@@ -23,21 +30,24 @@ def _markdown(columns: tuple[str, ...], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def work(lengths: list[list[int]], model: dict[str, int], *, shared: bool) -> tuple[int, float]:
+def work(lengths: list[list[int]], model: dict[str, int], *, shared: bool, task: str = "dpo") -> tuple[int, float]:
     """Real tokens of a step, and the operations that training on them needs.
 
     Args:
       lengths: [prompt, chosen, rejected] in tokens of every pair.
       model: parameters of the `body` and of the vocabulary's `projection`.
       shared: whether a prompt is computed once for both completions.
+      task: "dpo" or "reward".
 
     Returns:
       Tokens, and 8 operations for each of them and parameter (2 forward, 4 backward, 2 of the reference's forward); the
-      projection is needed for completion tokens only. Attention's own products and what is computed twice to save
-      memory are not counted.
+      projection is needed for completion tokens only. A reward model has neither reference nor projection. Attention's
+      own products and what is computed twice to save memory are not counted.
     """
     completions = sum(c + r for _, c, r in lengths)
     tokens = completions + sum(p for p, _, _ in lengths) * (1 if shared else 2)
+    if task == "reward":
+        return tokens, 6.0 * model["body"] * tokens
     return tokens, 8.0 * (model["body"] * tokens + model["projection"] * completions)
 
 
@@ -45,7 +55,8 @@ def judge(cell: dict[str, Any], trainer: str, model: dict[str, int]) -> dict[str
     """A trainer's medians in one cell, of the steps that were timed."""
     timed = [i for i, r in enumerate(cell["records"][trainer]) if i > 0 and not r.get("compiled")]
     records = [cell["records"][trainer][i] for i in timed]
-    done = [work(cell["lengths"][i], model, shared=trainer == "dpo_jax") for i in timed]
+    task = cell.get("task", "dpo")
+    done = [work(cell["lengths"][i], model, shared=trainer == "dpo_jax", task=task) for i in timed]
     seconds = [r["seconds"] for r in records]
     peak = statistics.median(cell["peak_gflops"]) * 1e9
     return {
@@ -138,9 +149,13 @@ def _agreement(cell: dict[str, Any]) -> str:
     """Whether both trainers did the same: what they logged of the same batches."""
     ours, theirs = (list(x) for x in cell["records"].values())
     rounds = list(zip(ours, theirs, strict=True))
+    fill = statistics.mean(x["fill"] for x in ours)
+    if cell.get("task") == "reward":
+        loss = max(abs(x["loss"] - y["loss"]) for x, y in rounds)
+        rows = f"dpo_jax's rows {fill:.0%} real; {cell['began']}"
+        return f"{len(rounds)} steps, largest difference of the loss {loss:.1e}; {rows}"
     loss = max(abs(x["dpo_loss"] - y["dpo_loss"]) for x, y in rounds)
     logp = max(abs(rounds[0][0][name] - rounds[0][1][name]) for name in ("chosen_logp", "rejected_logp"))
-    fill = statistics.mean(x["fill"] for x in ours)
     return (
         f"{len(rounds)} steps, largest difference of the loss {loss:.1e}, of the first batch's mean log-probabilities "
         f"{logp:.2g} (of {ours[0]['chosen_logp']:.0f}); dpo_jax's rows {fill:.0%} real; {cell['began']}"

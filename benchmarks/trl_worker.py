@@ -3,7 +3,10 @@
 Needs torch, trl 1.16 and nothing of dpo_jax. `tests/golden/record_trl.py` records golden numbers with `run_trl`;
 `compare.py` runs this file in TRL's own environment, over given batches and stopped at a gate before every step:
 
-    python -m benchmarks.trl_worker --gate IN,OUT --model DIR --steps-file FILE --micro-batch 4 [--bf16]
+    python -m benchmarks.trl_worker --gate IN,OUT --model DIR --steps-file FILE --micro-batch 4 [--bf16] [--reward]
+
+With `--reward` it is TRL's RewardTrainer, and DIR a classifier with one label, which `--classifier DIR` makes of a
+language model in place of training.
 """
 
 import argparse
@@ -67,6 +70,18 @@ class _Turns(_Records):
     def on_step_begin(self, args, state, control, **kwargs):
         last = self.records[-1] if self.records else {}
         self.gate.boundary(**{ours: last[name] for name, ours in LOGGED.items() if name in last})
+
+
+class _RewardTurns(_Turns):
+    """The same for what a RewardTrainer logs."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "margin" in logs:  # not the summary at the end
+            self.records.append({k: v for k, v in logs.items() if isinstance(v, (int, float))})
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        last = self.records[-1] if self.records else {}
+        self.gate.boundary(**{name: last[name] for name in ("loss", "margin", "grad_norm") if name in last})
 
 
 class _Tokenised(trl.DPOTrainer):
@@ -171,6 +186,54 @@ def run_in_turns(gate: Gate, model: str, steps: list[list[dict[str, Any]]], micr
         _Tokenised(policy, args=config, train_dataset=data, processing_class=tokenizer, callbacks=turns).train()
 
 
+def train_reward_in_turns(gate: Gate, model: str, steps: list[list[dict[str, Any]]], micro_batch: int) -> None:
+    """Train a reward model on given batches; every step waits at the gate."""
+    size = len(steps[0])
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as scratch:
+        config = trl.RewardConfig(
+            output_dir=scratch,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=size // micro_batch,
+            max_steps=len(steps),
+            train_sampling_strategy="sequential",
+            max_length=None,
+            optim="adamw_torch",
+            learning_rate=1e-5,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            weight_decay=0.0,
+            max_grad_norm=1e9,
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        whole = lambda pair: {f"{x}_ids": pair["prompt_ids"] + pair[f"{x}_ids"] for x in ("chosen", "rejected")}
+        trl.RewardTrainer(
+            model=classifier,
+            args=config,
+            processing_class=transformers.AutoTokenizer.from_pretrained(model),
+            train_dataset=Dataset.from_list([whole(pair) for pairs in steps for pair in pairs]),
+            callbacks=[_RewardTurns(gate)],
+        ).train()
+
+
+def make_classifier(model: str, directory: str) -> None:
+    """A language model with a head of one label, drawn by transformers, as a directory."""
+    torch.manual_seed(0)
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=1, dtype=torch.float32
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    classifier.config.pad_token_id = tokenizer.pad_token_id
+    classifier.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
     return {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
@@ -183,12 +246,20 @@ def read_pairs(path: str | Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gate", required=True)
+    parser.add_argument("--gate", default="")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--steps-file", required=True)
-    parser.add_argument("--micro-batch", required=True, type=int)
+    parser.add_argument("--steps-file", default="")
+    parser.add_argument("--micro-batch", default=1, type=int)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--reward", action="store_true")
+    parser.add_argument("--classifier", default="")
     a = parser.parse_args()
+    if a.classifier:
+        make_classifier(a.model, a.classifier)
+        return
+    if a.reward:
+        train_reward_in_turns(Gate(a.gate), a.model, read_steps(a.steps_file), a.micro_batch)
+        return
     run_in_turns(Gate(a.gate), a.model, read_steps(a.steps_file), a.micro_batch, bf16=a.bf16)
 
 

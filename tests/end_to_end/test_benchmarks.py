@@ -29,6 +29,7 @@ def cell(ours, theirs):
 def test_work_counts_a_shared_prompt_once_and_projects_completions_only():
     assert tables.work([[5, 2, 3]], MODEL, shared=True) == (10, 8 * (100 * 10 + 10 * 5))
     assert tables.work([[5, 2, 3]], MODEL, shared=False) == (15, 8 * (100 * 15 + 10 * 5))
+    assert tables.work([[5, 2, 3]], MODEL, shared=True, task="reward") == (10, 6 * 100 * 10)
 
 
 def test_first_step_and_compiled_steps_are_not_timed():
@@ -47,6 +48,20 @@ def test_the_table_has_the_ratio_to_the_peer_of_the_same_run():
     assert ours.startswith("| HH harmless-base, 512+512, 16 | dpo_jax | 16 | 2.0 | 0.500 |")
     assert theirs.startswith("|  | TRL float32 | 4 | 10.0 | 0.100 |")
     assert theirs.endswith("| 4.0 GB | **5.00x** | 0.50x |")
+
+
+def test_reward_models_are_compared_by_what_they_log():
+    made = cell([99, 2, 99, 2], [99, 10, 10, 10]) | {"task": "reward"}
+    for record in [r for rs in made["records"].values() for r in rs]:
+        record |= {"loss": 0.7}
+        del record["dpo_loss"], record["chosen_logp"]
+    made["records"]["trl-reward"] = made["records"].pop("trl")
+    made["records"]["trl-reward"][1]["loss"] = 0.6
+    here = {"system": "a system", "cells": {"hh 16 512+512 dpo_jax-reward:16 trl-reward:4": made}}
+    ours, theirs = tables.comparison(here, MODEL).splitlines()[2:]
+    assert ours.startswith("| HH harmless-base, 512+512, 16 | dpo_jax, reward model | 16 | 2.0 |")
+    assert theirs.startswith("|  | TRL RewardTrainer float32 | 4 | 10.0 |")
+    assert "largest difference of the loss 1.0e-01; dpo_jax's rows 100% real" in tables.setting(here)
 
 
 def test_the_page_takes_the_tables(tmp_path):
