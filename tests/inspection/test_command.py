@@ -79,7 +79,8 @@ def shown(tiny, tmp_path_factory):
     text = command(
         "inspect", TINY, f"--config.model={model}", f"--config.dataset={where}/own.jsonl",
         f"--config.eval_path={where}/held_out.jsonl",
-        "--config.batch_size=4", "--config.max_bad_fraction=0.2", "--config.shuffle=False", "--platform=cpu",
+        "--config.batch_size=4", "--config.max_bad_fraction=0.2", "--config.max_completion_length=96",
+        "--config.shuffle=False", "--platform=cpu",
         f"--html={where}/page.html", "--examples=2", "--shards=2", f"--workdir={where}",
         DPO_JAX_CACHE=str(where / "cache"),
     )  # fmt: skip
@@ -271,9 +272,9 @@ def test_too_few_pairs_for_a_batch_can_be_looked_at(tiny, tmp_path, capsys, monk
     keys = [f"--config.dataset={tmp_path}/few.jsonl", "--config.eval_pairs=0", f"--html={tmp_path}/page.html"]
     assert data_command.main(["data", "inspect", TINY, *keys, "--examples=9"]) == 0
     said = capsys.readouterr().out
-    assert "no schedule: batch_size=32 is more than the 3 training pairs" in said
+    assert "no schedule: batch_size=16 is more than the 3 training pairs" in said
     assert said.count("\nchosen: «") == 3
-    assert "no schedule: batch_size=32" in (tmp_path / "page.html").read_text()
+    assert "no schedule: batch_size=16" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.slow
