@@ -89,6 +89,7 @@ def test_the_file_is_a_dataset(whole, tmp_path):
     assert len(found.train) == len(lines(whole))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 def test_stopped_anywhere_it_ends_byte_for_byte_the_same(whole, rows, tmp_path, blocks, monkeypatch, capsys):
     out = tmp_path / "pairs.jsonl"

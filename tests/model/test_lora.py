@@ -96,6 +96,7 @@ def _logps(params):
     return np.array([[oracle.completion_logp(params, p, x, CONFIG) for x in xs] for p, *xs in PAIRS.ids])
 
 
+@pytest.mark.slow
 def test_the_first_step_sees_the_base_twice_and_trains_nothing_else():
     state, base, metrics = _run(steps=3)
     assert float(metrics[0]["dpo_loss"]) == pytest.approx(np.log(2), abs=1e-6)

@@ -130,6 +130,7 @@ def test_packed_is_the_float64_oracle(n, name):
         assert along == pytest.approx((up - down) / (2 * h), abs=1e-5 * size)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("n", [3, 8])
 def test_values_come_back_in_the_groups_own_order(n):
     """Whatever slots the completions went to: those of a group in another order are the same in that order."""

@@ -82,6 +82,7 @@ def _ranks(loss, x):
     return 0.9 * np.logaddexp(0, -z) + 0.1 * np.logaddexp(0, z)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSS_FACTS)
 def test_every_loss_is_the_float64_oracles_over_the_whole_set_at_any_batch_size(loss):
     x = _truth()

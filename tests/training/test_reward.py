@@ -232,6 +232,7 @@ def test_exported_scores_are_those_of_transformers(pad, tmp_path):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_judge_negates_its_verdict_where_sides_are_exchanged():
     judge = load_preference_model(str(TINY))
     asked = [Comparison(row["prompt"], row["chosen"], row["rejected"]) for row in ROWS[:6]]
