@@ -56,6 +56,7 @@ SECONDS = 2.0
 TRAIN, TINY, DIRECTORY = "dpo_jax.train", "--config=configs/hhh.py:tiny", "--workdir=run"
 SAMPLE, MODEL = "dpo_jax.sample", f"--model={os.getcwd()}/tests/golden/trl/tiny"
 PROMPTS = "--prompts=prompts.jsonl"
+COLLECT = "dpo_jax.collect"
 PLAN, TOPOLOGY = "dpo_jax.plan", "--topology=v6e:2x4"
 
 
@@ -96,6 +97,7 @@ def _python(program, *args, cwd=None):
         ("dpo_jax.objective.table", 0.3),
         ("dpo_jax.train", 1.0),
         ("dpo_jax.sample", 1.0),
+        ("dpo_jax.collect", 1.0),
     ],
 )
 def test_modules_are_imported_at_once_and_without_jax(module, limit):
@@ -121,6 +123,7 @@ def test_public_names_without_arrays_need_no_jax():
         ["dpo_jax.report"],
         [PLAN],
         [SAMPLE],
+        [COLLECT],
     ],
     ids=" ".join,
 )
@@ -162,6 +165,10 @@ def test_help_is_there_at_once(command):
         (["dpo_jax.data", "prepare", TINY, "--config.model=/nowhere"], "model='/nowhere': no such directory"),
         (["dpo_jax.report", "/nowhere"], "/nowhere is not a directory"),
         (["dpo_jax.report", "--nothing"], "usage: python -m dpo_jax.report"),
+        ([COLLECT], "--policy is missing"),
+        ([COLLECT, "--policy=/nowhere", PROMPTS, "--judge=gold", "--out=a.jsonl"], "/nowhere': no such directory"),
+        ([COLLECT, "--policy=x", PROMPTS, "--judge=gold", "--out=a.jsonl", "--n=1"], "a pair needs two answers"),
+        ([COLLECT, "--policy=x", PROMPTS, "--judge=gold", "--out=a.jsonl", "--mode=x"], "choose from best_worst"),
         ([SAMPLE], "--model is missing"),
         ([SAMPLE, MODEL, PROMPTS, "--n=0"], "n=0; needs at least 1 answer"),
         ([SAMPLE, MODEL, PROMPTS, "--n=two"], "--n=two"),
