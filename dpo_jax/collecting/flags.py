@@ -8,11 +8,11 @@ from typing import Any
 
 from dpo_jax.answering.flags import FLAGS as ANSWERING
 from dpo_jax.answering.flags import Flag, Request, asks_help, check_out, help_text, parse_values, request_of
+from dpo_jax.config.judges import FORMS
 from dpo_jax.data.datasets import DATASETS
 from dpo_jax.data.sources import hub_dataset
 from dpo_jax.errors import UserError
 from dpo_jax.judging.flags import read_options
-from dpo_jax.preference.load import FORMS
 from dpo_jax.sampling.selection import MODES, Selection
 
 USAGE = "python -m dpo_jax.collect --policy=RUN|DIR --prompts=FILE|DATASET --judge=J --n=8 --out=pairs.jsonl"
@@ -58,7 +58,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "keep_unfinished": Flag(False, "answers that --max_tokens has cut off may be in pairs"),
     },
     "What is written": {
-        "out": Flag("", "the file of pairs, a line each, for --config.dataset_path; the same command resumes it"),
+        "out": Flag("", "the file of pairs, a line each, for --config.dataset; the same command resumes it"),
         "overwrite": Flag(False, "begin --out anew, whatever is there"),
         "html": Flag("", "a page to look at: scores and lengths of both sides, what was dropped, examples"),
         "shown": Flag(100, "pairs on that page, spread over all; 0 = all"),
@@ -113,8 +113,10 @@ def parse_collecting(argv: Sequence[str]) -> CollectRequest:
     rules = Selection(**{field.name: given.pop(field.name) for field in dataclasses.fields(Selection)})
     options = read_options(given.pop("option") or [])
     own = {name: given.pop(name) for name in _OWN}
-    dataset = given["prompts"] if is_dataset(given["prompts"]) else ""
+    dataset = given["prompts"] if is_dataset(given["prompts"]) or _is_several(given["prompts"]) else ""
     request = request_of(given | {"model": own.pop("policy"), "dataset": dataset, "logprobs": False})
+    if dataset.startswith("hf:") and request.split:  # its own splits are a part of its name
+        request = dataclasses.replace(request, dataset=f"{dataset}:{request.split}", split="")
     found = CollectRequest(request, options=options, rules=rules, **own)
     _check(found)
     return found
@@ -124,6 +126,11 @@ def is_dataset(name: str) -> bool:
     """Whether a name is that of a dataset or of one's own parser; a file or directory of that name comes first."""
     function = ":" in name and "/" not in name
     return not Path(name).exists() and (name in DATASETS or function or bool(hub_dataset(name)))
+
+
+def _is_several(prompts: str) -> bool:
+    """Whether these are a directory or a glob, whose files may be of several splits, as a dataset's are."""
+    return Path(prompts).is_dir() or (any(c in prompts for c in "*?[") and not Path(prompts).exists())
 
 
 def _check(r: CollectRequest) -> None:
@@ -137,8 +144,9 @@ def _check(r: CollectRequest) -> None:
     for name in () if r.answering.dataset else ("dataset_path", "dataset_revision", "split"):
         if given := getattr(r.answering, name):
             raise UserError(f"--{name}={given} has no meaning with prompts of a file; leave it out")
-    if is_held_out(r.answering.split):
-        raise UserError(f"--split={r.answering.split} is held out, to evaluate on; collect for training prompts")
+    split = r.answering.split or (r.answering.dataset.rpartition(":")[2] if r.answering.dataset[:3] == "hf:" else "")
+    if is_held_out(split):
+        raise UserError(f"--split={split} is held out, to evaluate on; collect for training prompts")
     check_out(r.answering.out, r.answering.prompts)
     if r.html:
         path = Path(r.html)

@@ -16,6 +16,7 @@ from typing import IO, Any
 from dpo_jax.answering.found import Found, model_digest
 from dpo_jax.answering.lines import BEGIN_ANEW, about_path, append_lines, held_lines, settle, writing_out, written_line
 from dpo_jax.answering.output import check_same_work, resumed_memory
+from dpo_jax.collecting.prompts import Surveyed
 from dpo_jax.disk import read_json, write_json
 from dpo_jax.errors import UserError
 
@@ -78,7 +79,7 @@ class PairFile:
 
 
 def about_pairs(
-    decides: Mapping[str, Any], found: Found, judge: Mapping[str, Any], prompts: int, digest: str
+    decides: Mapping[str, Any], found: Found, judge: Mapping[str, Any], surveyed: Surveyed
 ) -> dict[str, Any]:
     """What a file of pairs is begun with. A hub's model is downloaded for it."""
     return {
@@ -86,13 +87,13 @@ def about_pairs(
         "model": found.name,
         "model_files": model_digest(found),
         "judge": judge,
-        "prompts": prompts,
-        "prompts_digest": digest,
+        "prompts": len(surveyed),
+        "prompts_digest": surveyed.digest,
         "day": datetime.date.today().isoformat(),  # which a chat template may write
         "done": 0,
         "bytes": 0,
         "sum": "",
-        "counts": {},
+        "counts": dict(surveyed.dropped),
         "seconds": {},
     }
 

@@ -19,6 +19,7 @@ from dpo_jax.data.files import find_files
 from dpo_jax.data.prompts import Prompt, each_prompt, prompts_digest, split_prompts
 from dpo_jax.data.sources import find_sources
 from dpo_jax.data.tokenise import hash_of, spoken_turns
+from dpo_jax.disk import digest as digest_of
 from dpo_jax.errors import UserError
 
 # Why no answers are drawn for a prompt.
@@ -38,7 +39,7 @@ class Surveyed:
     Attributes:
       again: begins another pass.
       keep: bool `[prompts]`, those to answer.
-      digest: of all prompts, in their order.
+      digest: of all prompts, in their order, and of which of them are kept.
       dropped: rows and prompts that are left out, by reason.
       name: of what was read.
     """
@@ -117,7 +118,9 @@ def survey(r: CollectRequest, found: Found, held_out: Iterable[int]) -> Surveyed
             "nothing is to be evaluated on them"
         )
     left_out = {reason: dropped[reason] for reason in REASONS if dropped[reason]}
-    return Surveyed(each, once & ~there, digest, left_out, name)
+    keep = once & ~there
+    # Which prompts are held out is part of what a file is of.
+    return Surveyed(each, keep, digest_of([digest.encode(), keep.tobytes()]), left_out, name)
 
 
 def of_dataset(r: CollectRequest, found: Found, split: str = "") -> Iterator[Prompt | Skip]:
@@ -174,8 +177,6 @@ def held_out_keys(r: CollectRequest, found: Found) -> Iterator[int]:
 
 def _has_test(r: CollectRequest, found: Found) -> bool:
     a = r.answering
-    if a.dataset.startswith("hf:") and a.split:
-        return False  # of another name, which is not known
     data = find_sources(a.dataset, dataset_path(r, found), columns=a.columns, revision=a.dataset_revision)
     return any(source.split == "test" for source in data.sources)
 

@@ -22,7 +22,7 @@ from dpo_jax.config.opened import settings_of
 from dpo_jax.config.settings import Settings
 from dpo_jax.data.comparison import Skip
 from dpo_jax.data.forms.transcripts import transcript_prompt
-from dpo_jax.data.prompt_ids import tokens_or_reasons
+from dpo_jax.data.prompt_ids import is_templated, tokens_or_reasons
 from dpo_jax.data.prompts import Prompt
 from dpo_jax.errors import UserError
 from dpo_jax.judging.console import wide_console
@@ -55,7 +55,7 @@ def collect(r: CollectRequest, several: bool = False) -> None:
         more, said = of_the_run(found, policy.tokenizer)
         surveyed = survey(r, found, [*keys, *more]) if more else surveyed
     identity = judge_identity(r.judge, judge, r.options)
-    about = about_pairs(r.decides, found, identity, len(surveyed), surveyed.digest)
+    about = about_pairs(r.decides, found, identity, surveyed)
     with contextlib.ExitStack() as stack:
         file = _open(r, about, stack, several)
         if file is not None:
@@ -108,7 +108,7 @@ def _draw(
     from dpo_jax.training.workdir import same_everywhere
 
     a = r.answering
-    about = file.about if file is not None else about_pairs(r.decides, found, {}, len(surveyed), surveyed.digest)
+    about = file.about if file is not None else about_pairs(r.decides, found, {}, surveyed)
     same_everywhere({"flags": r.decides, "prompts": about["prompts_digest"], "model": about["model_files"]})
     renderer = make_prompt_renderer(policy.tokenizer, a.prompt_format, a.chat_template, the_firsts_day(about["day"]))
     layout, params = place(found, policy, config, a.dtype)
@@ -124,11 +124,11 @@ def _draw(
         for block in _blocks(surveyed.kept(done), block_size(sampler, a.asked)):
             prompts, left_out = askable(renderer, policy.config.max_position_embeddings, block)
             found_pairs = collect_pairs(sampler, params, judge, prompts, a.asked, r.rules)
-            check_judged(judge, found_pairs)
+            if not done and not tracker.answers:  # later, one that has no score is counted as such
+                check_judged(judge, found_pairs)
             tracker.ended(found_pairs.tokens, len(prompts) * a.asked.n)
             if file is not None:
-                as_texts = renderer.form == "text"
-                lines = [pair_record(pair, every_line, as_texts=as_texts) for pair in found_pairs.pairs]
+                lines = [pair_record(pair, every_line) for pair in found_pairs.pairs]
                 drawn = {"answers": len(prompts) * a.asked.n, "tokens": found_pairs.tokens, "pairs": len(lines)}
                 seconds = {"sampling": found_pairs.sampling_seconds, "judging": found_pairs.judging_seconds}
                 file.write(lines, len(block), {**left_out, **found_pairs.dropped, **drawn}, seconds)
@@ -148,7 +148,7 @@ def askable(
     left_out: Counter[str] = Counter()
     found = []
     for prompt, ids in zip(prompts, tokens_or_reasons(renderer, prompts), strict=True):
-        if isinstance(ids, Skip):
+        if isinstance(ids, Skip) or prompt.given is None:  # or no judge can be shown what it asks
             left_out["not_rendered"] += 1
         elif not 0 < len(ids) < longest:
             left_out["too_long" if ids else "not_rendered"] += 1
@@ -156,7 +156,8 @@ def askable(
             strips = renderer.form == "plain" or transcript_prompt(prompt.given) is not None
             # Where there is no id draws depend on the tokens, as those of `python -m dpo_jax.sample` do.
             name = tuple(ids) if prompt.id is None else prompt.id
-            found.append(AskedPrompt(prompt.name, ids, name, prompt.comparison, strips))
+            as_texts = is_templated(renderer, prompt)
+            found.append(AskedPrompt(prompt.name, ids, name, prompt.comparison, strips, as_texts))
     return found, dict(left_out)
 
 

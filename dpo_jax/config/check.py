@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from dpo_jax.config.judges import same_judges
 from dpo_jax.config.keys import KEYS
 from dpo_jax.errors import UserError
 from dpo_jax.objective.table import LOSS_FACTS, needs_reference, parse_loss
@@ -135,10 +136,10 @@ def _check_rounds(c: Config) -> None:
         raise UserError(
             f"{_collecting(c)}: collect_judge is empty; name what scores the policy's answers, such as gold"
         )
-    both = {name.strip() for name in c["collect_judge"].split(",")} & {name.strip() for name in c["judge"].split(",")}
+    both = same_judges(c["judge"], c["collect_judge"]) if c["judge"] else []
     if both and not c["same_judge"]:
         raise UserError(
-            f"judge={c['judge']} would grade what {both.pop()} was asked for in training, and a judge that is trained "
+            f"judge={c['judge']} would grade what {both[0]} was asked for in training, and a judge that is trained "
             "against is no measure of quality; name another judge, or set same_judge=True"
         )
     if not c["rounds"]:
@@ -149,6 +150,10 @@ def _check_rounds(c: Config) -> None:
         raise UserError("reference_cache=True keeps values of the dataset's pairs, and rounds collect others; leave it")
     if c["round_reference"] == "previous" and c["reference_sync_steps"]:
         raise UserError("round_reference=previous and reference_sync_steps both move the reference; leave one of them")
+    if c["round_reference"] == "previous" and not needs_reference(parse_loss(c["loss"])):
+        raise UserError(f"round_reference=previous: loss={c['loss']} has no reference; leave it at 'first'")
+    if c["round_reference"] == "previous" and c["reference_offload"]:
+        raise UserError("round_reference=previous moves the reference on the device; set reference_offload=False")
     if c["round_reference"] == "previous" and c["lora_rank"]:
         raise UserError("round_reference=previous: with lora_rank above 0 the frozen base is the reference; leave it")
 

@@ -24,6 +24,14 @@ def prompt_tokens(renderer: Renderer, prompts: Sequence[Prompt]) -> list[Ids]:
     return found
 
 
+def is_templated(renderer: Renderer, prompt: Prompt) -> bool:
+    """Whether a prompt's text is taken letter for letter, as the format says or as it is templated already."""
+    texts = prompt.comparison.texts
+    if texts is None:
+        return False
+    return renderer.form == "text" or (renderer.auto and renderer.templated.search(texts[0]) is not None)
+
+
 def tokens_or_reasons(renderer: Renderer, prompts: Sequence[Prompt]) -> list[Ids | Skip]:
     """Token ids up to where an answer begins, as training has them; a beginning token is never there twice.
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from dpo_jax.answering.found import Found, model_digest
+from dpo_jax.config.judges import GOLD, IMPLICIT, divided
 from dpo_jax.disk import digest
-from dpo_jax.preference.load import GOLD, IMPLICIT, directory_of, divided
+from dpo_jax.preference.load import directory_of
 from dpo_jax.preference.models import Ensemble, Function, PreferenceModel
 
 

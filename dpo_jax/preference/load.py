@@ -5,15 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.config.judges import GOLD, IMPLICIT, divided
 from dpo_jax.config.opened import is_run
 from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 from dpo_jax.preference.models import Ensemble, PreferenceModel
 from dpo_jax.preference.rules import load_function
 from dpo_jax.weights.hub import ADAPTER_CONFIG, CONFIG, local_model
-
-IMPLICIT, GOLD = "implicit:", "gold"
-FORMS = "DIR or RUN, http://HOST/v1|MODEL, implicit:POLICY,REFERENCE, module:function, gold"
 
 
 def load_preference_model(spec: str, **options: Any) -> PreferenceModel:
@@ -32,29 +30,6 @@ def load_preference_model(spec: str, **options: Any) -> PreferenceModel:
     names = divided(spec)
     models = tuple(_load_one(name, options) for name in names)
     return models[0] if len(models) == 1 else Ensemble(models)
-
-
-def divided(spec: str) -> list[str]:
-    """The names of the single judges: those between commas, but for the one within `implicit:`.
-
-    Raises:
-      UserError: one is empty, or names a policy without its reference.
-
-    >>> divided("gold,implicit:a,b,my:rule")
-    ['gold', 'implicit:a,b', 'my:rule']
-    """
-    parts = [part.strip() for part in spec.split(",")]
-    names = []
-    while parts:
-        name = parts.pop(0)
-        if name.startswith(IMPLICIT):
-            if not parts or not parts[0] or name == IMPLICIT:
-                raise UserError(f"judge {name}: needed is implicit:POLICY,REFERENCE, two directories or ids")
-            name += "," + parts.pop(0)
-        if not name:
-            raise UserError(f"judge {spec!r} has an empty name; needed is {FORMS}, or several with commas")
-        names.append(name)
-    return names
 
 
 def _load_one(name: str, options: dict[str, Any]) -> PreferenceModel:

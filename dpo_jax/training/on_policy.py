@@ -34,6 +34,7 @@ class AskedPrompt:
       name: what its draws depend on.
       comparison: its prompt is shown to the judge.
       strips: blanks around an answer are none of it, as the prompt is a transcript.
+      as_texts: its text is what the model is given letter for letter, so it is written as such.
     """
 
     id: str | int
@@ -41,6 +42,7 @@ class AskedPrompt:
     name: Name
     comparison: Comparison
     strips: bool = False
+    as_texts: bool = False
 
     def completion(self, text: str) -> list[Message]:
         return [{"role": "assistant", "content": text.strip() if self.strips else text}]
@@ -93,6 +95,8 @@ def collect_pairs(
     Raises:
       UserError: the judge does not answer.
     """
+    if not prompts:
+        return Collected([], {}, [], 0, 0.0, 0.0)
     beat("drawing the policy's answers")
     begin = time.monotonic()
     drawn = sampler.answers(params, [one.ids for one in prompts], asked, [one.name for one in prompts])
@@ -159,17 +163,16 @@ def _scores_everywhere(judge: PreferenceModel, groups: Sequence[AnswerGroup]) ->
     return np.split(found[:-1], np.cumsum(counts)[:-1])
 
 
-def pair_record(pair: PairAnswers, about: Mapping[str, Any], *, as_texts: bool = False) -> dict[str, Any]:
+def pair_record(pair: PairAnswers, about: Mapping[str, Any]) -> dict[str, Any]:
     """The line of a pair: a labelled comparison in the preference API's form, A the better one, and where it is from.
 
     Args:
       about: more of every line, such as `model` and `judge`.
-      as_texts: of texts without turns; they are written letter for letter.
     """
     c, answers = pair.asked.comparison, pair.answers
     prompt: Any = [dict(message) for message in c.prompt_conversation]
     completions: list[Any] = [pair.asked.completion(answer.text) for answer in answers]
-    if as_texts and c.texts is not None:
+    if pair.asked.as_texts and c.texts is not None:
         prompt, completions = c.texts[0], [answer.text for answer in answers]
     line: dict[str, Any] = {"id": pair.asked.id, "prompt_conversation": prompt}
     line |= {f"completion_{side}": said for side, said in zip("ab", completions, strict=True)}

@@ -198,7 +198,7 @@ def run_updates(
         save=lambda n, state: checkpoint.save_checkpoint(run.checkpoints, others + n, state),
         check_save=functools.partial(checkpoint.check_save, run.checkpoints),
         max_bad_steps=s.max_bad_steps,
-        keep_bad_batch=functools.partial(setup.keep_bad_batch, run),
+        keep_bad_batch=functools.partial(setup.keep_bad_batch, run, source.schedule.groups),
         stuck_after=s.stuck_after_seconds,
     )
     mesh = run.layout.mesh

@@ -22,7 +22,7 @@ from dpo_jax.data.originals import conversations_at
 from dpo_jax.disk import read_json, write_json, write_whole
 from dpo_jax.errors import Stopped, UserError
 from dpo_jax.model.config import Params
-from dpo_jax.parallel.mesh import agreed, any_process
+from dpo_jax.parallel.mesh import any_process
 from dpo_jax.parallel.watchdog import LONGER, beat
 from dpo_jax.preference.load import load_preference_model
 from dpo_jax.preference.models import PreferenceModel
@@ -110,10 +110,12 @@ class RoundCollector:
           updates: of DPO, before the round.
         """
         path = self._path(name)
-        if not agreed(path.is_file()):
+        s = self.run.settings
+        mid_round = self.run.done > (0 if name == SFT else s.sft_steps + updates)
+        # Every process has its own file: where one lacks it, all collect again what is the same for all.
+        if not mid_round and any_process(not path.is_file()):
             self._collect(name, path, params(), prompts)
-        begins = self.run.done == 0 if name == SFT else self.run.done <= self.run.settings.sft_steps + updates
-        if begins:
+        if not mid_round:
             self.run.writer.write({"step": updates, "split": "collect", "round": name} | read_json(_about(path)))
         return read_pairs(path)
 
@@ -123,13 +125,18 @@ class RoundCollector:
         return (rounds / f"process-{process}" if process else rounds) / f"{name}.jsonl"
 
     def prompts(self, number: int) -> np.ndarray:
-        """Places of a round's prompts among the training pairs: the next ones of all, in an order of the seed's."""
+        """Places of a round's prompts among the training pairs: the next ones in an order of the seed's, each once.
+
+        Where all have been answered, they come again in another order.
+        """
         pairs, s = self.run.data.train, self.run.settings
         _, places = np.unique(pairs.cache.prompt_hash[pairs.index], return_index=True)
-        count, begin = min(s.rounds.prompts, len(places)), number * s.rounds.prompts
-        passes = range(begin // len(places), (begin + count - 1) // len(places) + 1)
-        order = np.concatenate([np.random.default_rng([s.seed, turn]).permutation(np.sort(places)) for turn in passes])
-        return order[begin - passes[0] * len(places) :][:count]
+        count = min(s.rounds.prompts, len(places))
+        turn, begin = divmod(number * count, len(places))
+        order = lambda turn: np.random.default_rng([s.seed, turn]).permutation(np.sort(places))
+        first = order(turn)[begin:][:count]
+        again = order(turn + 1)
+        return np.concatenate([first, again[~np.isin(again, first)][: count - len(first)]])
 
     def _collect(self, name: str, path: Path, params: Params, places: np.ndarray) -> None:
         """Collect a round, block by block, and write its file."""
@@ -143,6 +150,7 @@ class RoundCollector:
             )
         prompts = [self._asked(place, comparison) for place, comparison in found]
         number = 0 if name == SFT else int(name)
+        rules = replace(s.rounds.rules, mode="best_worst") if name == SFT else s.rounds.rules  # the best, once each
         asked = SamplingParams(
             n=s.rounds.n,
             temperature=s.rounds.temperature,
@@ -157,11 +165,12 @@ class RoundCollector:
         every_line = {"model": s.model, "judge": s.rounds.judge, "seed": s.seed, "round": number}
         for at in range(0, len(prompts), BLOCK):
             part = parts / f"{at // BLOCK:06}.json"
-            if agreed(part.is_file()):
+            if not any_process(not part.is_file()):
                 continue
             block = prompts[at : at + BLOCK]
-            collected = collect_pairs(run.sampler, run.base | params, self._judge, block, asked, s.rounds.rules, say)
-            check_judged(self._judge, collected)
+            collected = collect_pairs(run.sampler, run.base | params, self._judge, block, asked, rules, say)
+            if not at:
+                check_judged(self._judge, collected)
             write_json(part, _kept(collected, every_line, len(block) * s.rounds.n))
             if any_process(run.stop.is_set()):
                 raise Stopped

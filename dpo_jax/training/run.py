@@ -87,7 +87,8 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
         identity = _identify(s, {"model": policy.files, "reference": reference}, data, schedule)
         claim_workdir(workdir, s.whole, write=main_process)  # only now: a refused command leaves no config behind
         done = checkpoint.latest_step(checkpoints) or 0
-        claim.first_only(lambda: claim.keep_identity(workdir, identity, resumed=done > 0))
+        begun = done > 0 or (workdir / "rounds").exists()  # pairs of a round, of these data and models
+        claim.first_only(lambda: claim.keep_identity(workdir, identity, resumed=begun))
         logs = []
         if main_process:
             _forget_after(workdir, s.sft_steps, done)

@@ -25,6 +25,7 @@ from dpo_jax.objective.objective import Objective, label_objective, ld_weights, 
 from dpo_jax.objective.policy_logps import logps_fn, scores_fn
 from dpo_jax.parallel.mesh import host_shardings, replicated
 from dpo_jax.records.writer import MetricsWriter
+from dpo_jax.rows.build import FirstOnly, GroupSource
 from dpo_jax.sampling.engine import Sampler
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.optimizer import optimizer, rate_schedule
@@ -152,14 +153,18 @@ def eval_step_on(layout: Layout, logps: LogpsFn, objective: Objective) -> Callab
     return make_eval_step(logps, objective, out_shardings=replicated(layout.mesh), **layout.step_options)
 
 
-def keep_bad_batch(run: Run, split: str, step: int, pairs: np.ndarray) -> Path:
-    """Write out which rows a batch is made of: bad_batch.json names file and line of each, and has its text."""
+def keep_bad_batch(run: Run, groups: GroupSource, split: str, step: int, pairs: np.ndarray) -> Path:
+    """Write out what a batch is made of: bad_batch.json has the text of each of its `groups`, and names file and line.
+
+    Pairs of a round of the policy's own answers have no line.
+    """
     path, train = run.workdir / "bad_batch.json", run.data.train
+    groups = groups.groups if isinstance(groups, FirstOnly) else groups
     if jax.process_index() == 0:
         named = []
         for position in map(int, pairs):
-            texts = [run.policy.tokenizer.decode(ids) for ids in train[position]]
-            row = {"pair": position} | train.cache.row(int(train.index[position]))
+            texts = [run.policy.tokenizer.decode(ids) for ids in groups[position]]
+            row = {"pair": position} | (train.cache.row(int(train.index[position])) if groups is train else {})
             named.append(row | dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
         path.write_text(json.dumps({"split": split, "step": step, "pairs": named}, indent=1, ensure_ascii=False) + "\n")
     return path

@@ -15,13 +15,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dpo_jax.config.judges import GOLD
 from dpo_jax.data.comparison import Comparison, Message
 from dpo_jax.data.originals import conversations
 from dpo_jax.disk import write_whole
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import Params
 from dpo_jax.parallel.watchdog import LONGER, beat
-from dpo_jax.preference.load import GOLD, load_preference_model
+from dpo_jax.preference.load import load_preference_model
 from dpo_jax.preference.models import PreferenceModel, swapped
 from dpo_jax.preference.statistics import win_rate
 from dpo_jax.records.records import read_records

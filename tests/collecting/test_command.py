@@ -9,8 +9,11 @@ from dpo_jax import collect as door
 from dpo_jax import sample
 from dpo_jax.collecting import run
 from dpo_jax.data.prompts import prompt_of
-from dpo_jax.preference.models import Function
+from dpo_jax.preference.models import Function, Pointwise
 from dpo_jax.preference.ranking import AnswerGroup, scores_in_groups
+from dpo_jax.sampling.params import Answer, SamplingParams
+from dpo_jax.sampling.selection import Selection
+from dpo_jax.training.on_policy import AskedPrompt, PairAnswers, collect_pairs, pair_record
 from tests.collecting import judges
 from tests.places import GOLDEN
 
@@ -157,6 +160,49 @@ def test_prompts_that_are_held_out_or_there_again_are_left_out(rows, tmp_path, c
     assert "all 36 prompts are held out" in capsys.readouterr().err
 
 
+def test_prompts_that_the_model_cannot_answer_are_counted(tmp_path, capsys):
+    """Also where a whole block is left out, and a judge that scores has nothing to score."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("word " * 5000, "good", "more of it")))
+    out = tmp_path / "pairs.jsonl"
+    args = [
+        "--judge=tests.collecting.judges:e_count",
+        f"--out={out}",
+        "--keep_unfinished",
+        "--n=40",
+    ]  # a prompt a block
+    assert command(f"--prompts={rows}", *args) == 0
+    assert json.loads(out.with_name("pairs.jsonl.about.json").read_text())["counts"]["too_long"] == 1
+    assert "1" in next(line for line in capsys.readouterr().out.splitlines() if "too long" in line)
+    asked = SamplingParams(n=2)
+    nothing = collect_pairs(None, {}, Pointwise("p", lambda answered: np.zeros(len(answered))), [], asked, Selection())
+    assert (nothing.pairs, nothing.tokens) == ([], 0)
+
+
+def test_other_held_out_prompts_are_another_file(rows, tmp_path, capsys):
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps(ROWS[0]) + "\n")
+    args = [
+        f"--prompts={rows}",
+        f"--out={tmp_path / 'a.jsonl'}",
+        "--keep_unfinished",
+        f"--held_out={held}",
+        "--limit=8",
+    ]
+    assert command(*args) == 0
+    held.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    assert command(*args) == 2
+    assert "was begun with other prompts" in capsys.readouterr().err
+
+
+def test_a_templated_prompt_is_written_letter_for_letter():
+    prompt = prompt_of("<s>user Hi</s>")
+    asked = AskedPrompt(1, [1], 1, prompt.comparison, as_texts=True)
+    answers = tuple(Answer(text, [3], "stop", 2, 0.0, [0.0], [0.0]) for text in (" yes", "no"))
+    line = pair_record(PairAnswers(asked, answers, (1.0, 0.0), (0, 1)), {})
+    assert (line["prompt_conversation"], line["completion_a"]) == ("<s>user Hi</s>", " yes")
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -169,6 +215,7 @@ def test_prompts_that_are_held_out_or_there_again_are_left_out(rows, tmp_path, c
         (["--held_out=/nowhere.jsonl"], "--held_out=/nowhere.jsonl"),
         (["--split=test"], "--split=test has no meaning with prompts of a file"),
         (["--prompts=hhh", "--split=test"], "--split=test is held out"),
+        (["--prompts=hf:owner/name:test_prefs"], "--split=test_prefs is held out"),
         (["--judge=/nowhere"], "judge='/nowhere': no such directory"),
         (["--policy=/nowhere"], "model='/nowhere': no such directory"),
         (["--out="], "--out is missing; usage"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dpo_jax.config.judges import divided
 from dpo_jax.data.comparison import Comparison, LabeledComparison
 from dpo_jax.data.render import make_renderer
 from dpo_jax.errors import UserError
@@ -15,7 +16,7 @@ from dpo_jax.model.options import LayoutOptions
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.preference.comparing import comparison_messages
 from dpo_jax.preference.generative import label_tokens
-from dpo_jax.preference.load import divided, load_preference_model
+from dpo_jax.preference.load import load_preference_model
 from dpo_jax.preference.models import Ensemble, answered_of, disagreement, swapped
 from dpo_jax.preference.questions import Questions, question_of
 from dpo_jax.preference.scoring import answer_renderer, answer_tokens

@@ -1,5 +1,7 @@
 """Rounds of on-policy preferences: what they train on, and that a run which is stopped anywhere goes on the same."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -43,11 +45,18 @@ def pairs_of(workdir, name):
     return read_records(workdir / "rounds" / f"{name}.jsonl")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """Two blocks a round."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(rounds, "BLOCK", 8)
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that was never stopped: SFT on the best answers, then two rounds, the reference following."""
     directory = tmp_path_factory.mktemp("whole")
-    rounds.BLOCK = 8  # two blocks a round
     more = {"sft_steps": 2, "sft_on": "best_of_n", "round_reference": "previous"}
     train.run(config(directory, **more), directory / "run")
     return directory / "run", more
@@ -148,6 +157,21 @@ def test_a_judge_that_tells_nothing_apart_ends_the_run_in_a_line(tmp_path, chang
         train.run(config(tmp_path, **changed), tmp_path / "run")
 
 
+def test_a_round_has_the_next_prompts_each_once(tmp_path):
+    """Two pairs of each of ten prompts; four a round: the third round goes on in another order."""
+    hashes = np.repeat(np.arange(10, dtype=np.uint64), 2)
+    pairs = SimpleNamespace(cache=SimpleNamespace(prompt_hash=hashes), index=np.arange(20))
+    settings = SimpleNamespace(seed=3, rounds=SimpleNamespace(prompts=4))
+    run = SimpleNamespace(data=SimpleNamespace(train=pairs), settings=settings)
+    collector = rounds.RoundCollector(run, None)
+    found = [(collector.prompts(number) // 2).tolist() for number in range(5)]
+    assert all(len(set(one)) == 4 for one in found)
+    assert len({*found[0], *found[1], *found[2][:2]}) == 10
+    assert found[3] != found[0]
+    settings.rounds.prompts = 64
+    assert sorted(collector.prompts(1) // 2) == list(range(10))
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -157,6 +181,8 @@ def test_a_judge_that_tells_nothing_apart_ends_the_run_in_a_line(tmp_path, chang
         ({"num_steps": 5}, "num_steps=5 does not divide over rounds=2"),
         ({"reference_cache": True}, "reference_cache=True keeps values of the dataset's pairs"),
         ({"rounds": 0}, "has no meaning without rounds above 0"),
+        ({"round_reference": "previous", "loss": "simpo"}, "loss=simpo has no reference"),
+        ({"collect_judge": "runs/rm", "judge": "./runs/rm/export"}, "judge=./runs/rm/export would grade what"),
         ({"round_reference": "previous", "lora_rank": 4}, "the frozen base is the reference"),
         ({"round_reference": "previous", "reference_sync_steps": 2}, "both move the reference"),
         ({"sft_on": "best_of_n"}, "sft_on=best_of_n has no meaning without sft_steps above 0"),
