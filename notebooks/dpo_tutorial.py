@@ -184,7 +184,7 @@ for beta in BETAS:
     config = base.copy_and_resolve_references()
     config.update(model=str(START), dataset="synthetic", sft_steps=0, dpo_beta=beta, export=True, num_steps=40)
     if SMALL:
-        config.update(num_steps=24, eval_every=24)
+        config.update(num_steps=24, eval_every=24, learning_rate=4e-4)
     workdir = Path(f"runs/tutorial-beta-{beta}")
     dpo_jax.run(config, workdir)
     runs[beta] = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]

@@ -34,6 +34,8 @@ SETTINGS = {
     "sample_tokens": 8,
     "kl_prompts": 4,
     "judge": "",
+    "dpo_beta": 0.1,
+    "learning_rate": 2e-4,
     "attention": "dense",  # what is quickest to compile
 }
 # Where only the course of a run matters: a model of 70,000 parameters and 32 pairs, which need no making.
