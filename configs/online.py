@@ -46,6 +46,7 @@ PRESETS = {
         "collect_judge": "gold",
         "judge": "gold",
         "same_judge": True,
+        "eval_every": 0,  # every round ends with an evaluation
     },
     "shorter": {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
