@@ -46,17 +46,21 @@ LOGGED = {
     "logps/rejected": "rejected_logp",
     "grad_norm": "grad_norm",
 }
+REWARD_LOGGED = {name: name for name in ("loss", "margin", "grad_norm")}  # of a RewardTrainer
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop"}
 
 
 class _Records(transformers.TrainerCallback):
     """Every step's record."""
 
+    step_has = "rewards/margins"  # and not the summary at the end
+    logged = LOGGED
+
     def __init__(self) -> None:
         self.records: list[dict[str, float]] = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "rewards/margins" in logs:  # not the summary at the end
+        if self.step_has in logs:
             self.records.append({k: v for k, v in logs.items() if isinstance(v, (int, float))})
 
 
@@ -69,19 +73,14 @@ class _Turns(_Records):
 
     def on_step_begin(self, args, state, control, **kwargs):
         last = self.records[-1] if self.records else {}
-        self.gate.boundary(**{ours: last[name] for name, ours in LOGGED.items() if name in last})
+        self.gate.boundary(**{ours: last[name] for name, ours in self.logged.items() if name in last})
 
 
 class _RewardTurns(_Turns):
-    """The same for what a RewardTrainer logs."""
+    """The same of a RewardTrainer."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "margin" in logs:  # not the summary at the end
-            self.records.append({k: v for k, v in logs.items() if isinstance(v, (int, float))})
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        last = self.records[-1] if self.records else {}
-        self.gate.boundary(**{name: last[name] for name in ("loss", "margin", "grad_norm") if name in last})
+    step_has = "margin"
+    logged = REWARD_LOGGED
 
 
 class _Tokenised(trl.DPOTrainer):
@@ -112,29 +111,40 @@ def trl_config(settings: Mapping[str, Any], scratch: str, batch_size: int, steps
     if unknown:
         raise ValueError(f"settings {sorted(unknown)} have no counterpart here; there are {sorted(SETTINGS)}")
     s = SETTINGS | dict(settings)
-    return trl.DPOConfig(
-        output_dir=scratch,
-        per_device_train_batch_size=batch_size // parts,
-        gradient_accumulation_steps=parts,
-        max_steps=steps,
-        train_sampling_strategy="sequential",
-        max_length=None,
-        beta=s["dpo_beta"],
-        **loss_arguments(s),
-        optim=OPTIMIZERS[s["optimizer"]],
-        learning_rate=s["learning_rate"],
-        lr_scheduler_type=s["lr_schedule"],
-        warmup_steps=s["warmup_steps"],
-        weight_decay=s["weight_decay"],
-        max_grad_norm=s["max_grad_norm"] or 1e9,  # at 0 no norm is logged
-        bf16=s.get("bf16", False),
-        gradient_checkpointing=False,
-        use_cpu=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
+    return trl.DPOConfig(**_arguments(s, scratch, batch_size, steps, parts), beta=s["dpo_beta"], **loss_arguments(s))
+
+
+def reward_config(
+    settings: Mapping[str, Any], scratch: str, batch_size: int, steps: int, parts: int = 1
+) -> trl.RewardConfig:
+    """The same of a RewardTrainer, which takes a `reward_center`, too."""
+    common = _arguments(SETTINGS | dict(settings), scratch, batch_size, steps, parts)
+    return trl.RewardConfig(**common, center_rewards_coefficient=settings.get("reward_center") or None)
+
+
+def _arguments(s: Mapping[str, Any], scratch: str, batch_size: int, steps: int, parts: int) -> dict[str, Any]:
+    """What every trainer is given."""
+    return {
+        "output_dir": scratch,
+        "per_device_train_batch_size": batch_size // parts,
+        "gradient_accumulation_steps": parts,
+        "max_steps": steps,
+        "train_sampling_strategy": "sequential",
+        "max_length": None,
+        "optim": OPTIMIZERS[s["optimizer"]],
+        "learning_rate": s["learning_rate"],
+        "lr_scheduler_type": s["lr_schedule"],
+        "warmup_steps": s["warmup_steps"],
+        "weight_decay": s["weight_decay"],
+        "max_grad_norm": s["max_grad_norm"] or 1e9,  # at 0 no norm is logged
+        "bf16": s.get("bf16", False),
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
 
 
 def load(model: str | Path) -> tuple[Any, Any]:
@@ -191,27 +201,7 @@ def train_reward_in_turns(gate: Gate, model: str, steps: list[list[dict[str, Any
     size = len(steps[0])
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as scratch:
-        config = trl.RewardConfig(
-            output_dir=scratch,
-            per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=size // micro_batch,
-            max_steps=len(steps),
-            train_sampling_strategy="sequential",
-            max_length=None,
-            optim="adamw_torch",
-            learning_rate=1e-5,
-            lr_scheduler_type="constant",
-            warmup_steps=0,
-            weight_decay=0.0,
-            max_grad_norm=1e9,
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
+        config = reward_config({}, scratch, size, len(steps), size // micro_batch)
         whole = lambda pair: {f"{x}_ids": pair["prompt_ids"] + pair[f"{x}_ids"] for x in ("chosen", "rejected")}
         trl.RewardTrainer(
             model=classifier,

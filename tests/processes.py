@@ -21,6 +21,12 @@ def quick_to_compile(devices=1):
     return os.environ | {"XLA_FLAGS": flags}
 
 
+def with_devices(count):
+    """The environment of a process with so many CPU devices, which finds the tests' own modules."""
+    flags = os.environ.get("XLA_FLAGS", "").replace("device_count=8", f"device_count={count}")
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.getcwd()}
+
+
 def start(commands, environment=None):
     """Start `commands` as the processes 0, 1, ... of one run; returns their `Popen`s. Output of both kinds is piped."""
     with socket.socket() as s:

@@ -72,7 +72,6 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "distributed": Flag(False, "one process of several: join the others first (also with JAX_COORDINATOR_ADDRESS)"),
     },
 }  # fmt: skip
-_ALL = {name: flag for group in FLAGS.values() for name, flag in group.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,18 +115,26 @@ def parse_request(argv: Sequence[str]) -> Request:
       UserError: anything wrong with it, in one line.
       SystemExit: 0 after `--help`.
     """
-    if asks_help(argv):
-        print(help_text(USAGE, _ABOUT, FLAGS))
-        raise SystemExit(0)
-    given, rest = parse_values(argv, _ALL)
-    if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
-    request = request_of(given)
+    request = request_of(parse_command(argv, USAGE, _ABOUT, FLAGS))
     _check(request)
     return request
 
 
+def parse_command(
+    argv: Sequence[str], usage: str, about: str, table: Mapping[str, Mapping[str, Flag]]
+) -> dict[str, Any]:
+    """The flags of a command that has nothing else, by name; raises as `parse_request` does."""
+    if asks_help(argv):
+        print(help_text(usage, about, table))
+        raise SystemExit(0)
+    given, rest = parse_values(argv, {name: flag for group in table.values() for name, flag in group.items()})
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; usage: {usage}")
+    return given
+
+
 def asks_help(argv: Sequence[str]) -> bool:
+    """Whether `--help` is among the arguments."""
     return any(argument in ("--help", "-h", "--helpfull", "-help") for argument in argv[1:])
 
 

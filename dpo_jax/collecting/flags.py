@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.answering.flags import FLAGS as ANSWERING
-from dpo_jax.answering.flags import Flag, Request, asks_help, check_out, help_text, parse_values, request_of
+from dpo_jax.answering.flags import Flag, Request, check_out, parse_command, request_of
 from dpo_jax.config.judges import FORMS
 from dpo_jax.data.datasets import DATASETS
 from dpo_jax.data.sources import hub_dataset
@@ -23,7 +23,6 @@ _ABOUT = (
     "it had never stopped. docs/collecting.md has the modes and what a line holds."
 )
 _OF_SAMPLE = ANSWERING["What answers"] | ANSWERING["What is answered"]
-(_POLICY,) = (flag for name, flag in ANSWERING["What answers"].items() if name == "model")
 
 
 def _of_sample(*names: str) -> dict[str, Flag]:
@@ -32,7 +31,8 @@ def _of_sample(*names: str) -> dict[str, Flag]:
 
 FLAGS: dict[str, dict[str, Flag]] = {
     "What answers": {
-        "policy": _POLICY,
+        "policy": Flag("", "a run's directory (its export, else its newest checkpoint), a Hugging Face directory or "
+                       "id, or a PEFT directory"),
         **_of_sample("revision", "config", "dtype", "cache_dtype", "rows"),
     },
     "What is answered": {
@@ -65,7 +65,6 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "distributed": ANSWERING["What is written"]["distributed"],
     },
 }  # fmt: skip
-_ALL = {name: flag for group in FLAGS.values() for name, flag in group.items()}
 _OWN = ("policy", "held_out", "judge", "html", "shown")
 
 
@@ -101,12 +100,7 @@ def parse_collecting(argv: Sequence[str]) -> CollectRequest:
       UserError: anything wrong with it, in one line.
       SystemExit: 0 after `--help`.
     """
-    if asks_help(argv):
-        print(help_text(USAGE, _ABOUT, FLAGS))
-        raise SystemExit(0)
-    given, rest = parse_values(argv, _ALL)
-    if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
+    given = parse_command(argv, USAGE, _ABOUT, FLAGS)
     for name in ("policy", "prompts", "judge", "out"):
         if not given[name]:
             raise UserError(f"--{name} is missing; usage: {USAGE}")

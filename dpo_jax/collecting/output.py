@@ -19,6 +19,7 @@ from dpo_jax.answering.output import check_same_work, resumed_memory
 from dpo_jax.collecting.prompts import Surveyed
 from dpo_jax.disk import read_json, write_json
 from dpo_jax.errors import UserError
+from dpo_jax.judging.kept import check_same_judge
 
 _KEPT = ("model", "day", "devices", "memory", "done", "bytes", "sum", "counts", "seconds")  # of a record, as it began
 _BLOCK = 1 << 20
@@ -127,13 +128,7 @@ def _resumed(path: Path, held: IO[bytes], about: dict[str, Any], record: dict[st
     if record is None:
         raise UserError(f"--out={path} is there, and no {about_path(path).name} says what it is of; {BEGIN_ANEW}")
     check_same_work(path, record, about)
-    if record.get("judge") != about["judge"]:
-        there, here = record.get("judge"), about["judge"]
-        name = there.get("name") if isinstance(there, Mapping) else None
-        same = ": the same name, but not the same judge" if name == here["name"] else ""
-        raise UserError(
-            f"--out={path} was begun with another judge ({name!r} there, {here['name']!r} now{same}); {BEGIN_ANEW}"
-        )
+    check_same_judge(path, record, about)
     about = about | {key: record[key] for key in _KEPT if key in record}
     size = path.stat().st_size
     content = hashlib.blake2b(digest_size=12)

@@ -4,9 +4,10 @@ The first pass tells them from others, and finds those that come again or are he
 """
 
 import array
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,55 @@ class Surveyed:
     """What the first pass has found.
 
     Attributes:
-      again: begins another pass.
-      keep: bool `[prompts]`, those to answer.
-      digest: of all prompts, in their order, and of which of them are kept.
-      dropped: rows and prompts that are left out, by reason.
       name: of what was read.
+      again: begins another pass.
+      keys: uint64 `[prompts]`, see `prompt_key`.
+      content: digest of all prompts, in their order.
+      without_prompt: rows that give none.
+      held_out: bool `[prompts]`, those that are left out as others are evaluated on them.
     """
 
-    again: Callable[[], Iterator[Prompt]]
-    keep: np.ndarray
-    digest: str
-    dropped: dict[str, int]
     name: str
+    again: Callable[[], Iterator[Prompt]]
+    keys: np.ndarray
+    content: str
+    without_prompt: int
+    held_out: np.ndarray
+
+    @functools.cached_property
+    def keep(self) -> np.ndarray:
+        """bool `[prompts]`: those to answer, each once."""
+        once = np.zeros(len(self.keys), bool)
+        once[np.unique(self.keys, return_index=True)[1]] = True
+        return once & ~self.held_out
+
+    @property
+    def digest(self) -> str:
+        """Of all prompts, in their order, and of which of them are answered."""
+        return digest_of([self.content.encode(), self.keep.tobytes()])
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows and prompts that are left out, by reason."""
+        held_out = int(self.held_out.sum())
+        repeated = len(self.keys) - len(self) - held_out
+        counts = {"no_prompt": self.without_prompt, "repeated": repeated, "held_out": held_out}
+        return {reason: count for reason, count in counts.items() if count}
+
+    def without(self, keys: Iterable[int]) -> "Surveyed":
+        """The same where prompts of these keys are held out, too.
+
+        Raises:
+          UserError: none is left.
+        """
+        more = np.isin(self.keys, np.fromiter(keys, np.uint64))
+        found = replace(self, held_out=self.held_out | more)
+        if not len(found):
+            raise UserError(
+                f"{self.name}: all {len(self.keys):,} prompts are held out, to evaluate on; give others, or "
+                f"--held_out={NOTHING} if nothing is to be evaluated on them"
+            )
+        return found
 
     def __len__(self) -> int:
         return int(self.keep.sum())
@@ -69,14 +107,11 @@ class Surveyed:
             raise UserError(f"{self.name} was changed while it was read; leave it as it is, and begin again")
 
 
-def survey(r: CollectRequest, found: Found, held_out: Iterable[int]) -> Surveyed:
-    """The first pass over the prompts.
-
-    Args:
-      held_out: `prompt_key` of the prompts that are left out.
+def survey(r: CollectRequest, found: Found) -> Surveyed:
+    """The first pass over the prompts, of which none is held out yet.
 
     Raises:
-      UserError: nothing can be read, a row of a file is no prompt, or none is left.
+      UserError: nothing can be read, or a row of a file is no prompt.
     """
     a = r.answering
     name = a.dataset or a.prompts
@@ -108,19 +143,7 @@ def survey(r: CollectRequest, found: Found, held_out: Iterable[int]) -> Surveyed
     if not keys:
         raise UserError(f"{name}: no row gives a prompt{f'; first {first[0]}' if first else ''}")
     every = np.asarray(keys, np.uint64)
-    there = np.isin(every, np.fromiter(held_out, np.uint64))
-    once = np.zeros(len(every), bool)
-    once[np.unique(every, return_index=True)[1]] = True
-    dropped = Counter(skipped) + Counter({"held_out": int(there.sum()), "repeated": int((~once & ~there).sum())})
-    if not (once & ~there).any():
-        raise UserError(
-            f"{name}: all {len(every):,} prompts are held out, to evaluate on; give others, or --held_out={NOTHING} if "
-            "nothing is to be evaluated on them"
-        )
-    left_out = {reason: dropped[reason] for reason in REASONS if dropped[reason]}
-    keep = once & ~there
-    # Which prompts are held out is part of what a file is of.
-    return Surveyed(each, keep, digest_of([digest.encode(), keep.tobytes()]), left_out, name)
+    return Surveyed(name, each, every, digest, skipped["no_prompt"], np.zeros(len(every), bool))
 
 
 def of_dataset(r: CollectRequest, found: Found, split: str = "") -> Iterator[Prompt | Skip]:

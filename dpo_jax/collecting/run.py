@@ -44,16 +44,15 @@ def collect(r: CollectRequest, several: bool = False) -> None:
     """
     config = settings_of(r.answering.config) if r.answering.config else None
     found = locate_model(r.answering.model, r.answering.revision)
-    keys = list(held_out_keys(r, found))
-    surveyed = survey(r, found, keys)  # refused before the policy's tokenizer is read
+    surveyed = survey(r, found).without(held_out_keys(r, found))
     judge = load_preference_model(r.judge, **r.options)
     from dpo_jax.answering.ready import open_policy
 
     policy = open_policy(found)
     said = ""
     if not r.held_out:
-        more, said = of_the_run(found, policy.tokenizer)
-        surveyed = survey(r, found, [*keys, *more]) if more else surveyed
+        keys, said = of_the_run(found, policy.tokenizer)
+        surveyed = surveyed.without(keys)
     identity = judge_identity(r.judge, judge, r.options)
     about = about_pairs(r.decides, found, identity, surveyed)
     with contextlib.ExitStack() as stack:

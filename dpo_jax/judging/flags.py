@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
-from dpo_jax.answering.flags import Flag
+from dpo_jax.answering.flags import Flag, asks_help, parse_values
 from dpo_jax.errors import UserError
 from dpo_jax.judging.answers import UNITS
 
@@ -99,33 +97,17 @@ def parse_judging(argv: Sequence[str]) -> JudgeRequest:
       UserError: anything wrong with it, in one line.
       SystemExit: 0 after `--help`.
     """
-    asks_help = [argument for argument in argv[1:] if argument in ("--help", "-h", "--helpfull", "-help")]
     command = next((argument for argument in argv[1:2] if not argument.startswith("-")), "")
-    if asks_help:
+    if asks_help(argv):
         print(_help(command if command in COMMANDS else ""))
         raise SystemExit(0)
     if command not in COMMANDS:
         found = f"unknown command {command!r}" if command else "a command is missing"
         raise UserError(f"{found}; use {', '.join(COMMANDS)} (--help says more)")
-    values = flags.FlagValues()  # not absl's own registry, which holds the flags of every library that is imported
-    for name, flag in flags_of(command).items():
-        _define(values, name, flag)
-    try:
-        _, *files = values([argv[0], *argv[2:]])
-    except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from None
-    given: dict[str, Any] = {name: values[name].value for name in flags_of(command)}
+    given, files = parse_values([argv[0], *argv[2:]], flags_of(command))
     request = JudgeRequest(command, tuple(files), options=read_options(given.pop("option") or []), **given)
     _check(request)
     return request
-
-
-def _define(values: flags.FlagValues, name: str, flag: Flag) -> None:
-    if flag.several:
-        flags.DEFINE_multi_string(name, None, flag.meaning, flag_values=values)
-        return
-    kinds: dict[type, Any] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, bool: flags.DEFINE_bool}
-    kinds[type(flag.default)](name, flag.default, flag.meaning, flag_values=values)
 
 
 def read_options(given: Sequence[str]) -> dict[str, Any]:
@@ -149,10 +131,6 @@ def _check(r: JudgeRequest) -> None:
         raise UserError(f"{r.command} takes {needed}, found {len(r.files)} files or names; usage: {usage(r.command)}")
     if not r.judge:
         raise UserError(f"--judge is missing; usage: {usage(r.command)}")
-    for name, flag in flags_of(r.command).items():
-        value = getattr(r, name, None)
-        if flag.choices and value not in flag.choices:
-            raise UserError(f"--{name}={value} does not exist; choose from {', '.join(flag.choices)}")
     for name in ("limit", "shown"):
         if getattr(r, name) < 0:
             raise UserError(f"--{name}={getattr(r, name)}; needs 0 or more")

@@ -115,15 +115,23 @@ def _resumed(path: Path, held: IO[bytes], about: Mapping[str, Any], belongs: Bel
     return KeptLines(path, about, held, lines, said)
 
 
+def check_same_judge(path: Path, record: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Refuse, with a UserError, a file that was begun with another judge."""
+    there, here = record.get("judge"), about["judge"]
+    if there == here:
+        return
+    name = there.get("name") if isinstance(there, Mapping) else None
+    same = ": the same name, but not the same judge" if name == here["name"] else ""
+    raise UserError(
+        f"--out={path} was begun with another judge ({name!r} there, {here['name']!r} now{same}); {BEGIN_ANEW}"
+    )
+
+
 def _check_same(path: Path, record: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     begun = f"--out={path} was begun with"
     if record.get("command") != about["command"]:
         raise UserError(f"{begun} judge {record.get('command')}, this is judge {about['command']}; {BEGIN_ANEW}")
-    if record.get("judge") != about["judge"]:
-        there, here = record.get("judge"), about["judge"]
-        name = there.get("name") if isinstance(there, Mapping) else None
-        same = ": the same name, but not the same judge" if name == here["name"] else ""
-        raise UserError(f"{begun} another judge ({name!r} there, {here['name']!r} now{same}); {BEGIN_ANEW}")
+    check_same_judge(path, record, about)
     if record.get("digest") != about["digest"] or record.get("lines") != about["lines"]:
         there, here = record.get("lines"), about["lines"]
         raise UserError(f"{begun} other answers ({there} lines of it there, {here} now); {BEGIN_ANEW}")

@@ -140,18 +140,24 @@ def pair_rng(asked: SamplingParams, name: Name) -> np.random.Generator:
 
 
 def _scores_everywhere(judge: PreferenceModel, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
-    """The scores, the same in all processes: a server is asked by the first one alone.
+    """The scores, the same in all processes, see `asked_once`."""
+    counts = [len(group.completions) for group in groups]
+    found = asked_once(judge, sum(counts), lambda: np.concatenate(scores_in_groups(judge, groups)))
+    return np.split(found, np.cumsum(counts)[:-1])
+
+
+def asked_once(judge: PreferenceModel, count: int, ask: Callable[[], np.ndarray]) -> np.ndarray:
+    """What a judge says, float64 `[count]`, the same in all processes: a server is asked by the first one alone.
 
     Raises:
       UserError: in all processes where the first one's judge does not answer.
     """
     if jax.process_count() == 1 or not getattr(judge, "is_remote", False):
-        return scores_in_groups(judge, groups)
-    counts = [len(group.completions) for group in groups]
-    found, why = np.zeros(sum(counts) + 1), "the judge of the first process does not answer"
+        return ask()
+    found, why = np.zeros(count + 1), "the judge of the first process does not answer"
     if jax.process_index() == 0:
         try:
-            found[:-1] = np.concatenate(scores_in_groups(judge, groups))
+            found[:-1] = ask()
         except UserError as error:
             found[-1], why = 1, str(error)
     with jax.transfer_guard("allow"):  # a few numbers of every prompt
@@ -160,7 +166,7 @@ def _scores_everywhere(judge: PreferenceModel, groups: Sequence[AnswerGroup]) ->
     found = np.asarray(halves, np.uint32).view(np.float64)
     if found[-1]:
         raise UserError(why)
-    return np.split(found[:-1], np.cumsum(counts)[:-1])
+    return found[:-1]
 
 
 def pair_record(pair: PairAnswers, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from dpo_jax.config.judges import GOLD
 from dpo_jax.data.comparison import Comparison, Message
@@ -29,6 +28,7 @@ from dpo_jax.records.records import read_records
 from dpo_jax.sampling.engine import AnswerRequest
 from dpo_jax.sampling.params import SamplingParams
 from dpo_jax.training.inputs import sources_of
+from dpo_jax.training.on_policy import asked_once
 from dpo_jax.training.own_answers import Drawn, Measure
 from dpo_jax.training.setup import Run
 
@@ -147,7 +147,8 @@ def win_rate_measures(run: Run, contest: Contest | None, *, begins: bool) -> lis
         nonlocal strict
         beat("asking the judge", LONGER)
         try:
-            found = verdicts(held.judge, [*pairs, *map(swapped, pairs)])
+            both = [*pairs, *map(swapped, pairs)]
+            found = asked_once(held.judge, len(both), lambda: held.judge(both))
         except UserError as error:
             if strict:
                 raise
@@ -168,27 +169,6 @@ def win_rate_measures(run: Run, contest: Contest | None, *, begins: bool) -> lis
         temperature=s.sample_temperature, top_p=s.sample_top_p, max_tokens=s.sample_tokens, seed=s.seed
     )
     return [Measure([AnswerRequest(held.prompts, asked)], of)]
-
-
-def verdicts(judge: PreferenceModel, comparisons: Sequence[Comparison]) -> np.ndarray:
-    """A judge's verdicts, the same in all processes: a server is asked by the first one alone.
-
-    Raises:
-      UserError: in all processes where the first one's judge does not answer.
-    """
-    if jax.process_count() == 1 or not getattr(judge, "is_remote", False):
-        return judge(comparisons)
-    found, why = np.zeros(len(comparisons) + 1, np.float32), "the judge of the first process does not answer"
-    if jax.process_index() == 0:
-        try:
-            found[:-1] = judge(comparisons)
-        except UserError as error:
-            found[-1], why = 1, str(error)
-    with jax.transfer_guard("allow"):  # a few numbers, once in an evaluation
-        found = np.asarray(multihost_utils.broadcast_one_to_all(found), np.float64)
-    if found[-1]:
-        raise UserError(why)
-    return found[:-1]
 
 
 def _said(text: str) -> list[Message]:

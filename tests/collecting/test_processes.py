@@ -1,7 +1,6 @@
 """The command as a user starts it: killed at any time and started again, and as several processes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -43,23 +42,24 @@ def command(rows, out, *more):
     ]  # fmt: skip  (blocks of six prompts)
 
 
-def devices(count):
-    flags = os.environ.get("XLA_FLAGS", "").replace("device_count=8", f"device_count={count}")
-    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.getcwd()}
-
-
 def test_killed_at_any_time_the_file_ends_byte_for_byte_the_same(rows):
     whole, out = (rows.with_name(f"{name}.jsonl") for name in ("whole", "killed"))
-    subprocess.run(command(rows, whole), env=devices(1), check=True, timeout=300, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        command(rows, whole), env=processes.with_devices(1), check=True, timeout=300, stdout=subprocess.DEVNULL
+    )
     for lines in (0, 5, 30):
-        process = subprocess.Popen(command(rows, out), env=devices(1), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            command(rows, out), env=processes.with_devices(1), stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         begun = out.with_name("killed.jsonl.about.json")
         while process.poll() is None and not (begun.exists() and out.read_bytes().count(b"\n") > lines):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it was to be killed before its end"
-    subprocess.run(command(rows, out), env=devices(1), check=True, timeout=300, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        command(rows, out), env=processes.with_devices(1), check=True, timeout=300, stdout=subprocess.DEVNULL
+    )
     assert whole.read_bytes().count(b"\n") > 40
     assert out.read_bytes() == whole.read_bytes()
 
@@ -67,10 +67,12 @@ def test_killed_at_any_time_the_file_ends_byte_for_byte_the_same(rows):
 def test_two_processes_write_what_one_writes(rows):
     outs = [rows.with_name(f"{name}.jsonl") for name in ("one", "two")]
     few = "--limit=8"
-    subprocess.run(command(rows, outs[0], few), env=devices(2), check=True, timeout=300, stdout=subprocess.DEVNULL)
-    processes.end(processes.start([command(rows, outs[1], few)] * 2, devices(1)), [0, 0])
+    subprocess.run(
+        command(rows, outs[0], few), env=processes.with_devices(2), check=True, timeout=300, stdout=subprocess.DEVNULL
+    )
+    processes.end(processes.start([command(rows, outs[1], few)] * 2, processes.with_devices(1)), [0, 0])
     assert outs[0].read_bytes()
     assert outs[1].read_bytes() == outs[0].read_bytes()
-    printed = processes.end(processes.start([command(rows, outs[1], few)] * 2, devices(1)), [0, 0])
+    printed = processes.end(processes.start([command(rows, outs[1], few)] * 2, processes.with_devices(1)), [0, 0])
     assert "finished; --overwrite" in printed[0]
     assert "finished" not in printed[1]

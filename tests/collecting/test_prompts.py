@@ -27,7 +27,7 @@ def written(path, prompts):
 def peak(path):
     tracemalloc.start()
     try:
-        surveyed = survey(request(path), Found(MODEL, MODEL), [])
+        surveyed = survey(request(path), Found(MODEL, MODEL))
         count = sum(1 for _ in surveyed.kept(7))
         return count, tracemalloc.get_traced_memory()[1]
     finally:
@@ -48,7 +48,7 @@ def test_the_second_pass_gives_the_prompts_that_were_kept_in_order(tmp_path):
     path = written(tmp_path / "rows.jsonl", ["a", "b", "a", "c", "b", "d"])
     held = written(tmp_path / "held.jsonl", ["c"])
     asked = request(path, f"--held_out={held}")
-    surveyed = survey(asked, Found(MODEL, MODEL), list(held_out_keys(asked, Found(MODEL, MODEL))))
+    surveyed = survey(asked, Found(MODEL, MODEL)).without(held_out_keys(asked, Found(MODEL, MODEL)))
     assert [prompt.given for prompt in surveyed.kept()] == ["a", "b", "d"]
     assert [prompt.given for prompt in surveyed.kept(2)] == ["d"]
     assert surveyed.dropped == {"repeated": 2, "held_out": 1}
@@ -59,10 +59,10 @@ def test_the_second_pass_gives_the_prompts_that_were_kept_in_order(tmp_path):
 
 def test_a_limit_counts_prompts_and_an_empty_file_is_refused(tmp_path):
     path = written(tmp_path / "rows.jsonl", ["a", "b", "c"])
-    assert [p.given for p in survey(request(path, "--limit=2"), Found(MODEL, MODEL), []).kept()] == ["a", "b"]
+    assert [p.given for p in survey(request(path, "--limit=2"), Found(MODEL, MODEL)).kept()] == ["a", "b"]
     path.write_text("")
     with pytest.raises(UserError, match="the file is empty"):
-        survey(request(path), Found(MODEL, MODEL), [])
+        survey(request(path), Found(MODEL, MODEL))
 
 
 def test_a_file_comes_before_a_dataset_of_its_name(tmp_path, monkeypatch):

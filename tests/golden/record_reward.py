@@ -24,7 +24,7 @@ import trl
 from datasets import Dataset
 from safetensors.torch import save_file
 
-from benchmarks.trl_worker import read_pairs, versions
+from benchmarks.trl_worker import read_pairs, reward_config, versions
 
 HERE = Path(__file__).parent
 OUT, TINY = HERE / "reward", HERE / "trl"
@@ -52,31 +52,6 @@ class _Records(transformers.TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "margin" in logs:  # not the summary at the end
             self.records.append({k: float(v) for k, v in logs.items() if isinstance(v, int | float)})
-
-
-def reward_config(settings: Mapping[str, Any], scratch: str, batch_size: int, steps: int) -> trl.RewardConfig:
-    """A configuration for `steps` steps of `batch_size` pairs in their order."""
-    return trl.RewardConfig(
-        output_dir=scratch,
-        per_device_train_batch_size=batch_size,
-        max_steps=steps,
-        train_sampling_strategy="sequential",
-        max_length=None,
-        center_rewards_coefficient=settings.get("reward_center") or None,
-        optim="adamw_torch",
-        learning_rate=settings["learning_rate"],
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        weight_decay=0.0,
-        max_grad_norm=1e9,  # at 0 no norm is logged
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
 
 
 def run_reward(
