@@ -80,7 +80,7 @@ OTHER_PLOTS = (
     Plot("Learning rate", ("learning_rate",), from_zero=True, exact=True),
     Plot("Pairs per second", ("pairs_per_second",), "Without evaluations and checkpoints.", from_zero=True),
     Plot("Peak memory, GB", ("memory_gb",), from_zero=True, exact=True),
-    Plot("SFT loss", ("loss",), "Per chosen token, before DPO.", split="sft"),
+    Plot("SFT loss", ("loss",), "Per token of the completions, before DPO.", split="sft"),
 )
 REWARD_PLOTS = (
     Plot("Loss", ("loss",), "Bradley and Terry's; ln 2 where both scores are equal.", guide=(math.log(2), "ln 2")),
@@ -148,7 +148,13 @@ class RunFiles:
         return int(counts[-1] if counts else self.data.get("splits", {}).get("eval", {}).get("pairs", 0))
 
     def standard_error(self, name: str, value: float | None, pairs: int | None = None) -> float | None:
-        """The standard error of a held-out accuracy over `pairs` (all of them), sqrt(p(1 − p) / n); of others None."""
+        """The standard error of the last held-out value of a metric; None where it is not known.
+
+        Of an accuracy over `pairs` (all of them) sqrt(p(1 − p) / n); of others what the record says, as `NAME_error`.
+        """
+        last = next((r for r in reversed(self.records) if r["split"] == "eval"), {})
+        if name != "accuracy" and value is not None and last.get(name) == value:
+            return last.get(f"{name}_error") or None
         pairs = pairs or self.held_out_pairs
         return math.sqrt(value * (1 - value) / pairs) if name == "accuracy" and pairs and value is not None else None
 
