@@ -51,7 +51,7 @@ def test_configs_are_data_and_no_package(installed):
     assert out.stdout == "tiny\n", out.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "data", "report", "sample"])
+@pytest.mark.parametrize("command", ["train", "plan", "data", "report", "sample", "judge", "collect"])
 def test_commands_run_from_everywhere(installed, command):
     run, _ = installed
     done = run("-m", f"dpo_jax.{command}", "--help")
@@ -63,5 +63,6 @@ def test_a_missing_config_is_said_with_those_that_are_installed(installed):
     run, _ = installed
     done = run("-m", "dpo_jax.train", "--config=configs/none.py", "--workdir=run")
     assert done.returncode == 2
-    names = ", ".join(f"configs/{name}.py" for name in ("helpsteer3", "hhh", "judge", "reward", "ultrafeedback"))
+    presets = sorted({path.name for path in Path("configs").glob("*.py")} - {"__init__.py", "common.py"})
+    names = ", ".join(f"configs/{name}" for name in presets)
     assert f"no such file; there are {names}" in done.stderr
