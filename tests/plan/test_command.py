@@ -29,6 +29,9 @@ def test_bad_input_is_one_line(args, words):
     assert words in refused(*args)
 
 
+# A pair a row and two rows a chip, which are compiled sooner than more.
+FEW = ("batch_size=8", "max_prompt_length=64", "max_completion_length=64")
+
 REFUSED = [
     (["--config.batch_size=60"], "batch_size=60 does not divide over 8 data shards"),
     (["--config.router_aux_loss_coef=0.01"], "has no experts; leave it at 0"),
@@ -109,7 +112,7 @@ def test_what_does_not_fit_is_named(tmp_path):
 @compiler
 def test_experts_multiply_their_own_rows_whatever_attention_runs(tmp_path):
     """XLA's gradient of their weights would do more than the traced program asks for: every row for every expert."""
-    run = (EXPERTS, "v5e:2x2", "attention=dense")
+    run = (EXPERTS, "v5e:2x2", "attention=dense", *FEW)
     r, _ = planned(tmp_path, *run)
     assert [r["flops"]] == pytest.approx(traced_flops(*small_run(tmp_path, *run)), rel=0.12)
 
@@ -118,7 +121,7 @@ def test_experts_multiply_their_own_rows_whatever_attention_runs(tmp_path):
 def test_all_offloads_together_compile(tmp_path):
     """A layer at a time comes from the host's memory, in a loop over layers inside one over microbatches."""
     offloads = ["reference_offload=True", "optimizer_offload=True", "remat=attention_offload", "microbatches=2"]
-    r, _ = planned(tmp_path, SMALL, "v5e:2x2", *offloads)
+    r, _ = planned(tmp_path, SMALL, "v5e:2x2", *offloads, *FEW)
     count = config_from_hf(SMALL, "small").parameter_count()
     # Norms are small, and alone stay on the devices: of the moments only the count of updates.
     assert r["memory"]["optimizer"] < 100
