@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from dpo_jax import train
 from dpo_jax.records.records import read_records
 from tests import processes
 from tests.end_to_end.test_processes import _same
@@ -51,6 +52,15 @@ def _run(command, env, timeout=300):
 def _refused(command, env):
     """The one line on standard error of a command that is bad input, said before anything is compiled."""
     code, out, err = _run(command, env)
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (code, len(said), out) == (2, 1, ""), err + out
+    return said[0]
+
+
+def _refused_here(workdir, capsys, **changed):
+    """The same in this process, for a line that needs no process of its own."""
+    code = train.main(_command(workdir, **changed)[2:])
+    out, err = capsys.readouterr()
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     assert (code, len(said), out) == (2, 1, ""), err + out
     return said[0]
@@ -296,33 +306,37 @@ def test_a_peer_that_falls_silent_ends_the_other_with_stacks(environment, work):
     assert "device_get" in printed
 
 
-def test_changed_data_model_or_config_are_refused_with_the_difference(environment, tmp_path):  # noqa: F811
+def test_changed_data_model_or_config_are_refused_with_the_difference(tmp_path, capsys):
+    """In this process, on eight devices."""
     model, rows, work = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run"
     shutil.copytree(SMALL["model"], model)
-    changed = FAST | {"model": model, "num_steps": 2} | _rows(rows)
-    _finish(work, environment, **changed)
+    changed = FAST | {"model": model, "num_steps": 2, "batch_size": 8} | _rows(rows)
+    command = _command(work, **changed)[2:]
+    assert train.main(command) == 0
+    capsys.readouterr()
     before, weights = rows.read_text(), model / "model.safetensors"
     rows.write_text(before.replace("yes 7", "yes seven"))
-    said = _refused(_command(work, **changed), environment)
+    said = _refused_here(work, capsys, **changed)
     assert "was begun with other files (data: sources" in said
     assert f"rows.jsonl bytes: {len(before)} there, {len(before) + 4} now" in said
     rows.write_text(before)
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert "(model: model.safetensors digest: " in _refused(_command(work, **changed), environment)
+    assert "(model: model.safetensors digest: " in _refused_here(work, capsys, **changed)
     content[-1] ^= 1
     weights.write_bytes(content)
-    said = _refused(_command(work, **changed | {"dpo_beta": 0.2}), environment)
+    said = _refused_here(work, capsys, **changed | {"dpo_beta": 0.2})
     assert "another config (dpo_beta: 0.1 there, 0.2 asked)" in said
-    assert "resuming from checkpoint 2" in _finish(work, environment, **changed)
+    assert train.main(command) == 0
+    assert "resuming from checkpoint 2" in capsys.readouterr().out
 
 
-def test_a_directory_that_cannot_be_written_is_refused_before_compiling(environment, tmp_path):  # noqa: F811
+def test_a_directory_that_cannot_be_written_is_refused_before_compiling(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    said = _refused(_command(tmp_path / "file" / "run", **FAST), environment)
+    said = _refused_here(tmp_path / "file" / "run", capsys, **FAST)
     assert "cannot be written (Not a directory)" in said
     with _small_disk(tmp_path / "disk", "1m"):
         subprocess.run(["mount", "-o", "remount,ro", tmp_path / "disk"], check=True)
-        said = _refused(_command(tmp_path / "disk", **FAST), environment)
+        said = _refused_here(tmp_path / "disk", capsys, **FAST)
         assert "cannot be written (Read-only file system)" in said
