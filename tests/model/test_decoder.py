@@ -31,7 +31,7 @@ from tests.model.families import (
     unpacked,
 )
 
-# One of each kind; `test_families.py` has packed rows and greedy answers of every family, beside transformers.
+# One of each kind; `test_families.py` has packed rows of every family, and greedy answers, beside transformers.
 NAMES = ["qwen2_window", "gemma3_text", "phi3_longrope", "mixtral"]
 PAIRS = TextPairs(96)
 

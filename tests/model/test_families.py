@@ -6,6 +6,7 @@ recorded models of `tests/golden/transformers` stand in for logits (`tests/weigh
 """
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,17 @@ pytestmark = pytest.mark.extras
 VOCAB = 512
 BETA = 0.1
 NOISE = np.random.default_rng(0).normal(size=(3, 2))
+# One of everything that a cached layer has to get right: the others' layers are made of the same parts.
+ANSWERED = (
+    "gemma2",  # scores that are capped
+    "gemma3_text",  # windows and whole attention, each with its own rope
+    "llama_biases",
+    "llama3_rope",  # and the other ropes that scale by a fixed factor
+    "mistral_window",  # and every window
+    "olmo2",  # norms after the blocks, and of whole queries and keys
+    "phi3_longrope",  # a rope that changes with the length, and joined projections
+    "qwen3_moe",  # experts, and norms of every head
+)
 EXPERTS = [name for name, (kind, *_) in record_transformers.MODELS.items() if kind in ("mixtral", "qwen3_moe")]
 
 
@@ -168,8 +180,12 @@ def test_greedy_answers(family):
 
     All prompts are in one batch here, padded with what may also end an answer there. Where the two most likely tokens
     are within 1e-5 of each other, either is right, and the answers are compared up to there.
+
+    Without DPO_JAX_SWEEP of the families of `ANSWERED`.
     """
     name, model, _, config, _, params = family
+    if name not in ANSWERED and not os.environ.get("DPO_JAX_SWEEP"):
+        pytest.skip("set DPO_JAX_SWEEP=1: a family of ANSWERED has all parts of its layers")
     prompts = [ids[:n].tolist() for ids, n in zip(TextPairs(VOCAB).sequences()[::2], (5, 17, 30), strict=True)]
     ours = greedy(config, params, prompts, 64)
     model.generation_config.eos_token_id = model.generation_config.bos_token_id = None
