@@ -52,9 +52,11 @@ LONGEST = [
         "plan/test_command",
         "end_to_end/test_faults",
         "end_to_end/test_train",
-        "end_to_end/test_processes",
-        "weights/test_peft",
         "model/test_families",
+        "end_to_end/test_processes",
+        "answering/test_processes",
+        "training/test_rounds",
+        "weights/test_peft",
         "plan/test_compile",
         "training/test_reference",
     )
