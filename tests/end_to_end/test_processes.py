@@ -127,7 +127,7 @@ def test_processes_that_differ_are_refused(tmp_path, environment):  # noqa: F811
 def test_hosts_with_disks_of_their_own_agree_on_what_the_reference_has_said(tmp_path, environment):  # noqa: F811
     """Only the first one kept the values: the second run must not leave the others to compute alone."""
     kept = CHANGED | {"num_steps": 2, "checkpoint_every": 0, "sample_prompts": 0, "export": False}
-    kept |= {"reference_cache": True}
+    kept |= {"reference_cache": True, "kl_prompts": 0}
     for name, computed in (("first", "24 to compute"), ("second", "0 to compute")):
         command = [*_command(tmp_path / name, **kept), "--distributed"]
         commands = [["env", f"DPO_JAX_CACHE={tmp_path}/disk{number}", *command] for number in range(2)]

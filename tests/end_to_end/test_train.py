@@ -212,6 +212,7 @@ def test_killed_in_sft_stopped_by_sigterm_in_dpo_and_gone_on_is_never_stopped(en
 def test_a_moving_reference_goes_on_where_it_was(environment, tmp_path):
     """TR-DPO: the reference is the run's own state now, and evaluations are against the moved one."""
     changed = SMALL | {"sft_steps": 0, "num_steps": 7, "export": False, "sample_prompts": 0, "eval_every": 1}
+    changed |= {"kl_prompts": 0}  # that it is measured against the moved one: tests/training/test_rounds.py
     changed |= {"loss": "sigmoid:1.0,aot:0.5", "microbatches": 2, "learning_rate": 1e-3}
     changed |= {"reference_sync_steps": 3, "reference_sync_alpha": 1.0, "checkpoint_every": 4}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
