@@ -47,7 +47,7 @@ def test_killed_at_any_time_the_file_ends_byte_for_byte_the_same(rows):
     subprocess.run(
         command(rows, whole), env=processes.with_devices(1), check=True, timeout=300, stdout=subprocess.DEVNULL
     )
-    for lines in (0, 5, 30):
+    for lines in (5, 30):  # tests/collecting/test_command.py stops before the first and within every block
         process = subprocess.Popen(
             command(rows, out), env=processes.with_devices(1), stderr=subprocess.PIPE, stdout=subprocess.PIPE
         )
