@@ -8,7 +8,9 @@ import time
 
 import pytest
 
+from dpo_jax import sample, train
 from tests import processes
+from tests.end_to_end.test_train import SMALL
 from tests.places import GOLDEN
 
 pytestmark = pytest.mark.slow
@@ -52,11 +54,13 @@ def whole(rows):
 
 def test_killed_at_any_time_the_file_ends_byte_for_byte_the_same(rows, whole):
     out = rows.with_name("killed.jsonl")
-    for lines in (0, 3, 8, 21, 30):  # before the first, within a block, at its end
+    for lines in (0, 21):  # before the first, within a block; tests/answering/test_command.py cuts a file anywhere
         process = subprocess.Popen(command(rows, out), env=processes.with_devices(1), stderr=subprocess.PIPE)
         begun = out.with_name("killed.jsonl.about.json")
         while process.poll() is None and not (begun.exists() and out.read_bytes().count(b"\n") >= lines):
             time.sleep(0.01)
+        if lines == 0:
+            _refused_while_it_runs(process, command(rows, out))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it was to be killed before its end"
@@ -66,36 +70,31 @@ def test_killed_at_any_time_the_file_ends_byte_for_byte_the_same(rows, whole):
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_a_second_command_on_the_same_file_is_refused(rows):
-    out = rows.with_name("held.jsonl")
-    process = subprocess.Popen(command(rows, out), env=processes.with_devices(1), stderr=subprocess.PIPE)
-    while process.poll() is None and not out.exists():
-        time.sleep(0.01)
-    second = subprocess.run(
-        command(rows, out), env=processes.with_devices(1), capture_output=True, text=True, check=False
-    )
-    process.kill()
-    process.communicate()
+def _refused_while_it_runs(process, same):
+    """A second command on the same file; the first is held still, so that it does not end meanwhile."""
+    process.send_signal(signal.SIGSTOP)
+    second = subprocess.run(same, env=processes.with_devices(1), capture_output=True, text=True, check=False)
     assert second.returncode == 2
     assert "in use by another command" in second.stderr
 
 
-def test_two_processes_write_what_one_writes(rows):
-    outs = [rows.with_name(f"{name}.jsonl") for name in ("one", "two")]
-    few = "--limit=6"
-    subprocess.run(command(rows, outs[0], few), env=processes.with_devices(2), check=True, timeout=300)
-    processes.end(processes.start([command(rows, outs[1], few)] * 2, processes.with_devices(1)), [0, 0])
-    one, two = ([json.loads(line) for line in out.read_text().splitlines()] for out in outs)
+def test_two_processes_write_what_one_writes(rows, whole):
+    """On a device each, the first of what one process with one device writes."""
+    out, few = rows.with_name("two.jsonl"), "--limit=6"
+    processes.end(processes.start([command(rows, out, few)] * 2, processes.with_devices(1)), [0, 0])
+    one, two = ([json.loads(line) for line in path.read_text().splitlines()] for path in (whole, out))
+    assert len(two) == 6
+    one = one[:6]
     tokens = lambda lines: [[answer["token_ids"] for answer in line["answers"]] for line in lines]
     assert tokens(two) == tokens(one)
     for a, b in zip(one, two, strict=True):
         for x, y in zip(a["answers"], b["answers"], strict=True):
             assert x["logprobs"] == pytest.approx(y["logprobs"], abs=1e-4)
-    printed = processes.end(processes.start([command(rows, outs[1], few)] * 2, processes.with_devices(1)), [0, 0])
+    printed = processes.end(processes.start([command(rows, out, few)] * 2, processes.with_devices(1)), [0, 0])
     assert "finished, 6 prompts are answered" in printed[0]
     assert "finished" not in printed[1]
     printed = processes.end(
-        processes.start([command(rows, outs[1], few, "--seed=1")] * 2, processes.with_devices(1)), [2, 2]
+        processes.start([command(rows, out, few, "--seed=1")] * 2, processes.with_devices(1)), [2, 2]
     )
     assert "seed: 0 there, 1 now" in printed[0]
 
@@ -107,12 +106,14 @@ def test_two_processes_write_what_one_writes(rows):
         {"reference_sync_steps": 1, "reference_sync_alpha": 0.5},  # the reference lies beside the policy
     ],
 )
-def test_a_runs_checkpoint_answers_as_its_export(tmp_path, keys):
+def test_a_runs_checkpoint_answers_as_its_export(tmp_path, keys, capsys):
+    """Here, on eight devices: nothing of it needs a process of its own."""
     run = tmp_path / "run"
-    small = {
+    small = SMALL | {
+        "dataset": "synthetic",
         "sft_steps": 0,
         "num_steps": 3,
-        "batch_size": 4,
+        "batch_size": 8,
         "eval_pairs": 0,
         "sample_prompts": 0,
         "kl_prompts": 0,
@@ -120,18 +121,16 @@ def test_a_runs_checkpoint_answers_as_its_export(tmp_path, keys):
         "learning_rate": 1e-2,
         "attention": "dense",
     }
-    train = [sys.executable, "-m", "dpo_jax.train", "--config=configs/hhh.py:tiny", f"--workdir={run}"]
-    train += [f"--config.{key}={value}" for key, value in (small | keys).items()]
-    subprocess.run(train, env=processes.with_devices(1), check=True, timeout=300, stdout=subprocess.DEVNULL)
-    ask = [sys.executable, "-m", "dpo_jax.sample", f"--model={run}", "--dataset=synthetic", "--limit=3"]
-    ask += ["--max_tokens=8", "--logprobs"]
+    settings = [f"--config.{key}={value}" for key, value in (small | keys).items()]
+    assert train.main(["train", "--config=configs/hhh.py:tiny", f"--workdir={run}", *settings]) == 0
+    capsys.readouterr()
     answers = []
     for _ in range(2):
-        done = subprocess.run(
-            ask, env=processes.with_devices(1), check=True, timeout=300, capture_output=True, text=True
-        )
-        assert "3 prompts of its test split" in done.stderr
-        answers.append([json.loads(line)["answers"][0] for line in done.stdout.splitlines()])
+        ask = ["sample", f"--model={run}", "--dataset=synthetic", "--limit=3", "--max_tokens=8", "--logprobs"]
+        assert sample.main(ask) == 0
+        out, err = capsys.readouterr()
+        assert "3 prompts of its test split" in err
+        answers.append([json.loads(line)["answers"][0] for line in out.splitlines()])
         if (run / "export").exists():
             (run / "export").rename(run / "away")
     assert len(answers[0]) == 3
