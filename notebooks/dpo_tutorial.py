@@ -79,7 +79,7 @@ except ValueError as error:
 base = dpo_jax.get_config("configs/hhh.py:tiny")
 base.log_every = 1
 if SMALL:
-    base.update(batch_size=4, eval_pairs=32, sft_steps=60, sample_prompts=2, sample_tokens=24, kl_prompts=0)
+    base.update(batch_size=4, eval_pairs=32, sft_steps=60, sample_prompts=0, kl_prompts=0)
     base.judge = ""
     base.attention = "dense"  # what is quickest to compile
 sft = base.copy_and_resolve_references()

@@ -74,7 +74,8 @@ data_command.main(["data", "inspect", "--config=configs/hhh.py:tiny", *options])
 config = dpo_jax.get_config("configs/hhh.py:tiny")
 config.update(dataset=str(pairs), eval_pairs=64, sft_steps=100, num_steps=40, batch_size=32)
 if SMALL:
-    config.update(sft_steps=40, num_steps=12, sample_prompts=2, sample_tokens=24)
+    config.update(sft_steps=30, num_steps=12, batch_size=8, sample_prompts=0, kl_prompts=0, judge="")
+    config.attention = "dense"  # what is quickest to compile
 workdir = Path("runs/your_data")
 final = dpo_jax.run(config, workdir)
 
