@@ -1,7 +1,7 @@
 """A schedule's steps as a jitted step takes them: read ahead, built into rows, placed on the mesh."""
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from dpo_jax.model.placement import Layout
 from dpo_jax.parallel.mesh import local_rows, to_global
 from dpo_jax.parallel.watchdog import LONGER, awaited, beat
 from dpo_jax.rows.build import GroupSource
-from dpo_jax.rows.pipeline import StepSource, batches
+from dpo_jax.rows.pipeline import Step, StepSource, batches
 from dpo_jax.rows.schedule import Schedule, make_schedule
 from dpo_jax.rows.shape import Order
 
@@ -39,11 +39,18 @@ class Item:
 
 
 def step_source(
-    schedule: Schedule, mesh: Mesh, steps: int, microbatches: int, given: Given | None = None
+    schedule: Schedule,
+    mesh: Mesh,
+    steps: int,
+    microbatches: int,
+    given: Given | None = None,
+    drawn_logps: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> StepSource:
-    """The rows of the first `steps` steps that this process loads."""
+    """The rows of the first `steps` steps that this process loads; `given` and `drawn_logps` as in `StepSource`."""
     per_micro = {shape.rows // microbatches for shape in schedule.shapes}
-    return StepSource(schedule, microbatches, {n: local_rows(mesh, n) for n in per_micro}, steps, given or {})
+    return StepSource(
+        schedule, microbatches, {n: local_rows(mesh, n) for n in per_micro}, steps, given or {}, drawn_logps
+    )
 
 
 def once_through(
@@ -58,14 +65,18 @@ def once_through(
 def loaded(source: StepSource, mesh: Mesh, what: str, start: int = 0) -> Iterator[Item]:
     """The batches of steps `start ..` in order; waiting for one is named by `what` (see `watchdog.awaited`)."""
     for step in awaited(batches(source, start), what):
-        real = step.tokens / step.shape.tokens
-        yield Item(
-            update=step.number + 1,
-            batch=to_global(step.batch, mesh, step.shape.rows // source.microbatches),
-            shape=step.shape,
-            facts={"pairs": step.groups, "tokens": step.tokens, "useful_token_fraction": real},
-            examples=step.placed,
-        )
+        yield on_mesh(step, source.microbatches, mesh)
+
+
+def on_mesh(step: Step, microbatches: int, mesh: Mesh) -> Item:
+    """The rows of a step, placed on the mesh."""
+    return Item(
+        update=step.number + 1,
+        batch=to_global(step.batch, mesh, step.shape.rows // microbatches),
+        shape=step.shape,
+        facts={"pairs": step.groups, "tokens": step.tokens, "useful_token_fraction": step.tokens / step.shape.tokens},
+        examples=step.placed,
+    )
 
 
 def passed(

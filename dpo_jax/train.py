@@ -45,7 +45,11 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> dict[str,
     # All that is quick to refuse is refused: what follows takes seconds to import.
     from dpo_jax.training.run import train_policy
 
-    return train_policy(settings, directory)
+    if settings.task != "rl":
+        return train_policy(settings, directory)
+    from dpo_jax.rl.phase import params_after_rl
+
+    return train_policy(settings, directory, params_after_rl)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import pytest
 # Lowest first: a package may import those before it and itself. The last line are doors, which wire the others.
 ORDER = """
 errors disk records data rows parallel model batches objective weights sampling config preference report training
-inspection plan answering judging collecting train sample judge collect __main__
+rl inspection plan answering judging collecting train sample judge collect __main__
 """.split()
 # These run where there is no JAX, or before anybody has waited for it.
 WITHOUT_JAX = "errors disk records data rows config report inspection answering judging collecting".split()

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo_jax.config.judges import same_judges
 from dpo_jax.config.keys import KEYS
+from dpo_jax.config.rewards import weighted_names
 from dpo_jax.errors import UserError
 from dpo_jax.objective.table import LOSS_FACTS, needs_reference, parse_loss
 
@@ -50,10 +51,21 @@ _OWNERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("reference_sync_steps above 0", lambda c: c["reference_sync_steps"] > 0, "reference_sync_alpha"),
     ("rounds above 0", lambda c: c["rounds"] > 0, "round_reference"),
     (
+        "rounds above 0, sft_on=best_of_n or task=rl",
+        lambda c: _collects(c) or c["task"] == "rl",
+        "same_judge",
+    ),
+    (
         "rounds above 0 or sft_on=best_of_n",
         lambda c: _collects(c),
-        "round_prompts collect_judge same_judge collect_n collect_temperature collect_mode collect_length_penalty "
+        "round_prompts collect_judge collect_n collect_temperature collect_mode collect_length_penalty "
         "collect_min_margin collect_unfinished",
+    ),
+    (
+        "task=rl",
+        lambda c: c["task"] == "rl",
+        "rl_reward rl_n rl_loss rl_clip_low rl_clip_high rl_advantage rl_kl rl_kl_coef rl_temperature rl_top_p "
+        "rl_correction rl_epochs rl_minibatches rl_unfinished rl_length_penalty rl_keep",
     ),
     ("lora_rank above 0", lambda c: c["lora_rank"] > 0, "lora_alpha lora_rslora lora_targets lora_base_dtype"),
 )
@@ -114,17 +126,25 @@ def _check_reference(c: Config) -> None:
             raise UserError(f"reference_offload=True: {name}={c[name]} {why}; set one of them to its default")
 
 
-# Keys of a policy's training, which preference models have no use for.
-_OF_POLICIES = """
-dpo_beta loss label_smoothing f_divergence f_alpha wpo ld_alpha simpo_gamma cpo_alpha discopop_tau reference
-reference_revision reference_cache reference_sync_steps reference_sync_alpha reference_offload sft_steps
-sft_learning_rate sft_lr_schedule judge rounds sft_on
-""".split()
+# Keys that tasks other than DPO have no use for: those of a loss of pairs, of the reference, of SFT before, of judges.
+_OF_PAIRS = "dpo_beta loss label_smoothing f_divergence f_alpha wpo ld_alpha simpo_gamma cpo_alpha discopop_tau rounds"
+_OF_REFERENCES = "reference reference_revision reference_offload"
+_OF_MOVING = "reference_cache reference_sync_steps reference_sync_alpha"
+_OF_SFT = "sft_steps sft_learning_rate sft_lr_schedule"
+_WITHOUT = {
+    "dpo": "",
+    "sft": f"{_OF_PAIRS} {_OF_REFERENCES} {_OF_MOVING} {_OF_SFT}",
+    "rl": f"{_OF_PAIRS} {_OF_MOVING}",
+    "reward": f"{_OF_PAIRS} {_OF_REFERENCES} {_OF_MOVING} {_OF_SFT} judge sft_on",
+    "comparison": f"{_OF_PAIRS} {_OF_REFERENCES} {_OF_MOVING} {_OF_SFT} judge sft_on",
+}
 
 
 def _check_task(c: Config) -> None:
-    for name in [] if c["task"] == "dpo" else _asked(c, _OF_POLICIES):
+    for name in _asked(c, _WITHOUT[c["task"]].split()):
         raise UserError(f"{name}={c[name]!r} has no meaning for task={c['task']}; leave it at {KEYS[name].default!r}")
+    if c["task"] == "sft" and c["sft_on"] == "best_of_n":
+        raise UserError("sft_on=best_of_n has no meaning for task=sft; use chosen or both")
 
 
 def _check_rounds(c: Config) -> None:
@@ -136,12 +156,7 @@ def _check_rounds(c: Config) -> None:
         raise UserError(
             f"{_collecting(c)}: collect_judge is empty; name what scores the policy's answers, such as gold"
         )
-    both = same_judges(c["judge"], c["collect_judge"]) if c["judge"] else []
-    if both and not c["same_judge"]:
-        raise UserError(
-            f"judge={c['judge']} would grade what {both[0]} was asked for in training, and a judge that is trained "
-            "against is no measure of quality; name another judge, or set same_judge=True"
-        )
+    _refuse_same_judge(c, c["collect_judge"])
     if not c["rounds"]:
         return
     if c["num_steps"] % c["rounds"]:
@@ -158,6 +173,36 @@ def _check_rounds(c: Config) -> None:
         raise UserError("round_reference=previous: with lora_rank above 0 the frozen base is the reference; leave it")
 
 
+def _refuse_same_judge(c: Config, trained_against: str) -> None:
+    both = same_judges(c["judge"], trained_against) if c["judge"] else []
+    if both and not c["same_judge"]:
+        raise UserError(
+            f"judge={c['judge']} would grade what {both[0]} was asked for in training, and a judge that is trained "
+            "against is no measure of quality; name another judge, or set same_judge=True"
+        )
+
+
+def _check_rl(c: Config) -> None:
+    if c["task"] != "rl":
+        return
+    if not c["rl_reward"]:
+        raise UserError("task=rl: rl_reward is empty; name what answers are worth, such as a reward model's directory")
+    _refuse_same_judge(c, ",".join(name for name, _ in weighted_names(c["rl_reward"])))
+    if c["rl_top_p"] < 1 and not c["rl_correction"]:
+        raise UserError(
+            f"rl_top_p={c['rl_top_p']:g}: answers would be of another distribution than the loss takes them for; leave "
+            "it at 1, or correct for it with rl_correction=2"
+        )
+    updates = c["rl_epochs"] * c["rl_minibatches"]
+    if c["num_steps"] % updates:
+        raise UserError(
+            f"num_steps={c['num_steps']} does not divide over the {updates} updates from answers that are drawn "
+            "together (rl_epochs x rl_minibatches); use a multiple of it"
+        )
+    for name in _asked(c, ("rl_kl",) if not c["rl_kl_coef"] else ()):
+        raise UserError(f"{name}={c[name]} has no meaning with rl_kl_coef=0; leave it at {KEYS[name].default}")
+
+
 def _collects(c: Config) -> bool:
     """Whether pairs of the policy's own answers are collected."""
     return c["rounds"] > 0 or c["sft_on"] == "best_of_n"
@@ -167,4 +212,4 @@ def _collecting(c: Config) -> str:
     return f"rounds={c['rounds']}" if c["rounds"] else f"sft_on={c['sft_on']}"
 
 
-RULES = (_check_task, _check_owners, _check_hyperparameters, _check_loss, _check_reference, _check_rounds)
+RULES = (_check_task, _check_owners, _check_hyperparameters, _check_loss, _check_reference, _check_rounds, _check_rl)

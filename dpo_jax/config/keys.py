@@ -15,6 +15,7 @@ from typing import Any
 from dpo_jax.config.values import parse_day, parse_options, parse_targets
 from dpo_jax.data.forms.rename import parse_columns
 from dpo_jax.errors import UserError
+from dpo_jax.objective.rl_table import parse_kl, parse_unfinished
 from dpo_jax.objective.table import parse_loss
 
 Value = bool | int | float | str
@@ -89,7 +90,16 @@ def named_model(text: str) -> str:
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
     parser.__name__: parser
-    for parser in (named_model, parse_columns, parse_day, parse_loss, parse_options, parse_targets)
+    for parser in (
+        named_model,
+        parse_columns,
+        parse_day,
+        parse_kl,
+        parse_loss,
+        parse_options,
+        parse_targets,
+        parse_unfinished,
+    )
 }
 _BOUNDS = {"least": operator.ge, "above": operator.gt, "most": operator.le, "below": operator.lt}
 

@@ -14,6 +14,7 @@ from dpo_jax.data.prepare import DataRequest
 from dpo_jax.data.sources import find_sources, hub_dataset, parse_mixture
 from dpo_jax.errors import UserError
 from dpo_jax.model.options import LayoutOptions, Lora
+from dpo_jax.objective.rl_table import RlOptions, parse_unfinished
 from dpo_jax.objective.table import parse_loss
 from dpo_jax.rows.shape import Order
 from dpo_jax.sampling.selection import Selection
@@ -21,8 +22,8 @@ from dpo_jax.weights.hub import local_model
 
 # Keys that name places on a host's own disk, which may differ between the hosts of one run.
 _OF_THE_HOST = (
-    "model", "reference", "judge", "collect_judge", "win_rate_baseline", "dataset_path", "eval_path", "cache_dir",
-    "compilation_cache",
+    "model", "reference", "judge", "collect_judge", "rl_reward", "win_rate_baseline", "dataset_path", "eval_path",
+    "cache_dir", "compilation_cache",
 )  # fmt: skip
 
 
@@ -100,6 +101,37 @@ class RoundOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class RlRun:
+    """RL against a reward.
+
+    Attributes:
+      reward: what answers are worth, by its name.
+      n: answers to a prompt, at `temperature` and `top_p`.
+      epochs, minibatches: passes over the answers that were drawn together, and updates of a pass.
+      unfinished: "score", "drop", or what an answer that is cut off is worth.
+      length_penalty: taken from a reward for each token.
+      keeps_best: whether the policy of the best evaluation is exported, else the last one.
+      options: what a step minimises.
+    """
+
+    reward: str
+    n: int
+    temperature: float
+    top_p: float
+    epochs: int
+    minibatches: int
+    unfinished: str | float
+    length_penalty: float
+    keeps_best: bool
+    options: RlOptions
+
+    @property
+    def updates(self) -> int:
+        """Updates from answers that were drawn together."""
+        return self.epochs * self.minibatches
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
     """An optimiser and its learning rate; a `warmup` below 1 is a fraction of all updates."""
 
@@ -127,6 +159,7 @@ class Settings:
     objective: ObjectiveOptions
     reference: ReferenceOptions
     rounds: RoundOptions
+    rl: RlRun
     optimizer: OptimizerOptions
     sft_optimizer: OptimizerOptions
     lora: Lora | None
@@ -157,6 +190,11 @@ class Settings:
     sample_tokens: int
     sample_temperature: float
     sample_top_p: float
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether the model that is trained says answers, and judges none."""
+        return self.task in ("dpo", "sft", "rl")
 
     @property
     def same_on_all_hosts(self) -> dict[str, Any]:
@@ -211,6 +249,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             c["collect_temperature"],
             Selection(c["collect_mode"], c["collect_length_penalty"], c["collect_min_margin"], c["collect_unfinished"]),
         ),
+        rl=_rl(c),
         optimizer=optimizer,
         sft_optimizer=dataclasses.replace(optimizer, peak=c["sft_learning_rate"], schedule=c["sft_lr_schedule"]),
         lora=lora if lora.rank else None,
@@ -222,6 +261,29 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         ),
         mesh=(c["mesh_data"], c["mesh_fsdp"], c["mesh_tensor"]),
         trackers={"wandb": c["wandb_project"], "trackio": c["trackio_project"]},
+    )
+
+
+def _rl(c: Mapping[str, Any]) -> RlRun:
+    own = lambda name: None if c[name] == -1 else c[name]  # -1 is what is usual for the loss
+    options = RlOptions(
+        loss=c["rl_loss"],
+        clip_low=own("rl_clip_low"),
+        clip_high=own("rl_clip_high"),
+        advantage=c["rl_advantage"],
+        kl=c["rl_kl"],
+        kl_coef=c["rl_kl_coef"],
+        correction_cap=c["rl_correction"],
+        temperature=c["rl_temperature"],
+        max_tokens=c["max_completion_length"],
+        balance=c["router_aux_loss_coef"],
+    )
+    names = ("reward", "n", "temperature", "top_p", "epochs", "minibatches", "length_penalty")
+    return RlRun(
+        **{name: c[f"rl_{name}"] for name in names},
+        unfinished=parse_unfinished(c["rl_unfinished"]),
+        keeps_best=c["rl_keep"] == "best",
+        options=options,
     )
 
 
@@ -244,7 +306,8 @@ def check_paths(settings: Settings) -> None:
             local_model(name, what=what)
     if settings.win_rate_baseline and not Path(settings.win_rate_baseline).expanduser().is_file():
         raise UserError(f"win_rate_baseline={settings.win_rate_baseline}: there is no such file")
-    for judge in (*settings.judge.split(","), *settings.rounds.judge.split(",")):
+    rewards = [part.partition("*")[0] for part in settings.rl.reward.split(",")]
+    for judge in (*settings.judge.split(","), *settings.rounds.judge.split(","), *rewards):
         if judge.startswith((".", "/", "~")):
             local_model(judge, what="judge")
     data = settings.data

@@ -1,6 +1,8 @@
 """The conversations behind tokenised pairs: their rows are read again, as a cache holds token ids alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from dpo_jax.data.comparison import Comparison, LabeledComparison, RatedAnswer, Skip
 from dpo_jax.data.containers import read_rows
@@ -9,8 +11,16 @@ from dpo_jax.data.sources import DataSources
 from dpo_jax.data.split import Pairs
 
 
-def conversations(pairs: Pairs, data: DataSources, most: int) -> list[tuple[int, Comparison]]:
-    """The first pairs of different prompts that have a conversation: their places in `pairs`, and a comparison of each.
+@dataclass(frozen=True)
+class Original:
+    """What a tokenised prompt is made of: a comparison with its conversation, and the row that this was read from."""
+
+    comparison: Comparison
+    row: Mapping[str, Any]
+
+
+def originals(pairs: Pairs, data: DataSources, most: int) -> list[tuple[int, Original]]:
+    """The first pairs of different prompts that have a conversation: their places in `pairs`, and what each is made of.
 
     Prompts that only a tokenizer can tell from their answers have none, and are left out.
 
@@ -26,13 +36,13 @@ def conversations(pairs: Pairs, data: DataSources, most: int) -> list[tuple[int,
         if prompt not in seen and len(chosen) < 2 * most:  # as some may have no conversation
             seen.add(prompt)
             chosen.append(place)
-    return conversations_at(pairs, data, chosen)[:most]
+    return originals_at(pairs, data, chosen)[:most]
 
 
-def conversations_at(pairs: Pairs, data: DataSources, places: Sequence[int]) -> list[tuple[int, Comparison]]:
-    """Those of these places whose prompt is a conversation, and a comparison of each, see `conversations`."""
+def originals_at(pairs: Pairs, data: DataSources, places: Sequence[int]) -> list[tuple[int, Original]]:
+    """Those of these places whose prompt is a conversation, with what each is made of, see `originals`."""
     rows = _rows(pairs, data, places)
-    return [(place, rows[place]) for place in places if place in rows and rows[place].prompt_conversation]
+    return [(place, rows[place]) for place in places if place in rows and rows[place].comparison.prompt_conversation]
 
 
 def _comparison(one: LabeledComparison | RatedAnswer) -> Comparison:
@@ -41,8 +51,8 @@ def _comparison(one: LabeledComparison | RatedAnswer) -> Comparison:
     return Comparison(one.prompt_conversation, one.completion, one.completion, one.tools, one.chat_template_kwargs)
 
 
-def _rows(pairs: Pairs, data: DataSources, places: Sequence[int]) -> dict[int, Comparison]:
-    """The first pair of the row of each of these places."""
+def _rows(pairs: Pairs, data: DataSources, places: Sequence[int]) -> dict[int, Original]:
+    """The row of each of these places, and its first pair."""
     wanted: dict[tuple[int, int], dict[int, list[int]]] = {}  # (source, file) → line → places
     for place in places:
         index = int(pairs.index[place])
@@ -50,7 +60,7 @@ def _rows(pairs: Pairs, data: DataSources, places: Sequence[int]) -> dict[int, C
         number = next(n for n, entry in enumerate(entries) if entry["start"] <= index < entry["stop"])
         file, line = map(int, pairs.cache.origin[index])
         wanted.setdefault((number, file), {}).setdefault(line, []).append(place)
-    found: dict[int, Comparison] = {}
+    found: dict[int, Original] = {}
     for (number, file), lines in wanted.items():
         source, left = data.sources[number], set(lines)
         for location, row in read_rows(source.files[file]):
@@ -60,7 +70,7 @@ def _rows(pairs: Pairs, data: DataSources, places: Sequence[int]) -> dict[int, C
             left.remove(line)
             named = source.spec.columns.apply(row) if source.spec.columns else row
             read = [_comparison(one) for one in source.spec.read(named)[1] if not isinstance(one, Skip)]
-            found |= {place: read[0] for place in lines[line] if read}
+            found |= {place: Original(read[0], row) for place in lines[line] if read}
             if not left:
                 break
     return found

@@ -4,6 +4,7 @@ Shapes: B rows, N completion tokens of a row (slot by slot), K groups in a row, 
 vocabulary.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.model.config import Params
-from dpo_jax.objective.token_logps import LogpOptions, token_logps
+from dpo_jax.objective.token_logps import LogpOptions, TokenValues, token_logps
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
 
@@ -31,12 +32,16 @@ class Logps:
       whole: `logps` with every token counted whole; None where `logps` is that already.
       balance: how evenly a mixture of experts was used (`experts.balance_sums` of the rows), scalars and `[experts]`;
         None unless asked for.
+      of_tokens: of every completion token of the rows, `[B, N]`; None unless asked for.
+      entropy: of its distribution, `[B, N]`, constant to the gradient; None unless asked for.
     """
 
     logps: jax.Array
     log_sum_sq: jax.Array | None = None
     whole: jax.Array | None = None
     balance: dict[str, jax.Array] | None = None
+    of_tokens: jax.Array | None = None
+    entropy: jax.Array | None = None
 
     @property
     def all_whole(self) -> jax.Array:
@@ -58,19 +63,24 @@ def group_logps(
     *,
     options: LogpOptions = DEFAULTS,
     weights: TokenWeights | None = None,
+    per_token: bool = False,
 ) -> Logps:
     """Summed log-probabilities of the completions of every group in a row.
 
     Args:
       hidden_BTD, table_VD: final hidden states of the rows of one microbatch, and the vocabulary projection.
       weights: of completion tokens; None: 1 each.
+      per_token: whether the log-probabilities of the tokens themselves are wanted too.
 
     Returns:
       Sums `[B, K, n]`: of the completions of group k, in its own order; 0 where a row has no group k.
     """
     hidden_BND = jnp.take_along_axis(hidden_BTD, batch.source[:, :, None], axis=1)
     values = token_logps(hidden_BND, batch.tokens[:, shape.prompt :], table_VD, options)
-    return sum_groups(*values, batch, shape, weights)
+    sums = sum_groups(values, batch, shape, weights)
+    if not per_token:
+        return sums
+    return dataclasses.replace(sums, of_tokens=values.logps, entropy=values.entropy)
 
 
 def in_group_order(by_slot_BKn: jax.Array, batch: Batch[jax.Array]) -> jax.Array:
@@ -79,13 +89,10 @@ def in_group_order(by_slot_BKn: jax.Array, batch: Batch[jax.Array]) -> jax.Array
 
 
 def sum_groups(
-    logps_BN: jax.Array,
-    log_sum_sq_BN: jax.Array | None,
-    batch: Batch[jax.Array],
-    shape: RowShape,
-    weights: TokenWeights | None = None,
+    tokens: TokenValues, batch: Batch[jax.Array], shape: RowShape, weights: TokenWeights | None = None
 ) -> Logps:
     """Token values `[B, N]` → sums by group; see `group_logps`."""
+    logps_BN, log_sum_sq_BN = tokens.logps, tokens.log_sum_sq
     segments_BN, K = batch.segments[:, shape.prompt :], batch.is_group.shape[-1]
     owner_BNK = (segments_BN[:, :, None] == jnp.arange(1, K + 1)[None, None, :]).astype(jnp.float32)
     slots = [slice(start - shape.prompt, start - shape.prompt + width)

@@ -31,6 +31,21 @@ class Groups(Protocol):
     @property
     def margin(self) -> jax.Array | None: ...
 
+    @property
+    def owner(self) -> jax.Array | None: ...
+
+    @property
+    def rewards(self) -> jax.Array | None: ...
+
+    @property
+    def drawn_logps(self) -> jax.Array | None: ...
+
+    @property
+    def old_logps(self) -> jax.Array | None: ...
+
+    @property
+    def token_share(self) -> jax.Array | None: ...
+
 
 # (policy's log-probabilities, the reference's or None, the groups' part of the batch, mean tokens `[n]` of completions
 # over the whole batch) -> metrics of every group
@@ -40,7 +55,11 @@ Values = Callable[[Logps, Logps | None, Groups, jax.Array], dict[str, jax.Array]
 # None) -> metrics of every group; arrays of NumPy
 SetValues = Callable[[Logps, Logps | None, np.ndarray, np.ndarray | None], Mapping[str, np.ndarray]]
 # How a value of every group becomes one of a batch, where that is not the mean.
-EXTREMES: dict[str, Callable[..., jax.Array]] = {"min_reward": jnp.min, "max_reward": jnp.max}
+EXTREMES: dict[str, Callable[..., jax.Array]] = {
+    "min_reward": jnp.min,
+    "max_reward": jnp.max,
+    "sampling/logp_difference_max": jnp.max,
+}
 
 # Relative error of a summed float32 log-probability: in float32, equal models then have an accuracy of exactly 0.
 ROUNDING = 1e-6
@@ -74,6 +93,11 @@ class _Set(NamedTuple):
     is_group: jax.Array
     completion_tokens: jax.Array
     margin: jax.Array | None = None
+    owner: jax.Array | None = None
+    rewards: jax.Array | None = None
+    drawn_logps: jax.Array | None = None
+    old_logps: jax.Array | None = None
+    token_share: jax.Array | None = None
 
 
 def reduced(values: Mapping[str, jax.Array], is_group: jax.Array) -> dict[str, jax.Array]:

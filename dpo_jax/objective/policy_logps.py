@@ -35,14 +35,19 @@ def logps_fn(
     log_sum_sq: bool = False,
     balance: bool = False,
     from_host: bool = False,
+    per_token: bool = False,
+    temperature: float = 1.0,
 ) -> LogpsFn:
     """The function of a model that the step is made with.
 
     `weights` as in `group_logps`, `log_sum_sq` as in `LogpOptions`; `balance`: with `Logps.balance`;
-    `from_host`: the parameters are in the host's memory and come to the device a layer at a time.
+    `from_host`: the parameters are in the host's memory and come to the device a layer at a time; `per_token`: with
+    `Logps.of_tokens` and `entropy`; `temperature`: of the distribution that answers were drawn from.
     """
     rules = axis_rules(layout.config, layout.mesh)
-    vocabulary = dataclasses.replace(logp_options(layout), log_sum_sq=log_sum_sq)
+    vocabulary = dataclasses.replace(
+        logp_options(layout), log_sum_sq=log_sum_sq, entropy=per_token, temperature=temperature
+    )
     model = _model_options(layout, remat, from_host)
 
     def logps_of(params: Params, micro: Batch[jax.Array], shape: RowShape) -> Logps:
@@ -50,7 +55,8 @@ def logps_fn(
             if from_host:
                 params = params | to_device({name: p for name, p in params.items() if name != "layers"})
             hidden, sums = hidden_states(params, micro, shape, model, balance=balance)
-            logps = group_logps(hidden, micro, unembedding(params), shape, options=vocabulary, weights=weights)
+            table = unembedding(params)
+            logps = group_logps(hidden, micro, table, shape, options=vocabulary, weights=weights, per_token=per_token)
             return dataclasses.replace(logps, balance=sums)
 
     return logps_of

@@ -9,7 +9,7 @@ a block of that).
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,18 +34,28 @@ class LogpOptions:
       block: about how many of the vocabulary's tokens a device goes through at a time; None is all of its part. A CPU
         has the logits of a block in its caches.
       softcap: logits become softcap·tanh(logits/softcap) (Gemma 2, arXiv 2408.00118); None leaves them.
+      temperature: logits are then divided by it: of the distribution that answers are drawn from at this temperature.
       log_sum_sq: whether to compute log Σ_v p(v)² of every distribution in the same pass, without a gradient.
+      entropy: whether to compute −Σ_v p(v) log p(v) of every distribution in the same pass, without a gradient.
     """
 
     chunk_tokens: int = CHUNK_TOKENS
     block: int | None = None
     softcap: float | None = None
+    temperature: float = 1.0
     log_sum_sq: bool = False
+    entropy: bool = False
 
 
-def token_logps(
-    hidden_BND: jax.Array, targets_BN: jax.Array, table_VD: jax.Array, options: LogpOptions
-) -> tuple[jax.Array, jax.Array | None]:
+class TokenValues(NamedTuple):
+    """What is known of every token, float32 `[B, N]`: its log-probability, and what `LogpOptions` asks for besides."""
+
+    logps: jax.Array
+    log_sum_sq: jax.Array | None = None
+    entropy: jax.Array | None = None
+
+
+def token_logps(hidden_BND: jax.Array, targets_BN: jax.Array, table_VD: jax.Array, options: LogpOptions) -> TokenValues:
     """log p(target | hidden) for every token, computed in chunks whose logits the backward pass makes again.
 
     Args:
@@ -53,11 +63,11 @@ def token_logps(
       targets_BN, table_VD: int32 token ids, and the vocabulary projection.
 
     Returns:
-      float32 `[B, N]`, and the same of log Σ p² or None.
+      Their values.
     """
     if hidden_BND.shape[1] == 0:
         empty = jnp.zeros(targets_BN.shape, jnp.float32)
-        return empty, empty if options.log_sum_sq else None
+        return TokenValues(empty, *(empty if asked else None for asked in (options.log_sum_sq, options.entropy)))
     spread = Spread.of(targets_BN.shape[0])
     return _token_logps(hidden_BND, targets_BN, table_parts(table_VD, spread), options, spread, len(table_VD))
 
@@ -130,9 +140,16 @@ def _real(spread: Spread, part: int, vocab: int, first: Any, size: int) -> jax.A
     return spread.offset(part) + first + jnp.arange(size) < vocab
 
 
-def _logits(hidden_BnD: jax.Array, table_sD: jax.Array, softcap: float | None, real_s: jax.Array | None) -> jax.Array:
+def _logits(
+    hidden_BnD: jax.Array,
+    table_sD: jax.Array,
+    softcap: float | None,
+    real_s: jax.Array | None,
+    temperature: float = 1.0,
+) -> jax.Array:
     logits_Bns = jnp.einsum("BnD,vD->Bnv", hidden_BnD, table_sD, preferred_element_type=jnp.float32)
     logits_Bns = softcap * jnp.tanh(logits_Bns / softcap) if softcap else logits_Bns
+    logits_Bns = logits_Bns if temperature == 1 else logits_Bns / temperature
     return logits_Bns if real_s is None else jnp.where(real_s, logits_Bns, PADDING)
 
 
@@ -154,7 +171,7 @@ def _target_logit(logits_Bns: jax.Array, rows_Bn: jax.Array, first: Any, *, gath
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _token_logps(
     hidden_BND: jax.Array, targets_BN: jax.Array, table_VD: jax.Array, options: LogpOptions, spread: Spread, vocab: int
-) -> tuple[jax.Array, jax.Array | None]:
+) -> TokenValues:
     return _forward(hidden_BND, targets_BN, table_VD, options, spread, vocab)[0]
 
 
@@ -165,13 +182,19 @@ def _split(rows: int, N: int, chunk_tokens: int, blocks: int) -> tuple[int, int]
 
 def _forward(
     hidden_BND: jax.Array, targets_BN: jax.Array, table_VD: jax.Array, options: LogpOptions, spread: Spread, vocab: int
-) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
-    # Σ exp(a·(logit - largest)) is summed for these a, the largest being that of what has been seen.
+) -> tuple[TokenValues, Any]:
+    # Σ exp(a·(logit - largest)) is summed for these a, the largest being that of what has been seen; then
+    # Σ exp(logit - largest)·(logit - largest), of which entropies are made.
     powers = (1, 2) if options.log_sum_sq else (1,)
 
     def scaled(sums: list[jax.Array], before: jax.Array, largest: jax.Array) -> list[jax.Array]:
         """Sums below another largest logit."""
-        return [s * jnp.exp(a * (before - largest)) for a, s in zip(powers, sums, strict=True)]
+        lower = before - largest
+        out = [s * jnp.exp(a * lower) for a, s in zip(powers, sums, strict=False)]
+        if options.entropy:  # before anything is seen both sums are 0, and the largest logit is -inf
+            below = jnp.where(jnp.isneginf(lower), 0.0, lower)
+            out.append((sums[-1] + below * sums[0]) * jnp.exp(lower))
+        return out
 
     def local(hidden_BND: jax.Array, targets_BN: jax.Array, table_vD: jax.Array):
         B, N, _ = hidden_BND.shape
@@ -185,21 +208,27 @@ def _forward(
                 before, sums, target = carry
                 first, table_sD = block
                 real_s = _real(spread, len(table_vD), vocab, first, len(table_sD))
-                logits = _logits(hidden_BnD, table_sD, options.softcap, real_s)
+                logits = _logits(hidden_BnD, table_sD, options.softcap, real_s, options.temperature)
                 largest = jnp.maximum(before, jnp.max(logits, axis=-1))
-                here = [jnp.sum(jnp.exp(a * (logits - largest[..., None])), axis=-1) for a in powers]
+                lower = logits - largest[..., None]
+                here = [jnp.sum(jnp.exp(a * lower), axis=-1) for a in powers]
+                if options.entropy:
+                    here.append(jnp.sum(jnp.exp(lower) * lower, axis=-1))
                 sums = [s + x for s, x in zip(scaled(sums, before, largest), here, strict=True)]
                 target += _target_logit(logits, rows_Bn, first, gather=options.block is not None)
                 return (largest, sums, target), None
 
             zeros = jnp.zeros(rows_Bn.shape, jnp.float32)
-            (largest, sums, target), _ = _through(blocks, (zeros - jnp.inf, [zeros for _ in powers], zeros), add)
+            begin = [zeros] * (len(powers) + options.entropy)
+            (largest, sums, target), _ = _through(blocks, (zeros - jnp.inf, begin, zeros), add)
             before, largest = largest, spread.vocab_max(largest)
             *sums, target = spread.vocab_sum([*scaled(sums, before, largest), target])
-            log_sums = [jnp.log(s) + a * largest for a, s in zip(powers, sums, strict=True)]
+            log_sums = [jnp.log(s) + a * largest for a, s in zip(powers, sums, strict=False)]
             values = {"logps": target - log_sums[0], "log_sum": log_sums[0]}
             if options.log_sum_sq:
                 values["squares"] = log_sums[1] - 2 * log_sums[0]
+            if options.entropy:
+                values["entropy"] = log_sums[0] - largest - sums[-1] / sums[0]
             return None, {name: spread.own_rows(x, B) for name, x in values.items()}
 
         chunks, n = _split(B, N, options.chunk_tokens, len(blocks[0]))
@@ -208,13 +237,15 @@ def _forward(
 
     rows = P(spread.rows or None)
     values = spread.on_mesh(local, (rows, rows, P(spread.vocab or None)), rows)(hidden_BND, targets_BN, table_VD)
-    return (values["logps"], values.get("squares")), (hidden_BND, targets_BN, table_VD, values["log_sum"])
+    found = TokenValues(values["logps"], values.get("squares"), values.get("entropy"))
+    return found, (hidden_BND, targets_BN, table_VD, values["log_sum"])
 
 
 def _backward(
-    options: LogpOptions, spread: Spread, vocab: int, kept: Any, grads: tuple[jax.Array, Any]
+    options: LogpOptions, spread: Spread, vocab: int, kept: Any, grads: TokenValues
 ) -> tuple[jax.Array, None, jax.Array]:
     hidden_BND, targets_BN, table_VD, log_sum_BN = kept
+    temperature = options.temperature
 
     def local(hidden_BND, targets_BN, table_vD, log_sum_BN, grad_BN):
         B, N, D = hidden_BND.shape
@@ -230,11 +261,11 @@ def _backward(
             def add(back_BnD, block):
                 first, table_sD = block
                 real_s = _real(spread, part, vocab, first, len(table_sD))
-                logits_Bns = _logits(hidden_BnD, table_sD, options.softcap, real_s)
+                logits_Bns = _logits(hidden_BnD, table_sD, options.softcap, real_s, temperature)
                 probs_Bns = jnp.exp(logits_Bns - log_sum_Bn[..., None])
                 grad_Bns = (_is_target(rows_Bn, first, len(table_sD)) - probs_Bns) * grad_Bn[..., None]
                 if options.softcap:
-                    grad_Bns = grad_Bns * (1 - (logits_Bns / options.softcap) ** 2)
+                    grad_Bns = grad_Bns * (1 - (logits_Bns * temperature / options.softcap) ** 2)
                     grad_Bns = grad_Bns if real_s is None else jnp.where(real_s, grad_Bns, 0.0)
                 grad_Bns = grad_Bns.astype(dtype)
                 back_BnD += jnp.einsum("Bnv,vD->BnD", grad_Bns, table_sD, preferred_element_type=jnp.float32)
@@ -261,7 +292,7 @@ def _backward(
     rows, parts = P(spread.rows or None), P(spread.vocab or None)
     # Padding of a chunk has a gradient of zero, whatever its logits are.
     back_BND, table_grad_VD = spread.on_mesh(local, (rows, rows, parts, rows, rows), (rows, parts))(
-        hidden_BND, targets_BN, table_VD, log_sum_BN, grads[0]
+        hidden_BND, targets_BN, table_VD, log_sum_BN, grads.logps / temperature
     )
     return back_BND, None, table_grad_VD
 

@@ -30,6 +30,13 @@ class Batch(NamedTuple, Generic[A]):
       ref_logps: float32 `[B, K, n]`, the reference's log-probabilities where they were computed before.
       ref_whole: as `ref_logps` with every token counted whole, for LD-DPO.
       margin: float32 `[B, K]`, by how much the first completion of a group should win; None: 0 each.
+      owner: int32 `[B, N]`, whose a completion token is: group · n + completion in the group's own order, -1 for
+        padding; of RL, as what follows.
+      rewards: float32 `[B, K, n]`, what completions are worth, NaN where that is not known.
+      drawn_logps: float32 `[B, N]`, the log-probability with which the sampler drew each token.
+      old_logps: float32 `[B, N]`, that of the policy as it was when its answers were drawn; None: the policy is that.
+      token_share: float32 `[B, K]`, mean completion tokens of a group over all that were drawn together; None: this
+        batch is all of them.
     """
 
     tokens: A
@@ -42,6 +49,11 @@ class Batch(NamedTuple, Generic[A]):
     ref_logps: A | None = None
     ref_whole: A | None = None
     margin: A | None = None
+    owner: A | None = None
+    rewards: A | None = None
+    drawn_logps: A | None = None
+    old_logps: A | None = None
+    token_share: A | None = None
 
     def map(self, fn: Callable[[A], "X"]) -> "Batch[X]":
         """The same of every array that is there."""

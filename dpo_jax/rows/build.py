@@ -76,3 +76,28 @@ def build_rows(groups: GroupSource | Sequence[Group], placed: np.ndarray, shape:
                     out.source[b, n : n + z - a] = np.arange(a - 1, z - 1)
                     out.source[b, n] = prompt_end - 1
     return out
+
+
+def token_rows(
+    values: Sequence[Sequence[np.ndarray]], placed: np.ndarray, batch: Batch[np.ndarray], shape: RowShape
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values of every completion token where `build_rows` put the token, float32 `[B, N]`, and whose each token is.
+
+    Args:
+      values: of each group, by its number in `placed`: of each of its completions one array, as long as it is.
+      placed, batch, shape: the groups `[B, K]`, and their rows.
+
+    Returns:
+      The values, 0 for padding; and int32 `[B, N]`, group in the row · n + completion, -1 for padding.
+    """
+    found = np.zeros((len(placed), shape.targets), np.float32)
+    owner = np.full(found.shape, -1, np.int32)
+    for b, k in np.argwhere(placed >= 0):
+        slots = np.arange(shape.n) if batch.slots is None else batch.slots[b, k]
+        for j, (slot, mine) in enumerate(zip(slots, values[placed[b, k]], strict=True)):
+            start, width = shape.starts[slot + 1], shape.completions[slot]
+            (here,) = np.nonzero(batch.segments[b, start : start + width] == k + 1)
+            assert len(here) == len(mine), f"group {placed[b, k]}: {len(mine)} values for {len(here)} tokens"
+            found[b, start - shape.prompt + here] = mine
+            owner[b, start - shape.prompt + here] = k * shape.n + j
+    return found, owner

@@ -6,14 +6,14 @@ Shapes: M microbatches, B rows of a microbatch, K groups in a row.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from dpo_jax.rows.batch import Batch
-from dpo_jax.rows.build import build_rows
+from dpo_jax.rows.build import build_rows, token_rows
 from dpo_jax.rows.schedule import Schedule
 from dpo_jax.rows.shape import RowShape
 
@@ -52,6 +52,8 @@ class StepSource:
       rows_of: for a microbatch of so many rows, which of them this process loads.
       steps: how many steps there are.
       given: more of every group, `[groups, ...]` by its name in `Batch`; 0 where a row has no group.
+      drawn_logps: of the completions that a sampler drew: a value for each token of each completion of each group; the
+        batch has them then, and `owner`.
     """
 
     schedule: Schedule
@@ -59,6 +61,7 @@ class StepSource:
     rows_of: dict[int, np.ndarray]
     steps: int
     given: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    drawn_logps: Sequence[Sequence[np.ndarray]] | None = None
 
     def __len__(self) -> int:
         return self.steps
@@ -67,7 +70,11 @@ class StepSource:
         shape, placed = self.schedule.place(int(step))
         per_micro = placed.reshape(self.microbatches, -1, placed.shape[1])
         mine = per_micro[:, self.rows_of[shape.rows // self.microbatches]]
-        flat = build_rows(self.schedule.groups, mine.reshape(-1, placed.shape[1]), shape)
+        of_rows = mine.reshape(-1, placed.shape[1])
+        flat = build_rows(self.schedule.groups, of_rows, shape)
+        if self.drawn_logps is not None:
+            drawn, owner = token_rows(self.drawn_logps, of_rows, flat, shape)
+            flat = flat._replace(drawn_logps=drawn, owner=owner)
         batch = flat.map(lambda x: x.reshape(*mine.shape[:2], *x.shape[1:]))
         given = {}
         for name, values in self.given.items():

@@ -185,3 +185,31 @@ def make_schedule(
     widest_groups = by_length(lengths).max(0) if longest is None else np.maximum(by_length(lengths).max(0), longest)
     ladder = choose_ladder(epoch, batch_size, limits, order, longest=widest_groups)
     return dataclasses.replace(draft, ladder=ladder)
+
+
+WORTH = 1.15  # so many times more tokens to compute, and other groups get rows of their own
+
+
+def fitted(
+    groups: GroupSource,
+    batch_size: int,
+    limits: RowLimits,
+    order: Order,
+    *,
+    longest: np.ndarray,
+    before: Ladder | None,
+) -> Schedule:
+    """The schedule of groups that come after others.
+
+    Rows keep the shapes that steps are compiled for, unless the new groups would waste them.
+
+    Args:
+      before: the shapes of those others; None: there were none.
+      longest: as in `make_schedule`, of all that will come.
+    """
+    schedule = make_schedule(groups, batch_size, limits, order, longest=longest)
+    if before is None:
+        return schedule
+    kept = dataclasses.replace(schedule, ladder=before)
+    filled = lambda one: efficiency(one.epoch(0), one.lengths)
+    return kept if filled(schedule) < WORTH * filled(kept) else schedule

@@ -41,6 +41,7 @@ class Phase(Generic[State]):
       eval_every, checkpoint_every: in updates; 0 is only at the end.
       evaluate: (state, updates done) → the values of an `eval` record; None: there is nothing to evaluate.
       save, check_save: saves a checkpoint (updates done, state); raises where a save in the background has failed.
+      whole: checkpoints are made after a multiple of so many updates: those in between need what is not in the state.
       max_bad_steps, keep_bad_batch: see `Health`.
       stuck_after: seconds in which nothing moves, after which the process ends; 0: never.
     """
@@ -58,6 +59,7 @@ class Phase(Generic[State]):
     max_bad_steps: int
     keep_bad_batch: Callable[[str, int, np.ndarray], Path]
     stuck_after: float
+    whole: int = 1
 
 
 @contextlib.contextmanager
@@ -79,6 +81,14 @@ def stop_signal() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _next(batches: Iterator[Item]) -> Item | Stopped | None:
+    """The next batch; None: there is none; or that its making was stopped."""
+    try:
+        return next(batches, None)
+    except Stopped as stopped:
+        return stopped
+
+
 def run_phase(
     phase: Phase[State],
     batches: Iterator[Item],
@@ -90,6 +100,8 @@ def run_phase(
     stop: threading.Event,
 ) -> State:
     """Run updates `start + 1 ..` of a phase to its end; `batches` begin with that of update `start + 1`.
+
+    An iterator that takes long to make a batch may raise Stopped itself, in all processes alike: that is then the end.
 
     Raises:
       Stopped: `stop` was set; everything up to the last update is recorded and saved.
@@ -148,8 +160,14 @@ def _run(
         evaluate_at(0)
     if start >= phase.updates:
         return state
-    for item in batches:
-        n = item.update
+    last_made = start
+    while (item := _next(batches)) is not None:
+        if isinstance(item, Stopped):
+            record()
+            if last_made > start:
+                phase.save(last_made, state)
+            raise item
+        last_made = n = item.update
         if item.shape in compiled:
             state, metrics = phase.step(state, item.batch, item.shape)
         else:
@@ -165,6 +183,7 @@ def _run(
         asking = {} if any_of is None else {STOP: any_of(stop.is_set())}
         pending = (dataclasses.replace(item, batch=None), metrics | asking)
         last, stopping = n == phase.updates, stop.is_set() if any_of is None else asked
+        stopping = stopping and n % phase.whole == 0
         eval_due = last or (phase.eval_every > 0 and n % phase.eval_every == 0)
         save_due = last or stopping or owed or (phase.checkpoint_every > 0 and n % phase.checkpoint_every == 0)
         if eval_due or save_due:
@@ -172,7 +191,7 @@ def _run(
         if eval_due:
             evaluate_at(n)
         # Among bad updates saves wait for a good one: they would push out the checkpoints from before.
-        owed = save_due and health.in_a_row > 0 and not (last or stopping)
+        owed = save_due and (health.in_a_row > 0 or n % phase.whole > 0) and not (last or stopping)
         if save_due and not owed:
             beat(f"saving after {phase.split} update {n}", LONGER)
             with throughput.paused():

@@ -78,6 +78,53 @@ class Collected:
     judging_seconds: float
 
 
+def answer_group(asked: AskedPrompt, answers: Sequence[Answer]) -> AnswerGroup:
+    """A prompt with its answers as preference models take them."""
+    texts = [answer.text for answer in answers]
+    return AnswerGroup(asked.comparison, [asked.completion(text) for text in texts], texts)
+
+
+@dataclass(frozen=True)
+class ScoredAnswers:
+    """The answers to a block of prompts, `[prompts][n]`, and their scores, NaN for none.
+
+    `sampling_seconds` and `judging_seconds` are of wall time.
+    """
+
+    answers: Sequence[Sequence[Answer]]
+    scores: Sequence[np.ndarray]
+    sampling_seconds: float
+    judging_seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """How many were drawn."""
+        return sum(len(answer.token_ids) for answers in self.answers for answer in answers)
+
+
+def draw_and_score(
+    sampler: Sampler,
+    params: Params,
+    score: Callable[[Sequence[Sequence[Answer]]], Sequence[np.ndarray]],
+    prompts: Sequence[AskedPrompt],
+    asked: SamplingParams,
+    beat: Callable[[str], None] = lambda what: None,
+) -> ScoredAnswers:
+    """Answer the prompts n times each and score the answers. Every process of several must call it.
+
+    Args:
+      score: the answers to each prompt → their scores, the same in all processes.
+      beat: is told what begins, which may take long.
+    """
+    beat("drawing the policy's answers")
+    begin = time.monotonic()
+    drawn = sampler.answers(params, [one.ids for one in prompts], asked, [one.name for one in prompts])
+    middle = time.monotonic()
+    beat("asking the judge")
+    scores = score(drawn)
+    return ScoredAnswers(drawn, scores, middle - begin, time.monotonic() - middle)
+
+
 def collect_pairs(
     sampler: Sampler,
     params: Params,
@@ -97,29 +144,18 @@ def collect_pairs(
     """
     if not prompts:
         return Collected([], {}, [], 0, 0.0, 0.0)
-    beat("drawing the policy's answers")
-    begin = time.monotonic()
-    drawn = sampler.answers(params, [one.ids for one in prompts], asked, [one.name for one in prompts])
-    middle = time.monotonic()
-    beat("asking the judge")
-    groups = [
-        AnswerGroup(
-            one.comparison, [one.completion(answer.text) for answer in answers], [answer.text for answer in answers]
-        )
-        for one, answers in zip(prompts, drawn, strict=True)
-    ]
-    scores = _scores_everywhere(judge, groups)
-    end = time.monotonic()
+    groups = lambda drawn: [answer_group(one, answers) for one, answers in zip(prompts, drawn, strict=True)]
+    score = lambda drawn: scores_everywhere(judge, groups(drawn))
+    found = draw_and_score(sampler, params, score, prompts, asked, beat)
     dropped: Counter[str] = Counter()
     pairs: list[PairAnswers] = []
-    for one, answers, values in zip(prompts, drawn, scores, strict=True):
-        found = select_pairs(values, list(map(candidate, answers)), rules, pair_rng(asked, one.name))
-        dropped.update(found.dropped)
-        for i, j in found.pairs:
+    for one, answers, values in zip(prompts, found.answers, found.scores, strict=True):
+        selected = select_pairs(values, list(map(candidate, answers)), rules, pair_rng(asked, one.name))
+        dropped.update(selected.dropped)
+        for i, j in selected.pairs:
             both = float(values[i]), float(values[j])
             pairs.append(PairAnswers(one, (answers[i], answers[j]), both, (i, j)))
-    tokens = sum(len(answer.token_ids) for answers in drawn for answer in answers)
-    return Collected(pairs, dropped, scores, tokens, middle - begin, end - middle)
+    return Collected(pairs, dropped, list(found.scores), found.tokens, found.sampling_seconds, found.judging_seconds)
 
 
 def check_judged(judge: PreferenceModel, found: Collected) -> None:
@@ -139,7 +175,7 @@ def pair_rng(asked: SamplingParams, name: Name) -> np.random.Generator:
     return np.random.default_rng([asked.seed, asked.round, *prompt_identity(name).tolist()])
 
 
-def _scores_everywhere(judge: PreferenceModel, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
+def scores_everywhere(judge: PreferenceModel, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
     """The scores, the same in all processes, see `asked_once`."""
     counts = [len(group.completions) for group in groups]
     found = asked_once(judge, sum(counts), lambda: np.concatenate(scores_in_groups(judge, groups)))

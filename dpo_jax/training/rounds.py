@@ -16,9 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.data.comparison import Comparison
-from dpo_jax.data.forms.transcripts import transcript_prompt
-from dpo_jax.data.originals import conversations_at
 from dpo_jax.disk import read_json, write_json, write_whole
 from dpo_jax.errors import Stopped, UserError
 from dpo_jax.model.config import Params
@@ -28,16 +25,15 @@ from dpo_jax.preference.load import load_preference_model
 from dpo_jax.preference.models import PreferenceModel
 from dpo_jax.records.records import read_records
 from dpo_jax.rows.build import FirstOnly, Group
-from dpo_jax.rows.schedule import Schedule, efficiency, make_schedule
+from dpo_jax.rows.schedule import Schedule, fitted, make_schedule
 from dpo_jax.rows.shape import RowLimits
 from dpo_jax.sampling.params import SamplingParams
-from dpo_jax.training.inputs import sources_of
-from dpo_jax.training.on_policy import AskedPrompt, Collected, check_judged, collect_pairs, pair_record
+from dpo_jax.training.on_policy import Collected, check_judged, collect_pairs, pair_record
+from dpo_jax.training.own_prompts import OwnPrompts
 from dpo_jax.training.setup import Run
 
 BLOCK = 64  # prompts that are drawn and judged together, and done again at most where a run was stopped
 SFT = "sft"
-_WORTH = 1.15  # so many times more tokens to compute, and a round gets rows of its own
 _IDS = ("prompt_token_ids", "token_ids_a", "token_ids_b")
 
 
@@ -68,6 +64,7 @@ class RoundCollector:
 
     def __init__(self, run: Run, limits: RowLimits):
         self.run, self.limits = run, limits
+        self.prompts = OwnPrompts(run, run.settings.rounds.prompts)
         self._judge: PreferenceModel | None = None
         self._schedule: Schedule | None = None
         self._scheduled = 0
@@ -85,7 +82,7 @@ class RoundCollector:
             self._scheduled, number
         ):  # of a run that is resumed: their shapes decide those of this one
             self._add(read_pairs(self._path(str(earlier + 1))))
-        pairs = self.pairs(str(number + 1), lambda: params, self.prompts(number), updates)
+        pairs = self.pairs(str(number + 1), lambda: params, self.prompts.places(number), updates)
         self._scheduled = number
         return self._add(pairs)
 
@@ -94,11 +91,8 @@ class RoundCollector:
         order = s.batch.order if len(pairs) >= s.batch.size else replace(s.batch.order, drop_remainder=False)
         train, answer = self.run.data.train, s.data.max_completion_length
         longest = np.array([train.lengths[:, 0].max(), answer, answer])  # of any round
-        schedule = make_schedule(pairs, s.batch.size, self.limits, order, longest=longest)
-        if before is not None:
-            kept = replace(schedule, ladder=before.ladder)
-            if _filled(schedule) < _WORTH * _filled(kept):
-                schedule = kept
+        ladder = None if before is None else before.ladder
+        schedule = fitted(pairs, s.batch.size, self.limits, order, longest=longest, before=ladder)
         self._schedule, self._scheduled = schedule, self._scheduled + 1
         return schedule
 
@@ -124,31 +118,16 @@ class RoundCollector:
         rounds, process = self.run.workdir / "rounds", jax.process_index()
         return (rounds / f"process-{process}" if process else rounds) / f"{name}.jsonl"
 
-    def prompts(self, number: int) -> np.ndarray:
-        """Places of a round's prompts among the training pairs: the next ones in an order of the seed's, each once.
-
-        Where all have been answered, they come again in another order.
-        """
-        pairs, s = self.run.data.train, self.run.settings
-        _, places = np.unique(pairs.cache.prompt_hash[pairs.index], return_index=True)
-        count = min(s.rounds.prompts, len(places))
-        turn, begin = divmod(number * count, len(places))
-        order = lambda turn: np.random.default_rng([s.seed, turn]).permutation(np.sort(places))
-        first = order(turn)[begin:][:count]
-        again = order(turn + 1)
-        return np.concatenate([first, again[~np.isin(again, first)][: count - len(first)]])
-
     def _collect(self, name: str, path: Path, params: Params, places: np.ndarray) -> None:
         """Collect a round, block by block, and write its file."""
         run, s = self.run, self.run.settings
         if self._judge is None:
             self._judge = load_preference_model(s.rounds.judge)
-        found = conversations_at(run.data.train, sources_of(s, run.workdir), places.tolist())
-        if not found:
+        prompts = [asked for asked, _ in self.prompts.read(places.tolist()).values()]
+        if not prompts:
             raise UserError(
                 f"collect_judge={s.rounds.judge}: no training prompt is a conversation that a judge can be shown"
             )
-        prompts = [self._asked(place, comparison) for place, comparison in found]
         number = 0 if name == SFT else int(name)
         rules = replace(s.rounds.rules, mode="best_worst") if name == SFT else s.rounds.rules  # the best, once each
         asked = SamplingParams(
@@ -175,7 +154,7 @@ class RoundCollector:
             if any_process(run.stop.is_set()):
                 raise Stopped
         blocks = [read_json(part) for part in sorted(parts.glob("*.json"))]
-        about = _summed(blocks, len(places) - len(found))
+        about = _summed(blocks, len(places) - len(prompts))
         if not about["pairs"]:
             why = ", ".join(f"{key.removeprefix('dropped/')} {n}" for key, n in about.items() if "dropped/" in key)
             raise UserError(f"round {name}: no pair could be made of its answers ({why}); docs/collecting.md says more")
@@ -184,18 +163,11 @@ class RoundCollector:
         write_whole(path, "".join(lines))
         shutil.rmtree(parts)
 
-    def _asked(self, place: int, comparison: Comparison) -> AskedPrompt:
-        pairs = self.run.data.train
-        text = None if comparison.texts is None else comparison.texts[0]
-        strips = self.run.data.form == "plain" or transcript_prompt(text) is not None
-        ids = pairs[place][0].tolist()
-        return AskedPrompt(int(pairs.index[place]), ids, tuple(ids), comparison, strips)
-
 
 def best_answers(run: Run, params: Callable[[], Params], limits: RowLimits) -> Schedule:
     """The schedule of SFT on the best of n answers to `round_prompts` training prompts, drawn by the model as it is."""
     collector, s = RoundCollector(run, limits), run.settings
-    pairs = FirstOnly(collector.pairs(SFT, params, collector.prompts(0), 0))
+    pairs = FirstOnly(collector.pairs(SFT, params, collector.prompts.places(0), 0))
     order = s.batch.order if len(pairs) >= s.batch.size else replace(s.batch.order, drop_remainder=False)
     return make_schedule(pairs, s.batch.size, limits, order)
 
@@ -214,10 +186,6 @@ def read_pairs(path: Path) -> RoundPairs:
     if not groups:
         raise UserError(f"{path} is gone, the pairs that this run was trained on; put it back, or begin the run anew")
     return RoundPairs(tuple(groups))
-
-
-def _filled(schedule: Schedule) -> float:
-    return efficiency(schedule.epoch(0), schedule.lengths)
 
 
 def _about(path: Path) -> Path:

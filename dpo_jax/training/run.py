@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,22 @@ from dpo_jax.training.own_answers import measure_answers, sample_measures
 from dpo_jax.training.phases import params_after_dpo, params_after_rounds
 from dpo_jax.training.reward import params_after_pairs
 from dpo_jax.training.setup import Run, keep_compiled, make_models
+from dpo_jax.training.supervised import params_of_sft
 from dpo_jax.weights.find import check_reference, find_policy
 from dpo_jax.weights.hub import ModelFiles, resolve_model
 from dpo_jax.weights.huggingface import read_config, save_weights
 from dpo_jax.weights.load import load_base
 from dpo_jax.weights.peft import save_adapters
 
+# (the run, the schedule of its pairs, updates) → what is trained after them
+Training = Callable[[Run, Schedule, int], Params]
 
-def train_policy(settings: Settings, workdir: Path) -> dict[str, float]:
+
+def train_policy(settings: Settings, workdir: Path, training: Training | None = None) -> dict[str, float]:
     """Train in `workdir`, or resume the run that is there; returns the held-out metrics at the end.
+
+    Args:
+      training: of a task that is none of this package's; None: that of the settings' task.
 
     Raises:
       UserError: bad input, in one line.
@@ -48,10 +56,16 @@ def train_policy(settings: Settings, workdir: Path) -> dict[str, float]:
     """
     keep_compiled(settings)
     with claim.locked(workdir):
-        return _train(settings, workdir)
+        return _train(settings, workdir, training or _training_of(settings))
 
 
-def _train(settings: Settings, workdir: Path) -> dict[str, float]:
+def _training_of(settings: Settings) -> Training:
+    if settings.task == "dpo":
+        return params_after_rounds if settings.rounds.count else params_after_dpo
+    return params_of_sft if settings.task == "sft" else params_after_pairs
+
+
+def _train(settings: Settings, workdir: Path, training: Training) -> dict[str, float]:
     s, main_process = settings, jax.process_index() == 0
     # What a person can have wrong is refused first, the cheapest to check before the rest.
     mesh = make_mesh(*s.mesh)
@@ -102,9 +116,7 @@ def _train(settings: Settings, workdir: Path) -> dict[str, float]:
             models, base = make_models(s, layout, pad), load_base(policy, layout, s.seed)
             run = Run(s, workdir, policy, layout, reference, data, models, base, checkpoints, writer, stop, done)
             introduce(run, schedule, steps)
-            dpo = params_after_rounds if s.rounds.count else params_after_dpo
-            train = dpo if s.task == "dpo" else params_after_pairs
-            return _finish(run, train(run, schedule, steps), steps)
+            return _finish(run, training(run, schedule, steps), steps)
 
 
 def _identify(
@@ -142,7 +154,7 @@ def _forget_after(workdir: Path, sft_steps: int, done: int) -> None:
 def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
     """Answers after training, the export, the report and the final table. Done again, it changes nothing."""
     s, workdir, layout, samples = run.settings, run.workdir, run.layout, run.workdir / "samples.jsonl"
-    if s.task == "dpo" and not agreed(any(r["when"] == "after" for r in read_records(samples))):
+    if s.trains_policy and not agreed(any(r["when"] == "after" for r in read_records(samples))):
         measure_answers(run, params, None, steps, sample_measures(run, steps))
     export = workdir / "export"
     if s.export and not agreed((export / "config.json").exists()):

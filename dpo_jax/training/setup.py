@@ -84,6 +84,8 @@ def make_models(settings: Settings, layout: Layout, pad: int | None = None) -> M
         scores = scores_fn(layout, remat=settings.remat, pad=pad, balance=o.balance > 0)
         return scores, scores
     make = functools.partial(logps_fn, layout, remat=settings.remat, weights=ld_weights(o.ld_alpha), log_sum_sq=o.wpo)
+    if o.task == "rl":
+        make = functools.partial(make, per_token=True, temperature=settings.rl.temperature)
     logps = make(balance=o.balance > 0)
     return logps, make(from_host=True) if layout.options.reference_offload else logps
 

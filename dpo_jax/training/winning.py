@@ -16,7 +16,7 @@ import numpy as np
 
 from dpo_jax.config.judges import GOLD
 from dpo_jax.data.comparison import Comparison, Message
-from dpo_jax.data.originals import conversations
+from dpo_jax.data.originals import originals
 from dpo_jax.disk import write_whole
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import Params
@@ -66,13 +66,13 @@ def make_contest(run: Run, *, begins: bool) -> Contest | None:
     if s.judge == GOLD and s.data.dataset != "synthetic":
         run.writer.message(f"judge={GOLD} judges answers to the dataset synthetic alone: there is no win rate")
         return None
-    places = conversations(run.data.evaluation, sources_of(s, run.workdir), s.win_rate_prompts)
+    places = originals(run.data.evaluation, sources_of(s, run.workdir), s.win_rate_prompts)
     if not places:
         raise UserError(
             f"judge={s.judge}: no held-out prompt is a conversation that a judge can be shown; leave the judge out"
         )
     prompts = [run.data.evaluation[place][0].tolist() for place, _ in places]
-    asked = [one for _, one in places]
+    asked = [one.comparison for _, one in places]
     judge = load_preference_model(s.judge)
     return Contest(judge, prompts, asked, _baseline(run, asked, begins=begins))
 

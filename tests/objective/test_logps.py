@@ -11,7 +11,7 @@ from flax import linen as nn
 from dpo_jax.model.forward import ModelOptions, hidden_states, init_params, unembedding
 from dpo_jax.objective.logps import group_logps, sum_groups
 from dpo_jax.objective.objective import ld_weights
-from dpo_jax.objective.token_logps import LogpOptions, token_logps
+from dpo_jax.objective.token_logps import LogpOptions, TokenValues, token_logps
 from dpo_jax.rows.shape import RowShape
 from tests.oracles import oracle
 from tests.oracles.oracle import CONFIG
@@ -58,7 +58,7 @@ def test_ld_dpo_weighs_what_lies_beyond_the_shorter_completion():
     placed, shape = np.array([[2, 0, -1], [1, 3, -1]]), RowShape(16, (8, 8), 2, 3)
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), oracle.rows(oracle.RandomGroups(lengths), placed, shape))
     tokens = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
-    ours = sum_groups(jnp.asarray(tokens), None, batch, shape, ld_weights(0.3))
+    ours = sum_groups(TokenValues(jnp.asarray(tokens)), batch, shape, ld_weights(0.3))
     for b, k in np.argwhere(placed >= 0):
         n = lengths[placed[b, k], 1:]
         for side, start in enumerate((0, 8)):

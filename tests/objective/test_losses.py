@@ -13,6 +13,7 @@ from dpo_jax.objective.logps import Logps, sum_groups
 from dpo_jax.objective.losses import LOSSES, Scored
 from dpo_jax.objective.objective import DIVERGENCES, ld_weights, preference_objective
 from dpo_jax.objective.table import LOSS_FACTS, needs_reference, parse_loss
+from dpo_jax.objective.token_logps import TokenValues
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.training.step import make_reference_sync
@@ -168,7 +169,8 @@ def _ours(case, data):
 
     def logps(tokens, squares):
         tokens, squares = (None if x is None else x.reshape(P, 2 * width) for x in (tokens, squares))
-        return sum_groups(tokens, squares, batch, RowShape(0, (width, width)), ld_weights(case.get("ld_alpha", 1.0)))
+        weights = ld_weights(case.get("ld_alpha", 1.0))
+        return sum_groups(TokenValues(tokens, squares), batch, RowShape(0, (width, width)), weights)
 
     def mean_loss(tokens):
         policy, reference, squares = (

@@ -27,9 +27,9 @@ def _all(table, hidden, tokens, weights, options):
     """Embeddings and log-probabilities with their gradients to everything."""
 
     def loss(table, hidden):
-        logps, squares = token_logps(hidden, tokens, table, options)
-        total = jnp.sum(logps * weights) + jnp.sum(embed(table, tokens) * hidden) / 3
-        return total, (logps, squares, embed(table, tokens))
+        values = token_logps(hidden, tokens, table, options)
+        total = jnp.sum(values.logps * weights) + jnp.sum(embed(table, tokens) * hidden) / 3
+        return total, (values, embed(table, tokens))
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(table, hidden)
 
@@ -49,6 +49,13 @@ WAYS = [(None, "fsdp"), (2.0, None), (2.0, ("tensor", "fsdp"))]  # softcap, and 
 PAIRWISE = [(sizes, vocab, *WAYS[(i + j) % 3]) for i, sizes in enumerate(SIZES) for j, vocab in enumerate(VOCABULARIES)]
 
 
+def _options(softcap):
+    """With a softcap also a temperature, and without one also log Σ p²."""
+    return LogpOptions(
+        16, softcap=softcap, temperature=0.7 if softcap else 1.0, log_sum_sq=softcap is None, entropy=True
+    )
+
+
 @functools.cache
 def _alone(vocab, options):
     return _all(*_inputs(vocab), options)
@@ -57,7 +64,7 @@ def _alone(vocab, options):
 @pytest.mark.sweep
 @pytest.mark.parametrize(("sizes", "vocab", "softcap", "width"), PAIRWISE)
 def test_every_mesh_gives_the_same_values_and_gradients(sizes, vocab, softcap, width):
-    options = LogpOptions(16, softcap=softcap, log_sum_sq=softcap is None)
+    options = _options(softcap)
     for block in (None, 4):
         with jax.set_mesh(make_mesh(*sizes)), nn.logical_axis_rules(_rules(width)):
             spread = _all(*_inputs(vocab), dataclasses.replace(options, block=block))
@@ -70,7 +77,7 @@ def test_every_mesh_gives_the_same_values_and_gradients(sizes, vocab, softcap, w
 @pytest.mark.parametrize(("chunk", "block"), [(3, 4), (1000, 4), (7, 1), (16, 40), (16, 1000)])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_blocks_of_the_vocabulary_change_nothing(vocab, chunk, block, softcap):
-    inputs, options = _inputs(vocab), LogpOptions(16, softcap=softcap, log_sum_sq=softcap is None)
+    inputs, options = _inputs(vocab), _options(softcap)
     found = _all(*inputs, dataclasses.replace(options, chunk_tokens=chunk, block=block))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, _all(*inputs, options))
 
@@ -78,12 +85,34 @@ def test_blocks_of_the_vocabulary_change_nothing(vocab, chunk, block, softcap):
 def test_logits_that_one_block_dwarfs_are_summed_exactly():
     """The running maximum moves by hundreds from block to block, up and down."""
     table = jnp.asarray([[-300.0], [500.0], [-400.0], [499.0], [0.0], [500.5]])
-    options = LogpOptions(16, block=1, log_sum_sq=True)
-    logps, squares = token_logps(jnp.ones((1, 2, 1)), jnp.asarray([[3, 5]]), table, options)
+    options = LogpOptions(16, block=1, log_sum_sq=True, entropy=True)
+    logps, squares, entropy = token_logps(jnp.ones((1, 2, 1)), jnp.asarray([[3, 5]]), table, options)
     logits = np.asarray(table, np.float64)[:, 0]
     expected = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
     np.testing.assert_allclose(logps[0], expected[[3, 5]], atol=3e-5)  # a unit in the last place of 500
     np.testing.assert_allclose(squares[0], [np.log(np.exp(2 * expected).sum())] * 2, atol=6e-5)
+    np.testing.assert_allclose(entropy[0], [-(np.exp(expected) * expected).sum()] * 2, atol=6e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("block", [None, 4])
+def test_temperature_and_entropy_are_those_of_float64(temperature, softcap, block):
+    table, hidden, tokens, weights = _inputs(31)
+    options = LogpOptions(16, block=block, softcap=softcap, temperature=temperature, entropy=True)
+    logits = np.einsum("bnd,vd->bnv", np.asarray(hidden, np.float64), np.asarray(table, np.float64))
+    capped = softcap * np.tanh(logits / softcap) if softcap else logits
+    scaled = capped / temperature
+    scaled -= scaled.max(-1, keepdims=True)
+    log_p = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+    values = token_logps(hidden, tokens, table, options)
+    hit = np.asarray(tokens)[..., None]
+    np.testing.assert_allclose(values.logps, np.take_along_axis(log_p, hit, -1)[..., 0], atol=2e-5)
+    np.testing.assert_allclose(values.entropy, -(np.exp(log_p) * log_p).sum(-1), atol=2e-5)
+    found = jax.grad(lambda h: jnp.sum(token_logps(h, tokens, table, options).logps * weights))(hidden)
+    back = (np.eye(31)[np.asarray(tokens)] - np.exp(log_p)) * np.asarray(weights, np.float64)[..., None] / temperature
+    back = back * (1 - (capped / softcap) ** 2) if softcap else back
+    np.testing.assert_allclose(found, back @ np.asarray(table, np.float64), atol=5e-5)
 
 
 def test_rows_that_do_not_divide_are_everywhere():

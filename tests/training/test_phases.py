@@ -14,6 +14,7 @@ from dpo_jax.batches import step_source
 from dpo_jax.objective.logps import sum_groups
 from dpo_jax.objective.objective import Objective, ld_weights, make_set_values, preference_objective, sft_objective
 from dpo_jax.objective.table import LOSS_FACTS
+from dpo_jax.objective.token_logps import TokenValues
 from dpo_jax.parallel.mesh import make_mesh, replicated, row_shards
 from dpo_jax.records.records import METRICS
 from dpo_jax.rows.build import FirstOnly
@@ -42,7 +43,7 @@ def _objective(loss, **more):
 
 def _logps(weights, squares, params, micro, shape):
     values = params["table"][micro.tokens[:, shape.prompt :]]
-    return sum_groups(values, 2 * values if squares else None, micro, shape, weights)
+    return sum_groups(TokenValues(values, 2 * values if squares else None), micro, shape, weights)
 
 
 @functools.cache
