@@ -28,9 +28,9 @@ from tests.model.families import GOLDEN, TextPairs, difference, sequence_logits
 from tests.oracles.oracle import CONFIG
 
 environment = test_train.environment
-LORA_RUN = {
-    "lora_rank": 4,
-    "lora_alpha": 8,
+LORA_RUN = test_train.SMALL | {
+    "lora_rank": 32,  # so many that what a checkpoint has beside its numbers is little
+    "lora_alpha": 64,
     "learning_rate": 3e-3,
     "num_steps": 6,
     "eval_every": 3,
@@ -145,11 +145,11 @@ def test_a_run_holds_the_adapters_alone(finished):
     lora = on_model(CONFIG, Lora(4, 8.0, ("all",)))
     adapter = load_file(workdir / "export-adapter" / "adapter_model.safetensors")
     count = sum(x.size for x in adapter.values())
-    assert f"LoRA of rank 4 on {','.join(lora.targets)}: {count:,} parameters are trained" in printed
+    assert f"LoRA of rank 32 on {','.join(lora.targets)}: {count:,} parameters are trained" in printed
     held = sum(p.stat().st_size for p in (workdir / "checkpoints" / "10").rglob("*") if p.is_file())
     assert held < 3.5 * 4 * count  # adapters and two moments, in float32
     reference = sum(p.stat().st_size for p in (workdir / "reference").rglob("*") if p.is_file())
-    assert reference < 1.5 * 4 * count
+    assert reference < 1.2 * 4 * count  # all of the model would be 1.4
     assert weights.read_config(workdir / "export")[0].lora_scale == 1
 
 
