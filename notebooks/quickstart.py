@@ -39,7 +39,7 @@ SMALL = bool(os.environ.get("DPO_JAX_SMALL"))  # a short run, for tests
 config = dpo_jax.get_config("configs/hhh.py:tiny")
 config.log_every = 2
 if SMALL:
-    config.update(batch_size=8, sft_steps=40, num_steps=16, eval_every=8, eval_pairs=64)
+    config.update(batch_size=8, sft_steps=20, num_steps=8, eval_every=4, eval_pairs=64)
     config.update(sample_prompts=2, sample_tokens=16, win_rate_prompts=4, kl_prompts=0)
     config.attention = "dense"  # what is quickest to compile
 workdir = Path("runs/quickstart")

@@ -60,7 +60,7 @@ def test_what_training_refuses_is_refused_before_compiling_in_one_line(number, l
 @compiler
 def test_it_reports_what_the_step_needs_and_could_do(tmp_path):
     """On two slices: gradients cross the network between them."""
-    run = (SMALL, "v5e:2x2*2", "mesh_data=2")
+    run = (SMALL, "v5e:2x2*2", "mesh_data=2", *FEW)
     (asked,) = traced_flops(*small_run(tmp_path, *run))
     r, printed = planned(tmp_path, *run)
     assert r["topology"] == "v5e:2x2*2"
@@ -75,7 +75,7 @@ def test_it_reports_what_the_step_needs_and_could_do(tmp_path):
         assert memory[name] == pytest.approx(size * count / 4, rel=0.02), name
     assert sum(memory[n] for n in ("parameters", "optimizer", "reference", "activations")) == memory["total"]
     assert r["seconds"][r["binds"]] == max(r["seconds"].values())
-    assert r["pairs_per_second"] == pytest.approx(32 / max(r["seconds"].values()), rel=0.1)
+    assert r["pairs_per_second"] == pytest.approx(8 / max(r["seconds"].values()), rel=0.1)
     assert r["hours"] == pytest.approx(32 / r["pairs_per_second"] / 3600)
     assert r["headroom"] == r["hbm_available"] - max(memory["total"], memory["largest_shape_total"])
     assert f"headroom {r['headroom'] / 2**30:.2f}" in printed

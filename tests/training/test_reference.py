@@ -28,6 +28,8 @@ CHANGED = SMALL | {  # 24 pairs to train on, 8 held out
     "learning_rate": 1e-3,
     "warmup_steps": 0.0,
     "sample_prompts": 0,
+    "kl_prompts": 0,
+    "sample_tokens": 8,
     "judge": "",
     "attention": "dense",  # what is quickest to compile
 }
@@ -65,14 +67,14 @@ def test_the_metrics_are_those_of_a_reference_in_the_step(base, tmp_path, more):
 @pytest.mark.slow
 def test_a_second_run_computes_nothing_and_another_model_everything(tmp_path, monkeypatch, capsys):
     kept = {"reference_cache": True, "cache_dir": str(tmp_path / "cache")}
-    first = _run(tmp_path / "first", **kept)
+    first = _run(tmp_path / "first", kl_prompts=4, **kept)
     assert "reference: 0 pairs known, 24 to compute" in capsys.readouterr().out
 
     # Nothing is loaded beside the policy now; more steps ask only for the pairs that are new.
     loads = []
     load = reference.read_reference
     monkeypatch.setattr(reference, "read_reference", lambda *a, **k: loads.append(a) or load(*a, **k))
-    _same(_run(tmp_path / "second", **kept), first)
+    _same(_run(tmp_path / "second", kl_prompts=4, **kept), first)
     assert "reference: 24 pairs known, 0 to compute" in capsys.readouterr().out
     assert not loads
     # In the host's memory the reference says the same.
