@@ -9,14 +9,15 @@ ends the process at once). After 70, 74 and 143 the same command resumes the run
 import errno
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_jax.config.check import check
-from dpo_jax.config.command_line import parse
+from dpo_jax.config.command_line import Given, parse
 from dpo_jax.config.saved import claim_workdir
 from dpo_jax.config.settings import check_paths, read_settings
+from dpo_jax.config.stages import has_stages
 from dpo_jax.config.values import check_workdir
 from dpo_jax.errors import SAVE_FAILED, SIGTERM, Stopped, UserError
 from dpo_jax.records.trackers import check_packages
@@ -38,6 +39,8 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> dict[str,
     """
     directory, keys = Path(check_workdir(os.fspath(workdir))), dict(config)
     check(keys)
+    if has_stages(keys):
+        raise UserError("task=rlhf is several runs, one after the other: python -m dpo_jax.rlhf makes them")
     settings = read_settings(keys)
     check_packages(settings.trackers)
     check_paths(settings)
@@ -54,14 +57,21 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> dict[str,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    distributed = False
+    arguments = sys.argv if argv is None else argv
+    return guarded(lambda: parse(arguments), lambda given: run(given.config, given.workdir))
+
+
+def guarded(read: Callable[[], Given], train: Callable[[Given], object]) -> int:
+    """Read a command line and train what it asks for; whatever ends it becomes a line and an exit code."""
+    distributed, workdir = False, Path()
     try:
-        config, workdir, distributed = parse(sys.argv if argv is None else argv)
+        given = read()
+        distributed, workdir = given.distributed, given.workdir
         if distributed:  # first of all, as the others wait for this process
             from dpo_jax.parallel.processes import join
 
             join()
-        run(config, workdir)
+        train(given)
     except Stopped:
         print("stopped by SIGTERM; everything is saved, the same command resumes the run", file=sys.stderr)
         return SIGTERM

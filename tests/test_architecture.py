@@ -11,7 +11,7 @@ import pytest
 # Lowest first: a package may import those before it and itself. The last line are doors, which wire the others.
 ORDER = """
 errors disk records data rows parallel model batches objective weights sampling config preference report training
-rl inspection plan answering judging collecting train sample judge collect __main__
+rl inspection plan answering judging collecting train rlhf sample judge collect __main__
 """.split()
 # These run where there is no JAX, or before anybody has waited for it.
 WITHOUT_JAX = "errors disk records data rows config report inspection answering judging collecting".split()
@@ -22,7 +22,7 @@ MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 400, 90, 8
 # What may be larger, with the reason.
 LARGER: dict[str, str] = {}
 # Public names that several modules have, with the reason.
-SHARED_NAMES = {"main": "the entry of every command"}
+SHARED_NAMES = {"main": "the entry of every command", "run": "the Python call of what a door trains"}
 # Parameters that have a name of their own in place of `Any`.
 NAMED = {"params", "ref_params", "base", "batch", "micro", "config", "c", "state"}
 

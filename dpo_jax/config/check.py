@@ -46,13 +46,18 @@ def _asked(c: Config, names: Iterable[str]) -> list[str]:
 _OWNERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("f_divergence=alpha", lambda c: c["f_divergence"] == "alpha", "f_alpha"),
     ("judge", lambda c: bool(c["judge"]), "win_rate_prompts win_rate_baseline"),
-    ("task=reward", lambda c: c["task"] == "reward", "reward_center reward_margin"),
+    ("task=reward", lambda c: c["task"] in ("reward", "rlhf"), "reward_center reward_margin"),
+    (
+        "task=rlhf",
+        lambda c: c["task"] == "rlhf",
+        "reward_model reward_steps reward_learning_rate reward_batch_size",
+    ),
     ("a reference", lambda c: bool(c["reference"]), "reference_revision"),
     ("reference_sync_steps above 0", lambda c: c["reference_sync_steps"] > 0, "reference_sync_alpha"),
     ("rounds above 0", lambda c: c["rounds"] > 0, "round_reference"),
     (
         "rounds above 0, sft_on=best_of_n or task=rl",
-        lambda c: _collects(c) or c["task"] == "rl",
+        lambda c: _collects(c) or c["task"] in ("rl", "rlhf"),
         "same_judge",
     ),
     (
@@ -63,7 +68,7 @@ _OWNERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ),
     (
         "task=rl",
-        lambda c: c["task"] == "rl",
+        lambda c: c["task"] in ("rl", "rlhf"),
         "rl_reward rl_n rl_loss rl_clip_low rl_clip_high rl_advantage rl_kl rl_kl_coef rl_temperature rl_top_p "
         "rl_correction rl_epochs rl_minibatches rl_unfinished rl_length_penalty rl_keep",
     ),
@@ -135,6 +140,7 @@ _WITHOUT = {
     "dpo": "",
     "sft": f"{_OF_PAIRS} {_OF_REFERENCES} {_OF_MOVING} {_OF_SFT}",
     "rl": f"{_OF_PAIRS} {_OF_MOVING}",
+    "rlhf": f"{_OF_PAIRS} {_OF_MOVING}",
     "reward": f"{_OF_PAIRS} {_OF_REFERENCES} {_OF_MOVING} {_OF_SFT} judge sft_on",
     "comparison": f"{_OF_PAIRS} {_OF_REFERENCES} {_OF_MOVING} {_OF_SFT} judge sft_on",
 }
@@ -143,8 +149,8 @@ _WITHOUT = {
 def _check_task(c: Config) -> None:
     for name in _asked(c, _WITHOUT[c["task"]].split()):
         raise UserError(f"{name}={c[name]!r} has no meaning for task={c['task']}; leave it at {KEYS[name].default!r}")
-    if c["task"] == "sft" and c["sft_on"] == "best_of_n":
-        raise UserError("sft_on=best_of_n has no meaning for task=sft; use chosen or both")
+    if c["task"] in ("sft", "rlhf") and c["sft_on"] == "best_of_n":
+        raise UserError(f"sft_on=best_of_n has no meaning for task={c['task']}; use chosen or both")
 
 
 def _check_rounds(c: Config) -> None:
@@ -183,11 +189,12 @@ def _refuse_same_judge(c: Config, trained_against: str) -> None:
 
 
 def _check_rl(c: Config) -> None:
-    if c["task"] != "rl":
+    if c["task"] not in ("rl", "rlhf"):
         return
-    if not c["rl_reward"]:
+    if not c["rl_reward"] and c["task"] == "rl":
         raise UserError("task=rl: rl_reward is empty; name what answers are worth, such as a reward model's directory")
-    _refuse_same_judge(c, ",".join(name for name, _ in weighted_names(c["rl_reward"])))
+    if c["rl_reward"]:
+        _refuse_same_judge(c, ",".join(name for name, _ in weighted_names(c["rl_reward"])))
     if c["rl_top_p"] < 1 and not c["rl_correction"]:
         raise UserError(
             f"rl_top_p={c['rl_top_p']:g}: answers would be of another distribution than the loss takes them for; leave "

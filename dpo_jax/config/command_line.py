@@ -44,12 +44,37 @@ TRAIN = Command(
 )
 
 
-def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path, bool]:
-    """Training's checked config, the workdir, and whether this is one process of several; raises as `read_flags`."""
-    config, values = read_flags(argv, TRAIN)
+def _rlhf_flags(values: flags.FlagValues) -> None:
+    _train_flags(values)
+    flags.DEFINE_string("stages", "", "Stages to run, with commas between; empty is all.", flag_values=values)
+
+
+RLHF = Command(
+    "python -m dpo_jax.rlhf --config=configs/rlhf.py[:PRESET] --workdir=DIR [--stages=sft,reward,rl] "
+    "[--config.KEY=VALUE ...] [--distributed]",
+    "--workdir is the directory of all stages; the same command goes on with them. --stages: only these, where what\n"
+    "they are made of is there. --distributed: this is one process of several, which waits for the others.",
+    _rlhf_flags,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a command line asks to be trained: a checked config, where, and whether this is one process of several."""
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    distributed: bool
+    stages: str
+
+
+def parse(argv: Sequence[str], command: Command = TRAIN) -> Given:
+    """What is to be trained, by a command line of `TRAIN` or `RLHF`; raises as `read_flags`."""
+    config, values = read_flags(argv, command)
     if not values["workdir"]:
-        raise UserError(f"--workdir is missing; usage: {TRAIN.usage}")
-    return config, Path(check_workdir(values["workdir"])), values["distributed"]
+        raise UserError(f"--workdir is missing; usage: {command.usage}")
+    workdir = Path(check_workdir(values["workdir"]))
+    return Given(config, workdir, values["distributed"], values.get("stages", ""))
 
 
 def read_flags(argv: Sequence[str], command: Command) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:

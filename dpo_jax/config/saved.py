@@ -22,9 +22,14 @@ _RECIPE = """
     lora_alpha lora_targets
     max_prompt_length max_completion_length overlong prompt_format chat_template template_date param_dtype seed
 """.split()
+_OF_RL = """
+    rl_reward rl_n rl_loss rl_advantage rl_kl rl_kl_coef rl_temperature rl_top_p rl_correction rl_epochs rl_minibatches
+    rl_unfinished rl_length_penalty
+""".split()
 _OFF = (0, 0.0, "", False, None)
-# Keys of a policy's training that a reward model's recipe has no use for.
-_OF_POLICIES = ("loss", "dpo_beta", "f_divergence", "ld_alpha", "sft_learning_rate")
+# Keys of DPO's training that the recipe of another task has no use for.
+_OF_DPO = ("loss", "dpo_beta", "f_divergence", "ld_alpha", "sft_learning_rate")
+KINDS = {"dpo": "DPO", "reward": "reward model", "comparison": "preference model", "sft": "SFT", "rl": "RL"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class SavedConfig:
     @property
     def is_policy(self) -> bool:
         """Whether the run trained a policy, and no preference model."""
-        return self.task == "dpo"
+        return self.task in ("dpo", "sft", "rl")
 
     @property
     def is_reward(self) -> bool:
@@ -67,7 +72,7 @@ class SavedConfig:
     @property
     def kind(self) -> str:
         """What was trained, in words."""
-        return {"reward": "reward model", "comparison": "preference model"}.get(self.task, "DPO")
+        return KINDS.get(self.task, "DPO")
 
     @property
     def title(self) -> tuple[str, str]:
@@ -90,8 +95,8 @@ def saved_config(table: Mapping[str, Any]) -> SavedConfig:
         table=table,
         recipe=[
             (key, table[key])
-            for key in _RECIPE
-            if get(key) not in _OFF and not (get("task", "dpo") != "dpo" and key in _OF_POLICIES)
+            for key in (*_RECIPE, *(_OF_RL if get("task") == "rl" else ()))
+            if get(key) not in _OFF and not (get("task", "dpo") != "dpo" and key in _OF_DPO)
         ],
         words={topic: [part for part in parts if part] for topic, parts in _words(table).items()},
     )
@@ -113,16 +118,28 @@ def _words(table: Mapping[str, Any]) -> dict[str, list[str]]:
     parts = fill("{} microbatches", "microbatches")
     loss = [fill("{}", "loss"), fill("β {}", "dpo_beta"), fill("label smoothing {}", "label_smoothing")]
     reference = [fill("{}", "reference") or ("the policy when DPO starts" if "reference" in table else "")]
-    if get("task", "dpo") != "dpo":
+    reward: list[str] = []
+    task = get("task", "dpo")
+    if task == "comparison":
         reference, loss = [], ["−log p of the right label"]
-    if get("task") == "reward":
+    if task == "sft":
+        reference, loss = [], ["−log p of the answers"]
+    if task == "reward":
+        reference = []
         loss = ["Bradley-Terry", fill("margin of {}", "reward_margin"), fill("centring {}", "reward_center")]
+    if task == "rl":
+        kl = f"{get('rl_kl')} at {get('rl_kl_coef')} a nat" if get("rl_kl_coef") else ""
+        reference = [fill("{}", "reference") or ("the policy when RL starts" if kl else "")]
+        loss = [fill("{}", "rl_loss"), fill("advantage {}", "rl_advantage"), kl]
+        reward = [fill("{}", "rl_reward"), fill("{} answers to a prompt", "rl_n")]
+    of_batch = "{} prompts" if task == "rl" else "{} pairs"
     return {
+        "Reward": reward,
         "Reference": reference,
         "Loss": loss,
         "Learning rate": [fill("{}", "learning_rate"), fill("{}", "lr_schedule"), warm_up(get("warmup_steps"))],
         "Optimizer": [fill("{}", "optimizer"), fill("decay {}", "weight_decay"), fill("clip at {}", "max_grad_norm")],
-        "Batch": [fill("{} pairs", "batch_size"), parts if get("microbatches") != 1 else ""],
+        "Batch": [fill(of_batch, "batch_size"), parts if get("microbatches") != 1 else ""],
         "SFT first": [fill("{} steps", "sft_steps"), fill("{}", "sft_learning_rate")] if get("sft_steps") else [],
         "Trained": [fill("LoRA of rank {}", "lora_rank") or ("all parameters" if "lora_rank" in table else "")],
         "Precision": [fill("{} parameters", "param_dtype")],

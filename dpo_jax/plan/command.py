@@ -18,12 +18,13 @@ from absl import flags
 
 from dpo_jax.config.command_line import Command, read_flags
 from dpo_jax.config.settings import Settings, read_settings
+from dpo_jax.config.stages import has_stages, planned, read_stages
 from dpo_jax.disk import write_json
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.tpu import Topology, parse_topology
 from dpo_jax.plan.lengths import find_lengths
 from dpo_jax.plan.request import read_request
-from dpo_jax.plan.text import report_lines, rows_line, sampling_lines, search_line
+from dpo_jax.plan.text import iteration_lines, report_lines, rows_line, sampling_lines, search_line
 
 Keep = Callable[[Mapping[str, Any]], None]  # writes everything to the file that was asked for
 
@@ -63,13 +64,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = Path(values["json"]) if values["json"] else None
         if file and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
             raise UserError(f"--json={file} cannot be written; choose a file in a directory that is there and writable")
-        s = read_settings(config)
+        keep = lambda whole: write_json(file, whole) if file else None
+        if has_stages(config):
+            if values["sample"] or values["lengths"]:
+                raise UserError("--sample and --lengths are of one run; plan a stage by its own config")
+            _plan_stages(config, topologies, values, keep)
+            return 0
         plan = _plan_sampling if values["sample"] else _plan_training
-        plan(s, topologies, values, lambda whole: write_json(file, whole) if file else None)
+        plan(read_settings(config), topologies, values, keep)
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     return 0
+
+
+def _plan_stages(config: Mapping[str, Any], topologies: list[Topology], values: Mapping[str, Any], keep: Keep) -> None:
+    """Each stage of RLHF; those that train what an earlier one made have its model's size."""
+    whole: dict[str, Any] = {}
+    for stage in read_stages(config, Path("DIR")):
+        print(f"stage {stage.name}", flush=True)
+
+        def kept(part: Mapping[str, Any], name: str = stage.name) -> None:
+            whole[name] = part
+            keep(whole)
+
+        _plan_training(read_settings(planned(stage, config)), topologies, values, kept)
+        print(flush=True)
 
 
 def _plan_training(s: Settings, topologies: list[Topology], values: Mapping[str, Any], keep: Keep) -> None:
@@ -79,6 +99,7 @@ def _plan_training(s: Settings, topologies: list[Topology], values: Mapping[str,
 
     from dpo_jax.plan.draft import find_model, make_draft
     from dpo_jax.plan.estimate import estimate
+    from dpo_jax.plan.iteration import estimate_iteration
     from dpo_jax.plan.search import search_batches
 
     jax.config.update("jax_platforms", "cpu")
@@ -92,6 +113,10 @@ def _plan_training(s: Settings, topologies: list[Topology], values: Mapping[str,
         reports.append(estimate(draft, lengths))
         print("\n" + "\n".join(report_lines(reports[-1])), flush=True)
         keep(whole)
+        if s.task == "rl" and (iteration := estimate_iteration(s, model, draft, lengths, reports[-1])):
+            reports[-1]["iteration"] = iteration
+            print("\n".join(iteration_lines(iteration)), flush=True)
+            keep(whole)
         if values["search"]:
             reports[-1]["largest_batch"] = search_batches(draft, model, lengths, reports[-1])
             print(search_line(reports[-1], lengths.pairs), flush=True)
@@ -100,7 +125,7 @@ def _plan_training(s: Settings, topologies: list[Topology], values: Mapping[str,
 
 def _plan_sampling(s: Settings, topologies: list[Topology], values: Mapping[str, Any], keep: Keep) -> None:
     request = read_request(values)
-    if s.task != "dpo":
+    if not s.trains_policy:
         raise UserError(f"--sample: task={s.task} is of a model that draws no answers; leave one of them out")
 
     import jax  # as above

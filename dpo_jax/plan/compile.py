@@ -44,9 +44,12 @@ class Program:
     seconds: float
 
 
-def abstract_batch(shape: RowShape, layout: Layout, microbatches: int, given: int = 0) -> Batch[jax.ShapeDtypeStruct]:
-    """A batch as `pipeline.StepSource` makes it, by shape and sharding, with `given` of the reference's values."""
-    spec, sharding = batch_spec(shape, (microbatches, shape.rows // microbatches), given), batch_sharding(layout.mesh)
+def abstract_batch(
+    shape: RowShape, layout: Layout, microbatches: int, given: int = 0, *, rewarded: bool = False
+) -> Batch[jax.ShapeDtypeStruct]:
+    """A batch as `pipeline.StepSource` makes it, by shape and sharding; `given` and `rewarded` as in `batch_spec`."""
+    rows = (microbatches, shape.rows // microbatches)
+    spec, sharding = batch_spec(shape, rows, given, rewarded=rewarded), batch_sharding(layout.mesh)
     return spec.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding))
 
 
@@ -83,7 +86,8 @@ def train_step_of(draft: Draft, shape: RowShape) -> tuple[Any, tuple[Any, ...]]:
     layout, (tx, rate) = draft.layout, draft.optimizer
     step = train_step_on(layout, make_models(draft.settings, layout), draft.objective, tx, rate)
     reference, base, given = _frozen(draft)
-    batch = abstract_batch(shape, layout, draft.settings.batch.microbatches, given)
+    rewarded = draft.settings.task == "rl"
+    batch = abstract_batch(shape, layout, draft.settings.batch.microbatches, given, rewarded=rewarded)
     return step, (abstract_state(tx, layout), reference, batch, shape, base)
 
 

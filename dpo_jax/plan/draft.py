@@ -17,6 +17,7 @@ from dpo_jax.parallel.mesh import make_mesh, row_shards
 from dpo_jax.parallel.tpu import Topology
 from dpo_jax.plan.known import MODELS
 from dpo_jax.plan.lengths import Lengths
+from dpo_jax.rl.objective import rl_objective
 from dpo_jax.rows.schedule import Schedule, make_schedule
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.training import inputs
@@ -46,6 +47,8 @@ class Draft:
 
     @property
     def objective(self) -> Objective:
+        if self.settings.task == "rl":
+            return rl_objective(self.settings.rl.options)
         return make_objective(self.settings.objective)
 
     @property

@@ -19,6 +19,7 @@ def estimate(draft: Draft, lengths: Lengths) -> dict[str, Any]:
     report: dict[str, Any] = {
         **where_it_runs(topology, layout.mesh),
         "batch_size": s.batch.size,
+        "unit": "prompts" if s.task == "rl" else "pairs",
         "microbatches": s.batch.microbatches,
         "rows": [
             {

@@ -42,18 +42,26 @@ class Lengths:
         raise AssertionError("a plan reads no tokens")
 
 
-def find_lengths(s: Settings, file: str = "", completions: int = 2) -> Lengths:
+def completions_of(s: Settings) -> int:
+    """Completions of a group of the run's rows."""
+    if s.task == "rl":
+        return s.rl.n
+    return 1 if s.task == "sft" and s.rounds.sft_on != "both" else 2
+
+
+def find_lengths(s: Settings, file: str = "", completions: int = 0) -> Lengths:
     """Lengths of the run's training groups, cut at its limits.
 
     Args:
       s: of the run.
       file: a `lengths.npy`; empty: as published, where the data is known by name and no `dataset_path` is given, else
         the data itself, prepared as training would.
-      completions: of a group.
+      completions: of a group; 0: as the run has them.
 
     Raises:
       UserError: nothing tells them, or what does is not usable.
     """
+    completions = completions or completions_of(s)
     if file:
         return _of_file(s, file, completions)
     parts = parse_mixture(s.data.dataset)
@@ -69,9 +77,17 @@ def find_lengths(s: Settings, file: str = "", completions: int = 2) -> Lengths:
         )
         data = inputs.prepare_pairs(s, policy.tokenizer, Path(work), None)
         inputs.check_tokens(data.split, policy)
-        lengths, mixture = np.asarray(data.train.lengths), data.split.mixture
+        lengths, mixture = _with_completions(np.asarray(data.train.lengths), completions, s.seed), data.split.mixture
     pairs = len(lengths) if mixture is None else mixture.epoch_size(s.batch.size, s.batch.order.drop_remainder)
     return Lengths(lengths, pairs, f"{pairs:,} pairs of {s.data.dataset} by the model's tokenizer", mixture)
+
+
+def _with_completions(pairs: np.ndarray, completions: int, seed: int) -> np.ndarray:
+    """Lengths of pairs as those of groups: of one, the chosen ones; of more, drawn from those of all completions."""
+    if completions <= 2:
+        return pairs[:, : 1 + completions]
+    drawn = np.random.default_rng([seed, 11]).choice(pairs[:, 1:].reshape(-1), (len(pairs), completions))
+    return np.concatenate([pairs[:, :1], drawn], axis=1)
 
 
 def _of_file(s: Settings, file: str, completions: int) -> Lengths:

@@ -32,7 +32,7 @@ def report_lines(r: Mapping[str, Any]) -> list[str]:
     one = "chip" if r["devices_per_chip"] == 1 else f"device, {r['devices_per_chip']} a chip"
     lines = [
         f"{_head(r)}: {'fits' if r['fits'] else 'DOES NOT FIT'}",
-        f"  rows          {rows}; {r['batch_size']} pairs, {r['useful_token_fraction']:.1%} of tokens real",
+        f"  rows          {rows}; {r['batch_size']} {r['unit']}, {r['useful_token_fraction']:.1%} of tokens real",
     ]
     if not r["fits"]:
         largest = max(("parameters", "optimizer", "reference"), key=lambda name: memory[name])
@@ -60,11 +60,11 @@ def report_lines(r: Mapping[str, Any]) -> list[str]:
         f"  bytes         a {one}: HBM {r['hbm_bytes'] / 1e9:.1f} GB; interconnect, received: {moved or 'none'} GB"
         + (f"; network between slices: {sent} GB" if sent else ""),
         f"  time bounds   {clocks}; {r['binds']} binds",
-        f"  at the bound  {r['pairs_per_second']:.1f} pairs/s ({r['pairs_per_second_per_chip']:.2f} a chip), "
+        f"  at the bound  {r['pairs_per_second']:.1f} {r['unit']}/s ({r['pairs_per_second_per_chip']:.2f} a chip), "
         f"{share['at_the_bound']:.0%} of peak at {r['needed_per_parameter_and_token']}N a real token "
         f"({share['if_compute_bound']:.0%} if compute bound it)",
-        f"  run           {r['epochs']:g} epochs in {r['hours']:.2f} h at the bound; evaluation "
-        f"{r['evaluation_pairs_per_second']:.0f} pairs/s",
+        f"  run           {r['epochs']:g} epochs in {r['hours']:.2f} h at the bound"
+        + (" of updates" if r["unit"] == "prompts" else f"; evaluation {r['evaluation_pairs_per_second']:.0f} pairs/s"),
         f"  compiled in   {compiled['train']:.0f} s (step), {compiled['evaluation']:.0f} s (evaluation)",
     ]
     if r["not_counted"]:
@@ -131,6 +131,20 @@ def sampling_lines(r: Mapping[str, Any]) -> list[str]:
     if missing := [*r["not_counted"], *prefill["not_counted"]]:
         lines.append(f"  not counted   {', '.join(missing)}: FLOPs and times above are too low")
     return lines
+
+
+def iteration_lines(r: Mapping[str, Any]) -> list[str]:
+    """An iteration of RL as text: answers are drawn and scored, and an update is made."""
+    memory, available = {name: size / GIB for name, size in r["memory"].items()}, r["hbm_available"] / GIB
+    parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in r["seconds"].items())
+    held = ", ".join(f"{name} {size:.2f}" for name, size in memory.items() if name != "total")
+    return [
+        f"  iteration     {r['prompts']} prompts x {r['n']} answers of {r['answer']:.0f} tokens: {parts} at the "
+        f"bounds; {r['answers_per_second']:.1f} answers/s",
+        f"  while drawing {held}, total {memory['total']:.2f} of {available:.2f} GiB"
+        + ("" if r["fits"] else ": DOES NOT FIT; fewer prompts, more chips, optimizer_offload, reference_offload"),
+        "  parameters    those that are trained draw the answers: nothing is copied, and no bytes move in between",
+    ]
 
 
 def rows_line(r: Mapping[str, Any]) -> str:

@@ -59,6 +59,18 @@ METRICS = {
     "kl": Metric("KL from the reference, nats an answer", ".3f", held_out=True, over="answers"),
     "kl_error": Metric("Standard error of the KL", ".3f"),
     "kl_per_token": Metric("KL from the reference, nats a token", ".4f", held_out=True, over="answers' tokens"),
+    "reward": Metric("Reward", ".3f", "reward", held_out=True, over="answers"),
+    "reward_model_accuracy": Metric("Reward model's accuracy", ".3f"),
+    "reward_error": Metric("Standard error of the reward", ".3f"),
+    "reward_std": Metric("Standard deviation of rewards within a group", ".3f"),
+    "frac_reward_zero_std": Metric("Groups whose answers are all worth the same", ".3f"),
+    "entropy": Metric("Entropy, nats a token", ".3f", over="answers' tokens"),
+    "clip_ratio": Metric("Ratios that the clip bounds", ".4f"),
+    "mean_length": Metric("Length of an answer, tokens", ".1f", held_out=True),
+    "completions/mean_length": Metric("Length of an answer, tokens", ".1f", "tokens"),
+    "completions/clipped_ratio": Metric("Answers that are cut off", ".3f"),
+    "sampling/logp_difference_mean": Metric("Sampler against learner, nats a token, mean", ".2e"),
+    "sampling/logp_difference_max": Metric("Sampler against learner, nats a token, largest", ".2e"),
     "win_rate": Metric("Win rate over the baseline", ".3f", held_out=True),
     "win_rate_error": Metric("Standard error of the win rate", ".3f"),
     "win_rate_ties": Metric("Ties with the baseline", ".3f"),
@@ -87,7 +99,7 @@ HELD_OUT = tuple(name for name, metric in METRICS.items() if metric.held_out)
 def metric_of(name: str) -> Metric:
     """How `name` is shown; accuracy/SOURCE is an accuracy."""
     kind = name.partition("/")[0]
-    return METRICS.get(kind) or Metric(kind.replace("_", " "))
+    return METRICS.get(name) or METRICS.get(kind) or Metric(kind.replace("_", " "))
 
 
 def show_metric(name: str, value: float | None) -> str:
@@ -98,6 +110,12 @@ def show_metric(name: str, value: float | None) -> str:
 def printable(text: str) -> str:
     """Make control characters visible: a model's answer may hold escape codes that would drive the terminal."""
     return text.translate(_VISIBLE)
+
+
+def best_evaluation(records: Iterable[Record]) -> Record | None:
+    """The evaluation with the highest win rate, the first of several, of those after updates; None: there is none."""
+    found = [r for r in records if r["split"] == "eval" and r["step"] and r.get("win_rate") is not None]
+    return max(found, key=lambda r: (r["win_rate"], -r["step"]), default=None)
 
 
 def read_records(path: Path) -> list[Record]:

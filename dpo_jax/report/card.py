@@ -48,8 +48,8 @@ def write_card(run: RunFiles, directory: Path, *, base: Path | None) -> None:
         is_dpo=run.saved.is_dpo,
         is_reward=run.saved.is_reward,
         pad=_pad(directory),
-        is_comparison=run.saved.task == "comparison",
-        loss=run.saved.loss,
+        made=_made(run),
+        has_accuracy=any(name.startswith("Accuracy") for name, *_ in _results(run)),
         adapter=adapter,
         chat=run.data.get("prompt_format") == "chat",
         recipe=[
@@ -68,6 +68,17 @@ def write_card(run: RunFiles, directory: Path, *, base: Path | None) -> None:
     (directory / CARD).write_text(text, encoding="utf-8")
 
 
+def _made(run: RunFiles) -> str:
+    """What the model was made to be, for the card's first sentence."""
+    of_loss = "DPO" if run.saved.is_dpo else f"the preference loss `{run.saved.loss}`"
+    return {
+        "reward": "as a reward model of preferences (Bradley-Terry)",
+        "comparison": "to say which of two answers is better",
+        "sft": "fine-tuned on answers (SFT)",
+        "rl": "trained by RL against a reward",
+    }.get(run.saved.task, f"aligned to preferences with {of_loss}")
+
+
 def _pad(directory: Path) -> int | None:
     """The token that a reward model's score is not read at, as the whole export beside has it."""
     config = directory.with_name("export") / "config.json"
@@ -82,7 +93,7 @@ def _metadata(run: RunFiles, datasets: list[str], base: Path | None, *, adapter:
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-classification" if run.saved.is_reward else "text-generation",
         tags=[
-            "dpo" if run.saved.is_policy else run.saved.kind.replace(" ", "-"),
+            run.saved.kind.lower().replace(" ", "-"),
             "dpo_jax",
             "preference-alignment",
             *(["lora", "peft"] if adapter else []),

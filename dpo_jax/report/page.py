@@ -9,10 +9,11 @@ from dpo_jax.report.charts import Chart, line_chart
 from dpo_jax.report.rounds import rounds_of
 from dpo_jax.report.runs import OTHER_PLOTS, Plot, RunFiles, grouped_plots, main_plots, metric_label, metric_series
 
-NOT_CHARTED = {"step", "pairs", "tokens", "kl_error", "win_rate_error"}  # the last two are whiskers
+NOT_CHARTED = {"step", "pairs", "tokens", "answers", "kl_error", "win_rate_error", "reward_error"}  # errors: whiskers
 HEADLINE = {
     "loss": ("Held-out loss", "Where both are equal it is ln 2 = 0.6931."),
     "dpo_loss": ("Held-out loss", "A policy equal to its reference has ln 2 = 0.6931."),
+    "reward": ("Reward", "Of answers to held-out prompts: what is trained for."),
     "accuracy": ("Held-out accuracy", "Pairs whose chosen answer has the higher reward."),
     "margin": ("Held-out margin", "Chosen reward minus rejected reward."),
     "win_rate": ("Win rate", "Answers to held-out prompts against the baseline's, under the judge."),
@@ -84,6 +85,8 @@ def _headline(run: RunFiles) -> list[dict[str, Any]]:
             note += " Chance is 0.5; before training all pairs tie."
         if name == "dpo_loss" and not run.saved.is_dpo:
             note = f"That of {run.saved.loss}."
+        if name == "loss" and run.saved.is_policy:
+            note = "Nats a token of the held-out answers."
         if name == "win_rate":
             note = f"Answers to held-out prompts against the baseline's, under {run.saved.judge}."
         values = {"before": before if compared else None, "after": after, "error": run.standard_error(name, after)}
@@ -102,6 +105,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     shapes = [f"{s['rows']} × [{' | '.join(map(str, s['widths']))}] tokens" for s in about.get("rows", [])[:1]]
     facts: dict[str, Sequence[str | None]] = {
         "Model": [run.saved.model, f"{about['parameters']:,} parameters" if "parameters" in about else ""],
+        "Reward": words["Reward"],
         "Reference": words["Reference"],
         "Dataset": [run.saved.dataset],
         "Mixture": sections.mixture_parts(run.data),
@@ -145,18 +149,19 @@ def _curves(run: RunFiles) -> dict[str, list[Chart]]:
     numeric = dict.fromkeys(name for r in run.records for name, value in r.items() if isinstance(value, int | float))
     others = [Plot(metric_label(name), (name,)) for name in numeric if name not in charted and "/" not in name]
     return {
-        "main": _figures(run, main_plots([run]), small=False),
-        "small": _figures(run, (*grouped_plots(run), *OTHER_PLOTS), small=True),
-        "further": _figures(run, others, small=True),
+        "main": run_figures(run, main_plots([run]), small=False),
+        "small": run_figures(run, (*grouped_plots(run), *OTHER_PLOTS), small=True),
+        "further": run_figures(run, others, small=True),
     }
 
 
-def _figures(run: RunFiles, plots: Sequence[Plot], *, small: bool) -> list[Chart]:
-    figures = []
+def run_figures(run: RunFiles, plots: Sequence[Plot], *, small: bool) -> list[Chart]:
+    """The charts of those plots that the run has numbers for."""
+    found = []
     for plot in plots:
         lines = zip(plot.names, plot.lines or (("", "accent"),), strict=True)
         series = [s for name, (label, color) in lines for s in metric_series(run, plot, name, label, color)]
         figure = line_chart(plot.title, series, note=plot.note, guide=plot.guide, from_zero=plot.from_zero, small=small)
         if figure:
-            figures.append(figure)
-    return figures
+            found.append(figure)
+    return found

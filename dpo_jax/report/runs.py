@@ -90,6 +90,21 @@ REWARD_PLOTS = (
 )
 
 
+RL_PLOTS = (
+    Plot("Reward", ("reward",), "Of answers; dots: to held-out prompts. Whiskers: one standard error."),
+    Plot("Length of an answer, tokens", ("completions/mean_length",), from_zero=True),
+    Plot("Entropy", ("entropy",), "Nats a token, of the policy on its answers.", from_zero=True),
+    Plot(
+        "Spread of rewards",
+        ("reward_std", "frac_reward_zero_std"),
+        "Within groups; and the share of groups that teach nothing, as all of their answers are worth the same.",
+        from_zero=True,
+        lines=(("standard deviation", "accent"), ("groups without", "rejected")),
+    ),
+)
+SFT_PLOTS = (Plot("Loss", ("loss",), "Nats a token of the answers."),)
+
+
 @dataclass(frozen=True)
 class RunFiles:
     """A run's directory, read; parts that are not there are empty.
@@ -168,8 +183,13 @@ class RunFiles:
         return statistics.median(values) if values else None
 
 
+_PLOTS = {"rl": RL_PLOTS, "sft": SFT_PLOTS}
+
+
 def main_plots(runs: Sequence[RunFiles]) -> tuple[Plot, ...]:
-    """`MAIN_PLOTS`, without notes that hold for DPO alone where a run minimised another loss; or those of scores."""
+    """`MAIN_PLOTS`, without notes that hold for DPO alone where a run minimised another loss; or those of its task."""
+    if len(tasks := {run.saved.task for run in runs}) == 1 and (own := _PLOTS.get(tasks.pop())):
+        return own
     if not any(run.saved.is_policy for run in runs):
         return REWARD_PLOTS
     if all(run.saved.is_dpo for run in runs):
@@ -244,7 +264,7 @@ def held_out_series(run: RunFiles, name: str, label: str, color: str) -> Series:
     """A metric over the evaluations; accuracy has its standard errors."""
     points, pairs = _points(run, "eval", name), run.held_out_pairs
     errors = {step: error for step, value in points if (error := run.standard_error(name, value, pairs))}
-    if name in ("kl", "win_rate"):
+    if name in ("kl", "win_rate", "reward"):
         whiskers = f"{name}_error"
         errors = {r["step"]: r[whiskers] for r in run.records if r["split"] == "eval" and r.get(whiskers)}
     return Series(label, color, points, held_out=True, errors=errors)

@@ -14,7 +14,7 @@ from dpo_jax.model.config import Params
 from dpo_jax.model.placement import abstract_trained
 from dpo_jax.parallel.mesh import agreed, from_first
 from dpo_jax.parallel.watchdog import LONGER, beat
-from dpo_jax.records.records import read_records
+from dpo_jax.records.records import best_evaluation, read_records
 from dpo_jax.rl.objective import rl_objective
 from dpo_jax.rl.rewards import Reward, adjusted
 from dpo_jax.rl.rollouts import Rollouts
@@ -159,16 +159,9 @@ def _reward_measures(run: Run, reward: Reward) -> list[Measure]:
     return [Measure([AnswerRequest([one.ids for one, _ in prompts], asked)], of)]
 
 
-def _best_so_far(run: Run) -> dict[str, Any] | None:
-    """The evaluation with the highest win rate, of those after updates."""
-    records = read_records(run.workdir / "metrics.jsonl")
-    evals = [r for r in records if r["split"] == "eval" and r["step"] and r.get("win_rate") is not None]
-    return max(evals, key=lambda r: (r["win_rate"], -r["step"]), default=None)
-
-
 def _keep_best(run: Run, params: Params, step: int, win_rate: float) -> None:
     """Keep the policy of this evaluation if none before has as high a win rate."""
-    best = _best_so_far(run)
+    best = best_evaluation(read_records(run.workdir / "metrics.jsonl"))
     if agreed(best is not None and win_rate <= best["win_rate"] and best["step"] < step):
         return
     checkpoint.save_tree(run.workdir / BEST / str(step), params)
@@ -180,7 +173,7 @@ def _keep_best(run: Run, params: Params, step: int, win_rate: float) -> None:
 
 def _kept(run: Run, last: Params) -> Params:
     """What is exported, with a line that says so."""
-    s, best = run.settings, _best_so_far(run)
+    s, best = run.settings, best_evaluation(read_records(run.workdir / "metrics.jsonl"))
     step = int(from_first(np.asarray(best["step"] if best and s.rl.keeps_best else -1, np.int32)))
     where = run.workdir / BEST / str(step)
     if step < 0 or not agreed(where.is_dir()):

@@ -71,11 +71,15 @@ class ArraySpec(NamedTuple):
     dtype: type
 
 
-def batch_spec(shape: RowShape, lead: tuple[int, ...], given: int = 0) -> Batch[ArraySpec]:
-    """The arrays of `[*lead]` rows of this shape, with `given` of `REFERENCE_FIELDS`."""
+def batch_spec(shape: RowShape, lead: tuple[int, ...], given: int = 0, *, rewarded: bool = False) -> Batch[ArraySpec]:
+    """The arrays of `[*lead]` rows of this shape, with `given` of `REFERENCE_FIELDS`, or `rewarded` as RL has them."""
     groups = (*lead, shape.places)
     of_tokens, of_completions = ArraySpec((*lead, shape.length), np.int32), ArraySpec((*groups, shape.n), np.int32)
-    reference = dict.fromkeys(REFERENCE_FIELDS[:given], ArraySpec(of_completions.shape, np.float32))
+    more = dict.fromkeys(REFERENCE_FIELDS[:given], ArraySpec(of_completions.shape, np.float32))
+    if rewarded:
+        targets = (*lead, shape.targets)
+        more |= {"owner": ArraySpec(targets, np.int32), "drawn_logps": ArraySpec(targets, np.float32)}
+        more |= {"rewards": ArraySpec(of_completions.shape, np.float32), "token_share": ArraySpec(groups, np.float32)}
     return Batch(
         tokens=of_tokens,
         segments=of_tokens,
@@ -84,5 +88,5 @@ def batch_spec(shape: RowShape, lead: tuple[int, ...], given: int = 0) -> Batch[
         is_group=ArraySpec(groups, np.bool_),
         completion_tokens=of_completions,
         slots=of_completions if shape.n > 2 else None,
-        **reference,
+        **more,
     )

@@ -21,7 +21,14 @@ from dpo_jax.data.prepare import Prepared
 from dpo_jax.model.config import Params
 from dpo_jax.model.placement import Layout, abstract_trained
 from dpo_jax.objective.logps import LogpsFn
-from dpo_jax.objective.objective import Objective, label_objective, ld_weights, preference_objective, reward_objective
+from dpo_jax.objective.objective import (
+    Objective,
+    label_objective,
+    ld_weights,
+    preference_objective,
+    reward_objective,
+    sft_objective,
+)
 from dpo_jax.objective.policy_logps import logps_fn, scores_fn
 from dpo_jax.parallel.mesh import host_shardings, replicated
 from dpo_jax.records.writer import MetricsWriter
@@ -94,6 +101,8 @@ def make_objective(options: ObjectiveOptions) -> Objective:
     """What the phase of pairs minimises."""
     if options.task == "reward":
         return reward_objective(center=options.center, balance=options.balance)
+    if options.task == "sft":
+        return sft_objective()
     if options.task == "comparison":
         return label_objective(balance=options.balance)
     given: dict[str, Any] = {x: getattr(options, x) for x in ("beta", "wpo", "balance", "f_divergence", "f_alpha")}

@@ -32,6 +32,8 @@ MAPPINGS = {"Any", "Config", "ConfigDict", "Dict", "Mapping", "MutableMapping", 
 # A config passes through these without being read: from the command line or a notebook, to where it is shown.
 WHOLE = {
     "dpo_jax/train.py": {"run"},
+    "dpo_jax/rlhf.py": {"run"},
+    "dpo_jax/plan/command.py": {"_plan_stages"},
     "dpo_jax/records/trackers.py": {"open_trackers", "_wandb", "_trackio"},
 }
 
