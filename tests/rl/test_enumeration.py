@@ -87,6 +87,7 @@ def flat(tree, lead=()):
     return np.concatenate([np.asarray(x, np.float64).reshape(*lead, -1) for x in jax.tree.leaves(tree)], axis=-1)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3", "k3_weighted"])
 def test_the_drawn_gradient_is_the_enumerated_one(kl):
     reward, divergence = (jax.grad(lambda p, i=i: reward_and_kl(p)[i])(PARAMS) for i in (0, 1))

@@ -157,11 +157,13 @@ def compare(metrics, gradients, theirs):
         assert (ours * direction(name, ours.shape)).sum() == close(product), name
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_are_trls(case):
     compare(*run(case), CASES[case])
 
 
+@pytest.mark.slow
 def test_every_gradient_of_one_case_is_trls():
     _, ours = run("grpo")
     theirs = load_file(GOLDEN / "gradients.safetensors")
@@ -170,7 +172,7 @@ def test_every_gradient_of_one_case_is_trls():
         np.testing.assert_allclose(ours[name], gradient, rtol=1e-4, atol=TOLERANCE * largest, err_msg=name)
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "sizes", "microbatches", "shift"),
     [
