@@ -17,7 +17,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.preference.load import load_preference_model
 from dpo_jax.preference.models import Function, PreferenceModel, Scorer
 from dpo_jax.sampling.params import Answer
-from dpo_jax.training.on_policy import AskedPrompt, answer_group, scores_everywhere
+from dpo_jax.training.on_policy import AskedPrompt, answer_group, asked_once, scores_everywhere
 from dpo_jax.training.own_prompts import Row
 
 Prompts = Sequence[tuple[AskedPrompt, Row]]
@@ -25,10 +25,14 @@ Prompts = Sequence[tuple[AskedPrompt, Row]]
 
 @dataclass(frozen=True)
 class Verifier:
-    """A user's function of a prompt, an answer and the row of the data."""
+    """A user's function of a prompt, an answer and the row of the data.
+
+    Of several processes the first asks it for all, as it may not say the same twice.
+    """
 
     name: str
     function: Callable[..., Any]
+    is_remote: bool = True
 
     def score(self, asked: AskedPrompt, answer: str, row: Mapping[str, Any]) -> float:
         """Its number; NaN where it says None.
@@ -91,14 +95,23 @@ class Reward:
             if not isinstance(part.judge, Verifier):
                 each[part.name] = np.stack(scores_everywhere(part.judge, groups))
                 continue
-            each[part.name] = np.array(
-                [
-                    [part.judge.score(asked, said(asked, answer), row) for answer in of_prompt]
-                    for (asked, row), of_prompt in zip(prompts, answers, strict=True)
-                ]
-            )
+            each[part.name] = _verified(part.judge, prompts, answers)
         total = sum(part.weight * each[part.name] for part in self.parts)
         return Rewarded(np.asarray(total, np.float64), each)
+
+
+def _verified(verifier: Verifier, prompts: Prompts, answers: Sequence[Sequence[Answer]]) -> np.ndarray:
+    """What a verifier says of the answers to each prompt, the same in all processes."""
+    ask = lambda: np.array(
+        [
+            verifier.score(asked, said(asked, answer), row)
+            for (asked, row), of_prompt in zip(prompts, answers, strict=True)
+            for answer in of_prompt
+        ]
+    )
+    counts = [len(of_prompt) for of_prompt in answers]
+    found = asked_once(verifier, sum(counts), ask)
+    return np.stack(np.split(found, np.cumsum(counts)[:-1]))
 
 
 def said(asked: AskedPrompt, answer: Answer) -> str:

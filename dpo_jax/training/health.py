@@ -19,6 +19,7 @@ SKIPPED = "skipped"  # the metric that is 1 where the update was not made
 WINDOW = 64  # finite losses that one is compared with
 ENOUGH = 16  # before there are so many, nothing is a spike
 SIGMAS = 6.0  # how far above their median
+LEAST = 1e-3  # what counts as a sigma at least: losses of RL are rounding around 0
 FLOOR = 0.05  # of the median: where losses hardly differ (at the start all are ln 2), the least that counts as a sigma
 
 
@@ -58,7 +59,7 @@ class Health:
         if len(self.losses) >= ENOUGH:
             median = statistics.median(self.losses)
             spread = 1.4826 * statistics.median(abs(x - median) for x in self.losses)
-            if loss > median + SIGMAS * max(spread, FLOOR * abs(median)):
+            if loss > median + SIGMAS * max(spread, FLOOR * abs(median), LEAST):
                 spiked = median
         self.losses.append(loss)
         return spiked

@@ -182,7 +182,7 @@ def scores_everywhere(judge: PreferenceModel, groups: Sequence[AnswerGroup]) -> 
     return np.split(found, np.cumsum(counts)[:-1])
 
 
-def asked_once(judge: PreferenceModel, count: int, ask: Callable[[], np.ndarray]) -> np.ndarray:
+def asked_once(judge: object, count: int, ask: Callable[[], np.ndarray]) -> np.ndarray:
     """What a judge says, float64 `[count]`, the same in all processes: a server is asked by the first one alone.
 
     Raises:
