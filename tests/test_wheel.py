@@ -51,7 +51,7 @@ def test_configs_are_data_and_no_package(installed):
     assert out.stdout == "tiny\n", out.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "data", "report", "sample", "judge", "collect"])
+@pytest.mark.parametrize("command", ["train", "plan", "data", "report", "sample", "judge", "collect", "rlhf"])
 def test_commands_run_from_everywhere(installed, command):
     run, _ = installed
     done = run("-m", f"dpo_jax.{command}", "--help")
