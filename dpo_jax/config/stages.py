@@ -47,6 +47,7 @@ def read_stages(config: Mapping[str, Any], workdir: Path) -> list[Stage]:
             "num_steps": c["sft_steps"],
             "learning_rate": c["sft_learning_rate"],
             "lr_schedule": c["sft_lr_schedule"],
+            "eval_every": _as_often(c, c["sft_steps"]),
         }
         off = (*_OF_RL, *_OF_REWARD, *_OF_JUDGES, *_OF_REFERENCES, *_OF_SFT[:3])
         found.append(Stage("sft", _made(c, off, changes), {}))
@@ -57,6 +58,7 @@ def read_stages(config: Mapping[str, Any], workdir: Path) -> list[Stage]:
             "num_epochs": 1.0,
             "learning_rate": c["reward_learning_rate"],
             "batch_size": c["reward_batch_size"] or c["batch_size"],
+            "eval_every": _as_often(c, c["reward_steps"]),
         }
         model = {"model": c["reward_model"], "revision": ""} if c["reward_model"] else policy
         off = (*_OF_RL, *_OF_JUDGES, *_OF_REFERENCES, *_OF_SFT, "sample_prompts", "kl_prompts")
@@ -71,6 +73,12 @@ def read_stages(config: Mapping[str, Any], workdir: Path) -> list[Stage]:
         except UserError as error:
             raise UserError(f"stage {stage.name}: {error}") from None
     return found
+
+
+def _as_often(config: Mapping[str, Any], steps: int) -> int:
+    """`eval_every` of a stage that has so many updates: as many evaluations as RL has, where both numbers are known."""
+    every, of_rl = config["eval_every"], config["num_steps"]
+    return -(-every * steps // of_rl) if steps and of_rl else every
 
 
 def _made(config: Mapping[str, Any], off: tuple[str, ...], changes: Mapping[str, Any]) -> dict[str, Any]:
