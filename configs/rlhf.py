@@ -42,14 +42,15 @@ _LLAMA = {
 PRESETS = {
     "tiny": {
         **{key: TINY[key] for key in TINY if key not in ("dpo_beta", "num_steps", "learning_rate")},
-        "reward_steps": 60,
+        "sft_steps": 300,
+        "reward_steps": 24,
         "reward_batch_size": 32,
         "reward_learning_rate": 1e-3,
-        "num_steps": 60,
+        "num_steps": 30,
         "rl_n": 8,
         "learning_rate": 3e-4,
         "lr_schedule": "constant",
-        "eval_every": 15,
+        "eval_every": 10,
     },
     "smollm2-135m": {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",

@@ -285,3 +285,6 @@ wild_losses = [
     if r["split"] == "train"
 ]
 print("loss by update:", [round(x, 2) for x in wild_losses])
+
+# %% [markdown]
+# Next: [RLHF, stage by stage](rlhf_tutorial.ipynb): a reward model, RL against it, and the three methods side by side.

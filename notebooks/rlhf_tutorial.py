@@ -30,6 +30,7 @@ import numpy as np
 
 import dpo_jax
 from dpo_jax import rlhf
+from dpo_jax.config.stages import read_stages
 from dpo_jax.preference.load import load_preference_model
 from dpo_jax.preference.models import Answered
 from dpo_jax.rl.estimators import ADVANTAGES
@@ -115,14 +116,9 @@ assert difference < 1e-3
 # the true (**gold**) reward turns. Here without the KL penalty and at a higher rate, so that it shows soon:
 
 # %%
-pushed = dpo_jax.get_config("configs/rlhf.py:tiny")
-pushed.update({key: config[key] for key in config})
-pushed.update(rl_kl_coef=0.0, learning_rate=1e-3, num_steps=4 if SMALL else 90, eval_every=2 if SMALL else 10)
-rl_only = {"model": "runs/rlhf/sft/export", "rl_reward": "runs/rlhf/reward/export", "task": "rl", "sft_steps": 0}
-single = {"reward_steps": 0, "reward_batch_size": 0, "reward_learning_rate": 1e-5, "reward_center": 0.0}
-plain = {"sft_on": "chosen", "sft_learning_rate": 1e-5, "sft_lr_schedule": "constant"}
-defaults = dpo_jax.get_config()
-pushed.update({**single, **{key: defaults[key] for key in plain}, **rl_only})
+*_, rl_stage = read_stages(config, Path("runs/rlhf").absolute())
+pushed = {**rl_stage.config, "rl_kl_coef": 0.0, "learning_rate": 1e-3}
+pushed |= {"num_steps": 4, "eval_every": 2} if SMALL else {"num_steps": 48, "eval_every": 8}
 dpo_jax.run(pushed, "runs/rlhf-pushed")
 
 # %%
@@ -147,17 +143,16 @@ plt.show()
 # the reward model has judged; RL from all of its answers and their rewards.
 
 # %%
-UPDATES = 4 if SMALL else 60
-common = {key: config[key] for key in ("batch_size", "eval_pairs", "win_rate_prompts", "kl_prompts", "sample_tokens",
-                                       "sample_prompts", "max_completion_length", "attention", "log_every")}  # fmt: skip
-start = {"model": "runs/rlhf/sft/export", "sft_steps": 0, "num_steps": UPDATES, "eval_every": max(2, UPDATES // 4)}
-off = {key: defaults[key] for key in plain}
+updates = config.num_steps
+names = ("batch_size", "eval_pairs", "win_rate_prompts", "kl_prompts", "sample_tokens", "sample_prompts", "attention")
+same = {name: config[name] for name in (*names, "max_completion_length", "log_every")}
+same |= {"model": "runs/rlhf/sft/export", "sft_steps": 0, "num_steps": updates, "eval_every": updates // 2}
 dpo = dpo_jax.get_config("configs/hhh.py:tiny")
-dpo.update({**common, **off, **start})
+dpo.update(same)
 online = dpo_jax.get_config("configs/online.py:tiny")
-online.update({**common, **off, **start})
+online.update(same)
 online.update(collect_judge="runs/rlhf/reward/export", same_judge=False, rounds=2, eval_every=0)
-online.update(round_prompts=UPDATES // 2 * config.batch_size)
+online.update(round_prompts=updates // 2 * config.batch_size)
 dpo_jax.run(dpo, "runs/rlhf-dpo")
 dpo_jax.run(online, "runs/rlhf-online")
 

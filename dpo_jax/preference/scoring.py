@@ -24,6 +24,7 @@ from dpo_jax.rows.shape import RowShape
 
 MOST_COMPLETIONS = 8  # of a group: they share the prompt's computation
 TOKENS = {"cpu": 4096, "gpu": 65536, "tpu": 65536}  # of the rows of one batch, for each device that shares them
+FEW = 8  # batches that are not worth more than one program
 _UNLIMITED = 1 << 30
 # Stand beside an answer where two are rendered: any two that differ.
 _OTHERS: tuple[list[Message], list[Message]] = (
@@ -124,12 +125,15 @@ def _batches(
             groups.append((some, (np.asarray(prompt, np.int32), *completions)))
     sized = [(_width(len(ids[0])), _width(max(map(len, ids[1:]))), at) for at, (_, ids) in enumerate(groups)]
     sized.sort(key=lambda one: (one[0] + n * one[1], *one), reverse=True)
+    widest = tuple(max((one[i] for one in sized), default=0) for i in (0, 1))
+    few = len(sized) * (widest[0] + n * widest[1]) <= FEW * most_tokens * shards
     while sized:
-        wide, long, _ = sized[0]
+        # Of few groups all are as wide as the widest: another program for each width would cost more than it saves.
+        wide, long = widest if few else sized[0][:2]
         room = max(1, most_tokens // (wide + n * long))
         same = [one for one in sized if one[0] <= wide and one[1] <= long][: room * shards]
         rows = shards
-        while rows < len(same):
+        while rows < (min(room * shards, len(groups)) if few else len(same)):
             rows *= 2
         taken = {one[2] for one in same}
         sized = [one for one in sized if one[2] not in taken]

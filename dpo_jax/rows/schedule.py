@@ -207,9 +207,11 @@ def fitted(
       before: the shapes of those others; None: there were none.
       longest: as in `make_schedule`, of all that will come.
     """
-    schedule = make_schedule(groups, batch_size, limits, order, longest=longest)
-    if before is None:
-        return schedule
-    kept = dataclasses.replace(schedule, ladder=before)
     filled = lambda one: efficiency(one.epoch(0), one.lengths)
+    if before is None:
+        return make_schedule(groups, batch_size, limits, order, longest=longest)
+    kept = Schedule(groups, np.asarray(groups.lengths), batch_size, before, order)
+    if WORTH * filled(kept) > 1:  # rows that are full are not so much better: choosing some takes longer than this
+        return kept
+    schedule = make_schedule(groups, batch_size, limits, order, longest=longest)
     return kept if filled(schedule) < WORTH * filled(kept) else schedule

@@ -117,3 +117,15 @@ def test_your_data(tmp_path):
     assert (run / "export/config.json").exists()
     (bad,) = (run / "quarantine.jsonl").read_text().splitlines()
     assert "A row without answers" in bad
+
+
+def test_rlhf_tutorial(tmp_path):
+    notebook = _run("rlhf_tutorial", tmp_path)
+    printed = _printed(notebook)
+    (apart,) = [line.split() for line in printed.splitlines() if line.startswith("largest difference")]
+    assert float(apart[-1]) < 1e-3
+    rows = {line[:12].strip(): line.split() for line in printed.splitlines() if " ± " in line}
+    assert set(rows) == {"DPO", "online DPO", "RL"}
+    assert all(0 <= float(row[-4]) <= 1 for row in rows.values())
+    assert {p.name for p in (tmp_path / "runs/rlhf").glob("*") if p.is_dir()} == {"sft", "reward", "rl"}
+    assert _pictures(notebook) == 2
