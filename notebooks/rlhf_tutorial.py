@@ -117,13 +117,16 @@ assert difference < 1e-3
 
 # %%
 *_, rl_stage = read_stages(config, Path("runs/rlhf").absolute())
-pushed = {**rl_stage.config, "rl_kl_coef": 0.0, "learning_rate": 1e-3}
-pushed |= {"num_steps": 4, "eval_every": 2} if SMALL else {"num_steps": 48, "eval_every": 8}
-dpo_jax.run(pushed, "runs/rlhf-pushed")
+pushed = {**rl_stage.config, "rl_kl_coef": 0.0, "learning_rate": 1e-3, "num_steps": 48, "eval_every": 8}
+compared = {"runs/rlhf/rl": "with the KL penalty", "runs/rlhf-pushed": "without it, at a higher rate"}
+if SMALL:
+    compared.popitem()
+else:
+    dpo_jax.run(pushed, "runs/rlhf-pushed")
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4))
-for workdir, label in (("runs/rlhf/rl", "with the KL penalty"), ("runs/rlhf-pushed", "without it, at a higher rate")):
+for workdir, label in compared.items():
     rows = sorted(records(workdir, "eval"), key=lambda r: r["kl"])
     x = [math.sqrt(max(r["kl"], 0)) for r in rows]
     left.errorbar(x, [r["reward"] for r in rows], [r["reward_error"] for r in rows], fmt="o-", label=label)
@@ -153,12 +156,16 @@ online = dpo_jax.get_config("configs/online.py:tiny")
 online.update(same)
 online.update(collect_judge="runs/rlhf/reward/export", same_judge=False, rounds=2, eval_every=0)
 online.update(round_prompts=updates // 2 * config.batch_size)
-dpo_jax.run(dpo, "runs/rlhf-dpo")
-dpo_jax.run(online, "runs/rlhf-online")
+methods = {"DPO": "runs/rlhf-dpo", "online DPO": "runs/rlhf-online", "RL": "runs/rlhf/rl"}
+dpo_jax.run(dpo, methods["DPO"])
+if SMALL:
+    del methods["online DPO"]
+else:
+    dpo_jax.run(online, methods["online DPO"])
 
 # %%
 print("method       updates  win rate        KL")
-for name, workdir in (("DPO", "runs/rlhf-dpo"), ("online DPO", "runs/rlhf-online"), ("RL", "runs/rlhf/rl")):
+for name, workdir in methods.items():
     rows = [r for r in records(workdir, "eval") if r["step"]]
     best = max(rows, key=lambda r: r["win_rate"])
     print(f"{name:12} {best['step']:7}  {best['win_rate']:.3f} ± {best['win_rate_error']:.3f}  {best['kl']:6.2f}")
