@@ -113,7 +113,8 @@ assert difference < 1e-3
 # ## 3. Proxy and gold
 # The reward model (**proxy**) is right about answers like those it has seen. RL moves the policy to answers that it has not
 # seen, and chooses among them those that it rates too high. Gao et al. (arXiv 2210.10760) plot both against $\sqrt{KL}$: the proxy goes on rising,
-# the true (**gold**) reward turns. Here without the KL penalty and at a higher rate, so that it shows soon:
+# the true (**gold**) reward turns. Beside the run above, one without the KL penalty
+# and at a higher rate:
 
 # %%
 *_, rl_stage = read_stages(config, Path("runs/rlhf").absolute())
