@@ -29,7 +29,7 @@ def write_stages_report(workdir: Path, result: Mapping[str, Any]) -> Path:
     values: dict[str, Any] = {
         "title": f"RLHF: {workdir.resolve().name}",
         "headline": _headline(result),
-        "stages": [_row(name, run) for name, run in runs.items()],
+        "stages": [row for name, run in runs.items() for row in _rows(name, run)],
         "parts": [(TITLES[name], _figures(name, run)) for name, run in runs.items()],
         "proxy": [] if rl is None else proxy_figures(rl),
         "words": "" if rl is None else _words(rl),
@@ -50,18 +50,22 @@ def _headline(result: Mapping[str, Any]) -> list[tuple[str, str, Any, Any, str]]
     ]
 
 
-def _row(name: str, run: RunFiles) -> dict[str, Any]:
-    """A stage: where its page is, its updates and their time, and its held-out numbers before and after."""
+def _rows(name: str, run: RunFiles) -> list[dict[str, Any]]:
+    """A stage's held-out numbers before and after, a row each; the first also says how many updates in what time."""
     known = {metric: (before, after) for metric, before, after in before_after(run.records)}
-    numbers = [(metric, metric_label(metric), *known[metric]) for metric in _MAIN[name] if metric in known]
     seconds = run.training_seconds
-    return {
-        "name": name,
+    first = {
+        "stage": name,
         "title": TITLES[name],
         "updates": run.last_step,
         "time": duration(seconds) if seconds else "",
-        "numbers": numbers,
     }
+    numbers = [metric for metric in _MAIN[name] if metric in known] or [""]
+    return [
+        {"metric": metric, "words": metric and metric_label(metric), "numbers": known.get(metric, (None, None))}
+        | (first if i == 0 else {"stage": ""})
+        for i, metric in enumerate(numbers)
+    ]
 
 
 def _figures(name: str, run: RunFiles) -> list[Chart]:
