@@ -6,6 +6,7 @@
 
     python -m dpo_jax.rlhf --config=configs/rlhf.py:smollm2-135m --workdir=runs/rlhf-135m
         SmolLM2-135M-Instruct on HH, for a laptop, Colab or one TPU chip: light SFT, one epoch of a reward model, RL.
+        It is what configs/rlhf.py is without a preset.
 
     python -m dpo_jax.rlhf --config=configs/rlhf.py:llama3.1-8b --workdir=runs/rlhf-8b "--config.judge=http://HOST/v1|MODEL"
         Llama-3.1-8B-Instruct (gated: `hf auth login`) on UltraFeedback, all parameters. The judge that grades is

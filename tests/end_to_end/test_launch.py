@@ -184,7 +184,8 @@ def test_what_the_trainer_is_given_is_its_command_line(cloud, tmp_path):
     cloud.world(current={**ACTIVE, "type": "v6e-8"}, trainers=[{}])
     cloud.launch("up", *RUN, *FAST, "--", "--config.dpo_beta=0.2")
     words = [w.replace(str(cloud.home()), str(tmp_path)) for w in cloud.trained()[0]["argv"]]
-    config, workdir, distributed = parse(["train", *words])
+    given = parse(["train", *words])
+    config, workdir, distributed = given.config, given.workdir, given.distributed
     assert config.dpo_beta == 0.2
     assert workdir == tmp_path / ".dpo_jax/gcs/bucket/runs/hhh"
     assert distributed
@@ -314,7 +315,8 @@ def test_the_skypilot_task_runs_the_same_command():
     words = shlex.split(train)
     assert words[:4] == ["exec", "python", "-m", "dpo_jax.train"]
     assert " ".join(words[1:4]) in (ROOT / "README.md").read_text()
-    config, workdir, distributed = parse(words[3:])
+    given = parse(words[3:])
+    config, workdir, distributed = given.config, given.workdir, given.distributed
     assert (config.dpo_beta, config.seed, distributed) == (0.2, 1, True)
     assert workdir == Path("/gcs/runs/dpo_jax")
 
@@ -325,7 +327,8 @@ def test_the_xpk_command_is_the_same_too(cloud):
     (command,) = [w.removeprefix("--command=") for w in shlex.split(line) if w.startswith("--command=")]
     install, train = command.split(" && ")
     assert shlex.split(install)[:2] == ["pip", "install"]
-    config, workdir, distributed = parse(shlex.split(train)[3:])
+    given = parse(shlex.split(train)[3:])
+    config, workdir, distributed = given.config, given.workdir, given.distributed
     assert config.dataset == "a b  c"
     assert (workdir, distributed) == (Path("/gcs/runs/hhh"), True)
 

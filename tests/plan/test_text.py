@@ -5,7 +5,7 @@ from dpo_jax.plan.text import report_lines, rows_line, sampling_lines, search_li
 
 HEAD = {
     "topology": "v6e:2x4", "accelerator_type": "v6e-8", "chips": 8, "devices_per_chip": 1,
-    "mesh": {"data": 1, "fsdp": 8, "tensor": 1}, "batch_size": 64, "microbatches": 2,
+    "mesh": {"data": 1, "fsdp": 8, "tensor": 1}, "batch_size": 64, "unit": "pairs", "microbatches": 2,
     "rows": [
         {"rows": 8, "widths": (512, 128, 128), "share": 0.75, "attention": "splash"},
         {"rows": 8, "widths": (1024, 256, 256), "share": 0.25, "attention": "splash"},

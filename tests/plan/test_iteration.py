@@ -1,0 +1,48 @@
+"""What is planned for an iteration of RL, as text and as lengths."""
+
+import numpy as np
+import pytest
+
+from dpo_jax import get_config
+from dpo_jax.config.settings import read_settings
+from dpo_jax.plan.lengths import completions_of, find_lengths
+from dpo_jax.plan.text import iteration_lines
+from dpo_jax.rows.batch import batch_spec
+from dpo_jax.rows.shape import RowShape
+
+
+def settings(**changed):
+    c = get_config()
+    c.update({"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "dataset": "hhh"} | changed)
+    return read_settings(c)
+
+
+@pytest.mark.parametrize(
+    ("changed", "completions"),
+    [({}, 2), ({"task": "rl", "rl_n": 8}, 8), ({"task": "sft"}, 1), ({"task": "sft", "sft_on": "both"}, 2)],
+)
+def test_groups_are_as_large_as_the_task_has_them(changed, completions):
+    s = settings(**changed)
+    assert completions_of(s) == completions
+    assert np.asarray(find_lengths(s).lengths).shape[1] == 1 + completions
+
+
+def test_a_rewarded_batch_has_what_the_objective_reads():
+    spec = batch_spec(RowShape(64, (16,) * 4, 2, 3), (1, 2), rewarded=True)
+    assert spec.owner.shape == spec.drawn_logps.shape == (1, 2, 64)
+    assert spec.rewards.shape == (1, 2, 3, 4)
+    assert spec.token_share.shape == (1, 2, 3)
+    assert spec.old_logps is None
+    assert batch_spec(RowShape(64, (16,) * 4, 2, 3), (1, 2)).owner is None
+
+
+def test_what_is_said_of_an_iteration():
+    gib = 2**30
+    report = {
+        "prompts": 32, "n": 8, "answer": 47.2, "answers_per_second": 100.0, "hbm_available": 32 * gib, "fits": False,
+        "seconds": {"drawing": 1.0, "scoring": 0.5, "updating": 1.06},
+        "memory": {"parameters": 4 * gib, "cache": 30 * gib, "total": 34 * gib},
+    }  # fmt: skip
+    head, memory, _ = iteration_lines(report)
+    assert "32 prompts x 8 answers of 47 tokens: drawing 1.00 s, scoring 0.50 s, updating 1.06 s" in head
+    assert "total 34.00 of 32.00 GiB: DOES NOT FIT" in memory
