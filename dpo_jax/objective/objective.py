@@ -44,7 +44,7 @@ class Groups(Protocol):
     def old_logps(self) -> jax.Array | None: ...
 
     @property
-    def token_share(self) -> jax.Array | None: ...
+    def drawn_tokens(self) -> jax.Array | None: ...
 
 
 # (policy's log-probabilities, the reference's or None, the groups' part of the batch, mean tokens `[n]` of completions
@@ -97,7 +97,7 @@ class _Set(NamedTuple):
     rewards: jax.Array | None = None
     drawn_logps: jax.Array | None = None
     old_logps: jax.Array | None = None
-    token_share: jax.Array | None = None
+    drawn_tokens: jax.Array | None = None
 
 
 def reduced(values: Mapping[str, jax.Array], is_group: jax.Array) -> dict[str, jax.Array]:

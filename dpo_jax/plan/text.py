@@ -143,7 +143,8 @@ def iteration_lines(r: Mapping[str, Any]) -> list[str]:
         f"bounds; {r['answers_per_second']:.1f} answers/s",
         f"  while drawing {held}, total {memory['total']:.2f} of {available:.2f} GiB"
         + ("" if r["fits"] else ": DOES NOT FIT; fewer prompts, more chips, optimizer_offload, reference_offload"),
-        "  parameters    those that are trained draw the answers: nothing is copied, and no bytes move in between",
+        "  resharding    the parameters draw as they are trained; a device receives "
+        f"{_received(r['sampling']['step'])} a token's step",
     ]
 
 

@@ -73,7 +73,7 @@ def rl_objective(o: RlOptions) -> Objective:
             per_answer = per_answer + o.kl_coef * total(estimators.KL_IN_LOSS[o.kl](logps, ref, old))
 
         tokens = tokens_n.sum()
-        together = tokens if batch.token_share is None else batch.token_share[..., None]
+        together = tokens if batch.drawn_tokens is None else batch.drawn_tokens[..., None]
         over: dict[str, Any] = {
             "answer": n * length,
             "most": n * o.max_tokens,

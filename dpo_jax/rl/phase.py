@@ -86,7 +86,7 @@ def params_after_rl(run: Run, schedule: Schedule, steps: int) -> Params:
     )
     batches = rollouts.batches(lambda: latest[0].params, start)
     state = run_phase(phase, batches, state, start, mesh=layout.mesh, writer=run.writer, stop=run.stop)
-    return _kept(run, state.params)
+    return _exported(run, state.params)
 
 
 def old_logps_of(run: Run) -> Callable[[Params, Batch[jax.Array], RowShape], jax.Array]:
@@ -162,7 +162,7 @@ def _reward_measures(run: Run, reward: Reward) -> list[Measure]:
 def _keep_best(run: Run, params: Params, step: int, win_rate: float) -> None:
     """Keep the policy of this evaluation if none before has as high a win rate."""
     best = best_evaluation(read_records(run.workdir / "metrics.jsonl"))
-    if agreed(best is not None and win_rate <= best["win_rate"] and best["step"] < step):
+    if agreed(best is not None and win_rate <= best["win_rate"]):
         return
     checkpoint.save_tree(run.workdir / BEST / str(step), params)
     if jax.process_index() == 0:
@@ -171,7 +171,7 @@ def _keep_best(run: Run, params: Params, step: int, win_rate: float) -> None:
                 shutil.rmtree(other, ignore_errors=True)
 
 
-def _kept(run: Run, last: Params) -> Params:
+def _exported(run: Run, last: Params) -> Params:
     """What is exported, with a line that says so."""
     s, best = run.settings, best_evaluation(read_records(run.workdir / "metrics.jsonl"))
     step = int(from_first(np.asarray(best["step"] if best and s.rl.keeps_best else -1, np.int32)))

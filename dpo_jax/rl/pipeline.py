@@ -45,8 +45,10 @@ def run_stages(
         if entry is not None and entry["made_of"] != of:
             changed = ", ".join(stage.made_of[key] for key in of if entry["made_of"].get(key) != of[key])
             raise UserError(f"{where} was made of another {changed} than is there now; remove {where} to make it anew")
-        done = entry is not None and (where / "export").is_dir() and entry["export"] == export_digest(where / "export")
-        if not any_process(not done):
+        export = export_digest(where / "export") if entry is not None and (where / "export").is_dir() else ""
+        if entry is not None and export and entry["export"] != export:
+            raise UserError(f"{where / 'export'} is not as the stage left it; remove {where} to make it anew")
+        if not any_process(not export):
             say(f"{head}: done before")
             continue
         say(f"{head}: {where}")

@@ -162,7 +162,7 @@ class Rollouts:
         schedule = fitted(rollout, s.batch.size, self._limits, order, longest=longest, before=before)
         self._shapes.keep(number, schedule.ladder)
         share = np.full(len(rollout), rollout.lengths[:, 1:].sum() / len(rollout), np.float32)
-        given = {"rewards": rollout.rewards.astype(np.float32), "token_share": share}
+        given = {"rewards": rollout.rewards.astype(np.float32), "drawn_tokens": share}
         source = step_source(schedule, mesh, updates, s.batch.microbatches, given, rollout.drawn_logps)
         items = [on_mesh(source[i], s.batch.microbatches, mesh) for i in range(updates)]
         if updates > 1:

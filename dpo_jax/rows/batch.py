@@ -35,7 +35,7 @@ class Batch(NamedTuple, Generic[A]):
       rewards: float32 `[B, K, n]`, what completions are worth, NaN where that is not known.
       drawn_logps: float32 `[B, N]`, the log-probability with which the sampler drew each token.
       old_logps: float32 `[B, N]`, that of the policy as it was when its answers were drawn; None: the policy is that.
-      token_share: float32 `[B, K]`, mean completion tokens of a group over all that were drawn together; None: this
+      drawn_tokens: float32 `[B, K]`, mean completion tokens of a group over all that were drawn together; None: this
         batch is all of them.
     """
 
@@ -53,7 +53,7 @@ class Batch(NamedTuple, Generic[A]):
     rewards: A | None = None
     drawn_logps: A | None = None
     old_logps: A | None = None
-    token_share: A | None = None
+    drawn_tokens: A | None = None
 
     def map(self, fn: Callable[[A], "X"]) -> "Batch[X]":
         """The same of every array that is there."""
@@ -79,7 +79,7 @@ def batch_spec(shape: RowShape, lead: tuple[int, ...], given: int = 0, *, reward
     if rewarded:
         targets = (*lead, shape.targets)
         more |= {"owner": ArraySpec(targets, np.int32), "drawn_logps": ArraySpec(targets, np.float32)}
-        more |= {"rewards": ArraySpec(of_completions.shape, np.float32), "token_share": ArraySpec(groups, np.float32)}
+        more |= {"rewards": ArraySpec(of_completions.shape, np.float32), "drawn_tokens": ArraySpec(groups, np.float32)}
     return Batch(
         tokens=of_tokens,
         segments=of_tokens,

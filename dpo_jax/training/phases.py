@@ -168,6 +168,24 @@ def begin_dpo(run: Run, steps: int, schedule: Schedule | None = None) -> DpoPhas
     return DpoPhase(tree, step, parts, at, objective, values)
 
 
+def updated(
+    run: Run,
+    objective: Objective,
+    source: StepSource,
+    evaluate: Callable[[TrainState, int], dict[str, Any]] | None,
+) -> Params:
+    """What is trained by an objective without a reference, after one update for each step of a source; or resumed."""
+    s, layout = run.settings, run.layout
+    tx, rate = setup.make_optimizer(s.optimizer, len(source))
+    if run.done:
+        state = checkpoint.restore(run.checkpoints, run.done, setup.abstract_state(tx, layout))
+    else:
+        state = setup.start_state(load_params(run.policy, layout, s.seed), tx, layout)
+    update = functools.partial(setup.train_step_on(layout, run.models, objective, tx, rate), base=run.base)
+    step = lambda state, batch, shape: update(state, None, batch, shape)
+    return run_updates(run, "train", objective.loss, source, step, state, evaluate=evaluate).params
+
+
 def run_updates(
     run: Run,
     split: str,

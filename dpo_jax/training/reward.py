@@ -7,7 +7,6 @@ It is the phase of DPO without a reference: the same rows, step, loop and checkp
 leaves the scores themselves in scores.json, which the report draws.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -20,27 +19,18 @@ from dpo_jax.model.config import Params
 from dpo_jax.objective.objective import make_set_values
 from dpo_jax.records.scores import SCORES
 from dpo_jax.rows.schedule import Schedule
-from dpo_jax.training import checkpoint, setup
-from dpo_jax.training.phases import evaluate, run_updates
+from dpo_jax.training import setup
+from dpo_jax.training.phases import evaluate, updated
 from dpo_jax.training.setup import Run
 from dpo_jax.training.step import TrainState
-from dpo_jax.weights.load import load_params
 
 
 def params_after_pairs(run: Run, schedule: Schedule, steps: int) -> Params:
     """What is trained, after `steps` updates over the schedule's pairs, begun or resumed."""
-    s, layout = run.settings, run.layout
-    tx, rate = setup.make_optimizer(s.optimizer, steps)
-    objective = setup.make_objective(s.objective)
-    if run.done:
-        state = checkpoint.restore(run.checkpoints, run.done, setup.abstract_state(tx, layout))
-    else:
-        state = setup.start_state(load_params(run.policy, layout, s.seed), tx, layout)
-    source = step_source(schedule, layout.mesh, steps, s.batch.microbatches, margins(run.data.train))
-    update = functools.partial(setup.train_step_on(layout, run.models, objective, tx, rate), base=run.base)
-    step = lambda state, batch, shape: update(state, None, batch, shape)
+    microbatches = run.settings.batch.microbatches
+    source = step_source(schedule, run.layout.mesh, steps, microbatches, margins(run.data.train))
     held_out = _evaluator(run) if len(run.data.evaluation) else None
-    return run_updates(run, "train", objective.loss, source, step, state, evaluate=held_out).params
+    return updated(run, setup.make_objective(run.settings.objective), source, held_out)
 
 
 def margins(pairs: Pairs) -> Given:

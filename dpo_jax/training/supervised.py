@@ -1,6 +1,5 @@
 """The phase of SFT as a task of its own: the likelihood of chosen answers, or of both, is raised, and measured."""
 
-import functools
 from typing import Any
 
 from dpo_jax.batches import once_through, step_source
@@ -8,33 +7,23 @@ from dpo_jax.model.config import Params
 from dpo_jax.objective.objective import make_set_values, sft_objective
 from dpo_jax.rows.build import FirstOnly, GroupSource
 from dpo_jax.rows.schedule import Schedule, make_schedule
-from dpo_jax.training import checkpoint, setup
+from dpo_jax.training import setup
 from dpo_jax.training.own_answers import measure_answers, sample_measures
-from dpo_jax.training.phases import evaluate, run_updates
+from dpo_jax.training.phases import evaluate, updated
 from dpo_jax.training.setup import Run
 from dpo_jax.training.step import TrainState
 from dpo_jax.training.winning import make_contest, win_rate_measures
-from dpo_jax.weights.load import load_params
 
 
 def params_of_sft(run: Run, schedule: Schedule, steps: int) -> Params:
     """What is trained, after `steps` updates of SFT on the schedule's pairs, begun or resumed."""
     s, layout = run.settings, run.layout
-    tx, rate = setup.make_optimizer(s.optimizer, steps)
-    objective = sft_objective()
-    if run.done:
-        state = checkpoint.restore(run.checkpoints, run.done, setup.abstract_state(tx, layout))
-    else:
-        state = setup.start_state(load_params(run.policy, layout, s.seed), tx, layout)
     if s.rounds.sft_on != "both":
-        limits = layout.row_limits(s.batch.microbatches)
-        groups = FirstOnly(schedule.groups)
+        groups, limits = FirstOnly(schedule.groups), layout.row_limits(s.batch.microbatches)
         schedule = make_schedule(groups, s.batch.size, limits, s.batch.order, run.data.split.mixture)
     source = step_source(schedule, layout.mesh, steps, s.batch.microbatches)
-    update = functools.partial(setup.train_step_on(layout, run.models, objective, tx, rate), base=run.base)
-    step = lambda state, batch, shape: update(state, None, batch, shape)
-    at = _evaluator(run, steps) if len(run.data.evaluation) else None
-    return run_updates(run, "train", objective.loss, source, step, state, evaluate=at).params
+    held_out = _evaluator(run, steps) if len(run.data.evaluation) else None
+    return updated(run, sft_objective(), source, held_out)
 
 
 def _evaluator(run: Run, steps: int) -> Any:

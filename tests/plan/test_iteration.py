@@ -31,7 +31,7 @@ def test_a_rewarded_batch_has_what_the_objective_reads():
     spec = batch_spec(RowShape(64, (16,) * 4, 2, 3), (1, 2), rewarded=True)
     assert spec.owner.shape == spec.drawn_logps.shape == (1, 2, 64)
     assert spec.rewards.shape == (1, 2, 3, 4)
-    assert spec.token_share.shape == (1, 2, 3)
+    assert spec.drawn_tokens.shape == (1, 2, 3)
     assert spec.old_logps is None
     assert batch_spec(RowShape(64, (16,) * 4, 2, 3), (1, 2)).owner is None
 
@@ -41,8 +41,10 @@ def test_what_is_said_of_an_iteration():
     report = {
         "prompts": 32, "n": 8, "answer": 47.2, "answers_per_second": 100.0, "hbm_available": 32 * gib, "fits": False,
         "seconds": {"drawing": 1.0, "scoring": 0.5, "updating": 1.06},
+        "sampling": {"step": {"interconnect_bytes": {"all-gather": 2.5e6}, "network_bytes": {}}},
         "memory": {"parameters": 4 * gib, "cache": 30 * gib, "total": 34 * gib},
     }  # fmt: skip
-    head, memory, _ = iteration_lines(report)
+    head, memory, moved = iteration_lines(report)
     assert "32 prompts x 8 answers of 47 tokens: drawing 1.00 s, scoring 0.50 s, updating 1.06 s" in head
+    assert "a device receives all-gather 2.5 MB a token's step" in moved
     assert "total 34.00 of 32.00 GiB: DOES NOT FIT" in memory

@@ -6,21 +6,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dpo_jax import get_config, train
+from dpo_jax import train
 from dpo_jax.errors import UserError
 from dpo_jax.records.records import read_records
 from dpo_jax.rl.rollouts import Rollouts
 from dpo_jax.training import checkpoint
-from tests import places
+from tests.training.small import StopError, small_config, values
 
-GOLDEN = places.ROOT / "tests" / "golden" / "trl"
-MODEL = str(GOLDEN / "tiny")
-CLOCK = ("pairs_per_second", "step_seconds", "memory_gb", "tokens_per_second", "sampling_seconds", "judging_seconds")
 SETTINGS = {
-    "task": "rl", "model": MODEL, "dataset": str(GOLDEN / "pairs.jsonl"), "batch_size": 8, "eval_pairs": 8,
-    "kl_prompts": 4, "sample_prompts": 0, "sample_tokens": 8, "learning_rate": 1e-2, "warmup_steps": 0.0,
-    "max_prompt_length": 64, "max_completion_length": 8, "checkpoint_every": 1, "log_every": 1, "attention": "dense",
-    "num_steps": 4, "rl_n": 4, "rl_reward": "tests.rl.test_phase:many_es", "win_rate_prompts": 8,
+    "task": "rl", "num_steps": 4, "rl_n": 4, "rl_reward": "tests.rl.test_phase:many_es", "win_rate_prompts": 8,
     "judge": "tests.collecting.judges:e_count", "eval_every": 2, "export": False,
 }  # fmt: skip
 SEVERAL = {"rl_epochs": 2, "rl_minibatches": 2, "num_steps": 8, "rl_loss": "dapo", "rl_kl": "k3", "eval_every": 0}
@@ -34,14 +28,7 @@ def many_es(prompt, answer, row):
 
 
 def config(tmp_path, **changed):
-    c = get_config()
-    c.update(SETTINGS | {"cache_dir": str(tmp_path / "cache")} | changed)
-    return c
-
-
-def values(workdir):
-    records = read_records(workdir / "metrics.jsonl")
-    return [{key: v for key, v in r.items() if key not in CLOCK} for r in records]
+    return small_config(tmp_path, SETTINGS | changed)
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +83,6 @@ def test_several_updates_from_one_rollout(several):
         assert updates[at]["clip_ratio"] == 0
     assert max(r["clip_ratio"] for r in updates) > 0
     assert [p.name for p in sorted((several / "checkpoints").iterdir())] == ["4", "8"]
-
-
-class StopError(Exception):
-    pass
 
 
 @pytest.mark.slow

@@ -6,26 +6,22 @@ import sys
 
 import pytest
 
-from dpo_jax import get_config, rlhf, train
+from dpo_jax import rlhf, train
 from dpo_jax.config.stages import chosen_stages, read_stages
 from dpo_jax.errors import UserError
 from dpo_jax.records.records import read_records
-from tests import places, processes
+from tests import processes
+from tests.training.small import MODEL, small_config
 
-GOLDEN = places.ROOT / "tests" / "golden" / "trl"
 SETTINGS = {
-    "task": "rlhf", "model": str(GOLDEN / "tiny"), "dataset": str(GOLDEN / "pairs.jsonl"), "batch_size": 8,
-    "eval_pairs": 8, "kl_prompts": 4, "sample_prompts": 2, "sample_tokens": 8, "learning_rate": 1e-2,
-    "warmup_steps": 0.0, "max_prompt_length": 64, "max_completion_length": 8, "checkpoint_every": 1, "log_every": 1,
-    "attention": "dense", "num_steps": 2, "rl_n": 2, "win_rate_prompts": 4, "sft_steps": 2, "reward_steps": 2,
+    "task": "rlhf", "num_steps": 2, "rl_n": 2, "win_rate_prompts": 4, "sft_steps": 2, "reward_steps": 2,
     "judge": "tests.collecting.judges:e_count", "eval_every": 1, "sft_learning_rate": 1e-3, "reward_center": 0.01,
+    "sample_prompts": 2,
 }  # fmt: skip
 
 
 def config(tmp_path, **changed):
-    c = get_config()
-    c.update(SETTINGS | {"cache_dir": str(tmp_path / "cache")} | changed)
-    return c
+    return small_config(tmp_path, SETTINGS | changed)
 
 
 def test_every_stage_has_a_config_of_its_own(tmp_path):
@@ -34,7 +30,7 @@ def test_every_stage_has_a_config_of_its_own(tmp_path):
     assert [stage.config["num_steps"] for stage in (sft, reward, rl)] == [2, 2, 2]
     assert [stage.config["learning_rate"] for stage in (sft, reward, rl)] == [1e-3, 3e-3, 1e-2]
     assert [stage.config["batch_size"] for stage in (sft, reward, rl)] == [8, 4, 8]
-    assert sft.config["model"] == str(GOLDEN / "tiny")
+    assert sft.config["model"] == MODEL
     assert reward.config["model"] == rl.config["model"] == str(tmp_path / "sft" / "export")
     assert rl.config["rl_reward"] == str(tmp_path / "reward" / "export")
     assert (sft.made_of, reward.made_of) == ({}, {"model": "sft"})
@@ -45,7 +41,7 @@ def test_every_stage_has_a_config_of_its_own(tmp_path):
 
 def test_stages_that_are_not_needed_are_left_out(tmp_path):
     (rl,) = read_stages(config(tmp_path, sft_steps=0, rl_reward="a:b"), tmp_path)
-    assert (rl.name, rl.made_of, rl.config["model"], rl.config["rl_reward"]) == ("rl", {}, str(GOLDEN / "tiny"), "a:b")
+    assert (rl.name, rl.made_of, rl.config["model"], rl.config["rl_reward"]) == ("rl", {}, MODEL, "a:b")
     _, reward, _ = read_stages(config(tmp_path, reward_model="owner/other"), tmp_path)
     assert (reward.config["model"], reward.made_of) == ("owner/other", {})
 
@@ -109,6 +105,8 @@ def test_all_stages_once_each_and_one_page(tmp_path, capsys):
     weights.write_text(weights.read_text().rstrip().rstrip("}") + ', "top_k": 7}')
     with pytest.raises(UserError, match=r"reward was made of another sft than is there now; remove .*reward"):
         rlhf.run(c, workdir, "reward")
+    with pytest.raises(UserError, match=r"sft/export is not as the stage left it; remove .*sft"):
+        rlhf.run(c, workdir, "sft")
     with pytest.raises(UserError, match="holds a run of another config"):
         rlhf.run(config(tmp_path, rl_n=4), workdir)
 

@@ -109,6 +109,29 @@ def test_it_ends_with_its_updates_though_there_are_more_batches(tmp_path):
     assert next(more).update == 7
 
 
+def test_batches_whose_making_is_stopped_end_it_with_what_was_done(tmp_path):
+    def stopped():
+        yield from _items(TARGETS[:3])
+        raise Stopped
+
+    loop = Loop(tmp_path, checkpoint_every=0)
+    with pytest.raises(Stopped):
+        loop.run(items=stopped())
+    assert loop.saved == {3: WEIGHTS[3]}
+    assert [r["step"] for r in loop.records()] == [1, 2, 3]
+
+
+def test_checkpoints_wait_for_an_update_that_a_run_can_go_on_from(tmp_path):
+    loop = Loop(tmp_path, checkpoint_every=2, whole=3)
+    loop.run()
+    assert loop.saved == {3: WEIGHTS[3], 6: WEIGHTS[6]}
+    stopped = Loop(tmp_path / "stopped", checkpoint_every=0, whole=3)
+    stopped.stop.set()
+    with pytest.raises(Stopped):
+        stopped.run()
+    assert stopped.saved == {3: WEIGHTS[3]}
+
+
 def test_an_update_that_is_not_finite_is_skipped_reported_and_saves_wait_for_a_good_one(tmp_path):
     loop = Loop(tmp_path, [4.0, math.nan, 2.0, 8.0])
     assert loop.run() == 5.0  # 0, 2, 2 (skipped), 2, 5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import dpo_jax
-from dpo_jax import get_config, train
+from dpo_jax import train
 from dpo_jax.data.comparison import Comparison
 from dpo_jax.errors import UserError
 from dpo_jax.preference.models import Function
@@ -14,31 +14,18 @@ from dpo_jax.preference.ranking import AnswerGroup, scores_in_groups
 from dpo_jax.records.records import read_records
 from dpo_jax.training import phases, rounds
 from dpo_jax.training.rounds import read_pairs
-from tests import places
 from tests.collecting import judges
+from tests.training.small import MODEL, StopError, small_config, values
 
-GOLDEN = places.ROOT / "tests" / "golden" / "trl"
-MODEL = str(GOLDEN / "tiny")
-CLOCK = ("pairs_per_second", "step_seconds", "memory_gb", "tokens_per_second", "sampling_seconds", "judging_seconds")
 SETTINGS = {
-    "model": MODEL, "dataset": str(GOLDEN / "pairs.jsonl"), "batch_size": 8, "eval_pairs": 8, "kl_prompts": 4,
-    "sample_prompts": 0, "sample_tokens": 8, "export": False, "learning_rate": 1e-2, "warmup_steps": 0.0,
-    "max_prompt_length": 64, "max_completion_length": 8, "checkpoint_every": 1, "log_every": 1, "attention": "dense",
-    "rounds": 2, "num_steps": 4, "round_prompts": 16, "collect_n": 4, "collect_unfinished": True,
+    "rounds": 2, "num_steps": 4, "round_prompts": 16, "collect_n": 4, "collect_unfinished": True, "export": False,
     "collect_judge": "tests.collecting.judges:e_count", "judge": "dpo_jax.preference.rules:shorter",
     "win_rate_prompts": 4,
 }  # fmt: skip
 
 
 def config(tmp_path, **changed):
-    c = get_config()
-    c.update(SETTINGS | {"cache_dir": str(tmp_path / "cache")} | changed)
-    return c
-
-
-def values(workdir):
-    records = read_records(workdir / "metrics.jsonl")
-    return [{key: v for key, v in r.items() if key not in CLOCK} for r in records]
+    return small_config(tmp_path, SETTINGS | changed)
 
 
 def pairs_of(workdir, name):
@@ -111,10 +98,6 @@ def test_every_round_has_its_records(whole):
     at = {r["step"]: r for r in records if r["split"] == "train"}
     assert at[1]["margin"] == at[3]["margin"] == 0.0
     assert at[2]["margin"] != 0.0
-
-
-class StopError(Exception):
-    pass
 
 
 # Of the SFT phase, the first round and the second: before the second block of its answers, after its first update.
