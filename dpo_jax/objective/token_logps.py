@@ -292,7 +292,7 @@ def _backward(
     rows, parts = P(spread.rows or None), P(spread.vocab or None)
     # Padding of a chunk has a gradient of zero, whatever its logits are.
     back_BND, table_grad_VD = spread.on_mesh(local, (rows, rows, parts, rows, rows), (rows, parts))(
-        hidden_BND, targets_BN, table_VD, log_sum_BN, grads.logps / temperature
+        hidden_BND, targets_BN, table_VD, log_sum_BN, grads.logps if temperature == 1 else grads.logps / temperature
     )
     return back_BND, None, table_grad_VD
 
