@@ -113,8 +113,8 @@ def _plan_training(s: Settings, topologies: list[Topology], values: Mapping[str,
         reports.append(estimate(draft, lengths))
         print("\n" + "\n".join(report_lines(reports[-1])), flush=True)
         keep(whole)
-        if s.task == "rl" and (iteration := estimate_iteration(s, model, draft, lengths, reports[-1])):
-            reports[-1]["iteration"] = iteration
+        if iteration := estimate_iteration(s, model, draft, lengths, reports[-1]):
+            reports[-1][iteration["name"]] = iteration
             print("\n".join(iteration_lines(iteration)), flush=True)
             keep(whole)
         if values["search"]:

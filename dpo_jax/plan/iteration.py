@@ -1,10 +1,11 @@
-"""An iteration of RL on slices that are not there: answers are drawn and scored, and an update is made.
+"""An iteration of RL, or a round of on-policy preferences, on slices that are not there: draw, score, update.
 
 Each part is a program that is compiled: the sampler's with the parameters as they are trained, a forward pass for a
 reward model of the policy's size, and the step.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,28 +21,64 @@ from dpo_jax.plan.sampling import draft_sampling, estimate_sampling
 from dpo_jax.sampling.params import SamplingParams
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is done again and again.
+
+    Attributes:
+      name: of it, "iteration" or "round".
+      prompts: that are answered, each as `asked` says.
+      groups: that the evaluation's program takes for all answers: one of all n, or pairs of them.
+      updates: made of the answers.
+      asked: of the sampler.
+    """
+
+    name: str
+    prompts: int
+    groups: float
+    updates: int
+    asked: SamplingParams
+
+
+def work_of(s: Settings, steps: int) -> Work | None:
+    """What a run of so many updates does in turns; None: it trains on the pairs that it is given."""
+    if s.task == "rl":
+        prompts = s.batch.size * s.rl.minibatches
+        asked = SamplingParams(
+            n=s.rl.n, temperature=s.rl.temperature, top_p=s.rl.top_p, max_tokens=s.rl.options.max_tokens
+        )
+        return Work("iteration", prompts, prompts, s.rl.updates, asked)
+    if not s.rounds.count:
+        return None
+    asked = SamplingParams(n=s.rounds.n, temperature=s.rounds.temperature, max_tokens=s.data.max_completion_length)
+    groups = s.rounds.prompts * s.rounds.n / 2
+    return Work("round", s.rounds.prompts, groups, -(-steps // s.rounds.count), asked)
+
+
 def estimate_iteration(s: Settings, model: ModelConfig, draft: Draft, lengths: Lengths, step: Mapping[str, Any]) -> Any:
-    """What an iteration takes at the bounds, see `text.iteration_lines`; None where a part of it does not fit alone.
+    """What an iteration or a round takes at the bounds, see `text.iteration_lines`.
+
+    None where the run has none, or a part of it does not fit alone.
 
     Args:
       step: the report of its update.
     """
-    if not step["fits"]:
+    work = work_of(s, draft.steps)
+    if work is None or not step["fits"]:
         return None
     means = np.asarray(lengths.lengths, float).mean(0)
     prompt, answer = max(1, round(means[0])), float(means[1:].mean())
-    answers, shards = s.batch.size * s.rl.minibatches * s.rl.n, row_shards(draft.layout.mesh)
-    asked = SamplingParams(n=s.rl.n, temperature=s.rl.temperature, top_p=s.rl.top_p, max_tokens=s.rl.options.max_tokens)
-    request = SampleRequest(0, prompt, asked, parameters="training")
+    answers, shards = work.prompts * work.asked.n, row_shards(draft.layout.mesh)
+    request = SampleRequest(0, prompt, work.asked, parameters="training")
     sampler = draft_sampling(s, model, draft.topology, request)
-    if sampler.rows > answers:  # an iteration has no more
+    if sampler.rows > answers:  # there are no more
         sampler = sampler.with_rows(-(-answers // shards))
     sampling = estimate_sampling(sampler)
     if "seconds_per_token" not in sampling:
         return None
     drawing = answers * answer / sampling["tokens_per_second_with_prefill"]
-    scoring = s.batch.size * s.rl.minibatches / step["evaluation_pairs_per_second"]
-    update = s.rl.updates * s.batch.size / step["pairs_per_second"]
+    scoring = work.groups / step["evaluation_pairs_per_second"]
+    update = work.updates * s.batch.size / step["pairs_per_second"]
     memory = held_by(draft)
     memory["reward model"] = memory["parameters"] * draft.layout.dtype.itemsize / draft.layout.param_dtype.itemsize
     cache = sampling["memory"]
@@ -49,8 +86,10 @@ def estimate_iteration(s: Settings, model: ModelConfig, draft: Draft, lengths: L
     memory["temporaries"] = cache["temporaries"]
     memory["total"] = sum(memory.values())
     return {
-        "prompts": s.batch.size * s.rl.minibatches,
-        "n": s.rl.n,
+        "name": work.name,
+        "prompts": work.prompts,
+        "n": work.asked.n,
+        "updates": work.updates,
         "answer": answer,
         "seconds": {"drawing": drawing, "scoring": scoring, "updating": update},
         "answers_per_second": answers / (drawing + scoring + update),

@@ -134,13 +134,13 @@ def sampling_lines(r: Mapping[str, Any]) -> list[str]:
 
 
 def iteration_lines(r: Mapping[str, Any]) -> list[str]:
-    """An iteration of RL as text: answers are drawn and scored, and an update is made."""
+    """An iteration of RL or a round as text: answers are drawn and scored, and updates are made."""
     memory, available = {name: size / GIB for name, size in r["memory"].items()}, r["hbm_available"] / GIB
     parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in r["seconds"].items())
     held = ", ".join(f"{name} {size:.2f}" for name, size in memory.items() if name != "total")
     return [
-        f"  iteration     {r['prompts']} prompts x {r['n']} answers of {r['answer']:.0f} tokens: {parts} at the "
-        f"bounds; {r['answers_per_second']:.1f} answers/s",
+        f"  {r['name']:<13} {r['prompts']:,} prompts x {r['n']} answers of {r['answer']:.0f} tokens, "
+        f"{r['updates']:,} update{'s' if r['updates'] > 1 else ''}: {parts} at the bounds; {r['answers_per_second']:.1f} answers/s",
         f"  while drawing {held}, total {memory['total']:.2f} of {available:.2f} GiB"
         + ("" if r["fits"] else ": DOES NOT FIT; fewer prompts, more chips, optimizer_offload, reference_offload"),
         "  resharding    the parameters draw as they are trained; a device receives "

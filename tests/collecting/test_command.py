@@ -15,6 +15,7 @@ from dpo_jax.sampling.params import Answer, SamplingParams
 from dpo_jax.sampling.selection import Selection
 from dpo_jax.training.on_policy import AskedPrompt, PairAnswers, collect_pairs, pair_record
 from tests.collecting import judges
+from tests.disks import grow, small_disk
 from tests.places import GOLDEN
 
 MODEL = str(GOLDEN / "trl/tiny")
@@ -201,6 +202,20 @@ def test_a_templated_prompt_is_written_letter_for_letter():
     answers = tuple(Answer(text, [3], "stop", 2, 0.0, [0.0], [0.0]) for text in (" yes", "no"))
     line = pair_record(PairAnswers(asked, answers, (1.0, 0.0), (0, 1)), {})
     assert (line["prompt_conversation"], line["completion_a"]) == ("<s>user Hi</s>", " yes")
+
+
+def test_a_full_disk_has_its_own_code_and_only_room_is_needed(whole, rows, tmp_path, capsys):
+    with small_disk(tmp_path / "disk", "12k"):
+        out = tmp_path / "disk" / "pairs.jsonl"
+        args = [f"--prompts={rows}", f"--out={out}", "--keep_unfinished", "--mode=all"]
+        assert command(*args) == 74
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1
+        assert str(out) in said[0]
+        assert "No space left" in said[0]
+        grow(tmp_path / "disk", "4m")
+        assert command(*args) == 0
+        assert out.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.records.records import read_records
 from dpo_jax.rl.rollouts import Rollouts
 from dpo_jax.training import checkpoint
-from tests.training.small import StopError, small_config, values
+from tests.training.small import MODEL, StopError, small_config, values
 
 SETTINGS = {
     "task": "rl", "num_steps": 4, "rl_n": 4, "rl_reward": "tests.rl.test_phase:many_es", "win_rate_prompts": 8,
@@ -83,6 +83,23 @@ def test_several_updates_from_one_rollout(several):
         assert updates[at]["clip_ratio"] == 0
     assert max(r["clip_ratio"] for r in updates) > 0
     assert [p.name for p in sorted((several / "checkpoints").iterdir())] == ["4", "8"]
+
+
+@pytest.mark.slow
+def test_adapters_alone_are_trained(tmp_path):
+    """The base is sampler's, learner's and reference's at once, and stays as it is."""
+    train.run(config(tmp_path, lora_rank=4, num_steps=3, eval_every=0, export=True), tmp_path / "run")
+    updates = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"]
+    assert updates[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert updates[-1]["kl"] > 1e-5
+    assert all(r["sampling/logp_difference_max"] < 1e-5 for r in updates)
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["trained_parameters"] < about["parameters"] / 4
+    assert (tmp_path / "run" / "export-adapter" / "adapter_model.safetensors").exists()
+    before, after = (load_file(f"{where}/model.safetensors") for where in (MODEL, tmp_path / "run" / "export"))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed
+    assert all(name.endswith("_proj.weight") for name in changed)
 
 
 @pytest.mark.slow
