@@ -140,7 +140,8 @@ def iteration_lines(r: Mapping[str, Any]) -> list[str]:
     held = ", ".join(f"{name} {size:.2f}" for name, size in memory.items() if name != "total")
     return [
         f"  {r['name']:<13} {r['prompts']:,} prompts x {r['n']} answers of {r['answer']:.0f} tokens, "
-        f"{r['updates']:,} update{'s' if r['updates'] > 1 else ''}: {parts} at the bounds; {r['answers_per_second']:.1f} answers/s",
+        f"{r['updates']:,} update{'s' if r['updates'] > 1 else ''}: {parts} at the bounds; "
+        f"{r['answers_per_second']:.1f} answers/s",
         f"  while drawing {held}, total {memory['total']:.2f} of {available:.2f} GiB"
         + ("" if r["fits"] else ": DOES NOT FIT; fewer prompts, more chips, optimizer_offload, reference_offload"),
         "  resharding    the parameters draw as they are trained; a device receives "

@@ -50,7 +50,8 @@ def test_what_a_run_does_in_turns():
 def test_what_is_said_of_an_iteration():
     gib = 2**30
     report = {
-        "name": "iteration", "updates": 1, "prompts": 32, "n": 8, "answer": 47.2, "answers_per_second": 100.0, "hbm_available": 32 * gib, "fits": False,
+        "name": "iteration", "updates": 1, "prompts": 32, "n": 8, "answer": 47.2,
+        "answers_per_second": 100.0, "hbm_available": 32 * gib, "fits": False,
         "seconds": {"drawing": 1.0, "scoring": 0.5, "updating": 1.06},
         "sampling": {"step": {"interconnect_bytes": {"all-gather": 2.5e6}, "network_bytes": {}}},
         "memory": {"parameters": 4 * gib, "cache": 30 * gib, "total": 34 * gib},
