@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.data.cache.fingerprint import identity
+from dpo_jax.data.cache.manifest import QUARANTINE
 from dpo_jax.data.cache.shared import open_or_build
-from dpo_jax.data.cache.store import QUARANTINE
 from dpo_jax.data.comparison import DELIBERATE
 from dpo_jax.data.lengths import length_report, token_table
 from dpo_jax.data.mixture import apportion

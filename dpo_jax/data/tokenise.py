@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpo_jax.data.cache.store import Pair
+from dpo_jax.data.cache.write import Pair
 from dpo_jax.data.comparison import DELIBERATE, Comparison, LabeledComparison, Skip
 from dpo_jax.data.containers import read_rows
 from dpo_jax.data.forms.scores import margin_of
@@ -16,7 +16,7 @@ from dpo_jax.data.render import Rendered, Renderer, render_batch
 from dpo_jax.data.sources import Source
 from dpo_jax.data.tally import Tally
 from dpo_jax.disk import digest
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, escaped
 
 
 class Recast(Protocol):
@@ -79,8 +79,10 @@ def tokenise(
             entries.append(tally.entry(start))
             start += tally.kept
     if absent := sorted({name for source in sources for name in source.spec.columns.absent(seen)}):
-        raise UserError(f"columns: no row has a column {absent[0]}; found {', '.join(sorted(seen)[:20])}")
-    return {"sources": entries, "source_names": names}
+        raise UserError(
+            f"columns: no row has a column {absent[0]}; found {', '.join(n[:40] for n in sorted(seen)[:20])}"
+        )
+    return {"sources": entries, "source_names": [escaped(name) for name in names]}
 
 
 def _batch_pairs(

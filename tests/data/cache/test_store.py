@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.cache.shared import open_or_build
-from dpo_jax.data.cache.store import Pair, cache_root, open_cache
+from dpo_jax.data.cache.store import cache_root, open_cache
+from dpo_jax.data.cache.write import Pair
 from dpo_jax.errors import UserError
 from tests import places
 from tests.processes import run_all
