@@ -182,7 +182,10 @@ def _report(request: DataRequest, renderer: Renderer, data: DataSources, divided
         "dataset": request.dataset,
         "prompt_format": renderer.form,
         "template_date": renderer.template.day,
-        "notes": sentences(cache.manifest["sources"], renderer.form, renderer.template.day),
+        "notes": [
+            *sentences(cache.manifest["sources"], renderer.form, renderer.template.day),
+            *data.passed_over,
+        ],
         "held_out": " ".join(divided.notes),
         "source_names": cache.manifest["source_names"],
         "sources": [{key: entry[key] for key in shown} for entry in cache.manifest["sources"]],

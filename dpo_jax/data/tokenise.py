@@ -11,7 +11,7 @@ from dpo_jax.data.cache.write import Pair
 from dpo_jax.data.comparison import DELIBERATE, Comparison, LabeledComparison, Skip
 from dpo_jax.data.containers import read_rows
 from dpo_jax.data.forms.scores import margin_of
-from dpo_jax.data.raw import BadLine
+from dpo_jax.data.raw import LONGEST_ROW, BadLine, size_of
 from dpo_jax.data.render import Rendered, Renderer, render_batch
 from dpo_jax.data.sources import Source
 from dpo_jax.data.tally import Tally
@@ -65,7 +65,7 @@ def tokenise(
         for source in sources:
             tally = Tally(source, file)
             rows = itertools.chain.from_iterable(read_rows(path, lambda n: tell(n, 0, 0)) for path in source.files)
-            while batch := list(itertools.islice(rows, _BATCH)):
+            while batch := _take(rows):
                 kept = tally.kept
                 yield from _batch_pairs(batch, renderer, drop_ties, tally, names.index(source.name), margin, recast)
                 tell(0, len(batch), tally.kept - kept)
@@ -83,6 +83,17 @@ def tokenise(
             f"columns: no row has a column {absent[0]}; found {', '.join(n[:40] for n in sorted(seen)[:20])}"
         )
     return {"sources": entries, "source_names": [escaped(name) for name in names]}
+
+
+def _take(rows: Iterator[tuple[str, dict[str, Any] | BadLine]]) -> list[tuple[str, dict[str, Any] | BadLine]]:
+    """The next rows; fewer where they are long."""
+    batch, size = [], 0
+    for location, row in itertools.islice(rows, _BATCH):
+        batch.append((location, row))
+        size += len(row.text) if isinstance(row, BadLine) else size_of(row)
+        if size >= LONGEST_ROW:
+            break
+    return batch
 
 
 def _batch_pairs(

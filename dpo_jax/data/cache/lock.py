@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import stat
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -52,7 +51,7 @@ def cache_lock(root: Path, key: str) -> Iterator[bool]:
 
 def tell(line: str) -> None:
     """Say something about a cache, at once: what follows may take long."""
-    print(f"warning: {escaped(line)}", file=sys.stderr, flush=True)
+    print(f"warning: {escaped(line)}", flush=True)
 
 
 def _acquire(lock: int, path: Path) -> bool:

@@ -3,8 +3,8 @@
     ADDRESS/KEY/ID/...          the files of one build, in a directory of its own: two builders never mix theirs
     ADDRESS/KEY/manifest.json   created last, by one builder only: the ID, and size and checksum of every file
 
-A machine that finds no manifest, or one whose files are not all there or not what was written, builds. It takes no other
-files from there than those that a cache has, whatever the manifest names. There is no lock: machines that build at the
+A machine that finds no manifest, or one whose files are not all there or not what was written, builds. It takes no
+other files from there than those of a cache, whatever the manifest names. There is no lock: machines that build at the
 same time do the work twice at worst, and all but the first to create the manifest discard their own build.
 
 ArrayRecord reads files, so every machine has a copy below its local cache root under the same KEY. It is used if its ID

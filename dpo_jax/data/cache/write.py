@@ -58,6 +58,7 @@ def write_pairs(directory: Path, fingerprint: dict[str, Any], produce: Produce) 
     lengths, sources, hashes, origins = (array.array(code) for code in "iiQi")
     margins = array.array("f")
     # One record per group: the pipeline reads pairs in random order.
+    (directory / QUARANTINE).touch()
     writer = array_record_module.ArrayRecordWriter(str(directory / RECORDS), "group_size:1")
     about: dict[str, Any] = {}
     largest, all_ids = -1, hashlib.blake2b(digest_size=12)
