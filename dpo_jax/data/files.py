@@ -1,13 +1,16 @@
 """Finding data files, here, at an address or on the hub, and telling one content from another."""
 
+import contextlib
 import fnmatch
 import glob
 import itertools
+import logging
 import os
 import re
 import stat
 import sys
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -65,7 +68,7 @@ class _Search:
     def words(self) -> str:
         """What was passed over."""
         more = len(self.passed_over) - _SHOWN
-        return "; ".join(self.passed_over[:_SHOWN]) + (f"; and {more:,} more" if more > 0 else "")
+        return "; ".join(sorted(self.passed_over)[:_SHOWN]) + (f"; and {more:,} more" if more > 0 else "")
 
 
 def find_files(path: str, passed_over: list[str] | None = None) -> list[str]:
@@ -77,7 +80,7 @@ def find_files(path: str, passed_over: list[str] | None = None) -> list[str]:
     UserError if nothing is there, or the directory holds no data file or too much to look at; if what `path` names is
     no regular file.
     """
-    path = local_path(path)
+    given, path = path, local_path(path)
     if not is_remote(path) and os.path.isfile(path):
         return [path]
     search = _Search(path)
@@ -90,7 +93,9 @@ def find_files(path: str, passed_over: list[str] | None = None) -> list[str]:
     else:
         if kind := _kind(path):
             raise UserError(f"{path}: is {kind}, not a file; write its rows to a file, and name that")
-        search.files = [one for one in glob.glob(path) if os.path.isfile(one)]
+        matching = glob.glob(path)
+        search.files = [one for one in matching if os.path.isfile(one)]
+        search.passed_over = [f"{one} is {kind}" for one in matching if (kind := _kind(one))]
     if is_directory:
         # Tables of numbers lie beside many published files; alone they are the data.
         tables = [one for one in search.files if _bare(one).endswith(_SEPARATED)]
@@ -99,32 +104,44 @@ def find_files(path: str, passed_over: list[str] | None = None) -> list[str]:
     if not search.files:
         what = "no such file or directory, and no file matches it as a glob; check the path"
         needed = f"no data files in this directory; needed are {', '.join(SUFFIXES)} (also .gz)"
-        raise UserError(f"{path}: {needed if is_directory else what}{f' (passed over: {over})' if over else ''}")
+        raise UserError(f"{given}: {needed if is_directory else what}{f' (passed over: {over})' if over else ''}")
     if over:
-        line = escaped(f"{path}: passed over: {over}")
+        line = escaped(f"{given}: passed over: {over}")
         print(f"warning: {line}", file=sys.stderr) if passed_over is None else passed_over.append(line)
     return sorted(search.files)
 
 
-def open_data(path: str) -> IO[bytes]:
-    """A data file that is open for reading; UserError if it is no regular file, or its address is of no use.
+def file_system(address: str) -> tuple[Any, str]:
+    """fsspec's file system for an address, and the path in it; whatever a library behind it raises."""
+    # It logs every failed request with a traceback, beside the exception that tells the same.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    return fsspec.core.url_to_fs(address)
+
+
+@contextlib.contextmanager
+def open_data(path: str) -> Iterator[IO[bytes]]:
+    """A data file that is open for reading.
+
+    UserError if it is no regular file, or its address cannot be opened or read.
 
     Raises:
       OSError: a local file cannot be opened.
     """
-    if is_remote(path):
-        try:
-            return fsspec.open(path, "rb").open()
-        except Exception as error:  # the classes of every library behind an address
-            raise _unreachable(path, error) from error
-    if kind := _kind(path):
-        raise UserError(f"{path}: is {kind}, not a file; write its rows to a file, and name that")
-    # Whatever takes its place meanwhile is not waited for.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UserError(f"{path}: is no regular file; name one")
-    return os.fdopen(descriptor, "rb")
+    if not is_remote(path):
+        if kind := _kind(path):
+            raise UserError(f"{path}: is {kind}, not a file; write its rows to a file, and name that")
+        # Whatever takes its place meanwhile is not waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            yield file
+        return
+    try:
+        with fsspec.open(path, "rb") as file:
+            yield file
+    except (OSError, ValueError, EOFError, zlib.error, UserError):  # also of what the bytes hold
+        raise
+    except Exception as error:  # the classes of every library behind an address
+        raise _unreachable(path, error) from error
 
 
 def fingerprint(path: str) -> dict[str, Any]:
@@ -134,7 +151,7 @@ def fingerprint(path: str) -> dict[str, Any]:
     """
     if is_remote(path):
         try:
-            filesystem, inner = fsspec.core.url_to_fs(path)
+            filesystem, inner = file_system(path)
             return {"path": path, "bytes": filesystem.size(inner), "digest": str(filesystem.ukey(inner))}
         except Exception as error:  # the classes of every library behind an address
             raise _unreachable(path, error) from error
@@ -192,7 +209,7 @@ def _list_remote(search: _Search) -> bool:
     path = search.root
     inner_address, chained, outer = path.partition("::")  # zip://*.jsonl::gs://bucket/pairs.zip
     try:
-        filesystem, inner = fsspec.core.url_to_fs(path)
+        filesystem, inner = file_system(path)
         is_directory = filesystem.isdir(inner)
         found: list[str] = []
         if is_directory:
@@ -240,6 +257,11 @@ def _walk(search: _Search, top: str, pattern: Sequence[str] = ()) -> None:
                         search.files.append(entry.path)
         except OSError as error:
             search.passed_over.append(f"{os.path.relpath(directory, top)} cannot be read ({one_line(error)})")
+    owners: dict[str, str] = {}
+    for path in sorted(search.files, key=os.path.islink):  # a file before the links to it
+        if (first := owners.setdefault(os.path.realpath(path), path)) != path:
+            search.passed_over.append(f"{os.path.relpath(path, top)} is {os.path.relpath(first, top)} once more")
+    search.files = list(owners.values())
 
 
 def _trees(top: str) -> list[str]:
@@ -250,7 +272,7 @@ def _trees(top: str) -> list[str]:
 
 
 def _is_in(path: str, trees: Sequence[str]) -> bool:
-    return os.path.realpath(path).startswith(tuple(trees))
+    return os.path.join(os.path.realpath(path), "").startswith(tuple(trees))
 
 
 def _around(pattern: str) -> tuple[str, list[str]]:

@@ -1,6 +1,5 @@
 """What goes wrong in long runs, each done to a real run in processes of its own. docs/faults.md is the list."""
 
-import contextlib
 import json
 import shutil
 import signal
@@ -13,6 +12,7 @@ import pytest
 from dpo_jax import train
 from dpo_jax.records.records import read_records
 from tests import processes
+from tests.disks import small_disk
 from tests.end_to_end.test_processes import _same
 from tests.end_to_end.test_train import SMALL, _command, _finish, _values, environment  # noqa: F401 (a fixture)
 
@@ -93,18 +93,6 @@ def work(tmp_path):
     return tmp_path / "run"
 
 
-@contextlib.contextmanager
-def _small_disk(path, size):
-    path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", path], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", path], check=True)
-
-
 def test_killed_during_a_save_goes_on_from_the_one_before_on_other_devices(whole, environment, work):  # noqa: F811
     """All of checkpoint 4 is written, only the rename is missing: it does not count, and 2 is there."""
     fault = """
@@ -146,7 +134,7 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_sound_one_used(whole, envi
 
 
 def test_a_full_disk_at_a_save_ends_the_run_in_a_line_and_going_on_needs_only_room(whole, environment, tmp_path):  # noqa: F811
-    with _small_disk(tmp_path / "disk", "1200k"):  # a checkpoint takes 800k: the second one does not fit
+    with small_disk(tmp_path / "disk", "1200k"):  # a checkpoint takes 800k: the second one does not fit
         work = tmp_path / "disk" / "run"
         code, out, err = _run(_command(work, **FAST), environment)
         assert code == 74, out + err
@@ -336,7 +324,7 @@ def test_a_directory_that_cannot_be_written_is_refused_before_compiling(tmp_path
     (tmp_path / "file").write_text("")
     said = _refused_here(tmp_path / "file" / "run", capsys, **FAST)
     assert "cannot be written (Not a directory)" in said
-    with _small_disk(tmp_path / "disk", "1m"):
+    with small_disk(tmp_path / "disk", "1m"):
         subprocess.run(["mount", "-o", "remount,ro", tmp_path / "disk"], check=True)
         said = _refused_here(tmp_path / "disk", capsys, **FAST)
         assert "cannot be written (Read-only file system)" in said

@@ -21,6 +21,7 @@ FILES = frozenset({RECORDS, QUARANTINE, MARGIN, *(f"{name}.npy" for name in ARRA
 LARGEST_ID = "largest_id"  # of the token ids of all pairs, in the manifest
 IDS_DIGEST = "ids"  # of the token ids of all pairs, in the manifest
 CONTENT = "content"  # of all that is known of all pairs, in the manifest: equal for two builds of the same
+COMPUTED = "reference-*.npz"  # what was computed for the pairs of a cache, kept in its directory beside its files
 _SEAL = "checksum"
 _MOST_BYTES = 64 << 20  # of a manifest
 

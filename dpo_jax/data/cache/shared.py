@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from dpo_jax.data.cache.lock import cache_lock, tell
 from dpo_jax.data.cache.manifest import MANIFEST, find_damage, parse_manifest
 from dpo_jax.data.cache.store import PairCache, cache_key, cache_root, find_or_write, holds, unwritable
 from dpo_jax.data.cache.write import Produce, write_pairs
+from dpo_jax.data.files import file_system
 from dpo_jax.disk import is_full, whole_file, write_json
 from dpo_jax.errors import UserError
 
@@ -82,7 +82,7 @@ def open_or_build(cache_dir: str, fingerprint: dict[str, Any], produce: Produce)
     if not address:
         return find_or_write(root, fingerprint, build)
     try:
-        filesystem, inner = fsspec.core.url_to_fs(address)
+        filesystem, inner = file_system(address)
     except Exception as error:  # a missing library, an unknown protocol, credentials: no common class
         raise UserError(f"cache_dir={address}: {error}; for gs:// run pip install 'dpo_jax[gcs]'") from error
     store = _Store(filesystem, f"{inner.rstrip('/')}/{cache_key(fingerprint)}", address)

@@ -26,6 +26,7 @@ from array_record.python import array_record_data_source
 from dpo_jax.data.cache.lock import cache_lock, tell
 from dpo_jax.data.cache.manifest import (
     ARRAYS,
+    COMPUTED,
     MANIFEST,
     MARGIN,
     RECORDS,
@@ -36,7 +37,6 @@ from dpo_jax.data.cache.manifest import (
 from dpo_jax.disk import digest, is_full
 from dpo_jax.errors import SAVE_FAILED, UserError
 
-COMPUTED = "reference-*.npz"  # what was computed for the pairs of a cache, kept in its directory beside its files
 _LEFT_OVER_SECONDS = 3600
 _MOST_CACHES = 1000  # that are looked at for one of another version
 # Types and numbers of columns of the arrays.
