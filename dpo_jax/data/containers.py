@@ -244,4 +244,4 @@ def _piece_rows(piece: Any) -> Iterator[dict[str, Any] | BadLine]:
         return
     for number in range(piece.num_rows):
         (row,) = piece.slice(number, 1).to_pylist()
-        yield ColumnarRow(row) if size_of(row) <= LONGEST_ROW else BadLine("too_long", f"this row {TOO_LONG}")
+        yield ColumnarRow(row) if size_of(row) <= LONGEST_ROW else BadLine("oversized", f"this row {TOO_LONG}")

@@ -271,6 +271,11 @@ def _trees(top: str) -> list[str]:
     return [os.path.join(one, "") for one in (real, *(store for store in stores if store.is_dir()))]
 
 
+def is_inside(path: str, directory: str) -> bool:
+    """Whether a path, whatever links are in it, leads to something in the directory."""
+    return _is_in(path, _trees(directory))
+
+
 def _is_in(path: str, trees: Sequence[str]) -> bool:
     return os.path.join(os.path.realpath(path), "").startswith(tuple(trees))
 

@@ -48,7 +48,7 @@ def json_rows(stream: Any) -> Iterator[Numbered]:
         yield from enumerate(inner, 1)
         return
     for number, row in itertools.chain([first], [] if second is None else [second], rows):
-        yield number, _too_long() if isinstance(row, _LongObject) else row
+        yield number, _oversized() if isinstance(row, _LongObject) else row
 
 
 def _is_pretty(head: bytes) -> bool:
@@ -92,14 +92,14 @@ def bounded_lines(stream: Any, longest_first: int = LONGEST_ROW) -> Iterator[byt
         longest = LONGEST_ROW
 
 
-def _too_long() -> BadLine:
-    return BadLine("too_long", f"this row {TOO_LONG}")
+def _oversized() -> BadLine:
+    return BadLine("oversized", f"this row {TOO_LONG}")
 
 
 def _line_rows(stream: Any, longest_first: int) -> Iterator[Numbered]:
     for number, line in enumerate(bounded_lines(stream, longest_first), 1):
         if line is None:
-            yield number, _too_long()
+            yield number, _oversized()
             continue
         row = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if len(row) > LONGEST_ROW:
@@ -110,7 +110,7 @@ def _line_rows(stream: Any, longest_first: int) -> Iterator[Numbered]:
 
 
 def _as_long(row: dict[str, Any] | BadLine) -> dict[str, Any] | BadLine:
-    return _LongObject(row) if isinstance(row, dict) else _too_long()
+    return _LongObject(row) if isinstance(row, dict) else _oversized()
 
 
 def _check_memory(text: bytes | str, line: int) -> None:
@@ -185,7 +185,7 @@ def _array_rows(stream: Any) -> Iterator[Numbered]:
             (window, ended), at = _longer(stream, decode, window[at:]), 0
             continue
         if end - begin > LONGEST_ROW:
-            yield here, _too_long()
+            yield here, _oversized()
         else:
             yield here, value if isinstance(value, dict) else BadLine("not_an_object", window[begin:end])
         line, at, first = here + window.count("\n", begin, end), end, False

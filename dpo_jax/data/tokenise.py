@@ -15,8 +15,8 @@ from dpo_jax.data.raw import LONGEST_ROW, BadLine, size_of
 from dpo_jax.data.render import Rendered, Renderer, render_batch
 from dpo_jax.data.sources import Source
 from dpo_jax.data.tally import Tally
-from dpo_jax.disk import digest
-from dpo_jax.errors import UserError, escaped
+from dpo_jax.disk import digest, is_full
+from dpo_jax.errors import BAD_INPUT, SAVE_FAILED, UserError, escaped
 
 
 class Recast(Protocol):
@@ -201,5 +201,6 @@ def copy_bad_rows(kept: Path, quarantine: Path | None) -> str | None:
         return str(shutil.copyfile(kept, quarantine))
     except OSError as error:
         raise UserError(
-            f"{quarantine}: bad rows cannot be written there ({error.strerror}); choose another --workdir"
+            f"{quarantine}: bad rows cannot be written there ({error.strerror}); make room or choose another --workdir",
+            code=SAVE_FAILED if is_full(error) else BAD_INPUT,
         ) from None

@@ -24,8 +24,8 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from dpo_jax.data.cache.lock import cache_lock, tell
-from dpo_jax.data.cache.manifest import MANIFEST, find_damage, parse_manifest
-from dpo_jax.data.cache.store import PairCache, cache_key, cache_root, find_or_write, holds, unwritable
+from dpo_jax.data.cache.manifest import MANIFEST, parse_manifest
+from dpo_jax.data.cache.store import PairCache, cache_key, cache_root, find_fault, find_or_write, holds, unwritable
 from dpo_jax.data.cache.write import Produce, write_pairs
 from dpo_jax.data.files import file_system
 from dpo_jax.disk import is_full, whole_file, write_json
@@ -132,9 +132,9 @@ def _copied(store: _Store, root: Path, fingerprint: dict[str, Any], manifest: di
     def copy(directory: Path) -> None:
         for name in manifest["files"]:
             store.ask("get_file", f"{store.path}/{manifest['id']}/{name}", str(directory / name))
-        if why := find_damage(directory, manifest):
-            raise _DamagedUploadError(f"is damaged ({why})")
         write_json(directory / MANIFEST, manifest)
+        if why := find_fault(directory):
+            raise _DamagedUploadError(f"is damaged ({why})")
 
     return find_or_write(root, fingerprint, copy, manifest["id"])[0]
 

@@ -208,6 +208,15 @@ def open_cache(directory: str) -> PairCache:
         ) from None
 
 
+def find_fault(directory: Path) -> str:
+    """Why a directory holds no whole cache; empty if it does."""
+    try:
+        _open(directory, contents=True)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
 def _reopen(directory: str) -> PairCache:
     """A cache that was compared with its checksums when it was opened first."""
     return _open(Path(directory), contents=False)

@@ -26,9 +26,7 @@ from tests.disks import small_disk
 from tests.processes import run_all
 
 FINGERPRINT = {"files": ["a"], "limit": 3}
-PAIRS = [
-    Pair([1, 2, number], [3] * (number % 4 + 1), [4, 70_000], number % 2, 2**64 - 1 - number) for number in range(50)
-]
+PAIRS = [Pair([1, 2, n], [3] * (n % 4 + 1), [4, 70_000], n % 2, 2**64 - 1 - n, n % 3, n + 1) for n in range(50)]
 
 
 def produce(quarantine):
@@ -144,8 +142,13 @@ def with_bad_rows(quarantine):
     return (yield from rest)
 
 
-@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, damage) for name in ("lengths.npy", "manifest.json") for damage in DAMAGES),
+        *((name, damage) for name in FILES for damage in ("missing", "flipped", "shifted") if name != "lengths.npy"),
+    ],
+)
 def test_a_damaged_cache_is_made_again_and_a_line_says_so(tmp_path, capsys, name, damage):
     cache, _ = open_or_build(str(tmp_path), FINGERPRINT, with_bad_rows)
     change(Path(cache.directory) / name, damage)
@@ -167,7 +170,8 @@ def test_a_block_that_is_damaged_later_ends_the_run_in_a_line_and_the_next_start
     cache, _ = open_or_build(str(tmp_path), FINGERPRINT, produce)
     records = Path(cache.directory) / "pairs.array_record"
     content = bytearray(records.read_bytes())
-    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    for place in [place for place, byte in enumerate(content) if byte][10::50]:
+        content[place] ^= 16
     records.write_bytes(content)
     with pytest.raises(UserError, match=r"damaged while it was read \(pair \d+.*the same command") as caught:
         [cache[number] for number in range(len(cache))]
