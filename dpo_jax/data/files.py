@@ -244,17 +244,13 @@ def _walk(search: _Search, top: str, pattern: Sequence[str] = ()) -> None:
                     inside = os.path.relpath(entry.path, top)
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
-                    elif not (_matches(inside.split(os.sep), pattern) if pattern else _is_data(entry.name)):
-                        if entry.is_dir() and not _is_in(entry.path, trees):
-                            search.passed_over.append(f"{inside} leads out of the directory")
-                    elif kind := _kind(entry.path):
-                        search.passed_over.append(f"{inside} is {kind}")
-                    elif not entry.is_file():
-                        search.passed_over.append(f"{inside} leads nowhere")
-                    elif entry.is_symlink() and not _is_in(entry.path, trees):
+                    elif _matches(inside.split(os.sep), pattern) if pattern else _is_data(entry.name):
+                        if why := _objection(entry.path, trees):
+                            search.passed_over.append(f"{inside} {why}")
+                        else:
+                            search.files.append(entry.path)
+                    elif entry.is_symlink() and os.path.isdir(entry.path) and not _is_in(entry.path, trees):
                         search.passed_over.append(f"{inside} leads out of the directory")
-                    else:
-                        search.files.append(entry.path)
         except OSError as error:
             search.passed_over.append(f"{os.path.relpath(directory, top)} cannot be read ({one_line(error)})")
     owners: dict[str, str] = {}
@@ -262,6 +258,17 @@ def _walk(search: _Search, top: str, pattern: Sequence[str] = ()) -> None:
         if (first := owners.setdefault(os.path.realpath(path), path)) != path:
             search.passed_over.append(f"{os.path.relpath(path, top)} is {os.path.relpath(first, top)} once more")
     search.files = list(owners.values())
+
+
+def _objection(path: str, trees: Sequence[str]) -> str:
+    """Why a search does not take what is called like a data file; empty for a regular file of one of the trees."""
+    if kind := _kind(path):
+        return f"is {kind}"
+    if os.path.isdir(path):
+        return "leads to a directory"
+    if not os.path.isfile(path):
+        return "leads nowhere"
+    return "leads out of the directory" if os.path.islink(path) and not _is_in(path, trees) else ""
 
 
 def _trees(top: str) -> list[str]:

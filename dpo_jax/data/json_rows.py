@@ -209,9 +209,9 @@ def _object_rows(stream: Any, longest_first: int) -> Iterator[Numbered]:
             if len(window) - at > longest:
                 words = f"is longer than {longest >> 20} MiB, or is no JSON"
                 raise NotRowsError(f"line {here}: the object that begins here {words}") from None
-            if len(window) - at > LONGEST_ROW:
-                _check_memory(window, here)
             (window, ended), at = _longer(stream, decode, window[at:]), 0
+            if len(window) > LONGEST_ROW:
+                _check_memory(window, here)
             continue
         row = value if isinstance(value, dict) else BadLine("not_an_object", window[begin:end])
         yield here, row if end - begin <= LONGEST_ROW else _as_long(row)

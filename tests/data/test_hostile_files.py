@@ -29,7 +29,8 @@ def tree(root):
         written(root / name, LINES)
     data = root / "data"
     os.mkfifo(data / "pipe.jsonl")
-    socket.socket(socket.AF_UNIX).bind(str(data / "socket.jsonl"))
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(data / "socket.jsonl"))
     links = {"zero.jsonl": "/dev/zero", "gone.jsonl": "nowhere", "same.jsonl": "a.jsonl", "round.jsonl": "round.jsonl"}
     links |= {
         "secret.jsonl": outside / "secret.jsonl",
@@ -147,7 +148,7 @@ def test_files_in_a_zip_archive_have_an_address(tmp_path):
 def test_an_address_of_no_use_is_one_line(tmp_path, address):
     written(tmp_path / "a.jsonl", LINES)
     address = address.format(tmp_path)
-    with pytest.raises(UserError, match="no such file|cannot be (opened|reached)|unknown") as caught:
+    with pytest.raises(UserError, match=r"no such file|cannot be opened|unknown") as caught:
         find_sources(address)
     assert address in str(caught.value)
     with pytest.raises(UserError):
@@ -159,10 +160,6 @@ def test_a_row_that_is_too_long_is_one_bad_row(tmp_path, name):
     rows = [json.dumps({**ROWS[0], "prompt": "x" * size}) for size in (3, 17 * MIB, 15 * MIB)]
     content = ("[" + ",\n".join(rows) + "]" if name.endswith(".json") else "\n".join(rows)).encode()
     path = written(tmp_path / name, gzip.compress(content, 1) if name.endswith(".gz") else content)
-    if name.endswith(".json"):  # where it ends, nobody can tell without reading it
-        with pytest.raises(UserError, match=r"line 2: the row that begins here is longer than 16 MiB"):
-            list(read_rows(path))
-        return
     found = list(read_rows(path))
     assert [location.rpartition(":")[2] for location, _ in found] == ["1", "2", "3"]
     assert found[1][1].reason == "oversized"
@@ -170,18 +167,21 @@ def test_a_row_that_is_too_long_is_one_bad_row(tmp_path, name):
     assert len(found[2][1]["prompt"]) == 15 * MIB
 
 
-@pytest.mark.parametrize("begins", ['{"prompt":"', '{"data":[{"prompt":"', "", "[", "[" * 50, '{"data":[' + "{}," * 20])
-def test_a_line_without_end_in_a_small_gzip_takes_no_memory(tmp_path, begins):
-    path = tmp_path / "bomb.jsonl.gz"
+@pytest.mark.parametrize(
+    ("begins", "goes_on", "size"),
+    [('{"prompt":"', "x", 260), ("", "x", 260), ("[", "x", 40), ('{"data":[', "{},", 40)],
+)
+def test_a_line_without_end_in_a_small_gzip_takes_no_memory(tmp_path, begins, goes_on, size):
+    path, piece = tmp_path / "bomb.jsonl.gz", goes_on.encode() * (MIB // len(goes_on))
     with gzip.open(path, "wb", 1) as file:
-        file.write(LINES.encode() * (begins == "") + begins.encode())
-        for _ in range(300):
-            file.write((b"{}," if begins.endswith(",") else b"x") * (MIB // (3 if begins.endswith(",") else 1)))
-    assert path.stat().st_size < 4 * MIB
+        file.write((begins or LINES).encode())
+        for _ in range(size):
+            file.write(piece)
+    assert path.stat().st_size < 2 * MIB
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=r"bomb.jsonl.gz: line \d+.*(longer than|no JSON|holds all rows)"):
         list(read_rows(str(path)))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1100 << 10  # in KiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700 << 10  # in KiB
 
 
 def test_an_object_around_all_rows_may_be_longer_than_a_row(tmp_path):
