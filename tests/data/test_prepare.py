@@ -544,7 +544,7 @@ SHOWN = r"\ud800\x1b[31m\nerror: forged\u202e id"
 
 
 def test_names_of_columns_drive_no_terminal(tmp_path, run, capsys):
-    """Neither in the report, which the console and pages show, nor in errors; nor does a file's name that is no UTF-8."""
+    """Neither in the report, which console and pages show, nor in errors; nor does a file's name that is no UTF-8."""
     name = os.fsdecode(os.fsencode(str(tmp_path)) + b"/caf\xe9\x1b[31m.jsonl")
     path = jsonl(Path(name), [{**row, EVIL: "x"} for row in rows(20)])
     prepared = run(path, eval_pairs=4)
