@@ -162,7 +162,7 @@ def read_values(where: Place) -> tuple[np.ndarray, str]:
     """
     shape, why = (where.pairs, 2, where.fields), ""
     try:
-        with np.load(where.path, allow_pickle=False) as archive:
+        with where.path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             values = archive[_VALUES]
         if values.shape == shape and values.dtype == np.float32:
             return values, ""

@@ -49,7 +49,7 @@ def cache_lock(root: Path, key: str) -> Iterator[bool]:
         yield mine
 
 
-def tell(line: str) -> None:
+def warn(line: str) -> None:
     """Say something about a cache, at once: what follows may take long."""
     print(f"warning: {escaped(line)}", flush=True)
 
@@ -73,13 +73,13 @@ def _acquire(lock: int, path: Path) -> bool:
         if beat != last:
             last, moved = beat, now
         if now - moved >= SILENT_SECONDS:
-            tell(
+            warn(
                 f"{path}: {_holder(lock)} has this lock and has not moved for {now - moved:.0f} s; the cache is made "
                 "without it (end that process if it is of no use)"
             )
             return False
         if now >= next_word:
-            tell(f"waiting for {_holder(lock)}, which makes the cache {path.stem} ({now - began:.0f} s so far)")
+            warn(f"waiting for {_holder(lock)}, which makes the cache {path.stem} ({now - began:.0f} s so far)")
             next_word = now + _NEXT_WORD_SECONDS
         time.sleep(_POLL_SECONDS)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from dpo_jax.data.cache.lock import cache_lock, tell
+from dpo_jax.data.cache.lock import cache_lock, warn
 from dpo_jax.data.cache.manifest import MANIFEST, parse_manifest
 from dpo_jax.data.cache.store import PairCache, cache_key, cache_root, find_fault, find_or_write, holds, unwritable
 from dpo_jax.data.cache.write import Produce, write_pairs
@@ -100,7 +100,7 @@ def _build_and_share(
 ) -> tuple[PairCache, bool]:
     """Make the cache here, and share it unless another was quicker; `why` the one that is there is of no use, if so."""
     if why:
-        tell(f"cache {store.address}/{cache_key(fingerprint)}: {why}; it is made anew")
+        warn(f"cache {store.address}/{cache_key(fingerprint)}: {why}; it is made anew")
     _make_directory(store, store.path)
     probe = f"{store.path}/{uuid.uuid4().hex}"
     store.ask("pipe_file", probe, b"")  # before an hour of work

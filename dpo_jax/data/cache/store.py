@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_data_source
 
-from dpo_jax.data.cache.lock import cache_lock, tell
+from dpo_jax.data.cache.lock import cache_lock, warn
 from dpo_jax.data.cache.manifest import (
     ARRAYS,
     COMPUTED,
@@ -145,9 +145,9 @@ def find_or_write(
             if cache is not None:  # made while we waited
                 return cache, False
             if why:
-                tell(f"cache {target}: {why}; it is made anew")
+                warn(f"cache {target}: {why}; it is made anew")
             elif not wanted and (other := _of_another_version(root, fingerprint)):
-                tell(f"cache {other}: another version of this package made it of the same rows; it is made anew")
+                warn(f"cache {other}: another version of this package made it of the same rows; it is made anew")
             _clear_left_overs(root, key)
             building = Path(tempfile.mkdtemp(prefix=f"{key}.building-", dir=root))
             try:
