@@ -20,7 +20,7 @@ from dpo_jax.errors import escaped
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # of a file system that has none
 BEAT_SECONDS = 5.0
-SILENT_SECONDS = 60.0  # without a beat: the holder does not move
+SILENT_SECONDS = 120.0  # without a beat, the holder does not move; network file systems show one up to 60 s late
 _POLL_SECONDS = 0.25
 _FIRST_WORD_SECONDS, _NEXT_WORD_SECONDS = 10.0, 600.0  # of waiting, until it is said and said again
 _MOST_BYTES = 1000  # of what a holder writes about itself

@@ -180,7 +180,8 @@ def _put_in_place(building: Path, target: Path, fingerprint: dict[str, Any], wan
         return cache, False
     if os.path.lexists(target):
         for path in target.glob(COMPUTED):  # costs more than the pairs
-            path.rename(building / path.name)
+            with contextlib.suppress(OSError):
+                path.rename(building / path.name)
         target.rename(target.with_name(f"{target.name}.building-damaged-{uuid.uuid4().hex}"))
     building.rename(target)
     _clear_left_overs(target.parent, f"{target.name}.building-damaged", older_than=0)
@@ -189,11 +190,12 @@ def _put_in_place(building: Path, target: Path, fingerprint: dict[str, Any], wan
 
 def _of_another_version(root: Path, fingerprint: dict[str, Any]) -> Path | None:
     """A cache of the same rows, tokenizer and limits that other code made."""
-    same = {key: value for key, value in fingerprint.items() if key != "code"}
+    mine = json.loads(json.dumps(fingerprint))
+    same = {key: value for key, value in mine.items() if key != "code"}
     for path in itertools.islice(root.glob(f"*/{MANIFEST}"), _MOST_CACHES):
         with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
             theirs = json.loads(path.read_text()).get("fingerprint", {})
-            if theirs != fingerprint and {key: value for key, value in theirs.items() if key != "code"} == same:
+            if theirs != mine and {key: value for key, value in theirs.items() if key != "code"} == same:
                 return path.parent
     return None
 
@@ -275,4 +277,7 @@ def _clear_left_overs(root: Path, prefix: str, older_than: float = _LEFT_OVER_SE
     """Removes what killed writers left; recent directories stay, where a file system's locks may not hold."""
     for path in root.glob(f"{prefix}*"):
         if ".building-" in path.name and time.time() - path.stat().st_mtime >= older_than:
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
