@@ -157,19 +157,19 @@ def test_an_address_of_no_use_is_one_line(tmp_path, address):
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.json"])
 def test_a_row_that_is_too_long_is_one_bad_row(tmp_path, name):
-    rows = [json.dumps({**ROWS[0], "prompt": "x" * size}) for size in (3, 17 * MIB, 15 * MIB)]
+    rows = [json.dumps({**ROWS[0], "prompt": "x" * size}) for size in (3, 5 * MIB, 3 * MIB)]
     content = ("[" + ",\n".join(rows) + "]" if name.endswith(".json") else "\n".join(rows)).encode()
     path = written(tmp_path / name, gzip.compress(content, 1) if name.endswith(".gz") else content)
     found = list(read_rows(path))
     assert [location.rpartition(":")[2] for location, _ in found] == ["1", "2", "3"]
     assert found[1][1].reason == "oversized"
-    assert found[1][1].text == "this row is longer than 16 MiB"
-    assert len(found[2][1]["prompt"]) == 15 * MIB
+    assert found[1][1].text == "this row is longer than 4 MiB"
+    assert len(found[2][1]["prompt"]) == 3 * MIB
 
 
 @pytest.mark.parametrize(
     ("begins", "goes_on", "size"),
-    [('{"prompt":"', "x", 260), ("", "x", 260), ("[", "x", 40), ('{"data":[', "{},", 40)],
+    [('{"prompt":"', "x", 260), ("", "x", 260), ("[", "x", 20), ('{"data":[', "{},", 40)],
 )
 def test_a_line_without_end_in_a_small_gzip_takes_no_memory(tmp_path, begins, goes_on, size):
     path, piece = tmp_path / "bomb.jsonl.gz", goes_on.encode() * (MIB // len(goes_on))
@@ -185,10 +185,10 @@ def test_a_line_without_end_in_a_small_gzip_takes_no_memory(tmp_path, begins, go
 
 
 def test_an_object_around_all_rows_may_be_longer_than_a_row(tmp_path):
-    rows = [{**ROWS[0], "prompt": "x" * 4 * MIB}] * 5
+    rows = [{**ROWS[0], "prompt": "x" * 3 * MIB}] * 5
     path = written(tmp_path / "data.json", json.dumps({"data": rows}))
     assert sum(1 for _ in read_rows(path)) == 5
-    path = written(tmp_path / "data.json", json.dumps({"messages": [{"role": "user", "content": "x" * 17 * MIB}]}))
+    path = written(tmp_path / "data.json", json.dumps({"messages": [{"role": "user", "content": "x" * 5 * MIB}]}))
     ((_, bad),) = read_rows(path)
     assert bad.reason == "oversized"
 
@@ -196,12 +196,12 @@ def test_an_object_around_all_rows_may_be_longer_than_a_row(tmp_path):
 def test_a_quotation_mark_that_does_not_end_is_named(tmp_path):
     path = written(
         tmp_path / "data.csv",
-        'prompt,chosen,rejected\nq,a,b\n"q,a,b\n' + "q,aaaaaaaaaaaaaaaaaaaaaaaaaaaa,b\n" * 600_000,
+        'prompt,chosen,rejected\nq,a,b\n"q,a,b\n' + "q,aaaaaaaaaaaaaaaaaaaaaaaaaaaa,b\n" * 200_000,
     )
-    with pytest.raises(UserError, match=r"line 3: a value is longer than 16 MiB; is a quotation mark missing"):
+    with pytest.raises(UserError, match=r"line 3: a value is longer than 4 MiB; is a quotation mark missing"):
         list(read_rows(path))
-    path = written(tmp_path / "data.csv", "prompt,chosen,rejected\nq,a," + "b" * 17 * MIB)
-    with pytest.raises(UserError, match=r"line 2 is longer than 16 MiB"):
+    path = written(tmp_path / "data.csv", "prompt,chosen,rejected\nq,a," + "b" * 5 * MIB)
+    with pytest.raises(UserError, match=r"line 2 is longer than 4 MiB"):
         list(read_rows(path))
 
 
@@ -212,7 +212,7 @@ def test_lines_of_csv_may_end_as_on_any_system(tmp_path):
 
 
 def test_a_large_cell_of_parquet_is_one_bad_row(tmp_path):
-    columns = {"prompt": ["q", "x" * 17 * MIB, "y" * 9 * MIB], "chosen": ["a"] * 3, "rejected": ["b"] * 3}
+    columns = {"prompt": ["q", "x" * 5 * MIB, "y" * 3 * MIB], "chosen": ["a"] * 3, "rejected": ["b"] * 3}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "data.parquet")
     found = [row for _, row in read_rows(str(tmp_path / "data.parquet"))]
-    assert [len(found[0]["prompt"]), found[1].reason, len(found[2]["prompt"])] == [1, "oversized", 9 * MIB]
+    assert [len(found[0]["prompt"]), found[1].reason, len(found[2]["prompt"])] == [1, "oversized", 3 * MIB]
