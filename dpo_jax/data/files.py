@@ -107,7 +107,10 @@ def find_files(path: str, passed_over: list[str] | None = None) -> list[str]:
         raise UserError(f"{given}: {needed if is_directory else what}{f' (passed over: {over})' if over else ''}")
     if over:
         line = escaped(f"{given}: passed over: {over}")
-        print(f"warning: {line}", file=sys.stderr) if passed_over is None else passed_over.append(line)
+        if passed_over is None:
+            print(f"warning: {line}", file=sys.stderr)
+        else:
+            passed_over.append(line)
     return sorted(search.files)
 
 
