@@ -1,6 +1,7 @@
 """Files that are whole or not there, JSON objects read with a clear error, and digests."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,11 @@ from typing import IO, Any
 from dpo_jax.errors import UserError
 
 _SAMPLES, _SAMPLE = 64, 1 << 16  # of a file: so many pieces of so many bytes tell it from any other
+
+
+def is_full(error: BaseException) -> bool:
+    """True of an error that says that a disk, or the user's share of it, has no room left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,21 @@
 BAD_INPUT = 2
 NOT_FINITE = 65  # too many updates in a row were skipped
 STUCK = 70  # nothing moved any more, or another process is gone
-SAVE_FAILED = 74
+SAVE_FAILED = 74  # or the disk is full
 SIGTERM = 143
+
+
+def escaped(text: str) -> str:
+    r"""The text in one line that no terminal acts on: what is not printable stands as Python writes it in a string.
+
+    Names from files and words of other programs may hold escape sequences, line ends and halves of surrogate pairs.
+
+    >>> escaped("a\x1b[31m\nerror: b")
+    'a\\x1b[31m\\nerror: b'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -14,9 +27,10 @@ class Stopped(Exception):  # noqa: N818 - not an error
 class UserError(Exception):
     """What the user can mend, said in one line: the thing, what was found, how to mend it.
 
-    Command lines print the message without a traceback and exit with `code`; 2 is bad input.
+    Command lines print the message without a traceback and exit with `code`; 2 is bad input. It is one line whatever
+    the names in it hold, see `escaped`.
     """
 
     def __init__(self, message: str, *, code: int = BAD_INPUT):
-        super().__init__(message)
+        super().__init__(escaped(message))
         self.code = code

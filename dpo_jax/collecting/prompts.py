@@ -192,7 +192,7 @@ def held_out_keys(r: CollectRequest, found: Found) -> Iterator[int]:
         yield from map(prompt_key, _prompts_alone(rows))
         return
     try:
-        find_files(r.held_out)
+        find_files(r.held_out, [])  # reading it says what was passed over
     except UserError as error:
         raise UserError(f"--held_out={r.held_out}: {error}") from None
     yield from map(prompt_key, each_prompt(r.held_out))

@@ -12,17 +12,14 @@ import io
 import itertools
 import re
 import shutil
-import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import fsspec
-
-from dpo_jax.data.files import JSON_SUFFIXES, is_remote, one_line
-from dpo_jax.data.json_rows import CHUNK, Numbered, json_rows
-from dpo_jax.data.raw import BadLine, ColumnarRow, NotRowsError
+from dpo_jax.data.files import JSON_SUFFIXES, one_line, open_data
+from dpo_jax.data.json_rows import CHUNK, Numbered, bounded_lines, json_rows
+from dpo_jax.data.raw import LONGEST_ROW, TOO_LONG, BadLine, ColumnarRow, NotRowsError, size_of
 from dpo_jax.errors import UserError
 
 _COUNT_ROWS = 256  # rows after which the position in the file is asked for
@@ -45,6 +42,7 @@ _TEXTS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _HEADER_NAME = re.compile(r"[\w][\w .:-]{0,60}")
+_OLD_LINE_END = re.compile(r"(?<=\r)(?!\n)")
 _HEADER_WORDS = {"prompt", "chosen", "rejected", "question", "instruction", "messages", "completion", "response_a"}
 
 
@@ -59,7 +57,7 @@ def read_rows(
     """
     rows = counted = 0
     try:
-        with fsspec.open(path, "rb").open() if is_remote(path) else open(path, "rb") as raw:
+        with open_data(path) as raw:
             stream = io.BufferedReader(raw) if isinstance(raw, io.RawIOBase) else raw
             for line, row in _rows_of(stream, path):
                 rows += 1
@@ -98,7 +96,12 @@ def _unpacked_rows(stream: Any, path: str, packed: bool = False) -> Iterator[Num
             if packed:
                 shutil.copyfileobj(stream, whole, CHUNK)
                 whole.seek(0)
-            yield from columnar(whole if packed else stream)
+            try:
+                yield from columnar(whole if packed else stream)
+            except (OSError, ValueError):
+                raise
+            except Exception as error:  # pyarrow's own classes, for what a file says of itself
+                raise ValueError(f"{type(error).__name__}: {error}") from error
         return
     if what := next((what for mark, what in _FOREIGN if magic.startswith(mark)), ""):
         raise NotRowsError(what)
@@ -167,33 +170,37 @@ def _separated_rows(stream: Any, delimiter: str) -> Iterator[Numbered]:
 
     Broken UTF-8 becomes lone surrogates, which the row's parser refuses: one bad row, not a lost file.
     """
-    csv.field_size_limit(sys.maxsize)
-    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-    try:
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
-        names = [name.strip() for name in next(reader, [])]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise NotRowsError(f"two columns are called {twice[0]!r}; rename one")
-        while True:
-            line = reader.line_num + 1
-            try:
-                values = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                if "end of data" in str(error):
-                    raise ValueError(f"line {line}: a quoted value does not end") from error
-                yield line, BadLine("invalid_csv", f"{error}")
-                continue
-            if len(values) == len(names):
-                yield line, dict(zip(names, values, strict=True))
-            elif values:
-                yield (
-                    line,
-                    BadLine("invalid_csv", f"{len(values)} values for {len(names)} columns: {values[:3]!r:.200}"),
-                )
-    finally:
-        text.detach()  # the stream is its opener's to close
+    csv.field_size_limit(LONGEST_ROW)
+    reader = csv.reader(_separated_lines(stream), delimiter=delimiter, strict=True)
+    names = [name.strip() for name in next(reader, [])]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise NotRowsError(f"two columns are called {twice[0]!r:.100}; rename one")
+    while True:
+        line = reader.line_num + 1
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "end of data" in str(error):
+                raise ValueError(f"line {line}: a quoted value does not end") from error
+            if "field limit" in str(error):  # as if a quoted value did not end
+                raise NotRowsError(f"line {line}: a value {TOO_LONG}; is a quotation mark missing?") from error
+            yield line, BadLine("invalid_csv", f"{error}")
+            continue
+        if len(values) == len(names):
+            yield line, dict(zip(names, values, strict=True))
+        elif values:
+            yield line, BadLine("invalid_csv", f"{len(values)} values for {len(names)} columns: {values[:3]!r:.200}")
+
+
+def _separated_lines(stream: Any) -> Iterator[str]:
+    """Lines with their ends, which may be those of any system."""
+    for number, line in enumerate(bounded_lines(stream), 1):
+        if line is None:  # nobody can tell where the value that it is part of ends
+            raise NotRowsError(f"line {number} {TOO_LONG}; shorten it, or take it out")
+        text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode("utf-8", "surrogateescape")
+        yield from filter(None, _OLD_LINE_END.split(text)) if "\r" in text else (text,)
 
 
 def _parquet_rows(stream: Any) -> Iterator[Numbered]:
@@ -225,6 +232,16 @@ def _feather_rows(stream: Any) -> Iterator[Numbered]:
 
 
 def _batch_rows(batches: Any) -> Iterator[Numbered]:
-    """The rows of record batches, converted a few at a time."""
+    """The rows of record batches, converted a few at a time; where these are large, one at a time."""
     pieces = (batch.slice(start, _COUNT_ROWS) for batch in batches for start in range(0, batch.num_rows, _COUNT_ROWS))
-    return enumerate(map(ColumnarRow, itertools.chain.from_iterable(piece.to_pylist() for piece in pieces)), 1)
+    rows = itertools.chain.from_iterable(_piece_rows(piece) for piece in pieces)
+    return enumerate(rows, 1)
+
+
+def _piece_rows(piece: Any) -> Iterator[dict[str, Any] | BadLine]:
+    if piece.nbytes <= LONGEST_ROW:
+        yield from map(ColumnarRow, piece.to_pylist())
+        return
+    for number in range(piece.num_rows):
+        (row,) = piece.slice(number, 1).to_pylist()
+        yield ColumnarRow(row) if size_of(row) <= LONGEST_ROW else BadLine("oversized", f"this row {TOO_LONG}")

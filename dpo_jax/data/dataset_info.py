@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_jax.data.files import is_remote
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dpo_jax.data.files import is_inside, is_remote
 from dpo_jax.data.forms.rename import Columns
 from dpo_jax.errors import UserError
 
@@ -27,6 +29,20 @@ _ROLES = {
     "system_tag": ("system", "system"),
 }
 _UNREAD = ("num_samples", "subset", "folder", "samples_ratio")
+
+
+class _Described(BaseModel):
+    """What is read of an entry, as it has to be spelt."""
+
+    model_config = ConfigDict(strict=True)
+
+    file_name: str | None = None
+    hf_hub_url: str | None = None
+    split: str | None = None
+    ranking: bool | None = None
+    formatting: str | None = None
+    columns: dict[str, str | None] | None = None
+    tags: dict[str, str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,8 @@ def _entries(path: str) -> dict[str, Mapping[str, Any]]:
 
 
 def _is_preference(entry: Mapping[str, Any]) -> bool:
-    return bool(entry.get("ranking")) or bool((entry.get("columns") or {}).get("kto_tag"))
+    columns = entry.get("columns")
+    return bool(entry.get("ranking")) or (isinstance(columns, dict) and bool(columns.get("kto_tag")))
 
 
 def _ranking(path: str, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -87,6 +104,12 @@ def _ranking(path: str, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, M
 
 
 def _entry(what: str, directory: str, entry: Mapping[str, Any]) -> Entry:
+    try:
+        _Described.model_validate(entry)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{what}: {where}={first['input']!r:.60}: {first['msg']}; mend it") from None
     if not _is_preference(entry):
         raise UserError(
             f"{what}: ranking is not true, so its rows are no preferences; name a dataset with ranking: true"
@@ -105,7 +128,12 @@ def _entry(what: str, directory: str, entry: Mapping[str, Any]) -> Entry:
         raise UserError(f"{what}: columns has {wrong[0]}, which is none of {', '.join((*_ALPACA, *_SHAREGPT, *_BOTH))}")
     columns = Columns({old: new for old, new in names.items() if old != new}, turns=_turns(entry.get("tags") or {}))
     if name := entry.get("file_name"):
-        return Entry(os.path.join(directory, str(name)), "", "", columns)
+        path = os.path.join(directory, str(name))
+        if not is_inside(path, directory or "."):
+            raise UserError(
+                f"{what}: file_name={name} is not in the directory of {FILE}; name that file as the dataset"
+            )
+        return Entry(path, "", "", columns)
     if hub := entry.get("hf_hub_url"):
         return Entry("", str(hub), str(entry.get("split") or ""), columns)
     place = next(key for key in _PLACES if entry.get(key))

@@ -8,11 +8,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dpo_jax.data.forms.table import resolve
-from dpo_jax.data.raw import BadLine, NotRowsError
+from dpo_jax.data.raw import LONGEST_ROW, TOO_LONG, BadLine, NotRowsError
 
 Numbered = tuple[int, dict[str, Any] | BadLine]
 
 CHUNK = 1 << 20
+_LONGEST_OBJECT = 256 << 20  # bytes of one object around all rows of a file
+_MOST_MEMORY = 1 << 30  # that such an object may need
+_LONGEST_LINE = 256 << 20  # bytes; a longer one is not read to its end
+# An object that may hold rows: its first value is a list or an object.
+_AROUND_ROWS = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[\[{]')
 _BETWEEN = re.compile(r"[ \t\r\n,]*")  # what is between the rows of a JSON array
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _TURNS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})  # a message has one of these sets of keys
@@ -33,7 +38,8 @@ def json_rows(stream: Any) -> Iterator[Numbered]:
     if head.startswith(b"["):
         yield from _array_rows(stream)
         return
-    rows = _object_rows(stream) if _is_pretty(head) else _line_rows(stream)
+    longest = _LONGEST_OBJECT if _AROUND_ROWS.match(head) else LONGEST_ROW
+    rows = _object_rows(stream, longest) if _is_pretty(head) else _line_rows(stream, longest)
     first, second = next(rows, None), next(rows, None)
     if first is None:
         return
@@ -41,10 +47,8 @@ def json_rows(stream: Any) -> Iterator[Numbered]:
     if inner is not None:
         yield from enumerate(inner, 1)
         return
-    yield first
-    if second is not None:
-        yield second
-        yield from rows
+    for number, row in itertools.chain([first], [] if second is None else [second], rows):
+        yield number, _oversized() if isinstance(row, _LongObject) else row
 
 
 def _is_pretty(head: bytes) -> bool:
@@ -59,11 +63,62 @@ def _is_pretty(head: bytes) -> bool:
     return False
 
 
-def _line_rows(stream: Any) -> Iterator[Numbered]:
-    for number, line in enumerate(stream, 1):
+class _LongObject(dict[str, Any]):
+    """An object that is too long for a row; it may hold rows."""
+
+
+def bounded_lines(stream: Any, longest_first: int = LONGEST_ROW) -> Iterator[bytes | None]:
+    """The lines of a stream of bytes; None in place of one that is too long, which is skipped piece by piece.
+
+    NotRowsError if a line is so long that even skipping it would take its time: a few megabytes of gzip may hold any
+    number of them.
+    """
+    longest, number = longest_first, 0
+    while line := stream.readline(longest + 1):
+        number += 1
+        if len(line) <= longest:
+            yield line
+        else:
+            length = len(line)
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(CHUNK)
+                length += len(line)
+                if length > _LONGEST_LINE:
+                    raise NotRowsError(
+                        f"line {number} is longer than {_LONGEST_LINE >> 20} MiB; a row has at most "
+                        f"{LONGEST_ROW >> 20} MiB, in a line of its own"
+                    )
+            yield None
+        longest = LONGEST_ROW
+
+
+def _oversized() -> BadLine:
+    return BadLine("oversized", f"this row {TOO_LONG}")
+
+
+def _line_rows(stream: Any, longest_first: int) -> Iterator[Numbered]:
+    for number, line in enumerate(bounded_lines(stream, longest_first), 1):
+        if line is None:
+            yield number, _oversized()
+            continue
         row = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if row.strip():
+        if len(row) > LONGEST_ROW:
+            _check_memory(row, number)
+            yield from ((number, _as_long(one)) for one in _rows_in_line(row))
+        elif row.strip():
             yield from ((number, one) for one in _rows_in_line(row))
+
+
+def _as_long(row: dict[str, Any] | BadLine) -> dict[str, Any] | BadLine:
+    return _LongObject(row) if isinstance(row, dict) else _oversized()
+
+
+def _check_memory(text: bytes | str, line: int) -> None:
+    """Refuse JSON that would become more objects than memory is good for: two characters may stand for 64 bytes."""
+    marks: Any = ("{", "[", '"', ",") if isinstance(text, str) else (b"{", b"[", b'"', b",")
+    memory = len(text) + sum(text.count(mark) * each for mark, each in zip(marks, (72, 72, 28, 16), strict=True))
+    if memory > _MOST_MEMORY:
+        raise NotRowsError(f"line {line}: one object of {len(text) >> 20} MiB holds all rows; write each to a line")
 
 
 def _rows_in_line(line: bytes) -> list[dict[str, Any] | BadLine]:
@@ -107,7 +162,10 @@ def _array_rows(stream: Any) -> Iterator[Numbered]:
         commas, here = window.count(",", at, begin), line + window.count("\n", at, begin)
         if window[begin : begin + 1] == "]":
             # Rows after the array would be lost without a word.
-            if rest := (window[begin + 1 :] + decode(stream.read(), True)).strip():
+            rest = window[begin + 1 :].strip()
+            while not rest and (more := stream.read(CHUNK)):
+                rest = decode(more).strip()
+            if rest:
                 raise ValueError(
                     f"line {here}: after the JSON array's end comes {rest[:20]!r}; a file is one array, or an object "
                     "a line"
@@ -122,16 +180,22 @@ def _array_rows(stream: Any) -> Iterator[Numbered]:
         except (ValueError, RecursionError):
             if ended:
                 raise ValueError(f"line {here}: the array breaks off or holds no JSON here") from None
+            if len(window) - at > LONGEST_ROW:
+                raise NotRowsError(f"line {here}: the row that begins here {TOO_LONG}, or is no JSON") from None
             (window, ended), at = _longer(stream, decode, window[at:]), 0
             continue
-        yield here, value if isinstance(value, dict) else BadLine("not_an_object", window[begin:end])
+        if end - begin > LONGEST_ROW:
+            yield here, _oversized()
+        else:
+            yield here, value if isinstance(value, dict) else BadLine("not_an_object", window[begin:end])
         line, at, first = here + window.count("\n", begin, end), end, False
 
 
-def _object_rows(stream: Any) -> Iterator[Numbered]:
+def _object_rows(stream: Any, longest_first: int) -> Iterator[Numbered]:
     """Objects one behind the other, each over several lines, decoded from a sliding window."""
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     scan, window, line, at, ended = json.JSONDecoder().raw_decode, "", 1, 0, False
+    longest = longest_first
     while True:
         begin = _BLANKS.match(window, at).end()  # type: ignore[union-attr]  # it matches nothing, too
         if begin == len(window) and ended:
@@ -142,9 +206,16 @@ def _object_rows(stream: Any) -> Iterator[Numbered]:
         except (ValueError, RecursionError):
             if ended:
                 raise ValueError(f"line {here}: the object breaks off or holds no JSON here") from None
+            if len(window) - at > longest:
+                words = f"is longer than {longest >> 20} MiB, or is no JSON"
+                raise NotRowsError(f"line {here}: the object that begins here {words}") from None
             (window, ended), at = _longer(stream, decode, window[at:]), 0
+            if len(window) > LONGEST_ROW:
+                _check_memory(window, here)
             continue
-        yield here, value if isinstance(value, dict) else BadLine("not_an_object", window[begin:end])
+        row = value if isinstance(value, dict) else BadLine("not_an_object", window[begin:end])
+        yield here, row if end - begin <= LONGEST_ROW else _as_long(row)
+        longest = LONGEST_ROW
         line, at = here + window.count("\n", begin, end), end
 
 

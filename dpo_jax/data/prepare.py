@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.data.cache.fingerprint import identity
+from dpo_jax.data.cache.manifest import QUARANTINE
 from dpo_jax.data.cache.shared import open_or_build
-from dpo_jax.data.cache.store import QUARANTINE
 from dpo_jax.data.comparison import DELIBERATE
 from dpo_jax.data.lengths import length_report, token_table
 from dpo_jax.data.mixture import apportion
@@ -19,7 +19,7 @@ from dpo_jax.data.render import Renderer, make_renderer
 from dpo_jax.data.sources import DataSources, find_sources
 from dpo_jax.data.split import Pairs, Split, split
 from dpo_jax.data.tokenise import Recast, copy_bad_rows, tokenise
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, escaped
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,14 @@ def _report(request: DataRequest, renderer: Renderer, data: DataSources, divided
         *_OF_FORMS,
     )
     report = {
-        "dataset": request.dataset,
+        "dataset": escaped(request.dataset),  # a path may be no UTF-8
         "prompt_format": renderer.form,
         "template_date": renderer.template.day,
-        "notes": sentences(cache.manifest["sources"], renderer.form, renderer.template.day),
-        "held_out": " ".join(divided.notes),
+        "notes": [
+            *sentences(cache.manifest["sources"], renderer.form, renderer.template.day),
+            *data.passed_over,
+        ],
+        "held_out": escaped(" ".join(divided.notes)),
         "source_names": cache.manifest["source_names"],
         "sources": [{key: entry[key] for key in shown} for entry in cache.manifest["sources"]],
         "splits": {
@@ -196,7 +199,7 @@ def _report(request: DataRequest, renderer: Renderer, data: DataSources, divided
         epoch = apportion(mixture.epoch_size(request.batch_size, request.drop_remainder), mixture.weights)
         numbers = zip(data.parts, mixture.sizes.tolist(), epoch.tolist(), strict=True)
         report["mixture"] = [
-            {"name": part.name, "weight": part.weight / sum(mixture.weights), "pairs": pairs, "epoch": taken}
+            {"name": escaped(part.name), "weight": part.weight / sum(mixture.weights), "pairs": pairs, "epoch": taken}
             for part, pairs, taken in numbers
         ]
     return report

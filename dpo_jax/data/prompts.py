@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_jax.data.comparison import Comparison, LabeledComparison, Message, RatedAnswer, Skip, checked
 from dpo_jax.data.containers import read_rows
-from dpo_jax.data.files import find_files
+from dpo_jax.data.files import find_files, one_line, open_data
 from dpo_jax.data.forms.beside import with_beside
 from dpo_jax.data.forms.chosen import pair_of
 from dpo_jax.data.forms.families import Form, prompts_among
@@ -20,8 +20,8 @@ from dpo_jax.data.forms.fields import CARRIED
 from dpo_jax.data.forms.messages import conversation
 from dpo_jax.data.forms.reader import Read, Reader, make_reader, read_own
 from dpo_jax.data.forms.rename import KNOWN, Columns, parse_columns
-from dpo_jax.data.json_rows import json_rows
-from dpo_jax.data.raw import BadLine
+from dpo_jax.data.json_rows import bounded_lines, json_rows
+from dpo_jax.data.raw import TOO_LONG, BadLine
 from dpo_jax.data.sources import Source, find_sources
 from dpo_jax.data.tokenise import PLAINLY
 from dpo_jax.disk import digest
@@ -110,14 +110,16 @@ def _rows_of_files(files: Sequence[str], renamed: Columns) -> Iterator[Prompt]:
     seen: set[str] = set()
     for file in files:
         if file.endswith(TEXTS):
-            yield from _lines_of_text(_text_of(file), file)
+            yield from _lines_of_file(file)
             continue
         for where, row in read_rows(file):
             if not isinstance(row, BadLine):
                 seen.update(row)
             yield _prompt_in(row, where, renamed)
     if seen and (absent := renamed.absent(seen)):
-        raise UserError(f"columns: no row has a column {absent[0]}; found {', '.join(sorted(seen)[:20])}")
+        raise UserError(
+            f"columns: no row has a column {absent[0]}; found {', '.join(n[:40] for n in sorted(seen)[:20])}"
+        )
 
 
 def prompts_in(content: bytes, columns: str = "", limit: int = 0, name: str = "standard input") -> list[Prompt]:
@@ -239,14 +241,19 @@ def _listed(prompts: Iterable[Prompt], limit: int, name: str) -> list[Prompt]:
     return found
 
 
-def _text_of(file: str) -> str:
+def _lines_of_file(file: str) -> Iterator[Prompt]:
     try:
-        with open(file, encoding="utf-8-sig") as stream:
-            return stream.read()
+        with open_data(file) as stream:
+            for at, line in enumerate(bounded_lines(stream), 1):
+                if line is None:
+                    raise UserError(f"{file}:{at}: this line {TOO_LONG}; a prompt is shorter")
+                text = line.decode("utf-8-sig" if at == 1 else "utf-8").rstrip("\r\n")
+                if text.strip():
+                    yield prompt_of(text, at, f"{file}:{at}")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 ({error})") from None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); check the path") from None
+        raise UserError(f"{file}: cannot be read ({one_line(error)}); check the path") from None
 
 
 def _lines_of_text(text: str, name: str) -> Iterator[Prompt]:

@@ -28,7 +28,8 @@ class Source:
     """Files that are read alike and reported together.
 
     `parser` names the parse function in the cache's fingerprint; `part` is the number of the mixture's part that the
-    files belong to (0 where nothing is mixed), or `EXTRA` for those of `eval_path`.
+    files belong to (0 where nothing is mixed), or `EXTRA` for those of `eval_path`. `passed_over` are lines about what
+    the search for the files did not take.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Source:
     spec: DatasetSpec
     parser: str
     part: int = 0
+    passed_over: tuple[str, ...] = ()
 
 
 EXTRA = -1
@@ -59,6 +61,11 @@ class DataSources:
 
     sources: tuple[Source, ...]
     parts: tuple[Part, ...]
+
+    @property
+    def passed_over(self) -> list[str]:
+        """What the searches for their files passed over, a line each."""
+        return list(dict.fromkeys(line for source in self.sources for line in source.passed_over))
 
     def published(self, part: int) -> bool:
         """True if some source of this part is there for evaluation only; else pairs must be held out."""
@@ -105,10 +112,11 @@ def find_sources(
             raise UserError(f"dataset: {path} is in two parts of the mixture; give it to one")
     if eval_path:
         sources = [source for source in sources if source.split == "train"]
-        held = tuple(files.find_files(eval_path))
+        over: list[str] = []
+        held = tuple(files.find_files(eval_path, over))
         if both := sorted(set(held) & {path for source in sources for path in source.files}):
             raise UserError(f"eval_path={eval_path}: {both[0]} is training data too; give other files, or no eval_path")
-        like = replace(sources[0], part=EXTRA, name=eval_path, split="test", files=held)
+        like = replace(sources[0], part=EXTRA, name=eval_path, split="test", files=held, passed_over=tuple(over))
         own_parser = len(named) == 1 and _FUNCTION.fullmatch(dataset)
         sources.append(like if own_parser else replace(like, spec=OWN, parser="own"))
     if columns:
@@ -260,7 +268,8 @@ def _named(name: str, subsets: tuple[str, ...], path: str, revision: str) -> _Pa
 def _hub(dataset: str, repository: str, split: str, dataset_path: str, revision: str) -> _PartSources:
     patterns = [f"*{suffix}{packed}" for suffix in files.SUFFIXES for packed in ("", ".gz")]
     directory = dataset_path or files.download(repository, patterns, revision)
-    listed = files.find_files(directory)
+    over: list[str] = []
+    listed = files.find_files(directory, over)
     if not split:
         splits = {shard[1] for path in listed if (shard := _SHARD.search(_relative(path, directory)))}
         several = sorted(name for name in splits if name.startswith("train"))
@@ -278,7 +287,7 @@ def _hub(dataset: str, repository: str, split: str, dataset_path: str, revision:
     if not chosen:
         names = ", ".join(_relative(path, directory) for path in listed[:10])
         raise UserError(f"dataset={dataset}: no file of split {split}; the repository has {names}")
-    train = Source(dataset, "train", chosen, OWN, "own")
+    train = Source(dataset, "train", chosen, OWN, "own", passed_over=tuple(over))
     for word in ("test", "validation"):  # the split of the same kind: test_prefs for train_prefs
         if split.startswith("train") and (twin := of_split(split.replace("train", word, 1))):
             return [train, Source(dataset, "test", twin, OWN, "own")], "the published held-out split"
@@ -289,7 +298,8 @@ def _hub(dataset: str, repository: str, split: str, dataset_path: str, revision:
 
 def _directory(name: str, path: str, spec: DatasetSpec, parser: str, subsets: tuple[str, ...] = ()) -> _PartSources:
     """The sources under `path`: one for each subset directory and split where `spec` has them, else one per split."""
-    listed = files.find_files(path)
+    over: list[str] = []
+    listed = files.find_files(path, over)
     inside = {one: _relative(one, path) for one in listed}
     by_split = {
         split: [one for one, relative in inside.items() if pattern and fnmatch.fnmatchcase(relative, pattern)]
@@ -313,7 +323,14 @@ def _directory(name: str, path: str, spec: DatasetSpec, parser: str, subsets: tu
         )
     splits = {split for _, split in grouped}
     sources = [
-        Source(label, "test" if split == "test" and "train" in splits else "train", tuple(paths), spec, parser)
+        Source(
+            label,
+            "test" if split == "test" and "train" in splits else "train",
+            tuple(paths),
+            spec,
+            parser,
+            passed_over=tuple(over),
+        )
         for (label, split), paths in sorted(grouped.items(), key=lambda item: item[0][1] == "test")
     ]
     if splits == {"test"}:
@@ -334,8 +351,8 @@ def _split_by_words(inside: dict[str, str]) -> dict[str, list[str]]:
 
 def _relative(path: str, root: str) -> str:
     """The part of `path` below the directory `root`; the bare file name where `root` is a file or a glob."""
+    root = files.local_path(root)
     if files.is_remote(root):
         inner, top = (address.split("://", 1)[1].strip("/") for address in (path, root))
         return inner.removeprefix(top + "/") if inner.startswith(top + "/") else inner.rsplit("/", 1)[-1]
-    root = os.path.expanduser(root)
     return os.path.relpath(path, root).replace(os.sep, "/") if os.path.isdir(root) else os.path.basename(path)

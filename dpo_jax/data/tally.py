@@ -13,7 +13,9 @@ from dpo_jax.data.lengths import PARTS
 from dpo_jax.data.notes import Notes
 from dpo_jax.data.pairing import Pairing
 from dpo_jax.data.sources import Source
+from dpo_jax.errors import escaped
 
+_NAME, _EXAMPLE = 100, 1000  # characters that are kept of a column's name, of a bad row's detail
 _OWN_FUNCTION = "a function of one's own"
 
 
@@ -88,21 +90,24 @@ class Tally:
             self.dropped["unpaired"] += left
 
     def entry(self, start: int) -> dict[str, Any]:
-        """For the manifest; `start` is the cache's first pair of this source."""
+        """For the manifest; `start` is the cache's first pair of this source.
+
+        All that files say of themselves, names of columns too, is text here that pages and terminals can show.
+        """
         return {
-            "name": self.source.name,
+            "name": escaped(self.source.name),
             "split": self.source.split,
-            "files": list(self.source.files),
+            "files": [escaped(path) for path in self.source.files],
             "read": self.read,
             "kept": self.kept,
             "dropped": dict(self.dropped.most_common()),
             "truncated": {part: self.truncated[part] for part in PARTS},
             **self.notes.entry(),
             "forms": self._forms(),
-            "to_template": dict(self.to_template.most_common()),
+            "to_template": _shown(self.to_template),
             "unused": self._unused(),
             "answers_of_several_turns": self.several_turns,
-            "examples": self.examples,
+            "examples": {reason: escaped(text[:_EXAMPLE]) for reason, text in self.examples.items()},
             "start": start,
             "stop": start + self.kept,
         }
@@ -114,7 +119,7 @@ class Tally:
         for key, rows in self.forms.items():
             form = self.by_id[key]
             beside = {name: _BESIDE.get(name, "a system turn") for name in form.beside}
-            reads = {old.get(name, name): what for name, what in {**form.reads, **beside}.items()}
+            reads = {escaped(old.get(name, name)): what for name, what in {**form.reads, **beside}.items()}
             merged[form.name, tuple(reads.items())] += rows
         known = [{"form": name, "rows": rows, "reads": dict(reads)} for (name, reads), rows in merged.items()]
         rest = self.read - sum(self.forms.values())
@@ -131,7 +136,15 @@ class Tally:
                 unused[str(name)] += rows
             for name in self.source.spec.columns.ignored:
                 unused[name] += rows
-        return dict(unused.most_common())
+        return _shown(unused)
+
+
+def _shown(counts: collections.Counter[str]) -> dict[str, int]:
+    """Counts by name, the highest first, with names as they can be shown: two may become one."""
+    shown: collections.Counter[str] = collections.Counter()
+    for name, number in counts.items():
+        shown[escaped(name[:_NAME])] += number
+    return dict(shown.most_common())
 
 
 _BESIDE = {

@@ -7,16 +7,16 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpo_jax.data.cache.store import Pair
+from dpo_jax.data.cache.write import Pair
 from dpo_jax.data.comparison import DELIBERATE, Comparison, LabeledComparison, Skip
 from dpo_jax.data.containers import read_rows
 from dpo_jax.data.forms.scores import margin_of
-from dpo_jax.data.raw import BadLine
+from dpo_jax.data.raw import LONGEST_ROW, BadLine, size_of
 from dpo_jax.data.render import Rendered, Renderer, render_batch
 from dpo_jax.data.sources import Source
 from dpo_jax.data.tally import Tally
-from dpo_jax.disk import digest
-from dpo_jax.errors import UserError
+from dpo_jax.disk import digest, is_full
+from dpo_jax.errors import BAD_INPUT, SAVE_FAILED, UserError, escaped
 
 
 class Recast(Protocol):
@@ -65,7 +65,7 @@ def tokenise(
         for source in sources:
             tally = Tally(source, file)
             rows = itertools.chain.from_iterable(read_rows(path, lambda n: tell(n, 0, 0)) for path in source.files)
-            while batch := list(itertools.islice(rows, _BATCH)):
+            while batch := _take(rows):
                 kept = tally.kept
                 yield from _batch_pairs(batch, renderer, drop_ties, tally, names.index(source.name), margin, recast)
                 tell(0, len(batch), tally.kept - kept)
@@ -79,8 +79,21 @@ def tokenise(
             entries.append(tally.entry(start))
             start += tally.kept
     if absent := sorted({name for source in sources for name in source.spec.columns.absent(seen)}):
-        raise UserError(f"columns: no row has a column {absent[0]}; found {', '.join(sorted(seen)[:20])}")
-    return {"sources": entries, "source_names": names}
+        raise UserError(
+            f"columns: no row has a column {absent[0]}; found {', '.join(n[:40] for n in sorted(seen)[:20])}"
+        )
+    return {"sources": entries, "source_names": [escaped(name) for name in names]}
+
+
+def _take(rows: Iterator[tuple[str, dict[str, Any] | BadLine]]) -> list[tuple[str, dict[str, Any] | BadLine]]:
+    """The next rows; fewer where they are long."""
+    batch, size = [], 0
+    for location, row in itertools.islice(rows, _BATCH):
+        batch.append((location, row))
+        size += len(row.text) if isinstance(row, BadLine) else size_of(row)
+        if size >= LONGEST_ROW:
+            break
+    return batch
 
 
 def _batch_pairs(
@@ -188,5 +201,6 @@ def copy_bad_rows(kept: Path, quarantine: Path | None) -> str | None:
         return str(shutil.copyfile(kept, quarantine))
     except OSError as error:
         raise UserError(
-            f"{quarantine}: bad rows cannot be written there ({error.strerror}); choose another --workdir"
+            f"{quarantine}: bad rows cannot be written there ({error.strerror}); make room or choose another --workdir",
+            code=SAVE_FAILED if is_full(error) else BAD_INPUT,
         ) from None

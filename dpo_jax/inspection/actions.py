@@ -16,7 +16,7 @@ from dpo_jax.data.cache.shared import shared_address
 from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.prepare import Prepared, Progress, Reading
 from dpo_jax.data.summary import field_lines, form_lines
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, escaped
 from dpo_jax.inspection.console import print_inspection, print_rows, say
 from dpo_jax.inspection.gather import SHAPE_HEAD, Inspection, bad_rows, pair_examples, schedule_use
 from dpo_jax.model.tuning import row_limits
@@ -53,7 +53,7 @@ def inspect_data(s: Settings, *, workdir: str, html: str, examples: int, shards:
     )
     print_inspection(shown, _console())
     if html:
-        print(f"page {_write_page(s, shown, Path(html))}")
+        print(f"page {escaped(str(_write_page(s, shown, Path(html))))}")
 
 
 def prepare_data(s: Settings, *, workdir: str) -> None:

@@ -47,7 +47,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 2 for what the user can mend."""
+    """The command line; returns the exit code: 2 for what the user can mend, 74 for a full disk."""
     program, *rest = sys.argv if argv is None else argv
     try:
         if not rest or rest[0] in ("--help", "-h", "--helpfull"):
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (actions.inspect_data if name == "inspect" else actions.prepare_data)(settings, **options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.code
     return 0
 
 

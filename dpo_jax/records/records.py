@@ -92,7 +92,9 @@ METRICS = {
     "memory_gb": Metric("Peak memory, GB", ".2f"),
 }
 # Control characters, but for line ends and tabs, and what is shown in their place.
-_VISIBLE = {c: 0x2400 + c if c < 32 else 0xFFFD for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+# Control characters, line separators, turns of the writing direction, and halves of surrogate pairs.
+_CONTROLS = (*range(32), *range(127, 160), *range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+_VISIBLE = {c: 0x2400 + c if c < 32 else 0xFFFD for c in _CONTROLS if chr(c) not in "\n\t"}
 HELD_OUT = tuple(name for name, metric in METRICS.items() if metric.held_out)
 
 
@@ -108,7 +110,10 @@ def show_metric(name: str, value: float | None) -> str:
 
 
 def printable(text: str) -> str:
-    """Make control characters visible: a model's answer may hold escape codes that would drive the terminal."""
+    """Make control characters visible: a model's answer may hold escape codes that would drive the terminal.
+
+    Line ends and tabs stay; of a name, which has none, `escaped` leaves neither.
+    """
     return text.translate(_VISIBLE)
 
 

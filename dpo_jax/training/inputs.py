@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.config.settings import BatchOptions, Settings
-from dpo_jax.data.cache.store import LARGEST_ID
+from dpo_jax.data.cache.manifest import LARGEST_ID
 from dpo_jax.data.prepare import DataRequest, Prepared, Progress, prepare
 from dpo_jax.data.sources import DataSources, find_sources
 from dpo_jax.data.split import Split

@@ -3,7 +3,6 @@
 Training then needs no reference in memory.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -19,6 +18,7 @@ import numpy as np
 
 from dpo_jax.batches import Given, once_through, passed
 from dpo_jax.config.settings import ReferenceOptions
+from dpo_jax.data.cache.manifest import COMPUTED, CONTENT
 from dpo_jax.data.files import fingerprint
 from dpo_jax.data.split import Pairs
 from dpo_jax.disk import digest, whole_file
@@ -38,6 +38,7 @@ from dpo_jax.weights.load import read_model
 
 MOVING = jnp.dtype("float32")  # of a reference that follows the policy: small changes would be lost in bfloat16
 SAVE_SECONDS = 120  # between saves of a pass: a run that is killed computes no more than this again
+_VALUES = "values"
 AGREE_BATCHES = 16  # between the times when processes ask each other whether to stop
 
 
@@ -145,32 +146,43 @@ def find_place(run: Run, start_anew: bool) -> Place:
     if model is not None:
         who = [{**fingerprint(str(file)), "path": file.name} for file in model.deciding()]
     dtypes, ld_alpha = f"{run.layout.dtype} over {run.layout.base_dtype}", s.objective.ld_alpha
-    decides = {"model": who, "pairs": cache.manifest["id"], "dtypes": dtypes, "ld_alpha": ld_alpha}
-    name = f"reference-{digest(json.dumps(decides, sort_keys=True))}.npy"
+    # By content, not by build: a cache that was damaged and made anew has the same pairs.
+    decides = {"model": who, "pairs": cache.manifest[CONTENT], "dtypes": dtypes, "ld_alpha": ld_alpha}
+    name = COMPUTED.replace("*", digest(json.dumps(decides, sort_keys=True)))
     path = (run.workdir if model is None else Path(cache.directory)) / name
     if model is None and start_anew and jax.process_index() == 0:
         path.unlink(missing_ok=True)
     return Place(path, len(cache), 1 if ld_alpha == 1 else len(REFERENCE_FIELDS))
 
 
-def read_values(where: Place) -> np.ndarray:
-    """What is known; NaN for the rest. A file that is cut off or of another shape counts as none."""
-    shape = (where.pairs, 2, where.fields)
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        values = np.load(where.path, allow_pickle=False)
+def read_values(where: Place) -> tuple[np.ndarray, str]:
+    """What is known, NaN for the rest; and why a file that is there counts as none, empty if it does not.
+
+    The file is a zip archive, as NumPy writes it, with a checksum of its content: a flipped bit is noticed.
+    """
+    shape, why = (where.pairs, 2, where.fields), ""
+    try:
+        with where.path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            values = archive[_VALUES]
         if values.shape == shape and values.dtype == np.float32:
-            return values
-    return np.full(shape, np.nan, np.float32)
+            return values, ""
+        why = f"it holds {values.dtype} {list(values.shape)}, not float32 {list(shape)}"
+    except FileNotFoundError:
+        if list(where.path.parent.glob("reference-*.npy")):
+            why = "there are only files without checksums, of an earlier version"
+    except Exception as error:  # of zipfile, zlib and NumPy, whatever a damaged archive makes them raise
+        why = f"it is damaged ({type(error).__name__}: {error})"
+    return np.full(shape, np.nan, np.float32), why
 
 
-def write_values(where: Place, values: np.ndarray) -> bool:
-    """Keep the values, whole or not at all; False where the directory cannot be written."""
+def write_values(where: Place, values: np.ndarray) -> str:
+    """Keep the values, whole or not at all; returns why the directory could not be written, empty if it could."""
     try:
         with whole_file(where.path) as file:
-            np.save(file, values)
-    except OSError:
-        return False
-    return True
+            np.savez(file, **{_VALUES: values})
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def kept_reference(run: Run, schedule: Schedule, steps: int, start: Params | None) -> np.ndarray | None:
@@ -188,7 +200,10 @@ def kept_reference(run: Run, schedule: Schedule, steps: int, start: Params | Non
     met = np.unique(np.concatenate([placed[placed >= 0] for _, placed in map(schedule.place, range(steps))]))
     needed = np.union1d(train.index[met], run.data.evaluation.index)
     # Hosts may have disks of their own, and must agree on what is to be computed together.
-    values = from_first(read_values(where))
+    values, why = read_values(where)
+    if why:
+        run.writer.message(f"warning: {where.path}: {why}; the reference is computed anew")
+    values = from_first(values)
     missing = needed[np.isnan(values[needed]).any((1, 2))]
     run.writer.message(f"reference: {len(needed) - len(missing):,} pairs known, {len(missing):,} to compute")
     if not len(missing):
@@ -205,11 +220,11 @@ def kept_reference(run: Run, schedule: Schedule, steps: int, start: Params | Non
             saved = time.perf_counter()
         if stopping:
             raise Stopped
-    kept = jax.process_index() > 0 or write_values(where, values)
+    failed = write_values(where, values) if jax.process_index() == 0 else ""
     seconds = time.perf_counter() - began
     run.writer.message(
         f"reference: {len(missing):,} pairs computed in {seconds:.1f} s"
-        + ("" if kept else f"; not kept, {where.path.parent} cannot be written")
+        + (f"; not kept, as {where.path.parent} cannot be written ({failed})" if failed else "")
     )
     return values
 

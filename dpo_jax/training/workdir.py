@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from dpo_jax.config.saved import writing
-from dpo_jax.data.cache.store import IDS_DIGEST
+from dpo_jax.data.cache.manifest import IDS_DIGEST
 from dpo_jax.data.split import Split
 from dpo_jax.disk import digest, file_digest, read_json, write_json
 from dpo_jax.errors import UserError

@@ -112,3 +112,30 @@ def test_broken_and_missing_descriptions(directory, tmp_path):
     (where / "dataset_info.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
         find_sources(f"{where}/dataset_info.json:x")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"ranking": True, "columns": []}, "columns=.*should be a valid dictionary"),
+        ({"ranking": True, "columns": {"prompt": 3}}, "columns.prompt=3"),
+        ({"ranking": True, "columns": {"chosen": ["a"]}}, "columns.chosen=.*"),
+        ({"ranking": True, "tags": "from"}, "tags='from'"),
+        ({"ranking": True, "tags": {"role_tag": {}}}, "tags.role_tag="),
+        ({"ranking": 7}, "ranking=7"),
+        ({"ranking": True, "formatting": None, "file_name": {"a": 1}}, "file_name="),
+        ({"ranking": True, "formatting": [1]}, "formatting="),
+        ({"ranking": True, "file_name": "../outside.json"}, "not in the directory"),
+        ({"ranking": True, "file_name": "/etc/passwd"}, "not in the directory"),
+        ({"ranking": True, "file_name": "link.json"}, "not in the directory"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else json.dumps(value),
+)
+def test_an_entry_of_another_shape_is_one_line(tmp_path, entry, words):
+    where = tmp_path / "data"
+    where.mkdir()
+    (tmp_path / "outside.json").write_text(json.dumps([{"prompt": "q", "chosen": "a", "rejected": "b"}]))
+    (where / "link.json").symlink_to("../outside.json")
+    (where / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "a.json", **entry}}))
+    with pytest.raises(UserError, match=words):
+        find_sources(f"{where}/dataset_info.json:x")

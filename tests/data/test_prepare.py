@@ -3,17 +3,21 @@
 import gzip
 import importlib
 import json
+import os
+import re
 import sys
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from dpo_jax.data import tokenise
 from dpo_jax.data.prepare import DataRequest, prepare
 from dpo_jax.data.summary import field_lines, form_lines
 from dpo_jax.errors import UserError
+from dpo_jax.inspection.console import print_rows
 from tests import places
 from tests.data.test_render import bpe_tokenizer
 
@@ -533,3 +537,36 @@ def test_a_template_with_a_date_has_a_cache_for_each_day(tmp_path, run):
     assert prompts(second.train).pop().startswith("27 Jul 2026<|im_start|>")
     assert "these token ids are of 2026-07-27" in second.report["notes"][0]
     assert not run(path, tokenizer=dated, eval_pairs=0, template_date="2026-07-26").built
+
+
+EVIL = "\ud800\x1b[31m\nerror: forged\u202e id"
+SHOWN = r"\ud800\x1b[31m\nerror: forged\u202e id"
+
+
+def test_names_of_columns_drive_no_terminal(tmp_path, run, capsys):
+    """Neither in the report, which console and pages show, nor in errors; nor does a file's name that is no UTF-8."""
+    name = os.fsdecode(os.fsencode(str(tmp_path)) + b"/caf\xe9\x1b[31m.jsonl")
+    path = jsonl(Path(name), [{**row, EVIL: "x"} for row in rows(20)])
+    prepared = run(path, eval_pairs=4)
+    text = json.dumps(prepared.report, ensure_ascii=False)
+    assert text.encode()
+    assert prepared.report["sources"][0]["unused"] == {SHOWN: 20}
+    assert prepared.report["sources"][0]["files"][0].endswith(r"/caf\udce9\x1b[31m.jsonl")
+    print_rows(prepared.report, Console(file=sys.stdout, width=200))
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]|\nerror", capsys.readouterr().out)
+    path = jsonl(Path(name), [{f"{EVIL}{i}": "x", "why": "y"} for i in range(20)])
+    for columns in ("", "nothing:"):
+        with pytest.raises(UserError) as caught:
+            run(path, columns=columns)
+        assert str(caught.value).isprintable()
+        assert str(caught.value).encode()
+
+
+def test_long_texts_are_tokenised_a_few_at_a_time(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(tokenise, "LONGEST_ROW", 10_000)
+    sizes, render = [], tokenise.render_batch
+    monkeypatch.setattr(tokenise, "render_batch", lambda *args: (sizes.append(len(args[1])), render(*args))[1])
+    content = rows(30) + [{**row, "prompt": row["prompt"] + "x" * 6000} for row in rows(6, start=30)]
+    prepared = run(jsonl(tmp_path / "data.jsonl", content), eval_pairs=0)
+    assert len(prepared.train) == 36
+    assert sizes == [32, 2, 2]

@@ -13,10 +13,8 @@ from dpo_jax import batches, train
 from dpo_jax.errors import Stopped
 from dpo_jax.parallel import watchdog
 from dpo_jax.records.records import read_records
-from dpo_jax.rows.pipeline import StepSource
 from dpo_jax.training import reference
 from tests.end_to_end.test_train import CLOCK, SMALL
-from tests.rows.test_pipeline import PAIRS, _schedule
 
 CHANGED = SMALL | {  # 24 pairs to train on, 8 held out
     "batch_size": 8,
@@ -127,32 +125,30 @@ def test_every_batch_is_a_sign_of_life(monkeypatch, tmp_path):
     assert 1.0 in beats
 
 
-def test_a_damaged_file_counts_as_none(tmp_path):
-    where = reference.Place(tmp_path / "reference-x.npy", 3, 1)
-    assert np.isnan(reference.read_values(where)).all()
-    values = np.arange(6, dtype=np.float32).reshape(3, 2, 1)
-    assert reference.write_values(where, values)
-    np.testing.assert_array_equal(reference.read_values(where), values)
-    where.path.write_bytes(where.path.read_bytes()[:-4])
-    assert np.isnan(reference.read_values(where)).all()
-    assert np.isnan(reference.read_values(reference.Place(where.path, 4, 1))).all()
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "no archive"])
+def test_a_damaged_file_counts_as_none_and_says_why(tmp_path, damage):
+    where = reference.Place(tmp_path / "reference-x.npz", 300, 1)
+    values, why = reference.read_values(where)
+    assert np.isnan(values).all()
+    assert not why
+    values = np.arange(600, dtype=np.float32).reshape(300, 2, 1)
+    assert not reference.write_values(where, values)
+    read, why = reference.read_values(where)
+    np.testing.assert_array_equal(read, values)
+    assert not why
+    content = where.path.read_bytes()
+    for place in range(130, len(content) - 200, 97) if damage == "flipped" else [0]:
+        flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        where.path.write_bytes({"cut": content[:-4], "flipped": flipped, "emptied": b""}.get(damage, b"\0" * 5000))
+        read, why = reference.read_values(where)
+        assert np.isnan(read).all(), place
+        assert "damaged" in why
 
 
-def test_rows_carry_what_is_given_of_their_pairs():
-    schedule = _schedule(multiple=4)
-    rows_of = {s.rows // 2: np.arange(s.rows // 2) for s in schedule.shapes}
-    given = np.random.default_rng(0).normal(size=(len(PAIRS), 2)).astype(np.float32)
-    item = StepSource(schedule, 2, rows_of, 3, {"ref_logps": given})[1]
-    assert item.batch.ref_logps.dtype == np.float32
-    np.testing.assert_array_equal(item.batch.ref_logps[item.placed >= 0], given[item.placed[item.placed >= 0]])
-    assert (item.batch.ref_logps[item.placed < 0] == 0).all()
-
-
-def test_what_moves_or_is_not_there_cannot_be_kept(tmp_path, capsys):
-    for keys, words in (
-        (["--config.reference_sync_steps=5"], "keeps a reference as it is"),
-        (["--config.loss=simpo"], "has no reference"),
-    ):
-        command = ["train", "--config=configs/hhh.py:tiny", f"--workdir={tmp_path}", "--config.reference_cache=True"]
-        assert train.main([*command, *keys]) == 2
-        assert words in capsys.readouterr().err
+def test_values_of_another_shape_count_as_none(tmp_path):
+    where = reference.Place(tmp_path / "reference-x.npz", 3, 1)
+    assert not reference.write_values(where, np.zeros((3, 2, 1), np.float32))
+    values, why = reference.read_values(reference.Place(where.path, 4, 1))
+    assert np.isnan(values).all()
+    assert "not float32 [4, 2, 1]" in why
+    assert "directory" in reference.write_values(reference.Place(tmp_path / "absent" / "x.npz", 3, 1), values)

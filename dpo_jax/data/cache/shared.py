@@ -1,10 +1,11 @@
 """A cache that machines share, at any address fsspec knows (gs://bucket/dir, s3://...): built once, copied by all.
 
     ADDRESS/KEY/ID/...          the files of one build, in a directory of its own: two builders never mix theirs
-    ADDRESS/KEY/manifest.json   created last, by one builder only: the ID, and the size of every file
+    ADDRESS/KEY/manifest.json   created last, by one builder only: the ID, and size and checksum of every file
 
-A machine that finds no manifest, or one whose files are not all there, builds. There is no lock: machines that build at
-the same time do the work twice at worst, and all but the first to create the manifest discard their own build.
+A machine that finds no manifest, or one whose files are not all there or not what was written, builds. It takes no
+other files from there than those of a cache, whatever the manifest names. There is no lock: machines that build at the
+same time do the work twice at worst, and all but the first to create the manifest discard their own build.
 
 ArrayRecord reads files, so every machine has a copy below its local cache root under the same KEY. It is used if its ID
 is the shared one's, which every run looks up once: so all machines of a run read the very same build.
@@ -15,26 +16,19 @@ import functools
 import json
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from dpo_jax.data.cache.store import (
-    MANIFEST,
-    PairCache,
-    Produce,
-    cache_key,
-    cache_lock,
-    cache_root,
-    file_sizes,
-    find_or_write,
-    holds,
-    write_pairs,
-)
-from dpo_jax.disk import whole_file, write_json
+from dpo_jax.data.cache.lock import cache_lock, warn
+from dpo_jax.data.cache.manifest import MANIFEST, parse_manifest
+from dpo_jax.data.cache.store import PairCache, cache_key, cache_root, find_fault, find_or_write, holds, unwritable
+from dpo_jax.data.cache.write import Produce, write_pairs
+from dpo_jax.data.files import file_system
+from dpo_jax.disk import is_full, whole_file, write_json
 from dpo_jax.errors import UserError
 
 # Where directories come into being with their files; makedirs would create a bucket for a misspelt name.
@@ -56,6 +50,8 @@ class _Store:
         except answers:
             raise
         except Exception as error:  # OSError, and each cloud library's own classes
+            if isinstance(error, OSError) and is_full(error):
+                raise unwritable(f"cache_dir={self.address}", error) from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
                 f"cache_dir={self.address}: cannot be reached or written ({reason[:200]}); check the address, the "
@@ -86,39 +82,85 @@ def open_or_build(cache_dir: str, fingerprint: dict[str, Any], produce: Produce)
     if not address:
         return find_or_write(root, fingerprint, build)
     try:
-        filesystem, inner = fsspec.core.url_to_fs(address)
+        filesystem, inner = file_system(address)
     except Exception as error:  # a missing library, an unknown protocol, credentials: no common class
         raise UserError(f"cache_dir={address}: {error}; for gs:// run pip install 'dpo_jax[gcs]'") from error
-    store, written = _Store(filesystem, f"{inner.rstrip('/')}/{cache_key(fingerprint)}", address), False
-    if (manifest := _whole(store, fingerprint)) is None:
-        _make_directory(store, store.path)
-        probe = f"{store.path}/{uuid.uuid4().hex}"
-        store.ask("pipe_file", probe, b"")  # before an hour of work
-        with contextlib.suppress(FileNotFoundError):  # another builder has finished and cleared up
-            store.ask("rm", probe, answers=(FileNotFoundError,))
-        built, _ = find_or_write(root, fingerprint, build)
-        with cache_lock(root, cache_key(fingerprint)):  # or two would write the same files of the same build at once
-            manifest = _whole(store, fingerprint) or _publish(store, built, fingerprint)
-        written = manifest["id"] == built.manifest["id"]
+    store = _Store(filesystem, f"{inner.rstrip('/')}/{cache_key(fingerprint)}", address)
+    manifest, why = _whole(store, fingerprint)
+    if manifest is not None:
+        try:
+            return _copied(store, root, fingerprint, manifest), False
+        except _DamagedUploadError as error:
+            why = f"it {error}"
+    return _build_and_share(store, root, fingerprint, build, why)
+
+
+def _build_and_share(
+    store: _Store, root: Path, fingerprint: dict[str, Any], build: Callable[[Path], None], why: str
+) -> tuple[PairCache, bool]:
+    """Make the cache here, and share it unless another was quicker; `why` the one that is there is of no use, if so."""
+    if why:
+        warn(f"cache {store.address}/{cache_key(fingerprint)}: {why}; it is made anew")
+    _make_directory(store, store.path)
+    probe = f"{store.path}/{uuid.uuid4().hex}"
+    store.ask("pipe_file", probe, b"")  # before an hour of work
+    with contextlib.suppress(FileNotFoundError):  # another builder has finished and cleared up
+        store.ask("rm", probe, answers=(FileNotFoundError,))
+    damaged = store.manifest() if why else None
+    built, _ = find_or_write(root, fingerprint, build)
+    try:
+        # Or two processes of a machine would write the same files of the same build at once.
+        with cache_lock(root, cache_key(fingerprint)):
+            if damaged is not None and store.manifest() == damaged:
+                store.ask("rm", f"{store.path}/{MANIFEST}")
+            manifest = _whole(store, fingerprint)[0] or _publish(store, built, fingerprint)
+    except OSError as error:
+        raise unwritable(f"cache_dir={root}", error) from error
+    try:
+        return _copied(store, root, fingerprint, manifest), manifest["id"] == built.manifest["id"]
+    except _DamagedUploadError as error:
+        raise UserError(f"cache_dir={store.address}: what was just written there {error}; check the store") from None
+
+
+class _DamagedUploadError(Exception):
+    """What was copied is not what the manifest says."""
+
+
+def _copied(store: _Store, root: Path, fingerprint: dict[str, Any], manifest: dict[str, Any]) -> PairCache:
+    """This machine's copy of the build that is shared."""
 
     def copy(directory: Path) -> None:
-        for name in manifest["bytes"]:
+        for name in manifest["files"]:
             store.ask("get_file", f"{store.path}/{manifest['id']}/{name}", str(directory / name))
         write_json(directory / MANIFEST, manifest)
+        if why := find_fault(directory):
+            raise _DamagedUploadError(f"is damaged ({why})")
 
-    return find_or_write(root, fingerprint, copy, manifest["id"])[0], written
+    return find_or_write(root, fingerprint, copy, manifest["id"])[0]
 
 
-def _whole(store: _Store, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest, if it is this cache's and all files that it names are there and as long as they were written."""
+def _whole(store: _Store, fingerprint: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """The manifest, if it is this cache's and all files that it names are there and as long as they were written.
+
+    Else why not; no reason where there is no cache.
+    """
+    if (content := store.manifest()) is None:
+        return None, ""
     try:
-        manifest = json.loads(store.manifest() or b"")
-        paths = {f"{store.path}/{manifest['id']}/{name}": size for name, size in file_sizes(manifest).items()}
-        store.ask("invalidate_cache")  # of listings: another machine may have written since
-        sizes = {path: store.ask("size", path, answers=(FileNotFoundError,)) for path in paths}
-    except (ValueError, KeyError, TypeError, FileNotFoundError):  # no manifest, half of one, or a file is missing
-        return None
-    return manifest if sizes == paths and holds(manifest, fingerprint) else None
+        manifest = parse_manifest(content)
+    except ValueError as error:
+        return None, str(error)
+    if not holds(manifest, fingerprint):
+        return None, f"its {MANIFEST} is that of other rows"
+    store.ask("invalidate_cache")  # of listings: another machine may have written since
+    for name, wanted in manifest["files"].items():
+        try:
+            size = store.ask("size", f"{store.path}/{manifest['id']}/{name}", answers=(FileNotFoundError,))
+        except FileNotFoundError:
+            return None, f"it is damaged ({name} is missing)"
+        if size != wanted["bytes"]:
+            return None, f"it is damaged ({name} has {size:,} bytes, {wanted['bytes']:,} were written)"
+    return manifest, ""
 
 
 def _publish(store: _Store, cache: PairCache, fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -126,17 +168,17 @@ def _publish(store: _Store, cache: PairCache, fingerprint: dict[str, Any]) -> di
     damaged, directory = store.manifest(), f"{store.path}/{cache.manifest['id']}"
     _make_directory(store, directory)
     try:
-        for name in cache.manifest["bytes"]:
+        for name in cache.manifest["files"]:
             store.ask("put_file", str(Path(cache.directory) / name), f"{directory}/{name}")
     except UserError:
-        if (shared := _whole(store, fingerprint)) is not None:  # another was quicker, and cleared ours away
+        if (shared := _whole(store, fingerprint)[0]) is not None:  # another was quicker, and cleared ours away
             return shared
         raise
-    if (shared := _whole(store, fingerprint)) is None:
+    if (shared := _whole(store, fingerprint)[0]) is None:
         if damaged is not None and store.manifest() == damaged:
             store.ask("rm", f"{store.path}/{MANIFEST}")
         _create_manifest(store, cache.manifest)
-        shared = _whole(store, fingerprint)
+        shared = _whole(store, fingerprint)[0]
     if shared is None:
         raise UserError(f"cache_dir={store.address}: what was just written is not there; is it being deleted?")
     with contextlib.suppress(Exception):  # what killed builders left, and ours if another was first, harms no run

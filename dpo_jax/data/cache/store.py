@@ -2,61 +2,51 @@
 
 A cache directory is `ROOT/KEY`, where KEY is a hash of the fingerprint: of everything that decides its content. It is
 written under another name and renamed when whole, so a writer that is killed leaves nothing that is taken for a cache.
-One writer at a time holds `ROOT/KEY.lock`, which the system frees when its process ends; the others wait and then read
-what it wrote.
+One writer at a time holds `ROOT/KEY.lock`; the others wait and then read what it wrote. Every file is compared with its
+checksum before a cache is used (0.1 s for 100 MB); a damaged one is made anew, with a line that says so.
 """
 
-import array
 import contextlib
-import fcntl
 import functools
-import gc
-import hashlib
+import itertools
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import array_record_data_source
 
-from dpo_jax.disk import digest
-from dpo_jax.errors import UserError
+from dpo_jax.data.cache.lock import cache_lock, warn
+from dpo_jax.data.cache.manifest import (
+    ARRAYS,
+    COMPUTED,
+    MANIFEST,
+    MARGIN,
+    RECORDS,
+    OtherFormatError,
+    find_damage,
+    parse_manifest,
+)
+from dpo_jax.disk import digest, is_full
+from dpo_jax.errors import SAVE_FAILED, UserError
 
-FORMAT = 2  # raise it when the files below change; older caches are then built anew
-QUARANTINE, MANIFEST = "quarantine.jsonl", "manifest.json"
-LARGEST_ID = "largest_id"  # of the token ids of all pairs, in the manifest
-IDS_DIGEST = "ids"  # of the token ids of all pairs, in the manifest
-_RECORDS, _MARGIN = "pairs.array_record", "margin.npy"
 _LEFT_OVER_SECONDS = 3600
-_PLAIN = re.compile(r"\w[\w.-]*")  # a file's name: no directory, and nothing hidden
-
-
-class Pair(NamedTuple):
-    """One pair on its way into the cache: token ids, its source's number, the hash of its prompt (64 bits), its row.
-
-    The row is `line` (from 1) of the source's file number `file`. All pairs of a cache have a margin, or none has.
-    """
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    source: int
-    prompt_hash: int
-    file: int = 0
-    line: int = 0
-    margin: float | None = None
-
-
-# Given the path for quarantined rows, yields the pairs and returns what the manifest keeps about them.
-Produce = Callable[[Path], Generator[Pair, None, dict[str, Any]]]
+_MOST_CACHES = 1000  # that are looked at for one of another version
+# Types and numbers of columns of the arrays.
+_KINDS = {
+    "lengths": (np.int32, 3),
+    "source": (np.int32, 0),
+    "prompt_hash": (np.uint64, 0),
+    "origin": (np.int32, 2),
+    "margin": (np.float32, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -83,9 +73,25 @@ class PairCache:
         """Ids of pair `index`: prompt, chosen, rejected, int32 each and read-only."""
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
-        ids = np.frombuffer(_reader(self.directory, self.manifest["id"])[int(index)], dtype="<i4")
-        prompt, chosen, _ = (int(length) for length in self.lengths[index])
+        prompt, chosen, rejected = (int(length) for length in self.lengths[index])
+        ids = self._ids(int(index))
+        if len(ids) != prompt + chosen + rejected:
+            raise self._damaged(f"pair {index} has {len(ids)} tokens, not {prompt + chosen + rejected}")
         return ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :]
+
+    def _ids(self, index: int) -> np.ndarray:
+        try:
+            return np.frombuffer(_reader(self.directory, self.manifest["id"])[index], dtype="<i4")
+        except (RuntimeError, ValueError, IndexError, OSError) as error:  # a block has a checksum of its own
+            raise self._damaged(f"pair {index}: {error}") from error
+
+    def _damaged(self, what: str) -> UserError:
+        """All was sound when it was opened; what makes it anew is the next start, which compares it again."""
+        return UserError(
+            f"{self.directory}: damaged while it was read ({what:.200}); the same command makes the cache anew and "
+            "resumes, but check the disk",
+            code=SAVE_FAILED,
+        )
 
     def row(self, index: int) -> dict[str, Any]:
         """Where pair `index` is from: the source's name, its file (where it was when the cache was built), the line."""
@@ -94,7 +100,7 @@ class PairCache:
         return {"source": entry["name"], "file": entry["files"][file], "line": line}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_cache, (self.directory,)
+        return _reopen, (self.directory,)
 
 
 def cache_root(cache_dir: str = "") -> Path:
@@ -111,20 +117,9 @@ def cache_key(fingerprint: dict[str, Any]) -> str:
     return digest(json.dumps(fingerprint, sort_keys=True, separators=(",", ":")))
 
 
-def file_sizes(manifest: dict[str, Any]) -> dict[str, int]:
-    """The size of every file of a cache with this manifest, by name.
-
-    Raises:
-      ValueError, KeyError, TypeError: this is no manifest, or it names a file that is elsewhere.
-    """
-    if not isinstance(manifest["bytes"], dict) or not all(map(_PLAIN.fullmatch, (manifest["id"], *manifest["bytes"]))):
-        raise ValueError("the manifest names what is no plain file name")
-    return manifest["bytes"]
-
-
 def holds(manifest: dict[str, Any], fingerprint: dict[str, Any]) -> bool:
     """Whether a cache with this manifest is the one for `fingerprint`."""
-    return manifest.get("format") == FORMAT and cache_key(manifest.get("fingerprint", {})) == cache_key(fingerprint)
+    return cache_key(manifest["fingerprint"]) == cache_key(fingerprint)
 
 
 def find_or_write(
@@ -133,154 +128,156 @@ def find_or_write(
     """The cache for `fingerprint` below `root` if it is whole, else what `write` puts there; and whether it did.
 
     `write` fills an empty directory with the files of a cache; one process at a time calls it. `wanted`: the ID of the
-    only build that will do.
+    only build that will do. Of a cache that is damaged or of another version, a line says so.
 
-    UserError if the directory cannot be written; also whatever `write` raises. Then no cache is left.
+    UserError if the directory cannot be written (code 74: the disk is full); also whatever `write` raises. Then no
+    cache is left.
     """
     key = cache_key(fingerprint)
     target = root / key
-    if (cache := _open_if_whole(target, fingerprint, wanted)) is not None:
+    cache, _ = _open_if_whole(target, fingerprint, wanted)
+    if cache is not None:
         return cache, False
     try:
         root.mkdir(parents=True, exist_ok=True)
         with cache_lock(root, key):
-            if (cache := _open_if_whole(target, fingerprint, wanted)) is not None:  # built while we waited
+            cache, why = _open_if_whole(target, fingerprint, wanted)
+            if cache is not None:  # made while we waited
                 return cache, False
+            if why:
+                warn(f"cache {target}: {why}; it is made anew")
+            elif not wanted and (other := _of_another_version(root, fingerprint)):
+                warn(f"cache {other}: another version of this package made it of the same rows; it is made anew")
             _clear_left_overs(root, key)
             building = Path(tempfile.mkdtemp(prefix=f"{key}.building-", dir=root))
             try:
                 write(building)
-                for path in building.iterdir():  # on disk before the rename: a machine that dies leaves no hollow cache
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-                if target.exists():  # damaged or not the wanted one, or we would have returned it
-                    target.rename(root / f"{key}.building-damaged-{uuid.uuid4().hex}")
-                building.rename(target)
+                return _put_in_place(building, target, fingerprint, wanted)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
-            _clear_left_overs(root, f"{key}.building-damaged", older_than=0)
     except OSError as error:
-        raise _unwritable(root, error) from error
-    return open_cache(str(target)), True
+        cache, _ = _open_if_whole(target, fingerprint, wanted)
+        if cache is not None:  # another has made it, and cleared away what a frozen process had begun
+            return cache, False
+        raise unwritable(f"cache_dir={root}", error) from error
 
 
-def _unwritable(root: Path, error: OSError) -> UserError:
+def unwritable(what: str, error: OSError) -> UserError:
+    """What is said of a cache that cannot be written, with the code for a full disk where that is the reason."""
     reason = error.strerror or error
-    return UserError(f"cache_dir={root}: cannot be written ({reason}); give a writable --config.cache_dir")
+    if is_full(error):
+        return UserError(f"{what}: {reason}; make room, then give the same command again", code=SAVE_FAILED)
+    return UserError(f"{what}: cannot be written ({reason}); give a writable --config.cache_dir")
 
 
-@contextlib.contextmanager
-def cache_lock(root: Path, key: str) -> Iterator[None]:
-    """Only one process of this machine at a time is in here for one cache; others wait.
+def _put_in_place(building: Path, target: Path, fingerprint: dict[str, Any], wanted: str) -> tuple[PairCache, bool]:
+    """Rename what was written to `target`, where a damaged cache or another build may be."""
+    for path in building.iterdir():  # on disk before the rename: a machine that dies leaves no hollow cache
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    cache, _ = _open_if_whole(target, fingerprint, wanted)
+    if cache is not None:  # made by another, where nobody could hold the lock
+        return cache, False
+    if os.path.lexists(target):
+        for path in target.glob(COMPUTED):  # costs more than the pairs
+            with contextlib.suppress(OSError):
+                path.rename(building / path.name)
+        target.rename(target.with_name(f"{target.name}.building-damaged-{uuid.uuid4().hex}"))
+    building.rename(target)
+    _clear_left_overs(target.parent, f"{target.name}.building-damaged", older_than=0)
+    return _open(target, contents=False), True
 
-    Raises:
-      UserError: there can be no lock in `root`.
-    """
-    with contextlib.ExitStack() as held:
-        try:
-            lock = held.enter_context(open(root / f"{key}.lock", "a"))
-        except OSError as error:
-            raise _unwritable(root, error) from error
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel if we are killed
-        yield
+
+def _of_another_version(root: Path, fingerprint: dict[str, Any]) -> Path | None:
+    """A cache of the same rows, tokenizer and limits that other code made."""
+    mine = json.loads(json.dumps(fingerprint))
+    same = {key: value for key, value in mine.items() if key != "code"}
+    for path in itertools.islice(root.glob(f"*/{MANIFEST}"), _MOST_CACHES):
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+            theirs = json.loads(path.read_text()).get("fingerprint", {})
+            if theirs != mine and {key: value for key, value in theirs.items() if key != "code"} == same:
+                return path.parent
+    return None
 
 
 def open_cache(directory: str) -> PairCache:
-    """Opens a whole cache; UserError if it is none, or one of its files is not as long as it was written."""
-    path = Path(directory)
+    """Opens a whole cache; UserError if it is none, or one of its files is not what was written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        names = ("lengths", "source", "prompt_hash", "origin")
-        lengths, source, prompt_hash, origin = (np.load(path / f"{name}.npy", mmap_mode="r") for name in names)
-        margin = np.load(path / _MARGIN, mmap_mode="r") if _MARGIN in file_sizes(manifest) else None
-        sizes = {name: (path / name).stat().st_size for name in file_sizes(manifest)}
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        return _open(Path(directory), contents=True)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{directory}: no cache of pairs, or a damaged one ({error}); delete it to build it anew"
-        ) from error
-    if manifest["format"] != FORMAT or sizes != manifest["bytes"]:
-        raise UserError(f"{directory}: a cache of another version, or a damaged one; delete it to build it anew")
-    return PairCache(directory, lengths, source, prompt_hash, origin, manifest, margin)
+        ) from None
 
 
-def _open_if_whole(target: Path, fingerprint: dict[str, Any], wanted: str) -> PairCache | None:
+def find_fault(directory: Path) -> str:
+    """Why a directory holds no whole cache; empty if it does."""
     try:
-        cache = open_cache(str(target))
-    except UserError:
-        return None
-    return cache if holds(cache.manifest, fingerprint) and wanted in ("", cache.manifest["id"]) else None
+        _open(directory, contents=True)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
 
 
-def write_pairs(directory: Path, fingerprint: dict[str, Any], produce: Produce) -> None:
-    """Writes all files of a cache; the arrays cost 32 bytes of memory a pair, the records none."""
-    lengths, sources, hashes, origins = (array.array(code) for code in "iiQi")
-    margins = array.array("f")
-    # One record per group: the pipeline reads pairs in random order.
-    writer = array_record_module.ArrayRecordWriter(str(directory / _RECORDS), "group_size:1")
-    about: dict[str, Any] = {}
-    largest, all_ids = -1, hashlib.blake2b(digest_size=12)
-
-    def pairs() -> Iterator[Pair]:
-        about.update((yield from produce(directory / QUARANTINE)))
-
-    try:
-        with _collecting_new_objects():
-            for pair in pairs():
-                ids = np.asarray([*pair.prompt, *pair.chosen, *pair.rejected], dtype="<i4")
-                largest = max(largest, int(ids.max(initial=-1)))
-                record = ids.tobytes()
-                all_ids.update(record)
-                writer.write(record)
-                lengths.extend((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
-                sources.append(pair.source)
-                hashes.append(pair.prompt_hash)
-                origins.extend((pair.file, pair.line))
-                if pair.margin is not None:
-                    margins.append(pair.margin)
-    finally:
-        writer.close()
-    np.save(directory / "lengths.npy", np.asarray(lengths, dtype=np.int32).reshape(-1, 3))
-    np.save(directory / "source.npy", np.asarray(sources, dtype=np.int32))
-    np.save(directory / "prompt_hash.npy", np.asarray(hashes, dtype=np.uint64))
-    np.save(directory / "origin.npy", np.asarray(origins, dtype=np.int32).reshape(-1, 2))
-    if margins:
-        assert len(margins) == len(sources), "some pairs have a margin, and others have none"
-        np.save(directory / _MARGIN, np.asarray(margins, dtype=np.float32))
-    manifest = {
-        "format": FORMAT,
-        "id": uuid.uuid4().hex,
-        "fingerprint": fingerprint,
-        "pairs": len(sources),
-        LARGEST_ID: largest,
-        IDS_DIGEST: all_ids.hexdigest(),
-        "bytes": {path.name: path.stat().st_size for path in sorted(directory.iterdir())},
-        **about,
-    }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+def _reopen(directory: str) -> PairCache:
+    """A cache that was compared with its checksums when it was opened first."""
+    return _open(Path(directory), contents=False)
 
 
-@contextlib.contextmanager
-def _collecting_new_objects() -> Iterator[None]:
-    """Within it the garbage collector looks at new objects only.
+def _open(directory: Path, *, contents: bool) -> PairCache:
+    """The cache in a directory; `contents`: only if its files are what was written.
 
-    Rows are many small objects that come and go. They would make it look again and again at everything that the process
-    has loaded before, which takes a fifteenth of the time.
+    Raises:
+      ValueError, OSError: it is none, or a damaged one; OtherFormatError: one of another version.
     """
-    gc.freeze()
+    manifest = parse_manifest((directory / MANIFEST).read_bytes())
+    if why := find_damage(directory, manifest, contents=contents):
+        raise ValueError(why)
+    arrays = {name: _array(directory, name, manifest["pairs"]) for name in ARRAYS}
+    margin = _array(directory, "margin", manifest["pairs"]) if MARGIN in manifest["files"] else None
+    return PairCache(str(directory), **arrays, manifest=manifest, margin=margin)
+
+
+def _array(directory: Path, name: str, pairs: int) -> np.ndarray:
+    """A memory map of one of the arrays; ValueError if it is of another type or shape than all are."""
+    kind, columns = _KINDS[name]
     try:
-        yield
-    finally:
-        gc.unfreeze()
+        found = np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # NumPy parses the head as Python, whose errors are many
+        raise ValueError(f"{name}.npy is no array ({type(error).__name__})") from None
+    if found.dtype != kind or found.shape != ((pairs, columns) if columns else (pairs,)):
+        raise ValueError(f"{name}.npy holds {found.dtype} {list(found.shape)}, which is not of {pairs:,} pairs")
+    return found
+
+
+def _open_if_whole(target: Path, fingerprint: dict[str, Any], wanted: str) -> tuple[PairCache | None, str]:
+    """The cache, or why what is there is not used; no reason where nothing is, or another build than the wanted one."""
+    if not os.path.lexists(target):
+        return None, ""
+    try:
+        cache = _open(target, contents=True)
+    except FileNotFoundError:
+        return None, f"it has no {MANIFEST}"
+    except OtherFormatError as error:
+        return None, str(error)
+    except (OSError, ValueError) as error:
+        return None, f"it is damaged ({getattr(error, 'strerror', None) or error})"
+    if not holds(cache.manifest, fingerprint):
+        return None, f"it is damaged (its {MANIFEST} is that of other rows)"
+    return (cache, "") if wanted in ("", cache.manifest["id"]) else (None, "")
 
 
 @functools.lru_cache(maxsize=16)
 def _reader(directory: str, identity: str) -> Any:
     """The open record file of this process; `identity` tells a cache that was built anew in the same place."""
-    return array_record_data_source.ArrayRecordDataSource(os.path.join(directory, _RECORDS))
+    return array_record_data_source.ArrayRecordDataSource(os.path.join(directory, RECORDS))
 
 
 def _clear_left_overs(root: Path, prefix: str, older_than: float = _LEFT_OVER_SECONDS) -> None:
     """Removes what killed writers left; recent directories stay, where a file system's locks may not hold."""
     for path in root.glob(f"{prefix}*"):
         if ".building-" in path.name and time.time() - path.stat().st_mtime >= older_than:
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The shared cache: one build of it counts, all copy that one, and what is not whole is built anew."""
 
+import hashlib
 import json
 import os
 import signal
@@ -12,11 +13,19 @@ import fsspec
 import pytest
 
 from dpo_jax.data.cache import shared
+from dpo_jax.data.cache.manifest import sealed
 from dpo_jax.data.cache.shared import open_or_build, shared_address
 from dpo_jax.data.cache.store import cache_key
 from dpo_jax.errors import UserError
 from tests import places
-from tests.data.cache.test_store import FINGERPRINT, assert_holds_the_pairs, build_and_be_killed, forbidden, produce
+from tests.data.cache.test_store import (
+    DAMAGES,
+    FINGERPRINT,
+    assert_holds_the_pairs,
+    build_and_be_killed,
+    forbidden,
+    produce,
+)
 from tests.processes import run_all
 
 KEY = cache_key(FINGERPRINT)
@@ -105,8 +114,8 @@ def test_a_local_cache_is_uploaded_and_not_built_again(address, machine):
 
 
 @pytest.mark.parametrize("name", ["pairs.array_record", "lengths.npy", "manifest.json"])
-@pytest.mark.parametrize("damage", ["missing", "shorter"])
-def test_a_partial_upload_is_not_taken_for_whole(address, machine, name, damage):
+@pytest.mark.parametrize("damage", ["missing", "shorter", "flipped"])
+def test_a_damaged_upload_is_not_taken_for_whole(address, machine, capsys, name, damage):
     cache, _ = open_or_build(address, FINGERPRINT, produce)
     inside = name if name == "manifest.json" else f"{cache.manifest['id']}/{name}"
     filesystem, path = remote(address, inside)
@@ -114,30 +123,56 @@ def test_a_partial_upload_is_not_taken_for_whole(address, machine, name, damage)
     if damage == "missing":
         filesystem.rm(path)
     else:
-        filesystem.pipe_file(path, content[:-8])
+        filesystem.pipe_file(path, DAMAGES[damage](content))
     machine("second")
     again, written = open_or_build(address, FINGERPRINT, produce)
     assert written
     assert_holds_the_pairs(again)
+    if (name, damage) != ("manifest.json", "missing"):
+        (said,) = capsys.readouterr().out.splitlines()
+        assert said.startswith(f"warning: cache {address.rstrip('/')}/{KEY}: it")
+        assert name in said
     assert assert_one_sound_cache(address, machine) == again.manifest["id"]
+
+
+def test_the_machine_that_built_it_mends_what_is_damaged_there(address, machine):
+    cache, _ = open_or_build(address, FINGERPRINT, produce)
+    filesystem, path = remote(address, f"{cache.manifest['id']}/lengths.npy")
+    filesystem.pipe_file(path, DAMAGES["shorter"](filesystem.cat_file(path)))
+    assert open_or_build(address, FINGERPRINT, forbidden)[1]  # from what it has
+    assert assert_one_sound_cache(address, machine) == cache.manifest["id"]
+
+
+HOSTILE = ["../outside", "../../../.profile", "/outside", "in/side", ".hidden", "reference-1.npz", "a\nb", "x" * 300]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"bytes": {"../outside": 3}},
-        {"bytes": {"/outside": 3}},
-        {"bytes": {"in/side": 3}},
-        {"bytes": {".hidden": 3}},
-        {"bytes": ["pairs.array_record"]},
+        *({"files": {name: {"bytes": 3, "sha256": hashlib.sha256(b"bad").hexdigest()}}} for name in HOSTILE),
+        {"files": ["pairs.array_record"]},
+        {"files": {}},
+        {"files": {"lengths.npy": 3}},
+        {"files": {"lengths.npy": {"bytes": -1, "sha256": "0" * 64}}},
         {"id": ".."},
+        {"id": "../../x"},
+        {"id": 7},
+        {"pairs": "50"},
+        {"pairs": 51},
+        {"sources": [{"name": "a"}]},
+        {"sources": None},
+        {"fingerprint": []},
     ],
+    ids=lambda change: str(change)[:60].encode("unicode_escape").decode(),
 )
-def test_a_manifest_names_plain_files_only(address, machine, change):
-    """Whoever can write to the bucket must not choose where files are written on every machine."""
+def test_a_manifest_names_the_files_of_a_cache_only(address, machine, change):
+    """Whoever can write to the bucket must not choose where files are written on every machine: not with a checksum."""
     cache, _ = open_or_build(address, FINGERPRINT, produce)
     filesystem, path = remote(address, "manifest.json")
-    filesystem.pipe_file(path, json.dumps({**cache.manifest, **change}).encode())
+    hostile = {**cache.manifest, **change}
+    if isinstance(change.get("files"), dict) and "lengths.npy" not in change["files"]:
+        hostile["files"] = {**cache.manifest["files"], **change["files"]} if change["files"] else {}
+    filesystem.pipe_file(path, json.dumps(sealed(hostile)).encode())
     for outside in ("outside", f"{cache.manifest['id']}/in/side", f"{cache.manifest['id']}/.hidden"):
         filesystem.makedirs(os.path.dirname(remote(address, outside)[1]), exist_ok=True)
         filesystem.pipe_file(remote(address, outside)[1], b"bad")

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,16 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpo_jax.data.cache import lock
+from dpo_jax.data.cache.manifest import sealed
 from dpo_jax.data.cache.shared import open_or_build
-from dpo_jax.data.cache.store import Pair, cache_root, open_cache
-from dpo_jax.errors import UserError
+from dpo_jax.data.cache.store import cache_key, cache_root, open_cache
+from dpo_jax.data.cache.write import Pair
+from dpo_jax.errors import SAVE_FAILED, UserError
 from tests import places
+from tests.disks import small_disk
 from tests.processes import run_all
 
 FINGERPRINT = {"files": ["a"], "limit": 3}
-PAIRS = [
-    Pair([1, 2, number], [3] * (number % 4 + 1), [4, 70_000], number % 2, 2**64 - 1 - number) for number in range(50)
-]
+PAIRS = [Pair([1, 2, n], [3] * (n % 4 + 1), [4, 70_000], n % 2, 2**64 - 1 - n, n % 3, n + 1) for n in range(50)]
 
 
 def produce(quarantine):
@@ -112,29 +115,157 @@ def test_the_garbage_collector_is_left_as_it_was(tmp_path):
     assert not gc.get_freeze_count()
 
 
-@pytest.mark.parametrize("name", ["pairs.array_record", "lengths.npy", "source.npy", "manifest.json"])
-@pytest.mark.parametrize("damage", ["missing", "shorter", "empty"])
-def test_a_damaged_cache_is_built_again(tmp_path, name, damage):
-    cache, _ = open_or_build(str(tmp_path), FINGERPRINT, produce)
-    path = Path(cache.directory) / name
-    if damage == "missing":
-        path.unlink()
-    else:
-        os.truncate(path, path.stat().st_size - 8 if damage == "shorter" else 0)
+FILES = ("pairs.array_record", "lengths.npy", "source.npy", "prompt_hash.npy", "origin.npy", "quarantine.jsonl")
+DAMAGES = {
+    "missing": lambda content: None,
+    "shorter": lambda content: content[:-8],
+    "empty": lambda content: b"",
+    "flipped": lambda content: content[:-9] + bytes([content[-9] ^ 4]) + content[-8:],
+    "flipped in the middle": lambda content: content[:140] + bytes([content[140] ^ 128]) + content[141:],
+    "shifted": lambda content: content[:128] + content[132:] + content[128:132],
+    "zeros": lambda content: b"\0" * len(content),
+}
+
+
+def change(path, damage):
+    """Damage a file as `DAMAGES` says."""
+    content = DAMAGES[damage](path.read_bytes())
+    path.unlink() if content is None else path.write_bytes(content)
+
+
+def with_bad_rows(quarantine):
+    """The pairs, and a file of bad rows that can be damaged."""
+    rest = produce(quarantine)
+    first = next(rest)
+    quarantine.write_text('{"reason": "invalid_json"}\n' * 20)
+    yield first
+    return (yield from rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, damage) for name in ("lengths.npy", "manifest.json") for damage in DAMAGES),
+        *((name, damage) for name in FILES for damage in ("missing", "flipped", "shifted") if name != "lengths.npy"),
+    ],
+)
+def test_a_damaged_cache_is_made_again_and_a_line_says_so(tmp_path, capsys, name, damage):
+    cache, _ = open_or_build(str(tmp_path), FINGERPRINT, with_bad_rows)
+    change(Path(cache.directory) / name, damage)
     with pytest.raises(UserError, match="damaged"):
         open_cache(cache.directory)
+    assert not capsys.readouterr().out
+    again, built = open_or_build(str(tmp_path), FINGERPRINT, with_bad_rows)
+    assert built
+    assert_holds_the_pairs(again)
+    assert again.manifest["content"] == cache.manifest["content"]
+    assert len(list(tmp_path.iterdir())) == 2  # the cache and its lock
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"warning: cache {cache.directory}: it ")
+    assert name in said
+    assert said.endswith("; it is made anew")
+
+
+def test_a_block_that_is_damaged_later_ends_the_run_in_a_line_and_the_next_start_mends_it(tmp_path):
+    cache, _ = open_or_build(str(tmp_path), FINGERPRINT, produce)
+    records = Path(cache.directory) / "pairs.array_record"
+    content = bytearray(records.read_bytes())
+    for place in [place for place, byte in enumerate(content) if byte][10::50]:
+        content[place] ^= 16
+    records.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged while it was read \(pair \d+.*the same command") as caught:
+        [cache[number] for number in range(len(cache))]
+    assert caught.value.code == SAVE_FAILED
+    assert open_or_build(str(tmp_path), FINGERPRINT, produce)[1]
+
+
+def test_what_was_computed_for_the_pairs_outlives_a_damaged_cache(tmp_path):
+    cache, _ = open_or_build(str(tmp_path), FINGERPRINT, produce)
+    (Path(cache.directory) / "reference-12.npz").write_text("values")
+    change(Path(cache.directory) / "lengths.npy", "flipped")
+    again, _ = open_or_build(str(tmp_path), FINGERPRINT, produce)
+    assert (Path(again.directory) / "reference-12.npz").read_text() == "values"
+    assert not open_or_build(str(tmp_path), FINGERPRINT, forbidden)[1]  # it is no file of the cache
+
+
+def test_a_manifest_of_another_version_or_of_other_rows_is_not_used(tmp_path, capsys):
+    cache, _ = open_or_build(str(tmp_path), FINGERPRINT, produce)
+    path = Path(cache.directory) / "manifest.json"
+    of_version_2 = {"format": 2, "id": "a", "bytes": {"lengths.npy": 728}, "fingerprint": FINGERPRINT}
+    of_other_rows = sealed({**json.loads(path.read_text()), "fingerprint": {"files": ["b"]}})
+    for manifest, words in ((of_version_2, "another version of this package made it"), (of_other_rows, "other rows")):
+        path.write_text(json.dumps(manifest))
+        assert open_or_build(str(tmp_path), FINGERPRINT, produce)[1]
+        (said,) = capsys.readouterr().out.splitlines()
+        assert words in said
+
+
+def test_of_the_same_rows_read_by_other_code_a_line_says_why_they_are_read_again(tmp_path, capsys):
+    earlier, _ = open_or_build(str(tmp_path), {**FINGERPRINT, "code": "earlier"}, produce)
+    open_or_build(str(tmp_path), {**FINGERPRINT, "limit": 7, "code": "now"}, produce)
+    assert not capsys.readouterr().out
+    assert open_or_build(str(tmp_path), {**FINGERPRINT, "code": "now"}, produce)[1]
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"warning: cache {earlier.directory}: another version")
+    assert Path(earlier.directory).exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"null",
+        b"[]",
+        b"3",
+        b'"x"',
+        b"{}",
+        b"[" * 100_000,
+        b'{"format": "3"}',
+        b'{"format": null, "files": {}}',
+        b"\xff\xfe",
+        b'{"format": 3, "id": 1, "files": []}',
+        b'{"format": 1e999}',
+    ],
+)
+def test_a_manifest_of_another_shape_is_a_damaged_one(tmp_path, content):
+    cache, _ = open_or_build(str(tmp_path), FINGERPRINT, produce)
+    (Path(cache.directory) / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        open_cache(cache.directory)
+    assert open_or_build(str(tmp_path), FINGERPRINT, produce)[1]
+
+
+@pytest.mark.parametrize("odd", ["a file", "a directory in place of a file", "a link in place of a file"])
+def test_what_is_no_cache_gives_way_to_one(tmp_path, odd):
+    cache, _ = open_or_build(str(tmp_path), FINGERPRINT, produce)
+    directory = Path(cache.directory)
+    if odd == "a file":
+        shutil.rmtree(directory)
+        directory.write_text("")
+    else:
+        (directory / "source.npy").unlink()
+        (directory / "source.npy").mkdir() if "directory" in odd else (directory / "source.npy").symlink_to("/dev/zero")
     again, built = open_or_build(str(tmp_path), FINGERPRINT, produce)
     assert built
     assert_holds_the_pairs(again)
-    assert len(list(tmp_path.iterdir())) == 2  # the cache and its lock
 
 
-def test_a_cache_of_another_version_or_fingerprint_is_not_used(tmp_path):
-    cache, _ = open_or_build(str(tmp_path), FINGERPRINT, produce)
-    manifest = Path(cache.directory) / "manifest.json"
-    for change in ({"format": 0}, {"fingerprint": {"files": ["b"]}}):
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
-        assert open_or_build(str(tmp_path), FINGERPRINT, produce)[1]
+@pytest.mark.slow
+def test_comparing_a_cache_with_its_checksums_is_quick(tmp_path):
+    """160,800 pairs of 300 tokens: as many as HH has, and longer than they are. It may add two seconds to a start."""
+    random = np.random.default_rng(0)
+    texts = random.integers(0, 50_000, (160_800, 300), dtype=np.int32)
+
+    def many(quarantine):
+        quarantine.write_text("")
+        for number, ids in enumerate(texts.tolist()):
+            yield Pair(ids[:200], ids[200:250], ids[250:], 0, number)
+        return {}
+
+    cache, _ = open_or_build(str(tmp_path), FINGERPRINT, many)
+    assert sum(file["bytes"] for file in cache.manifest["files"].values()) > 50e6
+    began = time.process_time()
+    assert not open_or_build(str(tmp_path), FINGERPRINT, forbidden)[1]
+    assert time.process_time() - began < 2
 
 
 def test_of_several_threads_one_writes_and_the_others_wait(tmp_path):
@@ -208,6 +339,91 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(tmp_path):
     assert built
     assert_holds_the_pairs(cache)
     assert not left.exists()
+
+
+FROZEN = """
+import os, signal, sys, time
+from tests.data.cache.test_store import FINGERPRINT, produce
+from dpo_jax.data.cache.shared import open_or_build
+def freezing(quarantine):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return (yield from produce(quarantine))
+print(open_or_build(sys.argv[1], FINGERPRINT, freezing)[1])
+"""
+
+
+def test_a_builder_that_is_frozen_is_not_waited_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "SILENT_SECONDS", 1.0)
+    command = [sys.executable, "-c", FROZEN, str(tmp_path)]
+    with subprocess.Popen(command, cwd=places.ROOT, stdout=subprocess.PIPE, text=True) as frozen:
+        try:
+            assert os.WIFSTOPPED(os.waitpid(frozen.pid, os.WUNTRACED)[1])
+            cache, built = open_or_build(str(tmp_path), FINGERPRINT, produce)
+            assert built
+            assert_holds_the_pairs(cache)
+            (said,) = capsys.readouterr().out.splitlines()
+            assert f"process {frozen.pid} on " in said
+            assert "has not moved for 1 s" in said
+            os.kill(frozen.pid, signal.SIGCONT)  # it finds the cache of the one that did not wait
+            assert frozen.communicate(timeout=60)[0] == "False\n"
+            assert frozen.returncode == 0
+        finally:
+            frozen.kill()
+    assert_holds_the_pairs(cache)
+    assert not open_or_build(str(tmp_path), FINGERPRINT, forbidden)[1]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_builder_that_moves_is_waited_for_and_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "SILENT_SECONDS", 0.8)
+    monkeypatch.setattr(lock, "_FIRST_WORD_SECONDS", 0.5)
+    inside, found = threading.Event(), []
+
+    def slow(quarantine):
+        inside.set()
+        time.sleep(2)
+        return (yield from produce(quarantine))
+
+    builder = threading.Thread(target=lambda: found.append(open_or_build(str(tmp_path), FINGERPRINT, slow)))
+    builder.start()
+    assert inside.wait(30)
+    assert not open_or_build(str(tmp_path), FINGERPRINT, forbidden)[1]
+    builder.join(30)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"warning: waiting for process {os.getpid()} on ")
+
+
+@pytest.mark.parametrize("odd", ["link", "directory", "pipe"])
+def test_a_lock_that_is_none_is_one_line(tmp_path, odd):
+    key = cache_key(FINGERPRINT)
+    path, victim = tmp_path / f"{key}.lock", tmp_path / "victim"
+    victim.write_text("kept")
+    {"link": lambda: path.symlink_to(victim), "directory": path.mkdir, "pipe": lambda: os.mkfifo(path)}[odd]()
+    with pytest.raises(UserError, match=r"cache_dir=.*cannot be written"):
+        open_or_build(str(tmp_path), FINGERPRINT, forbidden)
+    assert victim.read_text() == "kept"
+
+
+def test_a_full_disk_under_the_cache_is_74_and_the_same_call_goes_on_when_there_is_room(tmp_path):
+    random = np.random.default_rng(0)
+
+    def large(quarantine):
+        quarantine.write_text("")
+        for number in range(3000):
+            yield Pair(random.integers(0, 2**31, 300).tolist(), [1], [2], 0, number)
+        return {}
+
+    with small_disk(tmp_path / "disk", "1m"):
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"No space left on device; make room, then give the same") as caught:
+                open_or_build(str(tmp_path / "disk"), FINGERPRINT, large)
+            assert caught.value.code == SAVE_FAILED
+            assert [path.suffix for path in (tmp_path / "disk").iterdir()] == [".lock"]
+        subprocess.run(["mount", "-o", "remount,size=50m", tmp_path / "disk"], check=True)
+        cache, built = open_or_build(str(tmp_path / "disk"), FINGERPRINT, large)
+        assert built
+        assert len(cache[2999][0]) == 300
 
 
 def test_opening_a_cache_imports_no_jax(tmp_path):
