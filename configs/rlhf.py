@@ -8,6 +8,10 @@
         SmolLM2-135M-Instruct on HH, for a laptop, Colab or one TPU chip: light SFT, one epoch of a reward model, RL.
         It is what configs/rlhf.py is without a preset.
 
+    python -m dpo_jax.rlhf --config=configs/rlhf.py:shorter --workdir=runs/rlhf-shorter
+        SmolLM2-135M-Instruct with the rule "the shorter answer wins" for a reward, on prompts of HH: mean lengths halve
+        in 20 updates, which shows on a laptop that the loop closes.
+
     python -m dpo_jax.rlhf --config=configs/rlhf.py:llama3.1-8b --workdir=runs/rlhf-8b "--config.judge=http://HOST/v1|MODEL"
         Llama-3.1-8B-Instruct (gated: `hf auth login`) on UltraFeedback, all parameters. The judge that grades is
         another model. It was not run.
@@ -67,6 +71,22 @@ PRESETS = {
         "num_steps": 200,
         "learning_rate": 3e-6,
         "lr_schedule": "constant",
+    },
+    "shorter": {
+        "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "dataset": "hhh",
+        "max_prompt_length": 256,
+        "max_completion_length": 128,
+        "batch_size": 8,
+        "eval_pairs": 16,
+        "sft_steps": 0,
+        "num_steps": 20,
+        "rl_reward": "dpo_jax.preference.rules:shorter",
+        "rl_n": 8,
+        "learning_rate": 1e-5,
+        "lr_schedule": "constant",
+        "warmup_steps": 0.0,
+        "eval_every": 10,
     },
     "llama3.1-8b": _LLAMA,
     "llama3.1-8b-lora": _LLAMA | {"lora_rank": 32, "learning_rate": 1e-5, "reward_learning_rate": 1e-4},

@@ -187,6 +187,7 @@ def abstract_trained(layout: Layout, dtype: Any) -> Any:
     return _abstract(_fresh(layout.config, layout.lora), dtype, layout.trained)
 
 
+@functools.lru_cache(maxsize=8)  # tracing it takes most of a second, and a run asks several times
 def _fresh(config: ModelConfig, lora: Lora | None) -> Any:
     """Shapes and logical axes of a model's parameters, or of its adapters."""
     init = init_params if lora is None else functools.partial(init_adapters, lora=lora)
