@@ -20,9 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
-from safetensors import SafetensorError, safe_open
 
-from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig, Params
 from dpo_jax.model.families import config_from_hf, hf_config
@@ -41,9 +39,9 @@ from dpo_jax.model.tensors import (
 )
 from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_FILES, WEIGHTS
 from dpo_jax.weights.merged import merge_adapter
+from dpo_jax.weights.model_files import FLOATS, MEND, Index, open_safetensors, read_model_json, refuse_code
 from dpo_jax.weights.stops import write_generation_config
 
-FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtype -> its name in a safetensors file
 # Buffers that old exports hold and that follow from config.json.
 HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)
 # Names of a reward model's head, transformers' own first: the others are of other trainers.
@@ -60,8 +58,11 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     Raises:
       UserError: unreadable, or a model that is not supported.
     """
-    hf = read_json(Path(directory) / CONFIG, "fetch the model again")
-    return config_from_hf(hf, str(Path(directory) / CONFIG)), hf
+    path = Path(directory) / CONFIG
+    hf = read_model_json(path)
+    config = config_from_hf(hf, str(path))
+    refuse_code(path, hf)
+    return config, hf
 
 
 def load_weights(
@@ -94,15 +95,9 @@ def load_weights(
     directory, letters, rows = Path(directory), sizes(config), first_rows(config)
     flat = None if isinstance(shardings, jax.sharding.Sharding) else flax.traverse_util.flatten_dict(shardings)
     with contextlib.ExitStack() as files:
-        stored = open_tensors(directory, files)
-        if config.scalar_head:
-            stored.pop(LM_HEAD.name, None)  # of the causal model that it is made of
-            stored |= {SCORE.name: stored.pop(head)} if head in stored else {}
-        if adapter is not None:
-            new = SCORE.name if config.scalar_head else ""
-            stored = merge_adapter(stored, adapter, files, tied=config.tie_word_embeddings, head=new)
-        leaves = [leaf for leaf in model_leaves(config) if leaf != SCORE or head]
-        _check_tensors(directory, stored, config, leaves)
+        stored, leaves = _checked_tensors(directory, config, adapter, head, files)
+        if config.tie_word_embeddings and not config.scalar_head and LM_HEAD.name in stored:
+            _check_tied(directory, stored)
         params = {
             leaf.path: _load_leaf(
                 stored, leaf, letters, rows[leaf.path], flat[leaf.path] if flat else shardings, jnp.dtype(dtype)
@@ -113,21 +108,59 @@ def load_weights(
     return flax.traverse_util.unflatten_dict(params)
 
 
+def check_weights(directory: Path, config: ModelConfig, *, adapter: Path | None = None, head: str = "") -> None:
+    """Refuse weights that are not those of `config`, by their files' headers: no tensor of the base is read.
+
+    Args: as for `load_weights`.
+
+    Raises:
+      UserError: a missing or damaged file; a missing, unknown or wrongly shaped tensor.
+    """
+    with contextlib.ExitStack() as files:
+        _checked_tensors(directory, config, adapter, head, files)
+
+
+def _checked_tensors(
+    directory: Path, config: ModelConfig, adapter: Path | None, head: str, files: contextlib.ExitStack
+) -> tuple[dict[str, Any], list[Leaf]]:
+    """The tensors of a model by name, all of them there and none else, and the leaves that they fill."""
+    stored = open_tensors(directory, files)
+    held = sum(math.prod(tensor.get_shape()) for tensor in stored.values())
+    needed = config.parameter_count()
+    # Before names and shapes are listed: absurd numbers make lists without an end.
+    if needed > 2 * held + (1 << 20):
+        raise UserError(
+            f"{directory / CONFIG}: its numbers make a model of {needed:,} parameters, and the weights beside it hold "
+            f"{held:,}; {MEND}"
+        )
+    if config.scalar_head:
+        stored.pop(LM_HEAD.name, None)  # of the causal model that it is made of
+        stored |= {SCORE.name: stored.pop(head)} if head in stored else {}
+    if adapter is not None:
+        new = SCORE.name if config.scalar_head else ""
+        stored = merge_adapter(stored, adapter, files, tied=config.tie_word_embeddings, head=new)
+    leaves = [leaf for leaf in model_leaves(config) if leaf != SCORE or head]
+    _check_tensors(directory, stored, config, leaves)
+    return stored, leaves
+
+
 def open_tensors(directory: Path, files: contextlib.ExitStack) -> dict[str, Any]:
-    """Every tensor by name, as a safetensors slice: nothing is read until it is indexed."""
+    """Every tensor by name, as a safetensors slice: nothing is read until it is indexed.
+
+    Raises:
+      UserError: a file is missing or damaged, or the index names one that is not beside it.
+    """
     names = [WEIGHTS]
     if not (directory / WEIGHTS).is_file():
         if not (directory / INDEX).is_file():
             raise UserError(f"{directory}: no {WEIGHTS} and no {INDEX}; only safetensors are read, not .bin files")
-        names = sorted(set(read_json(directory / INDEX, "fetch the model again").get("weight_map", {}).values()))
+        names = sorted(set(read_model_json(directory / INDEX, Index)["weight_map"].values()))
     stored: dict[str, Any] = {}
     for name in names:
         try:
-            file = files.enter_context(safe_open(directory / name, framework="np"))
+            file = open_safetensors(directory / name, files)
         except FileNotFoundError:
             raise UserError(f"{directory}: {INDEX} names {name}, which is not there; download it again") from None
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{directory / name}: damaged or incomplete ({e}); download it again") from None
         stored |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     return stored
 
@@ -155,9 +188,8 @@ def _check_tensors(directory: Path, stored: Mapping[str, Any], config: ModelConf
     extra = [name for name in stored if name not in needed and not name.endswith(HARMLESS_SUFFIXES)]
     if config.scalar_head:  # said by `heads.find_head`
         extra = [name for name in extra if f"{name.removesuffix('bias')}weight" not in HEAD_NAMES]
-    if config.tie_word_embeddings and "lm_head.weight" in extra:
-        _check_tied(directory, stored)
-        extra.remove("lm_head.weight")
+    if config.tie_word_embeddings and LM_HEAD.name in extra:  # whether it is the same table, `_check_tied` reads
+        extra.remove(LM_HEAD.name)
     if extra:
         raise UserError(
             f"{directory}: tensor {extra[0]!r} of shape {tuple(stored[extra[0]].get_shape())} has no place in a "
@@ -173,6 +205,8 @@ def _more(names: list[str]) -> str:
 def _check_tied(directory: Path, stored: Mapping[str, Any]) -> None:
     """A tied model's file may hold the table twice; two different tables are an untied model, as in transformers."""
     table, head = stored["model.embed_tokens.weight"], stored["lm_head.weight"]
+    if head.get_dtype() not in FLOATS.values():
+        raise UserError(f"{directory}: tensor {LM_HEAD.name!r} is {head.get_dtype()}, needs one of {', '.join(FLOATS)}")
     rows, width = table.get_shape()
     step = max(1, int(PIECE_BYTES) // (4 * width))
     runs = (slice(i, min(i + step, rows)) for i in range(0, rows, step))

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.data.template import templates_of
-from dpo_jax.disk import read_json
-from dpo_jax.errors import UserError
 from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG
+from dpo_jax.weights.model_files import GenerationConfig, read_model_json
 
 # What an answer says in a probe: no template and no tokenizer knows it.
 ANSWER = "Xq7vAnswerXq7v"
@@ -60,7 +59,7 @@ def write_generation_config(path: Path, before: Path | None, stops: Sequence[int
     """
     named = [i for i in stops if i >= 0]
     if before is not None and (before / GENERATION_CONFIG).is_file():
-        held = read_json(before / GENERATION_CONFIG, "fetch the model again")
+        held = read_model_json(before / GENERATION_CONFIG, GenerationConfig)
     elif named:
         held = {key: hf[key] for key in ("bos_token_id", "pad_token_id") if hf.get(key) is not None}
     else:
@@ -75,11 +74,8 @@ def _named(directory: Path | None) -> list[int]:
     if directory is None:
         return []
     path = directory / (GENERATION_CONFIG if (directory / GENERATION_CONFIG).is_file() else CONFIG)
-    said = read_json(path, "fetch the model again").get("eos_token_id")
-    ids = said if isinstance(said, list) else [] if said is None else [said]
-    if not all(type(i) is int for i in ids):
-        raise UserError(f"{path}: eos_token_id={said!r}; needs a token's id, or a list of ids")
-    return ids
+    said = read_model_json(path, GenerationConfig).get("eos_token_id")
+    return said if isinstance(said, list) else [] if said is None else [said]
 
 
 def _ends_of_turns(tokenizer: Any) -> list[int]:
