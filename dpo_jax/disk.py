@@ -1,6 +1,7 @@
 """Files that are whole or not there, JSON objects read with a clear error, and digests."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -14,6 +15,11 @@ from typing import IO, Any
 from dpo_jax.errors import UserError
 
 _SAMPLES, _SAMPLE = 64, 1 << 16  # of a file: so many pieces of so many bytes tell it from any other
+
+
+def is_full(error: BaseException) -> bool:
+    """True of an error that says that a disk, or the user's share of it, has no room left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -76,7 +82,7 @@ def read_json(path: Path, mend: str = "restore or remove it", shape: Any = None)
 
 def read_regular(path: Path) -> bytes:
     """The content of a regular file; an OSError for anything else, such as a pipe, whose reading would never end."""
-    with path.open("rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(None, "not a regular file")
         return file.read()

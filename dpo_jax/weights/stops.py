@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.data.rendering import render_jobs
 from dpo_jax.data.template import templates_of
 from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG
 from dpo_jax.weights.model_files import GenerationConfig, read_model_json
@@ -43,7 +44,7 @@ def stop_tokens(tokenizer: Any, directory: Path | None, vocabulary: int) -> list
       vocabulary: how many ids the model can say.
 
     Raises:
-      UserError: one of the files is no JSON object, or its `eos_token_id` is no id.
+      UserError: one of the files is no JSON object, its `eos_token_id` is no id, or a template does not end.
     """
     ids = [*_named(directory), tokenizer.eos_token_id, *_ends_of_turns(tokenizer)]
     return list(dict.fromkeys(i for i in ids if i is not None and 0 <= i < vocabulary)) or [-1]
@@ -114,13 +115,8 @@ def _leading(run: re.Pattern[str], text: str) -> list[str]:
 
 def _behind(tokenizer: Any, turns: list[dict[str, Any]], source: str, **more: Any) -> str | None:
     """What a template writes behind `ANSWER`; None if it takes these turns neither with nor without a system turn."""
-    for conversation in (turns, [_SYSTEM, *turns]):
-        try:
-            text = tokenizer.apply_chat_template(
-                conversation, chat_template=source, tokenize=False, add_generation_prompt=False, **more
-            )
-        except Exception:  # a template may raise anything, and what it refuses is no conversation of this model
-            continue
+    more |= {"chat_template": source, "add_generation_prompt": False}
+    for text in render_jobs(tokenizer, [{"conversation": one, **more} for one in (turns, [_SYSTEM, *turns])]):
         if isinstance(text, str) and ANSWER in text:
             return text.rpartition(ANSWER)[2]
     return None

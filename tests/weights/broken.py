@@ -1,7 +1,7 @@
 """Broken model directories, by a seed, and what becomes of each: `python -m tests.weights.broken [SEED [COUNT]]`.
 
 A directory holds the small model of `tests/golden/trl/tiny` with one thing broken. A process of its own finds the
-model, loads its weights, chooses its template and renders two pairs. What it may do is end soon in one line, or not mind.
+model, loads its weights, chooses its template and renders two pairs. It may end soon in one line, or not mind.
 """
 
 import contextlib
@@ -466,7 +466,6 @@ def try_one(change):
 
 def prepare():
     """Import in this process, once for all directories, what a run imports; no device is opened."""
-    import transformers.models.llama.configuration_llama
     from transformers import AutoTokenizer
 
     import dpo_jax.data.render
