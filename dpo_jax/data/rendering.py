@@ -24,7 +24,7 @@ from dpo_jax.errors import UserError
 SECONDS = 5.0  # of the CPU, for one conversation
 _SILENCE = 120.0  # seconds without a word of the process, however busy the machine is
 _LIMITS = {
-    "time": f"takes more than {SECONDS:g} s for one conversation",
+    "time": "takes more than a few seconds for one conversation",
     "memory": "takes more than 1 GB of memory for one conversation",
     "output": "writes more than a million characters, and many times what it was given",
 }
@@ -51,15 +51,16 @@ def render_jobs(tokenizer: Any, jobs: Sequence[Job]) -> list[str | TemplateRefus
     """
     if not jobs:
         return []
+    held = tokenizer.chat_template
+    sources = [text for text in (held.values() if isinstance(held, dict) else [held]) if text]
+    own = lambda values: any(values["chat_template"].endswith(text) for text in sources)  # a date stands before it
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     with _LOCK:
         answers = _process().ask(special, jobs)
     texts: list[str | TemplateRefusal] = []
     for job, (kind, *said) in zip(jobs, answers, strict=False):
         if kind == "limit":
-            held = tokenizer.chat_template
-            own = any(job["chat_template"].endswith(x) for x in (held.values() if isinstance(held, dict) else [held]))
-            where = source_file(tokenizer) if own else "a row's chat_template_kwargs"
+            where = source_file(tokenizer) if own(job) else "a row's chat_template_kwargs"
             raise UserError(f"{where}: the chat template {_LIMITS.get(said[0], said[0])}; mend it, or give another one")
         texts.append(said[0] if kind == "text" else TemplateRefusal(*said))
     return texts
@@ -166,7 +167,8 @@ def _process() -> _Process:
 
 
 @atexit.register
-def _close() -> None:
+def end_process() -> None:
+    """End the process that renders, if one runs; the next template starts another."""
     while _RUNNING:
         _RUNNING.pop().close()
 

@@ -96,7 +96,7 @@ def is_reward_model(directory: str) -> bool:
     named = [str(one) for one in hf.get("architectures") or []]
     if is_classifier(hf) or any("RewardModel" in one or "ValueHead" in one for one in named):
         return True
-    from dpo_jax.weights.huggingface import HEAD_NAMES, open_tensors
+    from dpo_jax.weights.stored import HEAD_NAMES, open_tensors
 
     if not any(files.directory.glob("*.safetensors")):  # of the hub, before it is downloaded
         return False

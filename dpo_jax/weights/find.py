@@ -14,6 +14,7 @@ from dpo_jax.weights import hub, stops, tiny
 from dpo_jax.weights import huggingface as weights
 from dpo_jax.weights.heads import Head, find_head, is_classifier
 from dpo_jax.weights.model_files import check_tokenizer
+from dpo_jax.weights.stored import check_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ def find_policy(
     head = find_head(files) if scalar_head and with_weights else Head()
     config = dataclasses.replace(config, scalar_head=scalar_head)
     if with_weights:
-        weights.check_weights(files.directory, config, adapter=files.adapter, head=head.name)
+        check_weights(files.directory, config, adapter=files.adapter, head=head.name)
     policy = Policy(config, files, files.tokenizer, _tokenizer(files.tokenizer), head)
     policy.stop_tokens()  # damaged files are refused now
     return policy

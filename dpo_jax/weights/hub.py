@@ -121,8 +121,14 @@ def local_model(model: str, *, what: str = "model") -> Path | None:
     Raises:
       UserError: no such directory, or no config.json in it.
     """
-    given, path = f"{what}={model!r}", Path(model).expanduser()
-    if model and path.is_dir():
+    given, path = f"{what}={model[:200]!r}", Path(model)
+    try:
+        path = path.expanduser()
+        there = bool(model) and path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name beyond the system's limit, a home that nobody has
+        words = getattr(error, "strerror", None) or error
+        raise UserError(f"{given}: no directory ({words}); give a local Hugging Face directory or a hub id") from None
+    if there:
         if not any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
             raise UserError(f"{given}: the directory has no {CONFIG}; give a Hugging Face model directory")
         return path

@@ -65,7 +65,7 @@ class GenerationConfig(TypedDict, total=False):
     do_sample: bool | None
 
 
-class Token(TypedDict, total=False):
+class AddedTokenEntry(TypedDict, total=False):
     """A token of a tokenizer that is not of its vocabulary alone."""
 
     content: str
@@ -89,15 +89,15 @@ _ChatTemplate = _Text | list[NamedTemplate] | dict[str, _Text] | None
 class SpecialTokens(TypedDict, total=False):
     """`special_tokens_map.json`, and the same keys in `tokenizer_config.json`."""
 
-    bos_token: str | Token | None
-    eos_token: str | Token | None
-    unk_token: str | Token | None
-    sep_token: str | Token | None
-    pad_token: str | Token | None
-    cls_token: str | Token | None
-    mask_token: str | Token | None
-    additional_special_tokens: list[str | Token] | None
-    extra_special_tokens: list[str | Token] | dict[str, str | Token] | None
+    bos_token: str | AddedTokenEntry | None
+    eos_token: str | AddedTokenEntry | None
+    unk_token: str | AddedTokenEntry | None
+    sep_token: str | AddedTokenEntry | None
+    pad_token: str | AddedTokenEntry | None
+    cls_token: str | AddedTokenEntry | None
+    mask_token: str | AddedTokenEntry | None
+    additional_special_tokens: list[str | AddedTokenEntry] | None
+    extra_special_tokens: list[str | AddedTokenEntry] | dict[str, str | AddedTokenEntry] | None
 
 
 class TokenizerConfig(SpecialTokens, total=False):
@@ -106,7 +106,7 @@ class TokenizerConfig(SpecialTokens, total=False):
     tokenizer_class: str | None
     backend: str | None
     chat_template: _ChatTemplate
-    added_tokens_decoder: dict[Annotated[str, AfterValidator(_token_number)], Token] | None
+    added_tokens_decoder: dict[Annotated[str, AfterValidator(_token_number)], AddedTokenEntry] | None
     model_max_length: Annotated[float, Interval(ge=1, le=1e40)] | None
     split_special_tokens: bool | None
     clean_up_tokenization_spaces: bool | None

@@ -16,6 +16,8 @@ from dpo_jax.model.options import Lora
 from dpo_jax.weights import huggingface as weights
 from dpo_jax.weights import peft as peft_files
 from dpo_jax.weights.hub import ModelFiles, resolve_model
+from dpo_jax.weights.merged import merge_adapter
+from dpo_jax.weights.stored import open_tensors
 from tests.model.families import GOLDEN, TextPairs, difference, sequence_logits
 from tests.weights.test_peft import _adapters
 
@@ -89,10 +91,8 @@ def test_patterns_of_rank_and_alpha_and_modules_trained_as_a_whole(tmp_path):
     directory = _adapter(tmp_path / "adapter", config=said | {"modules_to_save": ["lm_head"]}, change=change)
     tensors, base = load_file(directory / "adapter_model.safetensors"), load_file(LLAMA / "model.safetensors")
     with contextlib.ExitStack() as files:
-        stored = weights.open_tensors(LLAMA, files)
-        found = {
-            name: np.asarray(t[:]) for name, t in weights.merge_adapter(stored, directory, files, tied=False).items()
-        }
+        stored = open_tensors(LLAMA, files)
+        found = {name: np.asarray(t[:]) for name, t in merge_adapter(stored, directory, files, tied=False).items()}
     np.testing.assert_array_equal(found.pop("lm_head.weight"), head.astype(np.float32))
     for name, tensor in found.items():
         module = "base_model.model." + name.removesuffix(".weight")
