@@ -24,7 +24,7 @@ from dpo_jax.errors import UserError
 SECONDS = 5.0  # of the CPU, for one conversation
 _SILENCE = 120.0  # seconds without a word of the process, however busy the machine is
 _LIMITS = {
-    "time": "takes more than a few seconds for one conversation",
+    "time": "takes more than {} s for one conversation",
     "memory": "takes more than 1 GB of memory for one conversation",
     "output": "writes more than a million characters, and many times what it was given",
 }
@@ -60,8 +60,9 @@ def render_jobs(tokenizer: Any, jobs: Sequence[Job]) -> list[str | TemplateRefus
     texts: list[str | TemplateRefusal] = []
     for job, (kind, *said) in zip(jobs, answers, strict=False):
         if kind == "limit":
+            words = _LIMITS.get(said[0], said[0]).format(SECONDS)
             where = source_file(tokenizer) if own(job) else "a row's chat_template_kwargs"
-            raise UserError(f"{where}: the chat template {_LIMITS.get(said[0], said[0])}; mend it, or give another one")
+            raise UserError(f"{where}: the chat template {words}; mend it, or give another one")
         texts.append(said[0] if kind == "text" else TemplateRefusal(*said))
     return texts
 
@@ -87,7 +88,10 @@ class _Process:
         }
         command = [sys.executable, "-P", str(Path(__file__).with_name("template_process.py")), str(SECONDS)]
         pipe = subprocess.PIPE
-        self._run = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment)
+        # A session of its own: a signal to all processes of a run is not for this one, whose end would be a refusal.
+        self._run = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+        )
         assert self._run.stdin is not None
         assert self._run.stdout is not None
         self._to, self._from = self._run.stdin, self._run.stdout.fileno()

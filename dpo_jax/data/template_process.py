@@ -11,11 +11,9 @@ import pickle
 import resource
 import signal
 import sys
-import time
 
 MEMORY = 1 << 30  # bytes of addresses beyond what the process has when it is ready
 OUTPUT, OUTPUT_PER_BYTE = 1 << 20, 16  # characters of a text: so many, and so many more for each byte of its job
-FLUSHED_AFTER = 0.1  # seconds
 
 
 def serve(seconds: float) -> None:
@@ -25,7 +23,7 @@ def serve(seconds: float) -> None:
     special tokens that a template may name. Every job is answered by a length and a JSON list: ["text", text],
     ["error", kind, message] or ["limit", what].
     """
-    replies = os.fdopen(os.dup(1), "wb")
+    replies = os.dup(1)  # without a buffer: what was answered before a job ends the process has arrived
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(null, stream)
@@ -43,13 +41,14 @@ def serve(seconds: float) -> None:
         def special_tokens_map(self) -> dict[str, str]:
             return self.special
 
-    with open("/proc/self/statm") as file:
-        limit = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
-        resource.setrlimit(kind, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
-    flushed = time.monotonic()
+    with contextlib.suppress(FileNotFoundError):  # no Linux
+        with open("/proc/self/statm") as file:
+            limit = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for limited in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
+        resource.setrlimit(limited, (0, 0))
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # for the process that asks, with which this one ends
+        signal.signal(kind, signal.SIG_IGN)
     while head := sys.stdin.buffer.read(8):
         special, jobs = pickle.loads(sys.stdin.buffer.read(int.from_bytes(head, "little")))
         speaker = Speaker(special)
@@ -61,11 +60,13 @@ def serve(seconds: float) -> None:
             except MemoryError:
                 text = b'["limit", "memory"]'
             signal.setitimer(signal.ITIMER_PROF, 0)
-            replies.write(len(text).to_bytes(8, "little") + text)
-            if time.monotonic() - flushed > FLUSHED_AFTER:
-                replies.flush()
-                flushed = time.monotonic()
-        replies.flush()
+            _write(replies, len(text).to_bytes(8, "little") + text)
+
+
+def _write(to: int, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[os.write(to, left) :]
 
 
 def _answer(speaker: object, job: dict[str, object], most: int) -> list[str]:

@@ -100,10 +100,7 @@ class ConfigFile(TypedDict, total=False):
     rope_parameters: RopeByKind | None
     partial_rotary_factor: _Small | None
     original_max_position_embeddings: _Positions | None
-    initializer_range: _NotNegative | None
     quantization_config: dict[str, Any] | None
     bos_token_id: Id | None
     eos_token_id: Ids
     pad_token_id: Id | None
-    dtype: str | None
-    torch_dtype: str | None
