@@ -48,6 +48,16 @@ def _token_number(text: str) -> str:
     return text
 
 
+def _pattern(text: str) -> str:
+    """A regular expression that is soon compiled; how long it is matched has a limit of its own."""
+    if len(text) > 300 or "{" in text:
+        raise PydanticCustomError("pattern", "must be a pattern of at most 300 letters without { }")
+    return text
+
+
+_Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
 class GenerationConfig(TypedDict, total=False):
     """`generation_config.json`: what is read of it, and the numbers that an export of the model keeps."""
 
@@ -144,8 +154,8 @@ class AdapterFile(TypedDict, total=False):
     init_lora_weights: bool | str | None
     r: Annotated[int, Interval(ge=1, le=2**20)]
     lora_alpha: Annotated[float, Interval(ge=-1e30, le=1e30)]
-    rank_pattern: dict[str, Annotated[int, Interval(ge=1, le=2**20)]] | None
-    alpha_pattern: dict[str, Annotated[float, Interval(ge=-1e30, le=1e30)]] | None
+    rank_pattern: dict[_Pattern, Annotated[int, Interval(ge=1, le=2**20)]] | None
+    alpha_pattern: dict[_Pattern, Annotated[float, Interval(ge=-1e30, le=1e30)]] | None
     use_rslora: bool | None
     modules_to_save: list[str] | None
 

@@ -112,11 +112,11 @@ REFUSED = {
     "bias": ({"bias": "all"}, "bias='all' is not supported"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes the base"),
     "rank": ({"r": 5}, "adapter_config.json says rank 5"),
-    "no number": ({"lora_alpha": "big"}, "need numbers"),
-    "rank 0": ({"rank_pattern": {"q_proj": 0}}, "a rank of 0"),
-    "a list": ({"rank_pattern": [3]}, "need numbers"),
-    "no pattern": ({"alpha_pattern": {"(": 3}}, "need numbers"),
-    "null": ({"lora_alpha": None}, "need numbers"),
+    "no number": ({"lora_alpha": "big"}, 'lora_alpha is "big", must be a valid number'),
+    "rank 0": ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0, must be at least 1"),
+    "a list": ({"rank_pattern": [3]}, "rank_pattern is a list, must be a valid dictionary"),
+    "no pattern": ({"alpha_pattern": {"(": 3}}, "the pattern '(' is no regular expression"),
+    "null": ({"lora_alpha": None}, "lora_alpha is null, must be a valid number"),
 }
 SPOILT = {
     "no partner": (lambda t: t.pop(next(k for k in t if "lora_B" in k)), "no partner"),
@@ -130,8 +130,8 @@ SPOILT = {
 
 
 def _refusal(directory):
-    files = resolve_model(str(directory))
     with pytest.raises(UserError) as refused:
+        files = resolve_model(str(directory))
         _merged(files, weights.read_config(files.directory)[0])
     assert "\n" not in str(refused.value)
     return str(refused.value)
@@ -158,9 +158,13 @@ def test_another_base_and_missing_files(tmp_path):
         UserError, match=r"base_model_name_or_path of its adapter_config\.json: .*gone.*no such directory"
     ):
         resolve_model(str(directory), what="reference")
-    for nothing in (None, "", 3):
+    for nothing, words in (
+        (None, "put the adapter's base model there"),
+        ("", "base model there"),
+        (3, "is 3, must be"),
+    ):
         _change(directory, {"base_model_name_or_path": nothing})
-        with pytest.raises(UserError, match="put the adapter's base model there"):
+        with pytest.raises(UserError, match=words):
             resolve_model(str(directory))
     _change(directory, {"base_model_name_or_path": str(directory)})
     with pytest.raises(UserError, match="is a PEFT directory too"):
