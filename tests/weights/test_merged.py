@@ -130,9 +130,12 @@ SPOILT = {
 
 
 def _refusal(directory):
-    with pytest.raises(UserError) as refused:
+    def merged():
         files = resolve_model(str(directory))
         _merged(files, weights.read_config(files.directory)[0])
+
+    with pytest.raises(UserError) as refused:
+        merged()
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
