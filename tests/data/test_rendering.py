@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from dpo_jax.data import rendering
+from dpo_jax.data.cuts import encode
 from dpo_jax.data.render import make_renderer, render_batch
 from dpo_jax.data.rendering import TemplateRefusal, render_jobs
 from dpo_jax.data.template import choose_template
@@ -135,11 +137,22 @@ def pairs_of_text():
     return [LabeledComparison(Comparison(tuple(ASK), say("hello"), say("no")), "A")]
 
 
+def test_a_tokenizer_that_panics_is_a_users_error(capfd):
+    tokenizer = bpe_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex("(x+x+)+y"), "isolated"
+    )
+    with pytest.raises(UserError, match="fails on a text .*retry-limit-in-match over"):
+        encode(tokenizer, ["x" * 2000])
+    capfd.readouterr()  # what Rust says of it
+
+
 @pytest.mark.slow
 def test_the_process_ends_with_the_one_that_asks():
     program = """
 import os, signal, sys
 from dpo_jax.data import rendering
+from dpo_jax.data.cuts import encode
 class Tokenizer: name_or_path, special_tokens_map, chat_template = ".", {}, "{{ 1 }}"
 job = {"conversation": [{"role": "user", "content": ""}], "chat_template": "{{ 1 }}"}
 assert rendering.render_jobs(Tokenizer, [job]) == ["1"]
