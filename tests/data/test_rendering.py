@@ -142,7 +142,7 @@ def test_a_tokenizer_that_panics_is_a_users_error(capfd):
     tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(
         tokenizers.Regex("(x+x+)+y"), "isolated"
     )
-    with pytest.raises(UserError, match="fails on a text .*retry-limit-in-match over"):
+    with pytest.raises(UserError, match=r"fails on a text .*retry-limit-in-match over"):
         encode(tokenizer, ["x" * 2000])
     capfd.readouterr()  # what Rust says of it
 

@@ -228,7 +228,8 @@ def _index(weight_map, *, whole=None):
         (directory.parent / "outside.safetensors").write_bytes(held)
         (directory / "sub").mkdir()
         shutil.copy(shard, directory / "sub" / "x.safetensors")
-        os.mkfifo(directory / "fifo.safetensors")
+        if weight_map == "fifo.safetensors":
+            os.mkfifo(directory / weight_map)
         (directory / "link.safetensors").symlink_to("../outside.safetensors")
         value = {"weight_map": {k: weight_map for k in names if k != "__metadata__"}} if whole is None else whole
         (directory / INDEX).write_text(value if isinstance(value, str) else json.dumps(value))
