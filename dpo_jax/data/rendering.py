@@ -21,7 +21,7 @@ from typing import Any
 
 from dpo_jax.errors import UserError
 
-SECONDS = 5.0  # of the CPU, for one conversation
+SECONDS = 2.0  # of the CPU, for one conversation
 _SILENCE = 120.0  # seconds without a word of the process, however busy the machine is
 _LIMITS = {
     "time": "takes more than {} s for one conversation",
