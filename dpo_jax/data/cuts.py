@@ -19,6 +19,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dpo_jax.errors import UserError
+
 Ids = list[int]
 
 _NEAR = 300  # characters before the answers in which a token to cut at is looked for
@@ -92,9 +94,21 @@ def sure_cuts(tokenizer: Any, templates: Iterable[str]) -> Cuts:
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
-    """Ids of every text without special tokens around them."""
-    if not texts:
-        return []
+    """Ids of every text without special tokens around them.
+
+    Raises:
+      UserError: the tokenizer fails on a text, as one does whose patterns take for ever.
+    """
+    try:
+        return _encode(tokenizer, texts) if texts else []
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, which is no Exception
+            raise
+        words = " ".join(str(error).split())[:200]
+        raise UserError(f"the tokenizer {tokenizer.name_or_path} fails on a text ({words}); give another one") from None
+
+
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
     if (backend := _plain_backend(tokenizer)) is not None:
         # What transformers does, but for the places of the tokens in the text, which nothing here asks for and which
         # take an eighth of the time.

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from dpo_jax.data.comparison import Comparison, LabeledComparison, Message, Skip
 from dpo_jax.data.cuts import Cuts, Ids, Trio, encode, encode_trios, sure_cuts
+from dpo_jax.data.rendering import Job, TemplateRefusal, render_jobs
 from dpo_jax.data.template import (
     ChatTemplate,
     choose_template,
@@ -21,7 +22,7 @@ from dpo_jax.data.template import (
     generation_prompt,
     in_one_line,
     is_prose,
-    render_messages,
+    rendering_job,
     templates_of,
     unread_fields,
 )
@@ -131,8 +132,14 @@ def render_batch(renderer: Renderer, pairs: Sequence[LabeledComparison]) -> list
 
     A pair labelled "Tie" is rendered with completion A as chosen.
     """
-    known: dict[tuple[str, str], bool] = {}
-    rows = [_row(renderer, (pair.swap() if pair.label == "B" else pair).comparison, known) for pair in pairs]
+    begun = [_row(renderer, (pair.swap() if pair.label == "B" else pair).comparison) for pair in pairs]
+    # All texts of the chat template are asked for at once.
+    asked = [job for row in begun if isinstance(row, _Asked) for job in row.jobs]
+    texts, known = iter(render_jobs(renderer.tokenizer, asked)), dict[tuple[str, str], bool]()
+    rows = [
+        _told(renderer, row, [next(texts) for _ in row.jobs], known) if isinstance(row, _Asked) else row
+        for row in begun
+    ]
     good = [row for row in rows if not isinstance(row, Skip)]
     ids = iter(encode_trios(renderer.tokenizer, renderer.cuts, [row.trio for row in good]))
     return [row if isinstance(row, Skip) else _limited(renderer, *next(ids), row.notes) for row in rows]
@@ -143,7 +150,15 @@ class _Row(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def _row(renderer: Renderer, better: Comparison, known: dict[tuple[str, str], bool]) -> _Row | Skip:
+class _Asked(NamedTuple):
+    """A comparison whose texts a chat template makes: of the prompt, and with each answer."""
+
+    better: Comparison
+    jobs: tuple[Job, ...]
+    notes: tuple[str, ...] = ()
+
+
+def _row(renderer: Renderer, better: Comparison) -> _Row | _Asked | Skip:
     """The texts of a comparison whose better completion is A."""
     texts = better.texts
     if whole := texts is not None and not better.prompt_conversation:
@@ -156,14 +171,14 @@ def _row(renderer: Renderer, better: Comparison, known: dict[tuple[str, str], bo
     templated = renderer.templated.search(last if texts is None else texts[0]) is not None
     if renderer.form == "text" or (renderer.auto and templated and texts is not None) or whole:
         note = ("templated",) if renderer.auto else ()
-        row = _unchanged(renderer, better, texts)
+        row: _Row | _Asked | Skip = _unchanged(renderer, better, texts)
     else:
         note = ("templated_inside",) if templated else ()
-        row = _transcript(renderer, better) if renderer.form == "plain" else _chat(renderer, better, known)
-    return row if isinstance(row, Skip) or not note else _Row(row.trio, note + row.notes)
+        row = _transcript(renderer, better) if renderer.form == "plain" else _chat(renderer, better)
+    return row if isinstance(row, Skip) or not note else row._replace(notes=note + row.notes)
 
 
-def _chat(renderer: Renderer, better: Comparison, known: dict[tuple[str, str], bool]) -> _Row | Skip:
+def _chat(renderer: Renderer, better: Comparison) -> _Asked | Skip:
     template, prompt = renderer.template, better.prompt_conversation
     if option := foreign_option(renderer.tokenizer, better):
         return Skip("template_option", f"chat_template_kwargs has {option}, which is no variable of a template")
@@ -171,12 +186,29 @@ def _chat(renderer: Renderer, better: Comparison, known: dict[tuple[str, str], b
     if better.texts is not None:  # the template writes the end of the turn
         answers = [_without_end(renderer, answer) for answer in answers]
     try:
-        begun = render_messages(template, better, prompt, generation=True)
-        chosen, rejected = (render_messages(template, better, [*prompt, *one], generation=False) for one in answers)
-        notes = tuple(f"unread {name}" for name in unread_fields(template, better, known))
-    except Exception as error:  # templates are programs: they refuse a row in any way that a program can
+        begun = rendering_job(template, better, prompt, generation=True)
+        whole = (rendering_job(template, better, [*prompt, *one], generation=False) for one in answers)
+        return _Asked(better, (begun, *whole))
+    except Exception as error:  # a row may name any template
         return Skip("template_error", in_one_line(error))
-    return _Row(Trio(begun, chosen, rejected), notes)
+
+
+def _told(
+    renderer: Renderer, asked: _Asked, texts: list[str | TemplateRefusal], known: dict[tuple[str, str], bool]
+) -> _Row | Skip:
+    """A row of the texts that a chat template made; a `Skip` if it refused one of them."""
+    begun, chosen, rejected = texts
+    for text in texts:
+        if isinstance(text, TemplateRefusal):
+            return Skip("template_error", in_one_line(text))
+    assert isinstance(begun, str)
+    assert isinstance(chosen, str)
+    assert isinstance(rejected, str)
+    try:
+        unread = unread_fields(renderer.template, asked.better, known)
+    except TemplateRefusal as error:
+        return Skip("template_error", in_one_line(error))
+    return _Row(Trio(begun, chosen, rejected), asked.notes + tuple(f"unread {name}" for name in unread))
 
 
 def _transcript(renderer: Renderer, better: Comparison) -> _Row | Skip:

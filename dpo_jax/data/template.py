@@ -9,6 +9,7 @@ from datetime import date
 from typing import Any
 
 from dpo_jax.data.comparison import Comparison, Message
+from dpo_jax.data.rendering import TemplateRefusal, render_jobs, source_file
 from dpo_jax.errors import UserError
 
 _CLOCK = "strftime_now"  # the function by which templates write a date
@@ -19,6 +20,11 @@ _ROW_MAY_NAME = (
     "documents",
     "chat_template",
 )  # of apply_chat_template's arguments; only the text follows from them
+# Kinds of errors by which a template says that it renders nothing, whatever it is given.
+_BROKEN = frozenset(
+    "TemplateSyntaxError TemplateAssertionError TemplateNotFound TemplatesNotFound SecurityError RecursionError".split()
+)
+_NO_LOADER = "no loader for this environment specified"  # of include, import and extends
 _PROBES: tuple[list[Message], ...] = (
     [{"role": "user", "content": "a"}],
     [{"role": "system", "content": "b"}, {"role": "user", "content": "a"}],
@@ -46,7 +52,8 @@ def templates_of(tokenizer: Any) -> dict[str, str]:
 def choose_template(tokenizer: Any, name: str = "", day: str = "") -> ChatTemplate:
     """The template of that name, with the date `day` (empty: today's) where one is written.
 
-    UserError if there is no such template, or if there are several of which none is the default and none is named.
+    UserError if there is no such template, if there are several of which none is the default and none is named, or if
+    it cannot be rendered at all.
     """
     held, who = templates_of(tokenizer), tokenizer.name_or_path
     if name and name not in held:
@@ -59,6 +66,8 @@ def choose_template(tokenizer: Any, name: str = "", day: str = "") -> ChatTempla
             f"the tokenizer {who} has several chat templates and none is the default; name one: "
             f"--config.chat_template={' or '.join(sorted(held))}"
         )
+    if held:
+        _refuse_broken(tokenizer, name, held[name or "default"])
     dated = any(_CLOCK in source for source in held.values())
     return ChatTemplate(tokenizer, name, (day or date.today().isoformat()) if dated else "")
 
@@ -71,16 +80,24 @@ def render_messages(
     Args:
       generation: whether the text ends with the beginning of the assistant's turn.
 
-    Raises whatever the template raises.
+    Raises:
+      TemplateRefusal: the template raised something.
+      UserError: the template does not end, or takes all memory.
     """
+    (text,) = render_jobs(template.tokenizer, [rendering_job(template, comparison, messages, generation=generation)])
+    if isinstance(text, TemplateRefusal):
+        raise text
+    return text
+
+
+def rendering_job(
+    template: ChatTemplate, comparison: Comparison, messages: Sequence[Message], *, generation: bool
+) -> dict[str, Any]:
+    """What `render_messages` renders, for `render_jobs`: several at once take less time."""
     row: dict[str, Any] = {"tools": comparison.tools, **(comparison.chat_template_kwargs or {})}
     source = source_of(template, comparison)
-    if template.day and _CLOCK in source:
-        source = _stopped_clock(template.day) + source
-    row["chat_template"] = source
-    return template.tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=generation, **row
-    )
+    row["chat_template"] = _dated(template.day, source) if template.day and _CLOCK in source else source
+    return {"conversation": list(messages), "add_generation_prompt": generation, **row}
 
 
 def source_of(template: ChatTemplate, comparison: Comparison) -> str:
@@ -128,7 +145,7 @@ def generation_prompt(template: ChatTemplate) -> str:
         probe = Comparison(messages, (), ())
         try:
             begun, bare = (render_messages(template, probe, messages, generation=one) for one in (True, False))
-        except Exception:  # a template may refuse any conversation, in its own way
+        except (TemplateRefusal, ValueError):  # a template may refuse any conversation, in its own way
             continue
         if begun.startswith(bare) and begun != bare:
             return begun[len(bare) :]
@@ -137,7 +154,7 @@ def generation_prompt(template: ChatTemplate) -> str:
 
 def in_one_line(error: Exception) -> str:
     """What went wrong in a template, for a reader: its own message, or the exception with its kind."""
-    kind = type(error).__name__
+    kind = error.kind if isinstance(error, TemplateRefusal) else type(error).__name__
     text = " ".join(str(error).split())[:300]
     return text if kind == "TemplateError" and text else f"{kind}: {text}" if text else kind
 
@@ -154,9 +171,28 @@ def _no_trace(template: ChatTemplate, comparison: Comparison, field: str) -> boo
             text = render_messages(template, comparison, messages, generation=False)
             if text != render_messages(template, without, bare(messages), generation=False):
                 return False
+        except UserError:
+            raise
         except Exception:  # without the field the template refuses the row: it reads it
             return False
     return True
+
+
+def _refuse_broken(tokenizer: Any, name: str, source: str) -> None:
+    """A UserError, with its place, if a template renders no conversation whatever."""
+    jobs = [{"conversation": probe, "chat_template": source} for probe in _PROBES]
+    for text in render_jobs(tokenizer, jobs):
+        if isinstance(text, TemplateRefusal) and (text.kind in _BROKEN or str(text) == _NO_LOADER):
+            which = f"{source_file(tokenizer)}: the chat template{' ' + name if name else ''}"
+            raise UserError(
+                f"{which} cannot be rendered ({in_one_line(text)}); mend it, or use --config.prompt_format=plain"
+            )
+
+
+@functools.lru_cache(maxsize=64)
+def _dated(day: str, source: str) -> str:
+    """A template whose date is that day."""
+    return _stopped_clock(day) + source
 
 
 @functools.lru_cache(maxsize=16)

@@ -12,8 +12,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dpo_jax.disk import check_shape
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ACTIVATIONS, ModelConfig
+from dpo_jax.model.config_file import ConfigFile
 
 _ORIGINAL = "original_max_position_embeddings"
 # Rope types and the keys that they need.
@@ -121,6 +123,7 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
     Raises:
       UserError: what is not supported (`model_type`, activation, rope type, ...), a missing key, or a senseless value.
     """
+    check_shape(hf, ConfigFile, where, "mend the key, or fetch the model again")
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"{where}: model_type={model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
@@ -142,10 +145,35 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
             raise UserError(
                 f"hidden_act={values['hidden_act']!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
             )
-        return ModelConfig(**values)
+        config = ModelConfig(**values)
+        _refuse_heads(config, hf)
+        return config
     except Exception as e:  # a value of a wrong type or size, met here or in transformers
         words = str(e) if isinstance(e, UserError) else f"not a {model_type} model's numbers ({type(e).__name__}: {e})"
         raise UserError(f"{where}: {' '.join(words.split())}") from None
+
+
+def _refuse_heads(config: ModelConfig, hf: Mapping[str, Any]) -> None:
+    """What no single key shows: numbers that do not fit each other."""
+    c = config
+    width, left = divmod(c.hidden_size, c.num_attention_heads)
+    if hf.get("head_dim") is None and c.head_dim == width and left:
+        raise UserError(f"hidden_size={c.hidden_size} does not divide over num_attention_heads={c.num_attention_heads}")
+    if c.num_attention_heads % c.num_key_value_heads:
+        raise UserError(
+            f"num_attention_heads={c.num_attention_heads} does not divide over "
+            f"num_key_value_heads={c.num_key_value_heads}"
+        )
+    if (rotated := int(c.head_dim * c.partial_rotary_factor)) % 2 or not rotated:
+        raise UserError(f"head_dim={c.head_dim}: a rotary embedding needs an even number of channels")
+    if c.num_experts and c.num_experts_per_tok > c.num_experts:
+        raise UserError(f"num_experts_per_tok={c.num_experts_per_tok} is more than the {c.num_experts} experts")
+    scaling = dict(c.rope_scaling)
+    if scaling.get("rope_type") == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError(
+            f"rope type 'llama3': low_freq_factor={scaling['low_freq_factor']:g} must be below "
+            f"high_freq_factor={scaling['high_freq_factor']:g}"
+        )
 
 
 def _refuse(hf: Mapping[str, Any], family: Family) -> None:

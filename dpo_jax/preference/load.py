@@ -7,11 +7,11 @@ from typing import Any
 
 from dpo_jax.config.judges import GOLD, IMPLICIT, divided
 from dpo_jax.config.opened import is_run
-from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 from dpo_jax.preference.models import Ensemble, PreferenceModel
 from dpo_jax.preference.rules import load_function
 from dpo_jax.weights.hub import ADAPTER_CONFIG, CONFIG, local_model
+from dpo_jax.weights.model_files import read_model_json
 
 
 def load_preference_model(spec: str, **options: Any) -> PreferenceModel:
@@ -90,13 +90,13 @@ def is_reward_model(directory: str) -> bool:
     from dpo_jax.weights.hub import resolve_model
 
     files = resolve_model(directory, what="judge", with_weights=False)
-    if files.adapter is not None and read_json(files.adapter / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS":
+    if files.adapter is not None and read_model_json(files.adapter / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS":
         return True
-    hf = read_json(files.directory / CONFIG, "fetch the model again")
+    hf = read_model_json(files.directory / CONFIG)
     named = [str(one) for one in hf.get("architectures") or []]
     if is_classifier(hf) or any("RewardModel" in one or "ValueHead" in one for one in named):
         return True
-    from dpo_jax.weights.huggingface import HEAD_NAMES, open_tensors
+    from dpo_jax.weights.stored import HEAD_NAMES, open_tensors
 
     if not any(files.directory.glob("*.safetensors")):  # of the hub, before it is downloaded
         return False

@@ -39,6 +39,7 @@ from dpo_jax.weights.hub import ModelFiles, resolve_model
 from dpo_jax.weights.huggingface import read_config, save_weights
 from dpo_jax.weights.load import load_base
 from dpo_jax.weights.peft import save_adapters
+from dpo_jax.weights.stored import check_weights
 
 # (the run, the schedule of its pairs, updates) → what is trained after them
 Training = Callable[[Run, Schedule, int], Params]
@@ -78,7 +79,9 @@ def _train(settings: Settings, workdir: Path, training: Training) -> dict[str, f
     if s.reference.name:
         reference = resolve_model(s.reference.name, what="reference", revision=s.reference.revision)
     if reference is not None:
-        check_reference(read_config(reference.directory)[0], layout.config, s.reference.name)
+        numbers = read_config(reference.directory)[0]
+        check_reference(numbers, layout.config, s.reference.name)
+        check_weights(reference.directory, numbers, adapter=reference.adapter)
     day = claim.first_day(workdir)
     with first_process_first("dpo_jax data"):  # with a cache that all share, the others find it whole
         quarantine = workdir / "quarantine.jsonl" if main_process else None

@@ -7,12 +7,14 @@ from typing import Any
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import Stopped, UserError
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families import classifier_config, hf_config
 from dpo_jax.weights import hub, stops, tiny
 from dpo_jax.weights import huggingface as weights
 from dpo_jax.weights.heads import Head, find_head, is_classifier
+from dpo_jax.weights.model_files import check_tokenizer
+from dpo_jax.weights.stored import check_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +97,24 @@ def find_policy(
         )
     head = find_head(files) if scalar_head and with_weights else Head()
     config = dataclasses.replace(config, scalar_head=scalar_head)
+    if with_weights:
+        check_weights(files.directory, config, adapter=files.adapter, head=head.name)
     policy = Policy(config, files, files.tokenizer, _tokenizer(files.tokenizer), head)
     policy.stop_tokens()  # damaged files are refused now
     return policy
 
 
 def _tokenizer(directory: Path) -> Any:
+    """A directory's tokenizer, by the code of transformers alone: never by that of the directory's author."""
+    check_tokenizer(directory)
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except Exception as e:  # transformers and huggingface_hub validate the files with errors of many kinds
-        first = (str(e).strip() or type(e).__name__).splitlines()[0]
+        return transformers.AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, Stopped):
+        raise
+    except BaseException as e:  # transformers has errors of many kinds, and tokenizers' panics are no Exception
+        first = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         raise UserError(f"no tokenizer can be read from {directory} ({first}); put its tokenizer.json there") from None
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 from dpo_jax.model.tensors import SCORE
 from dpo_jax.weights.hub import CONFIG, ModelFiles
-from dpo_jax.weights.huggingface import HEAD_NAMES, open_tensors
 from dpo_jax.weights.merged import read_adapter
+from dpo_jax.weights.model_files import read_model_json
+from dpo_jax.weights.stored import HEAD_NAMES, open_tensors
 
 # What a head is called anywhere: a tensor with one of these words in its name and no place in the model is one.
 _LIKE_A_HEAD = re.compile(r"(^|\.)(score|scores|v_head|value_head|reward_head|regression_head|classifier|rm_head)\.")
@@ -45,7 +45,7 @@ def find_head(files: ModelFiles) -> Head:
         there is none.
     """
     directory = files.directory
-    hf = read_json(directory / CONFIG, "fetch the model again")
+    hf = read_model_json(directory / CONFIG)
     with contextlib.ExitStack() as stack:
         stored = open_tensors(directory, stack)
         if files.adapter is not None and SCORE.name in read_adapter(files.adapter, stack).whole:

@@ -7,8 +7,8 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
-from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
+from dpo_jax.weights.model_files import AdapterFile, check_files, read_model_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -68,11 +68,12 @@ def resolve_model(model: str, *, what: str = "model", with_weights: bool = True,
         key = "revision" if what == "model" else f"{what}_revision"
         raise UserError(f"{key}={revision!r}: {what}={model!r} is a local directory, which has none; leave it empty")
     path = _directory(model, what, with_weights, revision)
+    check_files(path)
     if not (path / ADAPTER_CONFIG).is_file():
         return ModelFiles(path)
-    peft = read_json(path / ADAPTER_CONFIG, "fetch the adapter again")
+    peft = read_model_json(path / ADAPTER_CONFIG, AdapterFile)
     base = peft.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    if not base:
         raise UserError(
             f"{path / ADAPTER_CONFIG}: base_model_name_or_path={base!r}; put the adapter's base model there"
         )
@@ -80,6 +81,7 @@ def resolve_model(model: str, *, what: str = "model", with_weights: bool = True,
         under = _directory(base, what, with_weights, str(peft.get("revision") or ""))  # PEFT's key: of the base
     except UserError as error:
         raise UserError(f"{what}={model!r}: base_model_name_or_path of its {ADAPTER_CONFIG}: {error}") from error
+    check_files(under)
     if (under / ADAPTER_CONFIG).is_file():
         raise UserError(f"{what}={model!r}: its base {base} is a PEFT directory too; merge that one with PEFT first")
     return ModelFiles(under, path)
@@ -119,8 +121,14 @@ def local_model(model: str, *, what: str = "model") -> Path | None:
     Raises:
       UserError: no such directory, or no config.json in it.
     """
-    given, path = f"{what}={model!r}", Path(model).expanduser()
-    if model and path.is_dir():
+    given, path = f"{what}={model[:200]!r}", Path(model)
+    try:
+        path = path.expanduser()
+        there = bool(model) and path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name beyond the system's limit, a home that nobody has
+        words = getattr(error, "strerror", None) or error
+        raise UserError(f"{given}: no directory ({words}); give a local Hugging Face directory or a hub id") from None
+    if there:
         if not any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
             raise UserError(f"{given}: the directory has no {CONFIG}; give a Hugging Face model directory")
         return path

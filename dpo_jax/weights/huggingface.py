@@ -20,15 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
-from safetensors import SafetensorError, safe_open
 
-from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 from dpo_jax.model.config import ModelConfig, Params
 from dpo_jax.model.families import config_from_hf, hf_config
 from dpo_jax.model.lora import BRANCH
 from dpo_jax.model.tensors import (
-    LM_HEAD,
     SCORE,
     Leaf,
     Parts,
@@ -39,19 +36,10 @@ from dpo_jax.model.tensors import (
     tensors,
     whole_shape,
 )
-from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_FILES, WEIGHTS
-from dpo_jax.weights.merged import merge_adapter
+from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_FILES
+from dpo_jax.weights.model_files import FLOATS, read_model_json, refuse_code
 from dpo_jax.weights.stops import write_generation_config
-
-FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtype -> its name in a safetensors file
-# Buffers that old exports hold and that follow from config.json.
-HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)
-# Names of a reward model's head, transformers' own first: the others are of other trainers.
-HEAD_NAMES = (
-    "score.weight", "v_head.summary.weight", "v_head.weight", "value_head.weight", "reward_head.weight",
-    "regression_head.weight",
-)  # fmt: skip
-PIECE_BYTES = 256e6  # of a vocabulary table gathered at once
+from dpo_jax.weights.stored import PIECE_BYTES, check_tied, checked_tensors
 
 
 def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -60,8 +48,11 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     Raises:
       UserError: unreadable, or a model that is not supported.
     """
-    hf = read_json(Path(directory) / CONFIG, "fetch the model again")
-    return config_from_hf(hf, str(Path(directory) / CONFIG)), hf
+    path = Path(directory) / CONFIG
+    hf = read_model_json(path)
+    config = config_from_hf(hf, str(path))
+    refuse_code(path, hf)
+    return config, hf
 
 
 def load_weights(
@@ -94,15 +85,9 @@ def load_weights(
     directory, letters, rows = Path(directory), sizes(config), first_rows(config)
     flat = None if isinstance(shardings, jax.sharding.Sharding) else flax.traverse_util.flatten_dict(shardings)
     with contextlib.ExitStack() as files:
-        stored = open_tensors(directory, files)
-        if config.scalar_head:
-            stored.pop(LM_HEAD.name, None)  # of the causal model that it is made of
-            stored |= {SCORE.name: stored.pop(head)} if head in stored else {}
-        if adapter is not None:
-            new = SCORE.name if config.scalar_head else ""
-            stored = merge_adapter(stored, adapter, files, tied=config.tie_word_embeddings, head=new)
-        leaves = [leaf for leaf in model_leaves(config) if leaf != SCORE or head]
-        _check_tensors(directory, stored, config, leaves)
+        stored, leaves = checked_tensors(directory, config, adapter, head, files)
+        if config.tie_word_embeddings and not config.scalar_head:
+            check_tied(directory, stored)
         params = {
             leaf.path: _load_leaf(
                 stored, leaf, letters, rows[leaf.path], flat[leaf.path] if flat else shardings, jnp.dtype(dtype)
@@ -111,76 +96,6 @@ def load_weights(
             if not branches or leaf.path[0] in branches
         }
     return flax.traverse_util.unflatten_dict(params)
-
-
-def open_tensors(directory: Path, files: contextlib.ExitStack) -> dict[str, Any]:
-    """Every tensor by name, as a safetensors slice: nothing is read until it is indexed."""
-    names = [WEIGHTS]
-    if not (directory / WEIGHTS).is_file():
-        if not (directory / INDEX).is_file():
-            raise UserError(f"{directory}: no {WEIGHTS} and no {INDEX}; only safetensors are read, not .bin files")
-        names = sorted(set(read_json(directory / INDEX, "fetch the model again").get("weight_map", {}).values()))
-    stored: dict[str, Any] = {}
-    for name in names:
-        try:
-            file = files.enter_context(safe_open(directory / name, framework="np"))
-        except FileNotFoundError:
-            raise UserError(f"{directory}: {INDEX} names {name}, which is not there; download it again") from None
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{directory / name}: damaged or incomplete ({e}); download it again") from None
-        stored |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    return stored
-
-
-def _check_tensors(directory: Path, stored: Mapping[str, Any], config: ModelConfig, leaves: Sequence[Leaf]) -> None:
-    """Every tensor is there with its shape, and nothing else is: said before anything is read."""
-    letters = sizes(config)
-    held = {name: parts for name, parts in tensors(config).items() if any(leaf in leaves for leaf, _ in parts)}
-    needed = {name: whole_shape(parts, letters) for name, parts in held.items()}
-    missing = [name for name in needed if name not in stored]
-    if missing:
-        raise UserError(
-            f"{directory}: tensor {missing[0]!r} of shape {needed[missing[0]]} is missing{_more(missing)}; "
-            f"are these the weights of its {CONFIG}?"
-        )
-    for name, shape in needed.items():
-        has, kind = tuple(stored[name].get_shape()), stored[name].get_dtype()
-        if has != shape:
-            raise UserError(f"{directory}: tensor {name!r} has shape {has}, {CONFIG} needs {shape}")
-        if kind not in FLOATS.values():
-            raise UserError(
-                f"{directory}: tensor {name!r} is {kind}, needs one of {', '.join(FLOATS)}; quantized checkpoints are "
-                "not supported"
-            )
-    extra = [name for name in stored if name not in needed and not name.endswith(HARMLESS_SUFFIXES)]
-    if config.scalar_head:  # said by `heads.find_head`
-        extra = [name for name in extra if f"{name.removesuffix('bias')}weight" not in HEAD_NAMES]
-    if config.tie_word_embeddings and "lm_head.weight" in extra:
-        _check_tied(directory, stored)
-        extra.remove("lm_head.weight")
-    if extra:
-        raise UserError(
-            f"{directory}: tensor {extra[0]!r} of shape {tuple(stored[extra[0]].get_shape())} has no place in a "
-            f"{config.model_type} model of {config.num_hidden_layers} layers{_more(extra)}; "
-            f"are these the weights of its {CONFIG}?"
-        )
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _check_tied(directory: Path, stored: Mapping[str, Any]) -> None:
-    """A tied model's file may hold the table twice; two different tables are an untied model, as in transformers."""
-    table, head = stored["model.embed_tokens.weight"], stored["lm_head.weight"]
-    rows, width = table.get_shape()
-    step = max(1, int(PIECE_BYTES) // (4 * width))
-    runs = (slice(i, min(i + step, rows)) for i in range(0, rows, step))
-    if table.get_shape() != head.get_shape() or not all(np.array_equal(table[run], head[run]) for run in runs):
-        raise UserError(
-            f"{directory}: tie_word_embeddings is true but 'lm_head.weight' is not 'model.embed_tokens.weight'; "
-            f"set it to false in {CONFIG}"
-        )
 
 
 def _load_leaf(
@@ -260,6 +175,7 @@ def save_weights(
     numbers = dataclasses.replace(numbers, scalar_head=SCORE.path[0] in params)
     assert name in FLOATS, f"dtype={name}, needs one of {tuple(FLOATS)}"
     hf |= {key: name for key in ("dtype", "torch_dtype") if key in hf} or {"torch_dtype": name}
+    hf.pop("auto_map", None)  # code that is not copied, and that nobody shall be asked to run for an export
     flat = flax.traverse_util.flatten_dict(params)
     adapters = {path[1:]: flat.pop(path) for path in list(flat) if path[0] == BRANCH}
     adapters |= {path: lora_scale * b for path, b in adapters.items() if path[-1] == "b"}

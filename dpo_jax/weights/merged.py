@@ -6,17 +6,16 @@ Letters: D inputs of a Linear, O its outputs, r rank.
 import contextlib
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+import regex
 
-from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 from dpo_jax.weights.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from dpo_jax.weights.model_files import FLOATS, AdapterFile, open_safetensors, read_model_json
 
 PREFIX = "base_model.model."
 # Keys of adapter_config.json that say how it was trained or made, where the merge needs none of it.
@@ -26,6 +25,7 @@ _OF_TRAINING = """
     runtime_config target_modules task_type
 """.split()
 _USED = "alpha_pattern bias init_lora_weights lora_alpha modules_to_save peft_type r rank_pattern use_rslora".split()
+_PATTERN_SECONDS = 1.0  # for a name of some sixty letters
 # Other beginnings (pissa, olora, corda, loftq, ...) take their first adapters out of the base: it is another one then.
 _BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -96,8 +96,8 @@ def merge_adapter(
         name = f"{module}.weight"
         if name not in stored or (tied and name == "lm_head.weight"):
             raise UserError(f"{where}: the adapter of {module!r} has no place in the base; is it one of that model?")
-        outputs, inputs = tuple(stored[name].get_shape())[:2]
-        if (b_Or.shape[0], a_rD.shape[1]) != (outputs, inputs):
+        outputs, inputs = (*stored[name].get_shape(), 0, 0)[:2]
+        if len(stored[name].get_shape()) != 2 or (b_Or.shape[0], a_rD.shape[1]) != (outputs, inputs):
             raise UserError(
                 f"{where}: the adapter of {module!r} is for {a_rD.shape[1]} inputs and {b_Or.shape[0]} outputs; the "
                 f"base has {inputs} and {outputs}"
@@ -122,11 +122,9 @@ def read_adapter(directory: Path, files: contextlib.ExitStack) -> Adapter:
     """
     numbers, where = _numbers(directory / ADAPTER_CONFIG), directory / ADAPTER_WEIGHTS
     try:
-        file = files.enter_context(safe_open(where, framework="np"))
+        file = open_safetensors(where, files)
     except FileNotFoundError:
         raise UserError(f"{directory}: no {ADAPTER_WEIGHTS}; only safetensors are read, not .bin files") from None
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{where}: damaged or incomplete ({e}); download it again") from None
     keys, whole = dict[str, dict[str, str]](), dict[str, Any]()
     for key in file.keys():  # noqa: SIM118 (not a dict)
         name = key.removeprefix(PREFIX).replace(".modules_to_save.", ".")
@@ -142,6 +140,9 @@ def read_adapter(directory: Path, files: contextlib.ExitStack) -> Adapter:
         if len(of) < 2:
             raise UserError(f"{where}: tensor {next(iter(of.values()))!r} has no partner; download it again")
         rank, scale = numbers.of(module)
+        for key in of.values():
+            if (kind := file.get_slice(key).get_dtype()) not in FLOATS.values():
+                raise UserError(f"{where}: tensor {key!a} is {kind}, needs one of {', '.join(FLOATS)}")
         a_rD, b_Or = (np.asarray(file.get_tensor(of[x]), np.float32) for x in "AB")
         if a_rD.ndim != 2 or b_Or.ndim != 2 or (a_rD.shape[0], b_Or.shape[1]) != (rank, rank):
             raise UserError(
@@ -153,7 +154,7 @@ def read_adapter(directory: Path, files: contextlib.ExitStack) -> Adapter:
 
 
 def _numbers(path: Path) -> _Numbers:
-    peft = read_json(path, "fetch the adapter again")
+    peft = read_model_json(path, AdapterFile)
     if peft.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type={peft.get('peft_type')!r} is not supported; supported: 'LORA'")
     if peft.get("bias", "none") not in ("none", None):
@@ -165,20 +166,24 @@ def _numbers(path: Path) -> _Numbers:
     others = [key for key, value in peft.items() if value and key not in (*_USED, *_OF_TRAINING)]
     if others:
         raise UserError(f"{path}: {others[0]}={peft[others[0]]!r} is not supported; merge the adapter with PEFT itself")
-    try:
-        ranks, alphas = (
-            {str(k): float(v) for k, v in (peft.get(f"{x}_pattern") or {}).items()} for x in ("rank", "alpha")
-        )
-        rank, alpha = peft.get("r", 8), float(peft.get("lora_alpha", 8))
-        for one in (rank, *ranks.values()):
-            if one < 1 or one != int(one):
-                raise ValueError(f"a rank of {one}")
-        for pattern in (*ranks, *alphas):
-            re.compile(pattern)
-    except (TypeError, ValueError, AttributeError, re.error) as e:
-        raise UserError(f"{path}: r, lora_alpha and their patterns need numbers ({e})") from None
+    ranks, alphas = (dict(peft.get(f"{x}_pattern") or {}) for x in ("rank", "alpha"))
+    for pattern in (*ranks, *alphas):
+        _by_pattern({pattern: 0}, "model.layers.0.self_attn.q_proj", 0, path)
+    rank, alpha = peft.get("r", 8), float(peft.get("lora_alpha", 8))
     return _Numbers(int(rank), alpha, {k: int(v) for k, v in ranks.items()}, alphas, bool(peft.get("use_rslora")))
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
+def _by_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any, where: Path | None = None) -> Any:
+    """The value of the first pattern that a module's name ends with.
+
+    Raises:
+      UserError: one is no regular expression, or takes for ever.
+    """
+    for pattern, value in patterns.items():
+        try:
+            if regex.match(rf"(.*\.)?({pattern})$", module, timeout=_PATTERN_SECONDS):
+                return value
+        except (regex.error, TimeoutError) as error:
+            words = "takes for ever" if isinstance(error, TimeoutError) else f"is no regular expression ({error})"
+            raise UserError(f"{where or ADAPTER_CONFIG}: the pattern {pattern[:60]!a} {words}; mend it") from None
+    return otherwise

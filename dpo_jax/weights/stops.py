@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.data.rendering import render_jobs
 from dpo_jax.data.template import templates_of
-from dpo_jax.disk import read_json
-from dpo_jax.errors import UserError
 from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG
+from dpo_jax.weights.model_files import GenerationConfig, read_model_json
 
 # What an answer says in a probe: no template and no tokenizer knows it.
 ANSWER = "Xq7vAnswerXq7v"
@@ -44,7 +44,7 @@ def stop_tokens(tokenizer: Any, directory: Path | None, vocabulary: int) -> list
       vocabulary: how many ids the model can say.
 
     Raises:
-      UserError: one of the files is no JSON object, or its `eos_token_id` is no id.
+      UserError: one of the files is no JSON object, its `eos_token_id` is no id, or a template does not end.
     """
     ids = [*_named(directory), tokenizer.eos_token_id, *_ends_of_turns(tokenizer)]
     return list(dict.fromkeys(i for i in ids if i is not None and 0 <= i < vocabulary)) or [-1]
@@ -60,7 +60,7 @@ def write_generation_config(path: Path, before: Path | None, stops: Sequence[int
     """
     named = [i for i in stops if i >= 0]
     if before is not None and (before / GENERATION_CONFIG).is_file():
-        held = read_json(before / GENERATION_CONFIG, "fetch the model again")
+        held = read_model_json(before / GENERATION_CONFIG, GenerationConfig)
     elif named:
         held = {key: hf[key] for key in ("bos_token_id", "pad_token_id") if hf.get(key) is not None}
     else:
@@ -75,11 +75,8 @@ def _named(directory: Path | None) -> list[int]:
     if directory is None:
         return []
     path = directory / (GENERATION_CONFIG if (directory / GENERATION_CONFIG).is_file() else CONFIG)
-    said = read_json(path, "fetch the model again").get("eos_token_id")
-    ids = said if isinstance(said, list) else [] if said is None else [said]
-    if not all(type(i) is int for i in ids):
-        raise UserError(f"{path}: eos_token_id={said!r}; needs a token's id, or a list of ids")
-    return ids
+    said = read_model_json(path, GenerationConfig).get("eos_token_id")
+    return said if isinstance(said, list) else [] if said is None else [said]
 
 
 def _ends_of_turns(tokenizer: Any) -> list[int]:
@@ -118,13 +115,8 @@ def _leading(run: re.Pattern[str], text: str) -> list[str]:
 
 def _behind(tokenizer: Any, turns: list[dict[str, Any]], source: str, **more: Any) -> str | None:
     """What a template writes behind `ANSWER`; None if it takes these turns neither with nor without a system turn."""
-    for conversation in (turns, [_SYSTEM, *turns]):
-        try:
-            text = tokenizer.apply_chat_template(
-                conversation, chat_template=source, tokenize=False, add_generation_prompt=False, **more
-            )
-        except Exception:  # a template may raise anything, and what it refuses is no conversation of this model
-            continue
+    more |= {"chat_template": source, "add_generation_prompt": False}
+    for text in render_jobs(tokenizer, [{"conversation": one, **more} for one in (turns, [_SYSTEM, *turns])]):
         if isinstance(text, str) and ANSWER in text:
             return text.rpartition(ANSWER)[2]
     return None

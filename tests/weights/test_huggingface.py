@@ -33,6 +33,7 @@ from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.shape import RowShape
 from dpo_jax.weights import hub as hub_module
 from dpo_jax.weights import huggingface as weights
+from dpo_jax.weights import stored as stored_tensors
 from dpo_jax.weights.find import find_policy
 from tests import places
 from tests.data.test_render import bpe_tokenizer
@@ -95,9 +96,9 @@ def counted_reads(monkeypatch):
             sizes.append(value.nbytes)
             return value
 
-    opened = weights.open_tensors
+    opened = stored_tensors.open_tensors
     with monkeypatch.context() as m:
-        m.setattr(weights, "open_tensors", lambda *a: {k: Counted(v) for k, v in opened(*a).items()})
+        m.setattr(stored_tensors, "open_tensors", lambda *a: {k: Counted(v) for k, v in opened(*a).items()})
         yield sizes
 
 

@@ -16,6 +16,8 @@ from dpo_jax.model.options import Lora
 from dpo_jax.weights import huggingface as weights
 from dpo_jax.weights import peft as peft_files
 from dpo_jax.weights.hub import ModelFiles, resolve_model
+from dpo_jax.weights.merged import merge_adapter
+from dpo_jax.weights.stored import open_tensors
 from tests.model.families import GOLDEN, TextPairs, difference, sequence_logits
 from tests.weights.test_peft import _adapters
 
@@ -89,10 +91,8 @@ def test_patterns_of_rank_and_alpha_and_modules_trained_as_a_whole(tmp_path):
     directory = _adapter(tmp_path / "adapter", config=said | {"modules_to_save": ["lm_head"]}, change=change)
     tensors, base = load_file(directory / "adapter_model.safetensors"), load_file(LLAMA / "model.safetensors")
     with contextlib.ExitStack() as files:
-        stored = weights.open_tensors(LLAMA, files)
-        found = {
-            name: np.asarray(t[:]) for name, t in weights.merge_adapter(stored, directory, files, tied=False).items()
-        }
+        stored = open_tensors(LLAMA, files)
+        found = {name: np.asarray(t[:]) for name, t in merge_adapter(stored, directory, files, tied=False).items()}
     np.testing.assert_array_equal(found.pop("lm_head.weight"), head.astype(np.float32))
     for name, tensor in found.items():
         module = "base_model.model." + name.removesuffix(".weight")
@@ -112,11 +112,11 @@ REFUSED = {
     "bias": ({"bias": "all"}, "bias='all' is not supported"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes the base"),
     "rank": ({"r": 5}, "adapter_config.json says rank 5"),
-    "no number": ({"lora_alpha": "big"}, "need numbers"),
-    "rank 0": ({"rank_pattern": {"q_proj": 0}}, "a rank of 0"),
-    "a list": ({"rank_pattern": [3]}, "need numbers"),
-    "no pattern": ({"alpha_pattern": {"(": 3}}, "need numbers"),
-    "null": ({"lora_alpha": None}, "need numbers"),
+    "no number": ({"lora_alpha": "big"}, 'lora_alpha is "big", must be a valid number'),
+    "rank 0": ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0, must be at least 1"),
+    "a list": ({"rank_pattern": [3]}, "rank_pattern is a list, must be a valid dictionary"),
+    "no pattern": ({"alpha_pattern": {"(": 3}}, "the pattern '(' is no regular expression"),
+    "null": ({"lora_alpha": None}, "lora_alpha is null, must be a valid number"),
 }
 SPOILT = {
     "no partner": (lambda t: t.pop(next(k for k in t if "lora_B" in k)), "no partner"),
@@ -130,9 +130,12 @@ SPOILT = {
 
 
 def _refusal(directory):
-    files = resolve_model(str(directory))
-    with pytest.raises(UserError) as refused:
+    def merged():
+        files = resolve_model(str(directory))
         _merged(files, weights.read_config(files.directory)[0])
+
+    with pytest.raises(UserError) as refused:
+        merged()
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -158,9 +161,13 @@ def test_another_base_and_missing_files(tmp_path):
         UserError, match=r"base_model_name_or_path of its adapter_config\.json: .*gone.*no such directory"
     ):
         resolve_model(str(directory), what="reference")
-    for nothing in (None, "", 3):
+    for nothing, words in (
+        (None, "put the adapter's base model there"),
+        ("", "base model there"),
+        (3, "is 3, must be"),
+    ):
         _change(directory, {"base_model_name_or_path": nothing})
-        with pytest.raises(UserError, match="put the adapter's base model there"):
+        with pytest.raises(UserError, match=words):
             resolve_model(str(directory))
     _change(directory, {"base_model_name_or_path": str(directory)})
     with pytest.raises(UserError, match="is a PEFT directory too"):

@@ -111,8 +111,8 @@ def test_the_models_own_come_first(said, expected, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"eos_token_id": "</s>"}', "eos_token_id='</s>'; needs a token's id, or a list of ids"),
-        ('{"eos_token_id": [1, true]}', r"eos_token_id=\[1, True\]; needs a token's id"),
+        ('{"eos_token_id": "</s>"}', 'eos_token_id is "</s>", must be a valid integer'),
+        ('{"eos_token_id": [1, true]}', r"eos_token_id\.1 is true, must be a valid integer"),
         ("[]", "generation_config.json"),
         ("{", "generation_config.json"),
     ],
