@@ -1,6 +1,8 @@
 """What a run left in its directory, and what its pages draw and count from it."""
 
+import contextlib
 import math
+import stat
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +13,9 @@ from dpo_jax.config.saved import SavedConfig, saved_config
 from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 from dpo_jax.records.length_bias import GROUPS, RATIO
-from dpo_jax.records.records import Record, metric_of, read_records
+from dpo_jax.records.directory import checkpoint_directories
+from dpo_jax.records.records import Record, metric_of, read_metrics, read_records
+from dpo_jax.records.shapes import DataReport, RunAbout, Sample, SavedKeys, Scores
 from dpo_jax.report.charts import Series
 from dpo_jax.report.html import run_color
 
@@ -206,20 +210,19 @@ def load_run(workdir: Path) -> RunFiles:
     """
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a directory; give the --workdir of a run")
+    shapes = {"config.json": SavedKeys, "data.json": DataReport, "run.json": RunAbout, "scores.json": Scores}
     config, data, about, scores = (
-        read_json(path) if (path := workdir / name).exists() else {}
-        for name in ("config.json", "data.json", "run.json", "scores.json")
+        read_json(path, shape=shape) if (path := workdir / name).exists() else {} for name, shape in shapes.items()
     )
-    numbered = [path for path in _children(workdir / "checkpoints") if path.name.isdigit()]
     run = RunFiles(
         name=workdir.resolve().name,
         saved=saved_config(config),
-        records=read_records(workdir / "metrics.jsonl"),
-        samples=read_records(workdir / "samples.jsonl"),
+        records=read_metrics(workdir / "metrics.jsonl"),
+        samples=read_records(workdir / "samples.jsonl", Sample),
         data=data,
         about=about,
         scores=scores,
-        checkpoints=dict(sorted((int(p.name), _size(p)) for p in numbered)),
+        checkpoints={number: held for number, at in checkpoint_directories(workdir).items() if (held := _size(at))},
         exports={name: files for name in EXPORTS if (files := {p.name: _size(p) for p in _children(workdir / name)})},
     )
     if not (run.saved.table or run.records):
@@ -232,8 +235,13 @@ def _children(directory: Path) -> list[Path]:
 
 
 def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return sum(file.stat().st_size for file in files)
+    """Bytes of a file, or of all below a directory. What a run that goes on removes meanwhile has none."""
+    held = 0
+    for file in [path] if path.is_file() else path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            about = file.lstat()
+            held += about.st_size if stat.S_ISREG(about.st_mode) else 0
+    return held
 
 
 def grouped_plots(run: RunFiles) -> list[Plot]:
