@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
-CONFIG, METRICS, SAMPLES, EVENTS = "config.json", "metrics.jsonl", "samples.jsonl", "events.jsonl"
-CHECKPOINTS = "checkpoints"
+CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples.jsonl"
+EVENTS = "events.jsonl"  # skipped updates and loss spikes, with the pairs of their batches
+IDENTITY = "identity.json"  # the files that the run was begun with
+CHECKPOINTS, ROUNDS = "checkpoints", "rounds"
 DAMAGED = "damaged"  # where checkpoints go that are not as they were written
 MADE_WITH = "made_with.json"  # in a checkpoint: its number, the config and the records that it was made with
 

@@ -5,7 +5,6 @@ loses at most the line it was writing. JSON has neither NaN nor infinity: a numb
 `null`, and readers treat it as missing.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from dpo_jax.errors import UserError
 from dpo_jax.records.shapes import MetricRecord
 
 Record = dict[str, Any]
-EVENTS = "events.jsonl"  # skipped updates and loss spikes, with the pairs of their batches
 
 
 @dataclass(frozen=True)
@@ -150,11 +148,6 @@ def read_records(path: Path, shape: Any = None) -> list[Record]:
 def read_metrics(path: Path) -> list[Record]:
     """All records of a metrics.jsonl, each of a step and a split; see `read_records`."""
     return read_records(path, MetricRecord)
-
-
-def json_line(record: Mapping[str, Any]) -> str:
-    """A record as a line of strict JSON: numbers that are not finite become null."""
-    return json.dumps(without_nan(record), allow_nan=False) + "\n"
 
 
 def without_nan(record: Mapping[str, Any]) -> Record:

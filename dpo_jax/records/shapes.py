@@ -3,10 +3,10 @@
 Nearly every key may be missing: other versions wrote these files, and pages leave out what is not there.
 """
 
-from typing import Annotated
+from typing import Annotated, NotRequired, Required
 
 from annotated_types import Interval
-from typing_extensions import NotRequired, Required, TypedDict
+from typing_extensions import TypedDict
 
 # Bounds keep a number drawable: between two of them lie no infinite distances.
 Number = Annotated[float, Interval(ge=-1e30, le=1e30)]
@@ -42,6 +42,48 @@ class Sample(TypedDict):
     answer: str
     chosen: NotRequired[str]
     rejected: NotRequired[str]
+
+
+class HeldRecords(TypedDict):
+    """How many records a file holds, and which."""
+
+    records: Count
+    digest: str
+
+
+class MadeWith(TypedDict):
+    """made_with.json of a checkpoint: its number, the config, and the records that were there, by file."""
+
+    step: Count
+    config: NotRequired[SavedKeys]
+    records: NotRequired[dict[str, HeldRecords]]
+
+
+class SourceFile(TypedDict):
+    """A data file of identity.json."""
+
+    bytes: int
+    digest: str
+
+
+class SourceFiles(TypedDict):
+    """A source of identity.json."""
+
+    files: list[SourceFile]
+
+
+class IdentityData(TypedDict, total=False):
+    """The pairs of identity.json."""
+
+    template_date: str | None
+    sources: list[SourceFiles]
+
+
+class Identity(TypedDict, total=False):
+    """identity.json: the files, the pairs and the config that a run was begun with."""
+
+    data: IdentityData
+    config: SavedKeys
 
 
 class RoundPair(TypedDict):

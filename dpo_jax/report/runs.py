@@ -12,8 +12,8 @@ from typing import Any
 from dpo_jax.config.saved import SavedConfig, saved_config
 from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
-from dpo_jax.records.length_bias import GROUPS, RATIO
 from dpo_jax.records.directory import checkpoint_directories
+from dpo_jax.records.length_bias import GROUPS, RATIO
 from dpo_jax.records.records import Record, metric_of, read_metrics, read_records
 from dpo_jax.records.shapes import DataReport, RunAbout, Sample, SavedKeys, Scores
 from dpo_jax.report.charts import Series
