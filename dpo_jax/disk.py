@@ -82,7 +82,7 @@ def read_json(path: Path, mend: str = "restore or remove it", shape: Any = None)
 
 def read_regular(path: Path) -> bytes:
     """The content of a regular file; an OSError for anything else, such as a pipe, whose reading would never end."""
-    with path.open("rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(None, "not a regular file")
         return file.read()
