@@ -97,7 +97,9 @@ def saved_config(table: Mapping[str, Any]) -> SavedConfig:
         recipe=[
             (key, table[key])
             for key in (*_RECIPE, *(_OF_RL if get("task") == "rl" else ()))
-            if get(key) not in _OFF and not (get("task", "dpo") != "dpo" and key in _OF_DPO)
+            if get(key) not in _OFF
+            and not (get("task", "dpo") != "dpo" and key in _OF_DPO)
+            and not (get("num_steps") and key == "num_epochs")  # which then decides nothing
         ],
         words={topic: [part for part in parts if part] for topic, parts in _words(table).items()},
     )
