@@ -13,8 +13,8 @@ from typing import Any
 from dpo_jax.config.keys import KEYS
 from dpo_jax.disk import is_full, read_json, write_json
 from dpo_jax.errors import BAD_INPUT, SAVE_FAILED, UserError
-from dpo_jax.records.directory import CONFIG, MADE_WITH, checkpoint_directories
-from dpo_jax.records.shapes import MadeWith
+from dpo_jax.records.directory import CONFIG, IDENTITY, MADE_WITH, ROUNDS, checkpoint_directories
+from dpo_jax.records.shapes import Identity, MadeWith
 
 # What a reader needs to train a model like it, where it is set at all.
 _RECIPE = """
@@ -182,9 +182,8 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None
         changed = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
         if changed:
             difference = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} asked" for k in changed)
-            raise UserError(
-                f"{place} holds a run of another config ({difference}); use another --workdir or its config"
-            )
+            mend = "use another --workdir or its config"
+            raise UserError(f"{place} holds a run of another config ({difference}); {mend}")
     if path.exists():
         return
     with writing(workdir):
@@ -199,10 +198,11 @@ def _begun_with(workdir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         mend = "restore it, or delete it: checkpoints know the config that they were made with"
         yield workdir, read_json(workdir / CONFIG, mend)
     for directory in checkpoint_directories(workdir).values():
-        with contextlib.suppress(
-            UserError
-        ):  # not there: an older version's; damaged: it is set aside before it is used
+        with contextlib.suppress(UserError):  # not there: of an older version; damaged: set aside before it is used
             yield directory, read_json(directory / MADE_WITH, shape=MadeWith).get("config", {})
+    if (workdir / ROUNDS).exists():  # pairs that were collected before there was a checkpoint
+        with contextlib.suppress(UserError):  # who compares it says what is wrong with it
+            yield workdir / ROUNDS, read_json(workdir / IDENTITY, shape=Identity).get("config", {})
 
 
 @contextlib.contextmanager

@@ -126,7 +126,7 @@ class RunAbout(TypedDict, total=False):
     hub: dict[str, HubCommit]
 
 
-class Scores(TypedDict, total=False):
+class PairScores(TypedDict, total=False):
     """scores.json: of every held-out pair at the last evaluation of a reward model."""
 
     chosen: list[Metric]

@@ -15,7 +15,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.records.directory import checkpoint_directories
 from dpo_jax.records.length_bias import GROUPS, RATIO
 from dpo_jax.records.records import Record, metric_of, read_metrics, read_records
-from dpo_jax.records.shapes import DataReport, RunAbout, Sample, SavedKeys, Scores
+from dpo_jax.records.shapes import DataReport, PairScores, RunAbout, Sample, SavedKeys
 from dpo_jax.report.charts import Series
 from dpo_jax.report.html import run_color
 
@@ -210,7 +210,7 @@ def load_run(workdir: Path) -> RunFiles:
     """
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a directory; give the --workdir of a run")
-    shapes = {"config.json": SavedKeys, "data.json": DataReport, "run.json": RunAbout, "scores.json": Scores}
+    shapes = {"config.json": SavedKeys, "data.json": DataReport, "run.json": RunAbout, "scores.json": PairScores}
     config, data, about, scores = (
         read_json(path, shape=shape) if (path := workdir / name).exists() else {} for name, shape in shapes.items()
     )
