@@ -47,9 +47,12 @@ def whole_file(path: Path, *, exclusive: bool = False) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file so that it is there with this content or not at all; text as UTF-8."""
+    r"""Write a file so that it is there with this content or not at all.
+
+    Text becomes UTF-8; half a character, such as of a file's name that is none, is written as JSON does it: \udcff.
+    """
     with whole_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:

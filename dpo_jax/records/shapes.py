@@ -5,7 +5,7 @@ Nearly every key may be missing: other versions wrote these files, and pages lea
 
 from typing import Annotated, NotRequired, Required
 
-from annotated_types import Interval
+from annotated_types import Interval, MinLen
 from typing_extensions import TypedDict
 
 # Bounds keep a number drawable: between two of them lie no infinite distances.
@@ -13,6 +13,8 @@ Number = Annotated[float, Interval(ge=-1e30, le=1e30)]
 Count = Annotated[int, Interval(ge=0, le=2**53)]
 Metric = Number | None  # None: it was not finite
 Counts = dict[str, Count]
+TokenId = Annotated[int, Interval(ge=0, lt=2**31)]
+RoundAbout = dict[str, Metric]  # of a round, beside its pairs
 SavedKeys = dict[str, bool | Number | str | None]  # config.json
 
 
@@ -86,12 +88,70 @@ class Identity(TypedDict, total=False):
     config: SavedKeys
 
 
+class RoundCounts(TypedDict):
+    """Answers of a block, their tokens, and how many have a score."""
+
+    answers: Count
+    tokens: Count
+    scored: Count
+
+
 class RoundPair(TypedDict):
     """A line of a round's file: token ids of the prompt, the better and the worse answer."""
 
-    prompt_token_ids: list[Count]
-    token_ids_a: list[Count]
-    token_ids_b: list[Count]
+    prompt_token_ids: list[TokenId]
+    token_ids_a: list[TokenId]
+    token_ids_b: list[TokenId]
+
+
+class RoundLine(RoundPair):
+    """The same while a round is collected, with what its record is made of."""
+
+    score_a: Metric
+    score_b: Metric
+    tokens_a: Count
+    tokens_b: Count
+
+
+class RoundBlock(TypedDict):
+    """A block of prompts of a round that is being collected."""
+
+    lines: list[RoundLine]
+    dropped: Counts
+    counts: RoundCounts
+    score: Number
+    sampling_seconds: Number
+    judging_seconds: Number
+
+
+class SavedRowShape(TypedDict):
+    """A row shape of row_shapes.json."""
+
+    prompt: Count
+    completions: Annotated[list[Count], MinLen(1)]
+    rows: Count
+    places: Count
+
+
+class SavedLadder(TypedDict):
+    """The shapes from a rollout on."""
+
+    rollout: Count
+    shapes: list[SavedRowShape]
+    home: list[SavedRowShape]
+
+
+class SavedLadders(TypedDict):
+    """row_shapes.json."""
+
+    changes: list[SavedLadder]
+
+
+class StageDone(TypedDict):
+    """A stage of stages.json: digests of what it was made of, and of its export."""
+
+    made_of: dict[str, str]
+    export: str
 
 
 class RowShapeEntry(TypedDict):

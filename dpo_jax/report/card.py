@@ -14,7 +14,7 @@ from huggingface_hub.repocard_data import EvalResult
 
 from dpo_jax.data.datasets import DATASETS
 from dpo_jax.data.sources import hub_dataset
-from dpo_jax.disk import read_json
+from dpo_jax.disk import read_json, write_whole
 from dpo_jax.records.records import before_after, show_metric
 from dpo_jax.report.html import render
 from dpo_jax.report.runs import RunFiles, metric_label
@@ -66,7 +66,7 @@ def write_card(run: RunFiles, directory: Path, *, base: Path | None) -> None:
         versions=", ".join(f"{name} {version}" for name, version in run.about.get("versions", {}).items()),
         hardware=run.hardware,
     )
-    (directory / CARD).write_text(text, encoding="utf-8")
+    write_whole(directory / CARD, text)
 
 
 def _made(run: RunFiles) -> str:

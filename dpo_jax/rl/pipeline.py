@@ -17,6 +17,7 @@ from dpo_jax.disk import digest, read_json, write_json, write_whole
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.mesh import any_process
 from dpo_jax.records.records import Record, best_evaluation, read_metrics, show_metric
+from dpo_jax.records.shapes import StageDone
 from dpo_jax.report.stages import write_stages_report
 
 STATE, RESULT, RECORDS = "stages.json", "result.json", "metrics.jsonl"
@@ -75,7 +76,8 @@ def shown(came: Mapping[str, Any]) -> str:
 
 
 def _kept(workdir: Path) -> dict[str, Any]:
-    return read_json(workdir / STATE, "remove it to do all stages anew") if (workdir / STATE).is_file() else {}
+    mend = "remove it to do all stages anew"
+    return read_json(workdir / STATE, mend, dict[str, StageDone]) if (workdir / STATE).exists() else {}
 
 
 def _digest_of(export: Path, stage: Stage, other: str) -> str:
