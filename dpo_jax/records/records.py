@@ -93,6 +93,7 @@ METRICS = {
 # Control characters, but for line ends and tabs, and what is shown in their place.
 _VISIBLE = {c: 0x2400 + c if c < 32 else 0xFFFD for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 _VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)  # half a character, which no terminal or file can take
+_NUMBERS = {*METRICS, "pairs", "tokens", "skipped"}  # of a record, that pages count with
 HELD_OUT = tuple(name for name, metric in METRICS.items() if metric.held_out)
 
 
@@ -146,8 +147,13 @@ def read_records(path: Path, shape: Any = None) -> list[Record]:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """All records of a metrics.jsonl, each of a step and a split; see `read_records`."""
-    return read_records(path, MetricRecord)
+    """All records of a metrics.jsonl, each of a step and a split, known metrics as numbers; see `read_records`."""
+    records = read_records(path, MetricRecord)
+    for number, record in enumerate(records, 1):
+        for name, value in record.items():
+            if isinstance(value, str) and name.partition("/")[0] in _NUMBERS:
+                raise UserError(f"{path} line {number}: {name} is a text, must be a number; mend or remove the line")
+    return records
 
 
 def without_nan(record: Mapping[str, Any]) -> Record:

@@ -18,8 +18,8 @@ RoundAbout = dict[str, Metric]  # of a round, beside its pairs
 SavedKeys = dict[str, bool | Number | str | None]  # config.json
 
 
-class MetricRecord(TypedDict, extra_items=Metric):
-    """A line of metrics.jsonl: metrics by their names, beside what they are of."""
+class MetricRecord(TypedDict, extra_items=Metric | str):
+    """A line of metrics.jsonl: metrics by their names, beside what they are of; texts are of other versions."""
 
     step: Count
     split: str
@@ -232,8 +232,8 @@ class SourceReport(TypedDict, total=False):
 
     name: Required[str]
     split: Required[str]
-    read: Required[Count]
-    kept: Required[Count]
+    read: Count
+    kept: Count
     dropped: Counts
     truncated: Counts
     files: list[str]

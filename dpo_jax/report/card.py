@@ -159,7 +159,8 @@ def _source_rows(run: RunFiles) -> list[tuple[str, ...]]:
     rows = []
     for source in run.data.get("sources", []):
         reasons = [counts(source.get(key, {})) for key in ("dropped", "truncated")]
-        rows.append((source["name"], source["split"], f"{source['read']:,}", f"{source['kept']:,}", *reasons))
+        numbers = [f"{source[key]:,}" if key in source else "–" for key in ("read", "kept")]
+        rows.append((source["name"], source["split"], *numbers, *reasons))
     return rows
 
 

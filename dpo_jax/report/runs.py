@@ -143,7 +143,7 @@ class RunFiles:
     @property
     def hardware(self) -> str:
         """Devices that the run used: "8 × TPU v5 lite"; empty if no file has them."""
-        return f"{self.about['devices']} × {self.about['device']}" if self.about.get("device") else ""
+        return f"{self.about.get('devices', '?')} × {self.about['device']}" if self.about.get("device") else ""
 
     @property
     def training_seconds(self) -> float | None:
@@ -279,7 +279,7 @@ def held_out_series(run: RunFiles, name: str, label: str, color: str) -> Series:
 
 
 def _points(run: RunFiles, split: str, name: str) -> list[tuple[float, float | None]]:
-    records = [r for r in run.records if r["split"] == split and name in r]
+    records = [r for r in run.records if r["split"] == split and not isinstance(r.get(name, ""), str)]
     if name.startswith("accuracy"):
         # Where policy and reference are equal every pair ties, and the contract counts that as 0: not an accuracy.
         records = [r for r in records if r.get("margin") != 0 and (split == "train" or r.get("accuracy") != 0)]

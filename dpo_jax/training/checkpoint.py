@@ -85,6 +85,8 @@ def open_checkpoints(directory: Path, keep: int) -> Iterator[Checkpoints]:
 
     context, newest = ocp.Context(), ocp.training.preservation_policies.LatestN(keep)
     context.async_options.post_finalization_callback = complete
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file, and is to be a directory; move it elsewhere")
     try:
         orbax = ocp.training.Checkpointer(
             directory, context=context, preservation_policy=newest, cleanup_tmp_directories=True
@@ -125,14 +127,15 @@ def set_aside_damaged(directory: Path) -> list[str]:
     """
     told: list[str] = []
 
-    def set_aside_others() -> None:
+    def set_aside_misread() -> None:
         for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-            if _TAKEN_FOR_A_STEP.fullmatch(path.name) and not (
-                checkpoint_number(path.name) is not None and path.is_dir()
-            ):
+            number = checkpoint_number(path.name) if path.is_dir() else None
+            if number is None and (path.name.isdigit() or _TAKEN_FOR_A_STEP.fullmatch(path.name)):
                 told.append(f"{path} is no checkpoint; it is now {_move_aside(path)}")
+            elif number is not None and (wrong := _misread(path)):  # orbax reads this of all, and ends with an error
+                told.append(f"checkpoint {number} is damaged ({wrong}); it is now {_move_aside(path)}")
 
-    first_only(set_aside_others)
+    first_only(set_aside_misread)
     while True:
         newest = max(checkpoint_directories(directory.parent), default=-1) if jax.process_index() == 0 else -1
         newest = int(from_first(np.asarray(newest, np.int32)))
@@ -162,20 +165,23 @@ def _move_aside(path: Path) -> Path:
 
 def _damage_of_checkpoint(directory: Path) -> str | None:
     """What any process finds wrong with its share of a checkpoint's files."""
+    return _of_any_process(_misread(directory) or _damage(directory, _WRITTEN_LAST))
 
-    def misread() -> str | None:
-        for name, shape in ((_METADATA, _Metadata), (MADE_WITH, MadeWith)):
-            try:
-                held = (
-                    read_json(directory / name, shape=shape) if name == _METADATA or (directory / name).exists() else {}
-                )
-            except UserError:
-                return f"{name} cannot be read"
-            if str(held.get("step", directory.name)) != directory.name:
-                return f"it was written as checkpoint {held['step']}"
-        return None
 
-    return _of_any_process(_damage(directory, _WRITTEN_LAST) or misread())
+def _misread(directory: Path) -> str | None:
+    """What is wrong with the small files of a checkpoint that say what it is."""
+    if not (directory / integrity.NAME).exists():
+        return f"there is no {integrity.NAME}"
+    for name, shape in ((_METADATA, _Metadata), (MADE_WITH, MadeWith)):
+        if name == MADE_WITH and not (directory / name).exists():  # of an older version
+            continue
+        try:
+            held = read_json(directory / name, shape=shape)
+        except UserError:
+            return f"{name} cannot be read"
+        if str(held.get("step", directory.name)) != directory.name:
+            return f"it was written as checkpoint {held['step']}"
+    return None
 
 
 def _damage(directory: Path, leave_out: tuple[str, ...] = ()) -> str | None:

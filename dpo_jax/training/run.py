@@ -107,7 +107,7 @@ def _train(settings: Settings, workdir: Path, training: Training) -> dict[str, f
         claim_workdir(workdir, s.whole, write=main_process)  # only now: a refused command leaves no config behind
         done = checkpoint.latest_step(checkpoints) or 0
         begun = done > 0 or (workdir / ROUNDS).exists()  # pairs of a round, of these data and models
-        claim.first_only(lambda: claim.keep_identity(workdir, identity, resumed=begun, config=s.whole))
+        claim.first_only(lambda: claim.keep_identity(workdir, identity, resumed=begun, whole=s.whole))
         logs = []
         if main_process:
             _forget_after(workdir, s.sft_steps, done)

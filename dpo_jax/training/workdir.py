@@ -120,16 +120,17 @@ def first_day(workdir: Path) -> str:
     day = datetime.date.today().isoformat()
     with contextlib.suppress(UserError, OSError, ValueError):  # `keep_identity` says what is wrong with the file
         if (workdir / IDENTITY).exists():
-            said = read_json(workdir / IDENTITY, _MEND, Identity).get("data", {}).get("template_date")
+            data = read_json(workdir / IDENTITY, _MEND, Identity).get("data", {})
+            said = data.get("template_date")
             day = datetime.date.fromisoformat(said).isoformat() if said else day
     number = int(from_first(np.array(datetime.date.fromisoformat(day).toordinal(), np.int32)))
     return datetime.date.fromordinal(number).isoformat()
 
 
 def keep_identity(
-    workdir: Path, identity: Mapping[str, Any], *, resumed: bool, config: Mapping[str, Any] | None = None
+    workdir: Path, identity: Mapping[str, Any], *, resumed: bool, whole: Mapping[str, Any] | None = None
 ) -> None:
-    """Keep what the run is begun with, and its config; where it is resumed, refuse other pairs or other models.
+    """Keep what the run is begun with, and its `whole` config; where it is resumed, refuse other pairs or other models.
 
     The same token ids are the same pairs, in whatever words another release or another template describes them.
 
@@ -148,7 +149,7 @@ def keep_identity(
             "another --workdir"
         )
     with writing(workdir):
-        write_json(path, mine | ({} if config is None else {"config": dict(config)}))
+        write_json(path, mine | ({} if whole is None else {"config": dict(whole)}))
 
 
 def _decisive(identity: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

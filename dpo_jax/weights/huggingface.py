@@ -320,8 +320,8 @@ def new_directory(directory: Path) -> Iterator[Path | None]:
     except (OSError, SafetensorError) as e:  # the library has an error of its own for a disk that is full
         why = e.strerror if isinstance(e, OSError) and e.strerror else " ".join(str(e).split())
         raise UserError(
-            f"{directory}: the export cannot be written ({why}); checkpoints are kept: make room, or make the directory "
-            "writable, then the same command writes it",
+            f"{directory}: the export cannot be written ({why}); checkpoints are kept: make room, or make it writable, "
+            "then the same command writes it",
             code=SAVE_FAILED,
         ) from e
     finally:
