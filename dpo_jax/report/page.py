@@ -122,8 +122,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
             *words["Trained"],
             f"{about['trained_parameters']:,} parameters" if run.saved.lora and "trained_parameters" in about else "",
         ],
-        "Precision": words["Precision"]
-        + ([f"{about['compute_dtype']} compute"] if "compute_dtype" in about else words["Compute"]),
+        "Precision": words["Precision"] + computed,
         "Longest, in tokens": words["Longest, in tokens"],
         "Devices": [run.hardware, f"{about['processes']} processes" if about.get("processes", 1) > 1 else ""],
         "Mesh": [f"{axis} {size}" for axis, size in about.get("mesh", {}).items()] or words["Mesh"],
