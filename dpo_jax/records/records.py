@@ -93,7 +93,7 @@ METRICS = {
 # Control characters, but for line ends and tabs, and what is shown in their place.
 _VISIBLE = {c: 0x2400 + c if c < 32 else 0xFFFD for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 _VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)  # half a character, which no terminal or file can take
-_NUMBERS = {*METRICS, "pairs", "tokens", "skipped"}  # of a record, that pages count with
+_NUMBERS = {*METRICS, "pairs", "tokens", "skipped", "dropped"}  # of a record, that pages count with
 HELD_OUT = tuple(name for name, metric in METRICS.items() if metric.held_out)
 
 

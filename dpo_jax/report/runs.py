@@ -175,7 +175,9 @@ class RunFiles:
         if name != "accuracy" and value is not None and last.get(name) == value:
             return last.get(f"{name}_error") or None
         pairs = pairs or self.held_out_pairs
-        return math.sqrt(value * (1 - value) / pairs) if name == "accuracy" and pairs and value is not None else None
+        if name != "accuracy" or not pairs or value is None or not 0 <= value <= 1:
+            return None
+        return math.sqrt(value * (1 - value) / pairs)
 
     def training_values(self, name: str) -> list[float]:
         """A metric's values in the training records."""

@@ -22,7 +22,17 @@ FILES = ("config.json", "data.json", "run.json", "scores.json", *LINES)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("altered") / "run"
-    make_run(directory, steps=2)
+    numbers = {f"{name}_{side}": 1.5 for name in ("score", "tokens") for side in ("better", "worse")}
+    collected = {
+        "step": 0,
+        "split": "collect",
+        "round": "1",
+        "pairs": 9,
+        "answers": 18,
+        "score": 0.5,
+        "dropped/ties": 2,
+    }
+    make_run(directory, steps=2, further=[collected | numbers])
     scores = {"chosen": [0.1, 0.2, None], "rejected": [0.0, 0.3, 1.0]}
     (directory / "scores.json").write_text(json.dumps(scores))
     return directory
