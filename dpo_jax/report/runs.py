@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-import stat
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -238,11 +238,11 @@ def _children(directory: Path) -> list[Path]:
 
 def _size(path: Path) -> int:
     """Bytes of a file, or of all below a directory. What a run that goes on removes meanwhile has none."""
+    inside = (os.path.join(directory, name) for directory, _, names in os.walk(path) for name in names)
     held = 0
-    for file in [path] if path.is_file() else path.rglob("*"):
+    for file in [path] if path.is_file() else inside:
         with contextlib.suppress(FileNotFoundError):
-            about = file.lstat()
-            held += about.st_size if stat.S_ISREG(about.st_mode) else 0
+            held += os.lstat(file).st_size
     return held
 
 

@@ -79,8 +79,8 @@ def open_checkpoints(directory: Path, keep: int) -> Iterator[Checkpoints]:
 
     def complete() -> None:  # by the first process, when all have written their share and before the rename
         for unfinished in directory.glob(f"*{_UNFINISHED}"):
-            if (number := unfinished.name.removesuffix(_UNFINISHED)) in about:
-                write_json(unfinished / MADE_WITH, about[number])
+            if said := about.pop(unfinished.name.removesuffix(_UNFINISHED), None):
+                write_json(unfinished / MADE_WITH, said)
             integrity.write_checksums(unfinished, leave_out=_WRITTEN_LAST)
 
     context, newest = ocp.Context(), ocp.training.preservation_policies.LatestN(keep)

@@ -18,6 +18,7 @@ import numpy as np
 from dpo_jax.errors import NOT_FINITE, UserError
 from dpo_jax.model.config import Params
 from dpo_jax.records.writer import MetricsWriter
+from dpo_jax.weights.huggingface import gather_to_host
 
 SKIPPED = "skipped"  # the metric that is 1 where the update was not made
 WINDOW = 64  # finite losses that one is compared with
@@ -130,7 +131,7 @@ def check_evaluation(values: Mapping[str, float], *, first: bool) -> None:
 def check_trained(params: Params, dtype: str) -> None:
     """Refuse, with a UserError, to call a run done whose parameters are not finite in the dtype of its export."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    sound = np.asarray(_finite([leaf for _, leaf in leaves], dtype=dtype)) if leaves else np.ones(0, bool)
+    sound = gather_to_host(_finite([leaf for _, leaf in leaves], dtype=dtype)) if leaves else np.ones(0, bool)
     bad = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
     bad = [name for name, fine in zip(bad, sound, strict=True) if not fine]
     if bad:

@@ -3,11 +3,14 @@
 import copy
 import json
 import random
+import shutil
+import threading
 
 import pytest
 
 from dpo_jax.errors import UserError
 from dpo_jax.report.command import write_report
+from dpo_jax.report.runs import load_run
 from tests.report.example_run import make_run
 
 VALUES = (
@@ -83,7 +86,7 @@ def test_another_value_anywhere(name, run):
         if path or new != ()
     ]
     try:
-        for at, path, new in draw.sample(cases, min(40, len(cases))):
+        for at, path, new in draw.sample(cases, min(25, len(cases))):
             changed = json.dumps(_altered(json.loads(lines[at]), path, new))
             file.write_text("\n".join([*lines[:at], changed, *lines[at + 1 :]]) + "\n")
             _page_or_line(run, name)
@@ -109,19 +112,26 @@ def test_another_text_or_a_directory(name, run):
         file.write_bytes(content)
 
 
-def test_checkpoints_that_go_while_they_are_counted(run, monkeypatch):
-    """As a save does that deletes the oldest one: what is gone has no size, and what has none is not listed."""
-    from pathlib import Path
+def test_checkpoints_that_go_while_they_are_counted(run):
+    """As a save does that removes the oldest one: what is gone meanwhile has no size, and no error."""
+    oldest, kept, over = run / "checkpoints" / "210", run / "kept", threading.Event()
+    shutil.copytree(oldest, kept / "210")
+    for i in range(40):
+        (kept / "210" / f"{i}" / "d").mkdir(parents=True)
+        (kept / "210" / f"{i}" / "d" / "array").write_bytes(b"x" * 100)
 
-    found = Path.rglob
+    def come_and_go():
+        while not over.is_set():
+            shutil.rmtree(oldest)
+            shutil.copytree(kept / "210", oldest)
 
-    def gone_meanwhile(self, pattern):
-        paths = list(found(self, pattern))
-        for path in paths if self.name == "210" else ():
-            path.unlink()
-        return paths
-
-    monkeypatch.setattr(Path, "rglob", gone_meanwhile)
-    page = write_report(run).read_text()
-    assert ">260</data>" in page
-    assert ">210</data>" not in page
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        seen = [load_run(run).checkpoints for _ in range(50)]
+    finally:
+        over.set()
+        thread.join()
+        shutil.rmtree(kept)
+    assert all(checkpoints[260] == 1500 for checkpoints in seen)
+    assert len({checkpoints.get(210) for checkpoints in seen}) > 1, "none was met on its way"

@@ -31,7 +31,7 @@ def _disk_of(path, size):
 
 
 def _export(directory):
-    params = nn.meta.unbox(init_params(jax.random.key(0), CONFIG))
+    params = jax.jit(lambda key: nn.meta.unbox(init_params(key, CONFIG)))(jax.random.key(0))
     save_weights(params, CONFIG, directory, dtype="float32")
 
 
