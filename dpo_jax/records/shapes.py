@@ -8,8 +8,8 @@ from typing import Annotated, NotRequired, Required
 from annotated_types import Interval, MinLen
 from typing_extensions import TypedDict
 
-# Bounds keep a number drawable: between two of them lie no infinite distances.
-Number = Annotated[float, Interval(ge=-1e30, le=1e30)]
+# Far beyond float32, in which a run computes; and so that no distance between two of them is infinite on a page.
+Number = Annotated[float, Interval(ge=-1e100, le=1e100)]
 Count = Annotated[int, Interval(ge=0, le=2**53)]
 Metric = Number | None  # None: it was not finite
 Counts = dict[str, Count]
