@@ -18,7 +18,7 @@ RoundAbout = dict[str, Metric]  # of a round, beside its pairs
 SavedKeys = dict[str, bool | Number | str | None]  # config.json
 
 
-class MetricRecord(TypedDict, extra_items=Metric | str):
+class MetricRecord(TypedDict, extra_items=Metric | str):  # type: ignore[call-arg]  # PEP 728
     """A line of metrics.jsonl: metrics by their names, beside what they are of; texts are of other versions."""
 
     step: Count
