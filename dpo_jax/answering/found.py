@@ -8,6 +8,7 @@ from dpo_jax.config.opened import is_run, run_settings
 from dpo_jax.config.settings import Settings
 from dpo_jax.disk import digest, file_digest
 from dpo_jax.errors import UserError
+from dpo_jax.records.directory import checkpoint_directories
 from dpo_jax.weights.hub import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, local_model, resolve_model
 
 
@@ -53,12 +54,12 @@ def locate_model(model: str, revision: str = "") -> Found:
         return Found(model, str(path / "export"), run=path, settings=settings)
     if settings.task == "reward":
         raise UserError(f"model={model!r} is a reward model's run, which says no words; use it as a judge (--judge=)")
-    steps = [p for p in (path / "checkpoints").glob("*") if p.name.isdigit() and p.is_dir()]
+    steps = checkpoint_directories(path)
     if not steps:
         raise UserError(
             f"model={model!r}: the run has no export/ and no checkpoint yet; give it time, or another model"
         )
-    return Found(model, settings.model, settings.revision, path, settings, max(steps, key=lambda p: int(p.name)))
+    return Found(model, settings.model, settings.revision, path, settings, steps[max(steps)])
 
 
 def model_digest(found: Found) -> str:

@@ -29,7 +29,7 @@ def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit code is 2 for what the user can mend."""
+    """The command line; the exit code is 2 for what the user can mend, 74 where the disk is full."""
     parser = argparse.ArgumentParser(prog="python -m dpo_jax.report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("workdirs", nargs="+", type=Path, metavar="DIR", help="a run's --workdir; several are compared")
     parser.add_argument("--out", type=Path, help="the page to write (default: DIR/report.html, or ./compare.html)")
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             path = write_report(options.workdirs[0], options.out)
     except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
     print(path)
     return 0
