@@ -80,7 +80,7 @@ limited() { # SECONDS COMMAND...: at most so long (0: for ever); then all of it 
 
 end_tree() { # PID: that process and all below it, by their ids
   local all
-  mapfile -t all < <(ps -A -o pid= -o ppid= | awk -v top="$1" '
+  mapfile -t all < <(ps -A -o pid= -o ppid= 2>/dev/null | awk -v top="$1" '
     { above[$1] = $2 }
     END { for (p in above) { for (q = p; q in above && q != top; q = above[q]); if (q == top) print p } }')
   ((${#all[@]})) || all=("$1")

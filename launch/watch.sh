@@ -40,12 +40,13 @@ watch() { # RUN
 # Prints what comes after `offset` and moves it, until the run ends. Fails when the connection breaks, or is silent for so
 # long that it may be dead: the run itself may well have nothing to say, so then its state is asked.
 follow() { # RUN
-  local line end log reader patience=$timeout code=0 visible LC_ALL=C # lengths in bytes
+  local line end log reader visible LC_ALL=C # lengths in bytes
   if ((dry_run)); then on 0 "$worker" follow "$1" "$offset" && return; fi
   exec {log}< <(on 0 "$worker" follow "$1" "$offset")
   reader=$!
-  while IFS= read -r -t "$patience" -n "$((longest_line + 20))" -u "$log" line || code=$?; ((code == 0)); do
-    patience=$((5 * timeout)) # it has answered once
+  end_when_silent "$reader" >/dev/null 2>&1 </dev/null &
+  while IFS= read -r -n "$((longest_line + 20))" -u "$log" line; do
+    : >"$temporary/heard"
     end=${line%%$'\t'*}
     line=${line#*$'\t'}
     # Not half a line, and not what gcloud, which repeats a command whose connection broke, brings again. The pieces of a
@@ -59,8 +60,23 @@ follow() { # RUN
     fi
   done
   exec {log}<&-
-  if ((code > 128)); then end_tree "$reader"; fi
   wait "$reader" 2>/dev/null
+}
+
+# Not by `read -t`: in bash 5.2 its alarm outlives a trap that comes meanwhile.
+end_when_silent() { # READER: once nothing was `heard` from it for --timeout, or later five times that
+  local quiet=0 patience=$timeout
+  while kill -0 "$1"; do
+    if [[ -e $temporary/heard ]]; then
+      rm "$temporary/heard"
+      quiet=0 patience=$((5 * timeout))
+    fi
+    if ((quiet++ >= patience)); then
+      end_tree "$1"
+      return
+    fi
+    sleep 1
+  done
 }
 
 unread() { # standard output takes nothing any more: who read it is gone (`| head`), or its disk is full

@@ -5,6 +5,7 @@ import difflib
 import re
 
 from dpo_jax.errors import UserError
+from dpo_jax.parallel.address import host_and_port
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Hugging Face's names; where it has several of our projections in one, it names them all.
@@ -59,6 +60,11 @@ def parse_options(text: str) -> dict[str, str]:
     if any(not (name and equals and value) for name, equals, value in pairs):
         raise UserError(f"compiler_options={text!r}: must be NAME=VALUE,NAME=VALUE, such as xla_tpu_...=true")
     return {name.strip().lstrip("-"): value.strip() for name, _, value in pairs}
+
+
+def parse_bind(text: str) -> tuple[str, int | None]:
+    """Where the first of several processes listens: host (empty: everywhere) and port; None: no port is said."""
+    return host_and_port("coordinator_bind", text) if text else ("", None)
 
 
 def check_workdir(workdir: str) -> str:

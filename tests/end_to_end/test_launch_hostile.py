@@ -146,7 +146,8 @@ def test_a_line_without_end_and_bytes_of_zero_are_followed_byte_for_byte(cloud):
     trainer = cloud.root / "later/python"
     trainer.write_text(
         "#!/usr/bin/env bash\n"
-        "head -c 200000 /dev/zero | tr '\\0' x; echo; head -c 65536 /dev/zero | tr '\\0' y; echo; printf 'a\\0b\\nend\\n'\n"
+        "head -c 200000 /dev/zero | tr '\\0' x; echo; head -c 65536 /dev/zero | tr '\\0' y; echo\n"
+        "printf 'a\\0b\\nend\\n'\n"
     )
     cloud.world(current=READY, faults=[{"verb": "follow", "cut_after": 150_000, "again": False}])
     out, _ = cloud.launch("up", *RUN, *FAST)
@@ -171,7 +172,7 @@ def test_a_gcloud_that_never_answers_is_given_up_in_a_line(cloud, silent):
         wait_for(lambda: len([c for c in cloud.calls("tpu-vm", "ssh") if any(" follow " in w for w in c)]) > 1)
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=30)
-        assert process.returncode == 130
+        assert process.returncode == 130, err
         assert "the connection broke or is silent" in err.decode()
     else:
         _, err = cloud.launch(*words, *limits, code=1 if silent == "setup" else 75)
@@ -185,7 +186,11 @@ def test_a_gcloud_that_never_answers_is_given_up_in_a_line(cloud, silent):
 
 def test_an_env_file_is_read_before_anything_is_created(cloud, tmp_path):
     cases = {"bad": "FINE=1\nnonsense secret\n", "taken": "A=1\nexport UID=5\n", "long": "A=" + "x" * 70_000 + "\n"}
-    told = {"bad": "line 2 is not NAME=VALUE", "taken": "line 2 sets UID, which bash keeps", "long": "line 1 is too long"}
+    told = {
+        "bad": "line 2 is not NAME=VALUE",
+        "taken": "line 2 sets UID, which bash keeps",
+        "long": "line 1 is too long",
+    }
     cloud.world(slices=[ACTIVE])
     for name, text in cases.items():
         (tmp_path / name).write_text(text)
