@@ -3,10 +3,11 @@
 TensorBoard's events are a copy of metrics.jsonl, and are made anew from it whenever a run is opened again.
 """
 
+import contextlib
 import math
 import numbers
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,26 @@ class MetricsWriter:
         self.console = RunConsole(total_steps, quiet=quiet, console=console)
         self.message = self.console.message
         self._file = self._events = None
+        self._path = Path("metrics.jsonl")
         self._workdir, self._flushed = workdir, -math.inf
         if workdir is not None:
-            path = workdir / "metrics.jsonl"
+            path = self._path = workdir / "metrics.jsonl"
             workdir.mkdir(parents=True, exist_ok=True)
             truncate_records(path, lambda record: True)
-            self._events = open_events(workdir / "tensorboard", read_records(path))
+            with _naming(workdir / "tensorboard"):
+                self._events = open_events(workdir / "tensorboard", read_records(path))
             self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for file in (self.console, self._file, self._events):
-            if file:
-                file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.console.close()
+        for file in (self._file, self._events):
+            # Of two errors the first one says what happened: here it may be only that the disk is full still.
+            with _naming(self._path) if kind is None else contextlib.suppress(OSError):
+                if file:
+                    file.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one record: `step`, `split`, and numbers (also NumPy scalars and arrays of one element) or strings."""
@@ -67,13 +73,15 @@ class MetricsWriter:
         if self._file:
             # Flushed, not synced: the line then outlives the process, and a machine that dies is resumed from a
             # checkpoint, which drops the records after it.
-            self._file.write(json_line(values))
-            self._file.flush()
+            with _naming(self._path):
+                self._file.write(json_line(values))
+                self._file.flush()
         if self._events:
-            add_event(self._events, without_nan(values), time.time())
-            if time.monotonic() - self._flushed > FLUSH_SECONDS:
-                self._events.flush()
-                self._flushed = time.monotonic()
+            with _naming(self._path.parent / "tensorboard"):
+                add_event(self._events, without_nan(values), time.time())
+                if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                    self._events.flush()
+                    self._flushed = time.monotonic()
         for log in list(self._logs):
             try:
                 log(values)
@@ -85,9 +93,20 @@ class MetricsWriter:
     def event(self, event: Mapping[str, Any], words: str) -> None:
         """Write what a person should look at: a line of events.jsonl, and `words` on the console."""
         if self._workdir is not None:
-            with (self._workdir / EVENTS).open("a", encoding="utf-8") as file:
+            path = self._workdir / EVENTS
+            with _naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(json_line(event))
         self.message(words)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error of the file system in here names the file: what a write raises does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _plain(value: Any) -> str | int | float | None:
