@@ -31,7 +31,7 @@ LEAVE_SECONDS, LEAVE_SEVERAL_SECONDS = 10.0, 900.0
 
 
 @dataclasses.dataclass
-class Entry:
+class EntryPoint:
     """What an entry point knows of itself, as soon as its command line is read.
 
     Attributes:
@@ -55,13 +55,13 @@ class OutputLostError(Exception):
         self.code = 0 if error.errno == errno.EPIPE else SAVE_FAILED
 
 
-def run_entry_point(do: Callable[[Entry], object]) -> int:
-    """Run a command, which completes the `Entry` that it is given.
+def run_entry_point(do: Callable[[EntryPoint], object]) -> int:
+    """Run a command, which completes the `EntryPoint` that it is given.
 
     Returns:
       The exit code; the one line of whatever ended it is printed.
     """
-    entry = Entry()
+    entry = EntryPoint()
     with _streams(entry):
         try:
             do(entry)
@@ -124,7 +124,7 @@ def print_error_line(line: str) -> None:
         print(printable(" ".join(line.splitlines())).translate(_TURNED), file=sys.stderr, flush=True)
 
 
-def _of_the_file_system(error: Exception, entry: Entry) -> str:
+def _of_the_file_system(error: Exception, entry: EntryPoint) -> str:
     """The line for what a file system refused; empty: the error is something else."""
     if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError):
         return ""
@@ -140,7 +140,7 @@ def _of_the_file_system(error: Exception, entry: Entry) -> str:
     return f"{file or entry.place or 'a file'}: {error.strerror}; {mend}; {entry.resumes}"
 
 
-def _leaving(code: int, entry: Entry) -> int:
+def _leaving(code: int, entry: EntryPoint) -> int:
     """The exit code; of one of several processes, which would wait for the others, it is the end soon."""
     if not entry.several:
         return code
@@ -150,7 +150,7 @@ def _leaving(code: int, entry: Entry) -> int:
 
 
 @contextlib.contextmanager
-def _streams(entry: Entry) -> Iterator[None]:
+def _streams(entry: EntryPoint) -> Iterator[None]:
     """Standard output and error are watched over in here, where they are this process's own."""
     own = [name for name in ("stdout", "stderr") if _is_own(getattr(sys, name), getattr(sys, f"__{name}__"))]
     before = {name: getattr(sys, name) for name in own}
@@ -173,7 +173,7 @@ def _is_own(stream: Any, first: Any) -> bool:
         return False
 
 
-def _watched(stream: TextIO, name: str, entry: Entry) -> TextIO:
+def _watched(stream: TextIO, name: str, entry: EntryPoint) -> TextIO:
     stream.flush()
     raw = _Output(stream.fileno(), name, entry)
     return io.TextIOWrapper(
@@ -184,7 +184,7 @@ def _watched(stream: TextIO, name: str, entry: Entry) -> TextIO:
 class _Output(io.FileIO):
     """A standard stream whose reader may go away and whose disk may be full; from then on it writes to nowhere."""
 
-    def __init__(self, descriptor: int, name: str, entry: Entry):
+    def __init__(self, descriptor: int, name: str, entry: EntryPoint):
         super().__init__(descriptor, "wb", closefd=False)
         self._called, self._entry = name, entry
 

@@ -18,7 +18,7 @@ from dpo_jax.config.saved import claim_workdir
 from dpo_jax.config.settings import check_paths, read_settings
 from dpo_jax.config.stages import has_stages
 from dpo_jax.config.values import check_workdir
-from dpo_jax.entry import Entry, exit_within_a_limit, run_entry_point
+from dpo_jax.entry import EntryPoint, exit_within_a_limit, run_entry_point
 from dpo_jax.errors import UserError
 from dpo_jax.records.trackers import check_packages
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(read: Callable[[], Given], train: Callable[[Given], object]) -> int:
     """Read a command line and train what it asks for; whatever ends it becomes a line and an exit code."""
 
-    def read_and_train(entry: Entry) -> None:
+    def read_and_train(entry: EntryPoint) -> None:
         entry.resumes = "checkpoints that are there are kept, and the same command resumes the run"
         given = read()
         entry.place, entry.needs_output = given.workdir, False

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dpo_jax.entry import Entry, print_error_line, run_entry_point
+from dpo_jax.entry import EntryPoint, print_error_line, run_entry_point
 from dpo_jax.errors import NOT_FINITE, Stopped, UserError
 
 DOOR = """
@@ -99,7 +99,7 @@ def test_a_line_for_a_terminal_that_is_gone_is_no_error(monkeypatch):
     with open(os.devnull) as nowhere:
         monkeypatch.setattr(sys, "stderr", nowhere)
         print_error_line("unheard")
-    assert Entry().needs_output
+    assert EntryPoint().needs_output
 
 
 # ---- standard output

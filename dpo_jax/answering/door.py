@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from dpo_jax.entry import Entry, run_entry_point
+from dpo_jax.entry import EntryPoint, run_entry_point
 
 R = TypeVar("R")
 
@@ -23,7 +23,7 @@ def run_command(
       is_distributed: whether the request says so, beside JAX_NUM_PROCESSES; None: it is never one of several.
     """
 
-    def read_and_do(entry: Entry) -> None:
+    def read_and_do(entry: EntryPoint) -> None:
         request = parse(argv)
         if is_distributed is not None:
             entry.several = is_distributed(request) or int(os.environ.get("JAX_NUM_PROCESSES") or 1) > 1

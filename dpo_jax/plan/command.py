@@ -20,7 +20,7 @@ from dpo_jax.config.command_line import Command, read_flags
 from dpo_jax.config.settings import Settings, read_settings
 from dpo_jax.config.stages import has_stages, planned, read_stages
 from dpo_jax.disk import write_json
-from dpo_jax.entry import Entry, run_entry_point
+from dpo_jax.entry import EntryPoint, run_entry_point
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.tpu import Topology, parse_topology
 from dpo_jax.plan.lengths import find_lengths
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     given = sys.argv if argv is None else argv
 
-    def plan(_: Entry) -> None:
+    def plan(_: EntryPoint) -> None:
         try:
             _run(given)
         except OSError as e:

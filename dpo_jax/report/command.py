@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_jax.entry import Entry, run_entry_point
+from dpo_jax.entry import EntryPoint, run_entry_point
 from dpo_jax.report.compare import compare_page
 from dpo_jax.report.html import write_page
 from dpo_jax.report.page import run_page
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("workdirs", nargs="+", type=Path, metavar="DIR", help="a run's --workdir; several are compared")
     parser.add_argument("--out", type=Path, help="the page to write (default: DIR/report.html, or ./compare.html)")
 
-    def write(_: Entry) -> None:
+    def write(_: EntryPoint) -> None:
         options = parser.parse_args(arguments)
         if len(options.workdirs) > 1:
             path = write_comparison(options.workdirs, options.out or Path("compare.html"))

@@ -104,9 +104,6 @@ def test_what_a_hostile_worker_says_is_refused_by_the_whole_launcher(cloud):
     [
         (f"@ w-0 ended {RAN} 7 - -\n", 7),
         (f"@ w-0 ended {RAN} 256 - -\n", 75),
-        (f"@ w-0 ended {RAN} 08 - -\n", 75),
-        ("@ w-0 none - - - -\n" * 3, 2),
-        ("no state at all\n", 75),
     ],
 )
 def test_the_exit_code_is_a_workers_only_where_it_is_one(cloud, states, code):
@@ -141,6 +138,7 @@ def test_logs_and_last_lines_drive_no_terminal_and_forge_no_line(cloud):
     assert not list(cloud.repo.rglob("HACKED"))
 
 
+@pytest.mark.slow
 def test_a_line_without_end_and_bytes_of_zero_are_followed_byte_for_byte(cloud):
     """In pieces, so that it takes no memory; and after a broken connection from the right byte on."""
     trainer = cloud.root / "later/python"
@@ -157,15 +155,14 @@ def test_a_line_without_end_and_bytes_of_zero_are_followed_byte_for_byte(cloud):
 # ---- what never answers
 
 
-@pytest.mark.parametrize("silent", ["describe", "describe-node", "state", "follow", "create", "setup"])
+@pytest.mark.slow
+@pytest.mark.parametrize("silent", ["describe", "state", "follow"])
 def test_a_gcloud_that_never_answers_is_given_up_in_a_line(cloud, silent):
     """Neither it nor what it started is left behind."""
-    given = {"slices": [ACTIVE] * 2} if silent == "create" else {"current": READY}
-    states = {} if silent in ("setup", "state") else {"state": f"@ t1v-n-w-0 running {RAN} - {SHA} 1-1\n"}
-    cloud.world(**given, silent=[silent], said=states)
-    verb = {"create": ["create", *SLICE, "--type=v6e-8"], "setup": ["setup", *SLICE], "follow": ["logs", *SLICE]}
-    words = verb.get(silent, ["status" if silent != "state" else "logs", *SLICE])
-    limits = ["--timeout=1", "--max-retries=0", *FAST]
+    states = {"state": f"@ t1v-n-w-0 running {RAN} - {SHA} 1-1\n"} if silent == "follow" else {}
+    cloud.world(current=READY, silent=[silent], said=states)
+    words = ["status" if silent == "describe" else "logs", *SLICE]
+    limits = ["--timeout=1", *FAST]
     began = time.monotonic()
     if silent == "follow":  # a silent log is no reason to give up: the run's state is asked, and it still runs
         process = cloud.start(*words, *limits)
@@ -175,7 +172,7 @@ def test_a_gcloud_that_never_answers_is_given_up_in_a_line(cloud, silent):
         assert process.returncode == 130, err
         assert "the connection broke or is silent" in err.decode()
     else:
-        _, err = cloud.launch(*words, *limits, code=1 if silent == "setup" else 75)
+        _, err = cloud.launch(*words, *limits, code=75)
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
         assert "there was no answer within" in line or "did not answer" in line
     assert time.monotonic() - began < 40
