@@ -114,6 +114,8 @@ def exit_within_a_limit(code: int) -> NoReturn:
 
     if code == SAVE_FAILED and not joined:
         end()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C now needs no traceback of what waits
     threading.Thread(target=end, name="exit", daemon=True).start()
     sys.exit(code)
 

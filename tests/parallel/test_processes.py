@@ -96,9 +96,9 @@ def test_a_peer_that_never_joins_is_waited_for_with_a_line_and_not_for_ever():
     assert done.returncode == 70, done.stderr
     assert done.stdout == f"process 1 of 2 waits for the others at {address}, 3 s at most\n"
     assert done.stderr == (
-        f"error: process 1 of 2 has waited 3 s for the other processes of this run to join at {address}; nothing listens "
-        f"at {address}, where process 0 should, so it ends (exit code 70); start all of them within that time, by the "
-        "same command\n"
+        f"error: process 1 of 2 has waited 3 s for the other processes of this run to join at {address}; nothing "
+        f"listens at {address}, where process 0 should, so it ends (exit code 70); start all of them within that time, "
+        "by the same command\n"
     )
     assert time.monotonic() - began < 30
 
