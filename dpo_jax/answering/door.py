@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from dpo_jax.entry import EntryPoint, run_entry_point
+from dpo_jax.errors import UserError
 
 R = TypeVar("R")
 
@@ -26,7 +27,7 @@ def run_command(
     def read_and_do(entry: EntryPoint) -> None:
         request = parse(argv)
         if is_distributed is not None:
-            entry.several = is_distributed(request) or int(os.environ.get("JAX_NUM_PROCESSES") or 1) > 1
+            entry.several = is_distributed(request) or _process_count() > 1
         if entry.several:  # first of all, as the others wait for this process
             from dpo_jax.parallel.processes import join
 
@@ -34,3 +35,10 @@ def run_command(
         do(request, entry.several)
 
     return run_entry_point(read_and_do)
+
+
+def _process_count() -> int:
+    said = os.environ.get("JAX_NUM_PROCESSES") or "1"
+    if not (said.isascii() and said.isdigit()):
+        raise UserError(f"JAX_NUM_PROCESSES={said!r} in the environment is no number of processes; mend or unset it")
+    return int(said)

@@ -80,7 +80,7 @@ def open_trackers(workdir: Path, projects: Mapping[str, str], config: Mapping[st
 
 
 def _finish_in_time(package: str, finish: Callable[[bool], None], failed: bool) -> None:
-    """End a tracker's run; a service that fails, or does not answer, is no reason for a sound run to fail or to stay."""
+    """End a tracker's run: a service that fails or does not answer is no reason for a sound run to fail, or to stay."""
     said = f"it has not ended within {FINISH_SECONDS:.0f} s"
 
     def end() -> None:
