@@ -136,7 +136,7 @@ def _of_the_file_system(error: Exception, entry: EntryPoint) -> str:
     if error.errno in _FULL:
         mend = "make room"
     elif error.errno in _REFUSED or (inside and error.errno == errno.ENOENT):
-        mend = "make it a place that can be written" if error.errno != errno.ENOENT else "leave it there"
+        mend = "make it writable" if error.errno != errno.ENOENT else "leave it there"
     else:
         return ""
     return f"{file or entry.place or 'a file'}: {error.strerror}; {mend}; {entry.resumes}"

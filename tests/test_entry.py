@@ -55,7 +55,7 @@ def refused(number, name="records", name2=None):
         (KeyboardInterrupt(), 130, "interrupted; what is written stays, and the same command resumes it"),
         (refused(errno.ENOSPC), 74, "error: records: No space left on device; make room; what is written stays"),
         (OSError(errno.ENOSPC, "No space left on device"), 74, "error: /runs/one: No space left on device; make room"),
-        (refused(errno.EACCES), 74, "error: records: Permission denied; make it a place that can be written"),
+        (refused(errno.EACCES), 74, "error: records: Permission denied; make it writable"),
         (refused(errno.EPERM), 74, "error: records: Operation not permitted"),
         (refused(errno.EROFS, "scratch", "records"), 74, "error: records: Read-only file system"),
         (refused(errno.EISDIR), 74, "error: records: Is a directory"),
