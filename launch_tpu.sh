@@ -9,6 +9,8 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
 fi
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/said.sh
+source "$here/launch/said.sh"
 # shellcheck source=launch/cloud.sh
 source "$here/launch/cloud.sh"
 # shellcheck source=launch/workers.sh
@@ -53,6 +55,7 @@ how long
   --backoff=SECONDS        before the first retry; doubles, half an hour at most (default 60)
   --poll=SECONDS           between questions to the API (default 20)
   --settle=SECONDS         how long a failed run is watched for a preemption behind it (default 90)
+  --timeout=SECONDS        for gcloud to answer a question (default 180); installing may take 20 times as long
 others
   --worker=N               of logs (default 0)
   --grace=SECONDS          of stop: before it insists (default 300)
@@ -66,18 +69,23 @@ others
   ./launch_tpu.sh logs --name=hhh --zone=us-east5-b
   ./launch_tpu.sh delete --name=hhh --zone=us-east5-b
 
-Exit codes: the trainer's own; 2 bad input or a refused request; 75 retries used up or the workers out of reach.
+Exit codes: the trainer's own; 2 bad input or a refused request; 74 the log cannot be written; 75 retries used up, or
+gcloud or the workers do not answer; 129, 130, 141 and 143 by a signal, while the run continues.
 USAGE
 }
 
 # ---- what to say, and how it ends
 
 say() { # to the user, without mixing into the log that goes to standard output
-  if ((dry_run)); then echo "# $*"; else echo "launch: $*" >&2; fi
+  local visible
+  make_visible "$*"
+  if ((dry_run)); then printf '# %s\n' "$visible"; else printf 'launch: %s\n' "$visible" >&2; fi
 }
 
 die() { # CODE MESSAGE
-  echo "error: ${*:2}" >&2
+  local visible
+  make_visible "${*:2}"
+  printf 'error: %s\n' "$visible" >&2
   exit "$1"
 }
 
@@ -94,10 +102,10 @@ shown() { # the words as one line for a shell, quoted where they must be
 
 dry_run=0 yes=0 allow_dirty=0 delete_when_done=0
 name='' zone=${CLOUDSDK_COMPUTE_ZONE:-} project='' type='' capacity=on-demand runtime_version='' backend=gcloud
-config='' workdir='' env_file='' worker=0 grace=300 max_retries=10 backoff=60 poll=20 settle=90
+config='' workdir='' env_file='' worker=0 grace=300 max_retries=10 backoff=60 poll=20 settle=90 timeout=180
 # The trainer takes no gs:// workdir yet (dpo_jax/config/values.py: check_workdir); until it does, the bucket is mounted.
 mount=mount
-create_flags=() pass_env=() train_args=()
+create_flags=() pass_env=() train_args=() env_names=() env_values=()
 
 parse() {
   local word value
@@ -141,7 +149,7 @@ parse() {
       --env-file) env_file=$value ;;
       --pass-env) pass_env+=("$value") ;;
       --backend) backend=$value ;;
-      --worker | --grace | --max-retries | --backoff | --poll | --settle)
+      --worker | --grace | --max-retries | --backoff | --poll | --settle | --timeout)
         [[ $value =~ ^[0-9]{1,6}$ ]] || die 2 "$word=$value: a whole number is needed"
         word=${word#--}
         printf -v "${word/-/_}" %d "$((10#$value))"
@@ -186,8 +194,9 @@ check_run() {
   for variable in "${pass_env[@]}"; do
     [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || die 2 "--pass-env=$variable is not a variable's name"
     [[ ${!variable+set} ]] || die 2 "--pass-env=$variable: the variable is not set"
+    ! is_readonly "$variable" || die 2 "--pass-env=$variable: bash keeps this variable for itself"
   done
-  [[ ! $env_file || -r $env_file ]] || die 2 "--env-file=$env_file cannot be read"
+  read_env_file
 }
 
 check_tree() {
@@ -252,18 +261,19 @@ main() {
   esac
   parse "$@"
   check_names
+  ((timeout > 0)) || die 2 "--timeout=0: a number of seconds above 0 is needed"
   case $verb in up | create) check_type ;; esac
   case $verb in up | setup | run) check_tree ;; esac
   case $verb in up | run) check_run ;; esac
   if [[ $backend == xpk ]]; then print_xpk && exit 0; fi
   ((dry_run)) || command -v gcloud >/dev/null || die 2 "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
   make_temporary
-  answers=2 # where the workers' answers go: beside the log, except among the commands of --dry-run
   if ((dry_run)); then
-    answers=1
     case $verb in up | create) ;; *) request=ACTIVE ;; esac
   fi
-  trap 'exit 143' TERM HUP
+  trap 'exit 143' TERM
+  trap 'exit 129' HUP
+  trap unread PIPE
   trap 'say "interrupted; what runs on the workers keeps running (logs, stop, delete)"; exit 130' INT
   case $verb in
     create) ensure_slice ;;

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from dpo_jax.answering.door import run_command
 from dpo_jax.collecting.flags import CollectRequest, parse_collecting
+from dpo_jax.entry import exit_within_a_limit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,4 +25,4 @@ def _collect(request: CollectRequest, several: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_within_a_limit(main())

@@ -1,10 +1,11 @@
 """The exceptions with which a run ends, and its exit codes (docs/faults.md)."""
 
+import signal
+
 BAD_INPUT = 2
 NOT_FINITE = 65  # too many updates in a row were skipped
 STUCK = 70  # nothing moved any more, or another process is gone
 SAVE_FAILED = 74  # or the disk is full
-SIGTERM = 143
 
 
 def escaped(text: str) -> str:
@@ -21,7 +22,18 @@ def escaped(text: str) -> str:
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """A signal asked for the end; the state was saved."""
+    """A signal asked for the end; the state was saved.
+
+    Attributes:
+      signal: its number; that of SIGTERM where another process of this run got it. The exit code is 128 more.
+    """
+
+    signal: int = signal.SIGTERM
+
+    @property
+    def name(self) -> str:
+        """The signal's name."""
+        return signal.Signals(self.signal).name
 
 
 class UserError(Exception):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from dpo_jax.answering.door import run_command
+from dpo_jax.entry import exit_within_a_limit
 from dpo_jax.judging.flags import JudgeRequest, parse_judging
 
 
@@ -23,4 +24,4 @@ def _judge(request: JudgeRequest, several: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_within_a_limit(main())

@@ -19,6 +19,7 @@ from dpo_jax.config.settings import check_paths, read_settings
 from dpo_jax.config.stages import chosen_stages, read_stages
 from dpo_jax.config.values import check_workdir
 from dpo_jax.disk import read_json
+from dpo_jax.entry import exit_within_a_limit
 from dpo_jax.records.trackers import check_packages
 
 
@@ -60,4 +61,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_within_a_limit(main())

@@ -18,6 +18,7 @@ from dpo_jax.answering.found import Found, locate_model
 from dpo_jax.answering.output import Output, about_answers, opened, tell
 from dpo_jax.config.opened import settings_of
 from dpo_jax.data.prompts import Prompt, dataset_prompts, prompts_in, read_prompts
+from dpo_jax.entry import exit_within_a_limit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,5 +97,5 @@ class _Callable(types.ModuleType):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_within_a_limit(main())
 sys.modules[__name__].__class__ = _Callable

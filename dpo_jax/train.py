@@ -2,11 +2,10 @@
 
 Exit codes (docs/faults.md): 0 done; 2 bad input, one line on standard error, before anything is compiled; 65 more than
 `max_bad_steps` updates in a row were not finite; 70 nothing moved for `stuck_after_seconds`, or another process is
-gone; 74 a checkpoint could not be saved, or the disk is full; 143 stopped by SIGTERM after saving (a second SIGTERM
-ends the process at once). After 70, 74 and 143 the same command resumes the run.
+gone; 74 a checkpoint could not be saved, or a file could not be written; 129, 130 and 143 stopped by SIGHUP, Ctrl-C or
+SIGTERM after saving (a second one ends the process at once). After all but 2 and 65 the same command resumes the run.
 """
 
-import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,8 @@ from dpo_jax.config.saved import claim_workdir
 from dpo_jax.config.settings import check_paths, read_settings
 from dpo_jax.config.stages import has_stages
 from dpo_jax.config.values import check_workdir
-from dpo_jax.errors import SAVE_FAILED, SIGTERM, Stopped, UserError
+from dpo_jax.entry import EntryPoint, exit_within_a_limit, run_entry_point
+from dpo_jax.errors import UserError
 from dpo_jax.records.trackers import check_packages
 
 
@@ -63,43 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(read: Callable[[], Given], train: Callable[[Given], object]) -> int:
     """Read a command line and train what it asks for; whatever ends it becomes a line and an exit code."""
-    distributed, workdir = False, Path()
-    try:
+
+    def read_and_train(entry: EntryPoint) -> None:
+        entry.resumes = "checkpoints that are there are kept, and the same command resumes the run"
         given = read()
-        distributed, workdir = given.distributed, given.workdir
-        if distributed:  # first of all, as the others wait for this process
+        entry.place, entry.needs_output = given.workdir, False
+        if given.distributed:  # first of all, as the others wait for this process
             from dpo_jax.parallel.processes import join
 
-            join()
+            entry.several = True
+            join(given.coordinator_bind, given.stuck_after)
         train(given)
-    except Stopped:
-        print("stopped by SIGTERM; everything is saved, the same command resumes the run", file=sys.stderr)
-        return SIGTERM
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        return _leave(e.code, distributed)
-    except Exception as e:
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-            kept = "the checkpoints that are there are kept: make room, then the same command resumes from the newest"
-            print(f"error: {e.filename or workdir}: {e.strerror}; {kept}", file=sys.stderr, flush=True)
-            return _leave(SAVE_FAILED, distributed)
-        if distributed:
-            from dpo_jax.parallel.processes import end_if_a_peer_is_gone
 
-            end_if_a_peer_is_gone(e)
-        _leave(1, distributed)
-        raise
-    return 0
-
-
-def _leave(code: int, distributed: bool) -> int:
-    """The exit code; of one of several processes, which would wait for the others, it is the end soon."""
-    if not distributed:
-        return code
-    from dpo_jax.parallel.processes import leave
-
-    return leave(code)
+    return run_entry_point(read_and_train)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_within_a_limit(main())

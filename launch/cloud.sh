@@ -6,14 +6,14 @@ request='' request_type='' request_error='' node='' slice='' known=0 attempts=0 
 make_temporary() {
   if ((dry_run)); then temporary=/tmp/dpo_jax.XXXXXX && return; fi
   temporary=$(mktemp -d "${TMPDIR:-/tmp}/dpo_jax.XXXXXX") # mktemp's directory is 700: secrets pass through it
-  trap 'rm -rf "$temporary"' EXIT
+  trap 'end_calls; rm -rf "$temporary"' EXIT
 }
 
-tpus() { # gcloud compute tpus ...; what it says on standard error is kept for messages, not shown
-  local command=(gcloud compute tpus "$@" --zone="$zone")
+tpus() { # SECONDS ARG...: gcloud compute tpus ARG...; what it says on standard error is kept for messages, not shown
+  local command=(gcloud compute tpus "${@:2}" --zone="$zone")
   [[ ! $project ]] || command+=(--project="$project")
   command+=(--quiet)
-  if ((dry_run)); then shown "${command[@]}"; else "${command[@]}" 2>"$temporary/errors"; fi
+  if ((dry_run)); then shown "${command[@]}"; else limited "$1" "${command[@]}" 2>"$temporary/errors"; fi
 }
 
 last_error() { # gcloud's own complaint, on the same line as ours
@@ -22,24 +22,32 @@ last_error() { # gcloud's own complaint, on the same line as ours
   line=$(awk 'tolower($0) ~ /^error:/ { on = 1 } on && /^(- |$)/ { exit } on { print; if (++n == 3) exit }' "$temporary/errors")
   line=${line:-$(tail -n 1 "$temporary/errors")}
   line=${line//$'\n'/ }
-  printf ': %s' "${line#[Ee][Rr][Rr][Oo][Rr]: }"
+  line=${line#[Ee][Rr][Rr][Oo][Rr]: }
+  printf ': %s' "${line:0:500}"
+}
+
+unanswered_code() { # 75 where gcloud said nothing at all, 2 where it complained
+  if grep -q '^ERROR: there was no answer within' "$temporary/errors"; then echo 75; else echo 2; fi
 }
 
 # ---- asking
 
 describe_request() { # request: its state, ABSENT, or UNKNOWN when gcloud has no answer
-  local answer first
+  local first='' code=0
   request_type='' request_error=''
   if ((dry_run)); then
-    tpus queued-resources describe "$name" --format="$request_format"
+    tpus "$timeout" queued-resources describe "$name" --format="$request_format"
     request=${request:+ACTIVE}
     request=${request:-ABSENT} request_type=$type
     return
   fi
-  if answer=$(tpus queued-resources describe "$name" --format="$request_format"); then
-    first=${answer%%$'\n'*}
+  tpus "$timeout" queued-resources describe "$name" --format="$request_format" >"$temporary/answer" || code=$?
+  if ((code == 0)); then
+    IFS= read -r -n "$longest_line" first <"$temporary/answer" || :
     IFS='|' read -r request request_type request_error <<<"$first"
-    request=${request:-UNKNOWN}
+    [[ $request =~ $api_state_pattern && $request_type =~ $api_type_pattern ]] || request=UNKNOWN request_type=''
+  elif ((code == 124)); then
+    request=UNKNOWN
   elif grep -q 'NOT_FOUND\|was not found' "$temporary/errors"; then
     request=ABSENT
   else
@@ -49,11 +57,18 @@ describe_request() { # request: its state, ABSENT, or UNKNOWN when gcloud has no
 request_format='value[separator="|"](state.state,tpu.nodeSpec[0].node.acceleratorType,state.failedData.error.message)'
 
 describe_node() { # node: its state, ABSENT or UNKNOWN
+  local code=0
   if ((dry_run)); then
-    tpus tpu-vm describe "$name" --format='value(state)'
+    tpus "$timeout" tpu-vm describe "$name" --format='value(state)'
     node=READY
-  elif node=$(tpus tpu-vm describe "$name" --format='value(state)'); then
-    node=${node:-UNKNOWN}
+    return
+  fi
+  tpus "$timeout" tpu-vm describe "$name" --format='value(state)' >"$temporary/answer" || code=$?
+  if ((code == 0)); then
+    IFS= read -r -n "$longest_line" node <"$temporary/answer" || :
+    [[ $node =~ $api_state_pattern ]] || node=UNKNOWN
+  elif ((code == 124)); then
+    node=UNKNOWN
   elif grep -q 'NOT_FOUND\|was not found' "$temporary/errors"; then
     node=ABSENT
   else
@@ -99,7 +114,8 @@ ensure_slice() { # create or reuse, and wait until it is ready
         ;;
       halted) die 2 "the node of $name is $node: somebody halted it; start it (gcloud compute tpus tpu-vm start), or delete it" ;;
       unknown)
-        ((known)) || die 2 "gcloud has no answer about $name$(last_error)" # no login, no project: waiting would not help
+        # No login, no project: waiting would not help.
+        ((known)) || die "$(unanswered_code)" "gcloud has no answer about $name$(last_error)"
         silent=$((silent + 1))
         ((silent < 10)) || die 75 "the state of $name cannot be asked$(last_error)"
         sleep "$poll"
@@ -121,14 +137,14 @@ create_request() {
   local flags=(--node-id="$name" --accelerator-type="$type" --runtime-version="$runtime_version")
   [[ $capacity == on-demand ]] || flags+=("--$capacity")
   say "creating $type ($capacity) in $zone; it is billed from ACTIVE until \`delete\`"
-  if tpus queued-resources create "$name" "${flags[@]}" "${create_flags[@]}"; then
+  if tpus "$((5 * timeout))" queued-resources create "$name" "${flags[@]}" "${create_flags[@]}"; then
     request=CREATED
   elif grep -qi quota "$temporary/errors"; then
     refuse_quota
   elif grep -q 'ALREADY_EXISTS\|already exists' "$temporary/errors"; then
     describe_request
     [[ $request != ABSENT ]] || die 2 "a TPU $name exists that no queued resource made; use another --name, or delete it"
-  elif grep -q 'UNAVAILABLE\|INTERNAL\|DEADLINE_EXCEEDED\|timed out\|Connection\|HTTPError 5' "$temporary/errors"; then
+  elif grep -q 'UNAVAILABLE\|INTERNAL\|DEADLINE_EXCEEDED\|timed out\|Connection\|HTTPError 5\|no answer within' "$temporary/errors"; then
     spend "the API did not answer$(last_error)"
   else
     die 2 "the request for $type in $zone was refused$(last_error)"
@@ -143,7 +159,7 @@ bury_request() { # 1 if this launch made it: the one thing that `up` deletes by 
   [[ ! $request_error =~ [Qq]uota ]] || refuse_quota
   if (($1)); then spend "$name is $request${request_error:+ ($request_error)}"; fi
   say "deleting the dead request (request $request, node $node)"
-  tpus queued-resources delete "$name" --force || spend "it could not be deleted$(last_error)"
+  tpus "$((5 * timeout))" queued-resources delete "$name" --force || spend "it could not be deleted$(last_error)"
 }
 
 spend() { # one of --max-retries, with a pause that doubles
@@ -159,11 +175,12 @@ delete_slice() {
   local answer=''
   describe_request
   if [[ $request == ABSENT ]] && ! ((dry_run)); then say "there is no $name in $zone" && return; fi
+  [[ $request != UNKNOWN ]] || die "$(unanswered_code)" "gcloud has no answer about $name$(last_error)"
   if ! ((yes || dry_run)); then
     [[ -t 0 ]] || die 2 "delete asks first, and there is nobody to ask; give --yes"
     read -r -p "Delete $name ($request) and all that is on its disks? [y/N] " answer
     [[ $answer == [yY]* ]] || die 2 "nothing was deleted"
   fi
-  tpus queued-resources delete "$name" --force || die 1 "$name was not deleted$(last_error)"
+  tpus "$((5 * timeout))" queued-resources delete "$name" --force || die 1 "$name was not deleted$(last_error)"
   say "$name is deleted; the run's directory on gs:// stays"
 }

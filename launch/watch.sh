@@ -12,7 +12,7 @@ watch() { # RUN
   while :; do
     before=$offset
     if follow "$1"; then cuts=0; else cuts=$((offset > before ? 1 : cuts + 1)); fi
-    if ((dry_run)); then on all state && outcome='done' && return; fi
+    if ((dry_run)); then on "$timeout" all state && outcome='done' && return; fi
     describe_slice
     case $slice in
       lost | halted) outcome=lost && return ;;
@@ -23,7 +23,7 @@ watch() { # RUN
           if ((cuts == 0 || cuts > 3)); then
             judge "$1" && return
           else
-            say "the connection broke; following again from byte $offset of the log"
+            say "the connection broke or is silent; following again from byte $offset of the log"
             sleep "$poll"
           fi
           continue
@@ -37,19 +37,55 @@ watch() { # RUN
   done
 }
 
-follow() { # RUN: prints what comes after `offset` and moves it, until the run ends; fails when the connection breaks
-  local line end LC_ALL=C # lengths in bytes
-  if ((dry_run)); then on "$worker" follow "$1" "$offset" && return; fi
-  while IFS= read -r line; do
+# Prints what comes after `offset` and moves it, until the run ends. Fails when the connection breaks, or is silent for so
+# long that it may be dead: the run itself may well have nothing to say, so then its state is asked.
+follow() { # RUN
+  local line end log reader visible LC_ALL=C # lengths in bytes
+  if ((dry_run)); then on 0 "$worker" follow "$1" "$offset" && return; fi
+  exec {log}< <(on 0 "$worker" follow "$1" "$offset")
+  reader=$!
+  end_when_silent "$reader" >/dev/null 2>&1 </dev/null &
+  while IFS= read -r -n "$((longest_line + 20))" -u "$log" line; do
+    : >"$temporary/heard"
     end=${line%%$'\t'*}
     line=${line#*$'\t'}
-    # Not half a line, and not what gcloud, which repeats a command whose connection broke, brings again.
-    if [[ $end =~ ^[0-9]{1,15}$ ]] && ((end == offset + ${#line} + 1)); then
-      printf '%s\n' "$line"
+    # Not half a line, and not what gcloud, which repeats a command whose connection broke, brings again. The pieces of a
+    # long line have no line end but the last.
+    [[ $end =~ $offset_pattern ]] || continue
+    if ((end == offset + ${#line} + 1 || (end == offset + ${#line} && end > offset))); then
+      attribute "$line"
+      if ((end > offset + ${#line})); then visible+=$'\n'; fi
       offset=$end
+      printf %s "$visible" 2>/dev/null || unread
     fi
-  done < <(on "$worker" follow "$1" "$offset")
-  wait $!
+  done
+  exec {log}<&-
+  wait "$reader" 2>/dev/null
+}
+
+# Not by `read -t`: in bash 5.2 its alarm outlives a trap that comes meanwhile.
+end_when_silent() { # READER: once nothing was `heard` from it for --timeout, or later five times that
+  local quiet=0 patience=$timeout
+  while kill -0 "$1"; do
+    if [[ -e $temporary/heard ]]; then
+      rm "$temporary/heard"
+      quiet=0 patience=$((5 * timeout))
+    fi
+    if ((quiet++ >= patience)); then
+      end_tree "$1"
+      return
+    fi
+    sleep 1
+  done
+}
+
+unread() { # standard output takes nothing any more: who read it is gone (`| head`), or its disk is full
+  trap '' PIPE
+  if [[ -p /dev/stdout || ! -e /dev/stdout ]]; then
+    say "nobody reads the log any more; the run continues (\`logs\` follows it again, \`stop\` ends it)"
+    exit 141
+  fi
+  die 74 "the log cannot be written to standard output (is its disk full?); the run continues, and \`logs\` follows it again"
 }
 
 judge() { # RUN: is it over, and how? Fails while some worker still runs and none failed
@@ -65,7 +101,7 @@ judge() { # RUN: is it over, and how? Fails while some worker still runs and non
   if settles_lost; then outcome=lost && return; fi
   worker_states && count_states "$1"
   if ((gone)); then # its machine was started anew, the slice is still ours
-    ((running == 0)) || on all stop 30 >&"$answers" || true
+    ((running == 0)) || ask_all "$((30 + timeout))" stop 30 || true
     outcome=lost
   elif ((bad)); then
     outcome=crash
@@ -108,7 +144,7 @@ settles_lost() { # within --settle seconds
 
 crashed() { # a crash would come again: say all and stop
   echo "error: the run crashed with exit code $crash_code; it is not started again. The last lines of each worker:" >&2
-  on all last 20 >&2 || echo "(the workers did not answer$(last_error))" >&2
+  ask_all "$timeout" last 20 || say "the workers did not answer$(last_error)"
   echo "The slice is still there and billed: mend and \`up\` again, or \`delete\`." >&2
   exit "$crash_code"
 }

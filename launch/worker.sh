@@ -9,6 +9,14 @@ export PATH="$HOME/.local/bin:$PATH"
 
 answer() { echo "@ $host $*"; }
 
+# Files may be empty or half-written where the disk was full: what is in them counts only when it looks as it should.
+from() { # FILE PATTERN: its first line, or -
+  local line=''
+  [[ ! -f $1 ]] || IFS= read -r -n 200 line <"$1" || :
+  if [[ $line =~ ^($2)$ ]]; then echo "$line"; else echo -; fi
+}
+process_pattern='[1-9][0-9]{0,9}'
+
 fail() {
   echo "error: $host: $*" >&2
   exit 1
@@ -36,7 +44,7 @@ one_at_a_time() {
 setup() {
   local sha=$1 mount=$2
   one_at_a_time
-  if [[ $(cat "$base/stamp" 2>/dev/null) != "$sha" ]]; then
+  if [[ $(from "$base/stamp" '[0-9a-f]+') != "$sha" ]]; then
     ! live "$(current)" || fail "run $(current) is live with another commit; stop it first, or wait"
     rm -f "$base/stamp"
     install_tree "$sha" 2>&1
@@ -91,7 +99,7 @@ start() {
     tmux -L dpo_jax new-session -d -s "$run" "exec bash $(printf %q "$base/worker.sh") main $(printf %q "$run")" 8>&-
   fi
   for _ in {1..300}; do
-    [[ ! -e $directory/pid ]] || { answer started "$run" && return; }
+    [[ $(from "$directory/pid" "$process_pattern") == - ]] || { answer started "$run" && return; }
     sleep 0.1
   done
   fail "run $run did not begin within 30 s"
@@ -140,35 +148,37 @@ main() { # RUN, inside tmux: the run itself
 state() { # @ HOST none|running|ended|rebooted|died RUN CODE COMMIT COMMAND
   local run code=- word sha command
   run=$(current)
-  sha=$(cat "$base/stamp" 2>/dev/null || echo -)
+  sha=$(from "$base/stamp" '[0-9a-f]+')
   if [[ $run == - ]]; then
     word=none
   elif live "$run"; then
     word=running
-  elif [[ -e $base/run/exit ]]; then
-    word=ended code=$(cat "$base/run/exit")
-  elif [[ $(cat /proc/sys/kernel/random/boot_id) != "$(cat "$base/run/boot")" ]]; then
+  elif code=$(from "$base/run/exit" '[0-9]{1,3}') && [[ $code != - ]]; then
+    word=ended
+  elif [[ $(cat /proc/sys/kernel/random/boot_id) != "$(from "$base/run/boot" '.+')" ]]; then
     word=rebooted
   else
     word=died # nobody was left to write the exit code
   fi
-  command=$(cat "$base/run/command" 2>/dev/null || echo -)
+  command=$(from "$base/run/command" '[0-9]+-[0-9]+')
   answer "$word" "$run" "$code" "$sha" "$command"
 }
 
 # The log from a byte on, each line after the number of the byte where the next one begins: so the launcher resumes where
-# it was and knows what it has seen already. An empty line comes first: it ends what a broken connection left half. Ends
-# with the run.
+# it was and knows what it has seen already. An empty line comes first: it ends what a broken connection left half. A line
+# that is very long comes in pieces, and bash cannot read NUL. Ends with the run.
 follow() { # RUN OFFSET
-  local log=$base/runs/$1/log end=$2 line options=()
+  local log=$base/runs/$1/log end=$2 line options=() longest=65536 process
   local LC_ALL=C # lengths in bytes
   [[ -e $log ]] || fail "there is no run $1 here"
   echo
-  if live "$1"; then options=(-f -s 0.2 --pid="$(cat "$base/runs/$1/main")"); fi
-  tail -c "+$((end + 1))" "${options[@]}" "$log" | while IFS= read -r line || [[ $line ]]; do
-    end=$((end + ${#line} + 1))
-    printf '%s\t%s\n' "$end" "$line"
-  done
+  process=$(from "$base/runs/$1/main" "$process_pattern")
+  if live "$1" && [[ $process != - ]]; then options=(-f -s 0.2 --pid="$process"); fi
+  tail -c "+$((end + 1))" "${options[@]}" "$log" | stdbuf -o0 tr '\000' '\001' |
+    while IFS= read -r -n "$longest" line || [[ $line ]]; do
+      end=$((end + ${#line} + (${#line} < longest)))
+      printf '%s\t%s\n' "$end" "$line"
+    done
 }
 
 last() { # N: the last lines of the newest log
@@ -179,12 +189,13 @@ stop() { # GRACE: seconds until it insists
   local run pid grace=$1 insist=$(($1 < 10 ? $1 + 1 : 10))
   run=$(current)
   if ! live "$run"; then answer idle "$run" && return; fi
-  pid=$(cat "$base/run/pid")
+  pid=$(from "$base/run/pid" "$process_pattern")
+  [[ $pid != - ]] || fail "run $run is live, but $base/run/pid does not name its process"
   kill -TERM "$pid" # it saves, and ends with 143
   gone "$run" "$grace" || { kill -TERM "$pid" && gone "$run" "$insist"; } ||
     { kill -KILL "$pid" && gone "$run" 10; } ||
     fail "run $run does not end (process $pid)"
-  answer stopped "$run" "$(cat "$base/run/exit" 2>/dev/null || echo -)"
+  answer stopped "$run" "$(from "$base/run/exit" '[0-9]{1,3}')"
 }
 
 gone() { # RUN SECONDS

@@ -4,9 +4,7 @@ Without JAX, so that `--help` and a refusal take no longer than Python takes to 
 """
 
 import dataclasses
-import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,12 +58,18 @@ RLHF = Command(
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What a command line asks to be trained: a checked config, where, and whether this is one process of several."""
+    """What a command line asks to be trained: a checked config, where, and whether this is one process of several.
+
+    Of the config, what joining the others needs: `coordinator_bind`, where the first of several processes listens, and
+    `stuck_after`, in seconds.
+    """
 
     config: ml_collections.ConfigDict
     workdir: Path
     distributed: bool
     stages: str
+    coordinator_bind: str
+    stuck_after: float
 
 
 def parse(argv: Sequence[str], command: Command = TRAIN) -> Given:
@@ -74,7 +78,8 @@ def parse(argv: Sequence[str], command: Command = TRAIN) -> Given:
     if not values["workdir"]:
         raise UserError(f"--workdir is missing; usage: {command.usage}")
     workdir = Path(check_workdir(values["workdir"]))
-    return Given(config, workdir, values["distributed"], values.get("stages", ""))
+    distributed, stages = values["distributed"], values.get("stages", "")
+    return Given(config, workdir, distributed, stages, config["coordinator_bind"], config["stuck_after_seconds"])
 
 
 def read_flags(argv: Sequence[str], command: Command) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
@@ -85,7 +90,7 @@ def read_flags(argv: Sequence[str], command: Command) -> tuple[ml_collections.Co
       SystemExit: 0 after `--help`.
     """
     if any(a in ("--help", "-h", "--helpfull") for a in argv[1:]):
-        _print(f"usage: {command.usage}\n\n{command.about}\n\n{describe()}")
+        print(f"usage: {command.usage}\n\n{command.about}\n\n{describe()}")
         raise SystemExit(0)
     files = [a for a in argv if a.startswith("--config=")]
     if not files:
@@ -110,11 +115,3 @@ def read_flags(argv: Sequence[str], command: Command) -> tuple[ml_collections.Co
         raise UserError(f"unexpected argument {rest[0]!r}; usage: {command.usage}")
     check(config)
     return config, {name: values[name].value for name in values if name.split(".")[0] != "config"}
-
-
-def _print(text: str) -> None:
-    """To standard output, which may be closed before the end: `| head`."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

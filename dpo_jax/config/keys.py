@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.config.values import check_digits, check_name, parse_day, parse_options, parse_targets
+from dpo_jax.config.values import check_digits, check_name, parse_bind, parse_day, parse_options, parse_targets
 from dpo_jax.data.forms.rename import parse_columns
 from dpo_jax.errors import UserError
 from dpo_jax.objective.rl_table import parse_kl, parse_unfinished
@@ -113,6 +113,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     parser.__name__: parser
     for parser in (
         named_model,
+        parse_bind,
         parse_columns,
         parse_day,
         parse_kl,

@@ -31,6 +31,7 @@ _OF_RL = """
 _OFF = (0, 0.0, "", False, None)
 # Keys of DPO's training that the recipe of another task has no use for.
 _OF_DPO = ("loss", "dpo_beta", "f_divergence", "ld_alpha", "sft_learning_rate")
+_OF_A_MACHINE = ("coordinator_bind",)  # another start may have another, and is the same run
 KINDS = {"dpo": "DPO", "reward": "reward model", "comparison": "preference model", "sft": "SFT", "rl": "RL"}
 
 
@@ -180,7 +181,8 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None
     path, mine = workdir / CONFIG, dict(config)
     for place, saved in _begun_with(workdir):
         theirs = {name: key.default for name, key in KEYS.items()} | saved
-        changed = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
+        compared = sorted({*mine, *theirs}.difference(_OF_A_MACHINE))
+        changed = [k for k in compared if mine.get(k) != theirs.get(k)]
         if changed:
             difference = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} asked" for k in changed)
             mend = "use another --workdir or its config"

@@ -23,7 +23,7 @@ from dpo_jax.weights.hub import local_model
 # Keys that name places on a host's own disk, which may differ between the hosts of one run.
 _OF_THE_HOST = (
     "model", "reference", "judge", "collect_judge", "rl_reward", "win_rate_baseline", "dataset_path", "eval_path",
-    "cache_dir", "compilation_cache",
+    "cache_dir", "compilation_cache", "coordinator_bind",
 )  # fmt: skip
 
 

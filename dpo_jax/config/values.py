@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from dpo_jax.errors import UserError
+from dpo_jax.parallel.address import host_and_port
 
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of Linux and most of its file systems
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -96,6 +97,11 @@ def check_numbers(arguments: Sequence[str], is_number: Callable[[str], bool]) ->
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and is_number(name):
             check_digits(f"--{name}={value if equals else after}", value if equals else after)
+
+
+def parse_bind(text: str) -> tuple[str, int | None]:
+    """Where the first of several processes listens: host (empty: everywhere) and port; None: no port is said."""
+    return host_and_port("coordinator_bind", text) if text else ("", None)
 
 
 def check_workdir(workdir: str) -> str:

@@ -1,8 +1,7 @@
 """`python -m dpo_jax.data inspect` and `prepare`."""
 
-import sys
-
+from dpo_jax.entry import exit_within_a_limit
 from dpo_jax.inspection.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_within_a_limit(main())

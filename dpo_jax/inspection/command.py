@@ -9,6 +9,7 @@ from absl import flags
 
 from dpo_jax.config.command_line import Command, read_flags
 from dpo_jax.config.settings import check_paths, read_settings
+from dpo_jax.entry import run_entry_point
 from dpo_jax.errors import UserError
 
 _USAGE = "python -m dpo_jax.data {} --config=configs/hhh.py[:PRESET] [--config.KEY=VALUE ...]"
@@ -47,28 +48,27 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 2 for what the user can mend, 74 for a full disk."""
-    program, *rest = sys.argv if argv is None else argv
-    try:
-        if not rest or rest[0] in ("--help", "-h", "--helpfull"):
-            usages = "\n".join(command.usage for command in COMMANDS.values())
-            if not rest:
-                raise UserError(f"a command is missing; use {' or '.join(COMMANDS)} (--help says more)")
-            print(f"usage:\n{usages}\n\n`inspect --help` lists every key of the config.")
-            return 0
-        name, *rest = rest
-        if name not in COMMANDS:
-            raise UserError(f"unknown command {name!r}; use {' or '.join(COMMANDS)}")
-        config, options = read_flags([program, *rest], COMMANDS[name])
-        settings = read_settings(config)
-        check_paths(settings)
-        from dpo_jax.inspection import actions  # takes seconds: JAX, transformers, grain
+    """The command line; returns the exit code: 2 for what the user can mend."""
+    given = sys.argv if argv is None else argv
+    return run_entry_point(lambda _: _run(*given))
 
-        (actions.inspect_data if name == "inspect" else actions.prepare_data)(settings, **options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    return 0
+
+def _run(program: str, *rest: str) -> None:
+    if not rest or rest[0] in ("--help", "-h", "--helpfull"):
+        usages = "\n".join(command.usage for command in COMMANDS.values())
+        if not rest:
+            raise UserError(f"a command is missing; use {' or '.join(COMMANDS)} (--help says more)")
+        print(f"usage:\n{usages}\n\n`inspect --help` lists every key of the config.")
+        return
+    name, *rest = rest
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}; use {' or '.join(COMMANDS)}")
+    config, options = read_flags([program, *rest], COMMANDS[name])
+    settings = read_settings(config)
+    check_paths(settings)
+    from dpo_jax.inspection import actions  # takes seconds: JAX, transformers, grain
+
+    (actions.inspect_data if name == "inspect" else actions.prepare_data)(settings, **options)
 
 
 def _platform() -> str:

@@ -20,6 +20,7 @@ from dpo_jax.config.command_line import Command, read_flags
 from dpo_jax.config.settings import Settings, read_settings
 from dpo_jax.config.stages import has_stages, planned, read_stages
 from dpo_jax.disk import write_json
+from dpo_jax.entry import EntryPoint, run_entry_point
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.tpu import Topology, parse_topology
 from dpo_jax.plan.lengths import find_lengths
@@ -56,26 +57,33 @@ COMMAND = Command(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    try:
-        config, values = read_flags(sys.argv if argv is None else argv, COMMAND)
-        if not values["topology"]:
-            raise UserError(f"--topology is missing; usage: {COMMAND.usage}")
-        topologies = [parse_topology(name) for name in values["topology"].split(",")]
-        file = Path(values["json"]) if values["json"] else None
-        if file and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-            raise UserError(f"--json={file} cannot be written; choose a file in a directory that is there and writable")
-        keep = lambda whole: write_json(file, whole) if file else None
-        if has_stages(config):
-            if values["sample"] or values["lengths"]:
-                raise UserError("--sample and --lengths are of one run; plan a stage by its own config")
-            _plan_stages(config, topologies, values, keep)
-            return 0
-        plan = _plan_sampling if values["sample"] else _plan_training
-        plan(read_settings(config), topologies, values, keep)
-    except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    given = sys.argv if argv is None else argv
+
+    def plan(_: EntryPoint) -> None:
+        try:
+            _run(given)
+        except OSError as e:
+            raise UserError(str(e)) from e
+
+    return run_entry_point(plan)
+
+
+def _run(argv: Sequence[str]) -> None:
+    config, values = read_flags(argv, COMMAND)
+    if not values["topology"]:
+        raise UserError(f"--topology is missing; usage: {COMMAND.usage}")
+    topologies = [parse_topology(name) for name in values["topology"].split(",")]
+    file = Path(values["json"]) if values["json"] else None
+    if file and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+        raise UserError(f"--json={file} cannot be written; choose a file in a directory that is there and writable")
+    keep = lambda whole: write_json(file, whole) if file else None
+    if has_stages(config):
+        if values["sample"] or values["lengths"]:
+            raise UserError("--sample and --lengths are of one run; plan a stage by its own config")
+        _plan_stages(config, topologies, values, keep)
+        return
+    plan = _plan_sampling if values["sample"] else _plan_training
+    plan(read_settings(config), topologies, values, keep)
 
 
 def _plan_stages(config: Mapping[str, Any], topologies: list[Topology], values: Mapping[str, Any], keep: Keep) -> None:

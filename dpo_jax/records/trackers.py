@@ -6,6 +6,7 @@ TRACKIO_DIR, TRACKIO_SPACE_ID and so on. metrics.jsonl stays the truth.
 
 import importlib.util
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from dpo_jax.disk import read_json, write_json
 from dpo_jax.errors import UserError
 from dpo_jax.records.records import Record
 
+FINISH_SECONDS = 300.0  # for a service to take the last records, after which the run ends without its answer
 Log = Callable[[Record], None]
 Tracker = tuple[Log, Callable[[bool], None]]  # what takes a record, and what ends it (True: the run failed)
 
@@ -70,9 +72,30 @@ def open_trackers(workdir: Path, projects: Mapping[str, str], config: Mapping[st
                     f"{package}_project={project!r}: {package} cannot start ({reason:.300}); mend that, or leave the "
                     "key empty" + (" (WANDB_MODE=offline needs no login)" if package == "wandb" else "")
                 ) from error
-            stack.push(lambda kind, *_, finish=finish: finish(kind is not None))
+            stack.push(
+                lambda kind, *_, package=package, finish=finish: _finish_in_time(package, finish, kind is not None)
+            )
             logs.append(log)
         yield logs
+
+
+def _finish_in_time(package: str, finish: Callable[[bool], None], failed: bool) -> None:
+    """End a tracker's run: a service that fails or does not answer is no reason for a sound run to fail, or to stay."""
+    said = f"it has not ended within {FINISH_SECONDS:.0f} s"
+
+    def end() -> None:
+        nonlocal said
+        try:
+            finish(failed)
+            said = ""
+        except Exception as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+
+    thread = threading.Thread(target=end, name=package, daemon=True)
+    thread.start()
+    thread.join(FINISH_SECONDS)
+    if said:
+        print(f"warning: {package} could not be finished ({said}); its last records may be missing there", flush=True)
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,15 +3,17 @@
 TensorBoard's events are a copy of metrics.jsonl, and are made anew from it whenever a run is opened again.
 """
 
+import contextlib
 import math
 import numbers
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from dpo_jax.errors import UserError
 from dpo_jax.records.console import RunConsole
 from dpo_jax.records.directory import EVENTS, METRICS, SAMPLES
 from dpo_jax.records.record_file import RecordFile
@@ -49,29 +51,37 @@ class MetricsWriter:
         self.message = self.console.message
         self._files: dict[str, RecordFile] = {}
         self._events, self._flushed = None, -math.inf
+        self._tensorboard = (workdir or Path()) / "tensorboard"
         if workdir is not None:
             workdir.mkdir(parents=True, exist_ok=True)
             shapes = {METRICS: MetricRecord, SAMPLES: Sample, EVENTS: Event}
             self._files = {name: RecordFile(workdir / name, shape) for name, shape in shapes.items()}
-            self._events = open_events(workdir / "tensorboard", read_metrics(workdir / METRICS))
+            with _naming(self._tensorboard):
+                self._events = open_events(self._tensorboard, read_metrics(workdir / METRICS))
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for file in (self.console, *self._files.values(), self._events):
-            if file:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.console.close()
+        for file in self._files.values():
+            # Of two errors the first one says what happened: here it may be only that the disk is full still.
+            with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError, UserError):
                 file.close()
+        if self._events:
+            with _naming(self._tensorboard) if kind is None else contextlib.suppress(OSError):
+                self._events.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one record: `step`, `split`, and numbers (also NumPy scalars and arrays of one element) or strings."""
         values = {name: _plain(value) for name, value in record.items()}
         self._append(METRICS, [values])
         if self._events:
-            add_event(self._events, without_nan(values), time.time())
-            if time.monotonic() - self._flushed > FLUSH_SECONDS:
-                self._events.flush()
-                self._flushed = time.monotonic()
+            with _naming(self._tensorboard):
+                add_event(self._events, without_nan(values), time.time())
+                if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                    self._events.flush()
+                    self._flushed = time.monotonic()
         for log in list(self._logs):
             try:
                 log(values)
@@ -107,6 +117,16 @@ class MetricsWriter:
     def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         if name in self._files:
             self._files[name].append(records)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error of the file system in here names the file: what a write raises does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _plain(value: Any) -> str | int | float | None:

@@ -1,8 +1,7 @@
 """`python -m dpo_jax.report`."""
 
-import sys
-
+from dpo_jax.entry import exit_within_a_limit
 from dpo_jax.report.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_within_a_limit(main())

@@ -5,11 +5,10 @@ only the files in a run's directory, and leave out the parts whose files are mis
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_jax.errors import UserError
+from dpo_jax.entry import EntryPoint, run_entry_point
 from dpo_jax.report.compare import compare_page
 from dpo_jax.report.html import write_page
 from dpo_jax.report.page import run_page
@@ -33,14 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dpo_jax.report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("workdirs", nargs="+", type=Path, metavar="DIR", help="a run's --workdir; several are compared")
     parser.add_argument("--out", type=Path, help="the page to write (default: DIR/report.html, or ./compare.html)")
-    options = parser.parse_args(arguments)
-    try:
+
+    def write(_: EntryPoint) -> None:
+        options = parser.parse_args(arguments)
         if len(options.workdirs) > 1:
             path = write_comparison(options.workdirs, options.out or Path("compare.html"))
         else:
             path = write_report(options.workdirs[0], options.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    print(path)
-    return 0
+        print(path)
+
+    return run_entry_point(write)

@@ -6,6 +6,7 @@ only by a run that made them itself.
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import re
 import shutil
@@ -24,6 +25,7 @@ from dpo_jax.errors import BAD_INPUT, SAVE_FAILED, UserError
 from dpo_jax.parallel import processes
 from dpo_jax.parallel.mesh import any_process, from_first
 from dpo_jax.parallel.processes import is_of_a_lost_peer
+from dpo_jax.parallel.watchdog import LONGER, beat, watch
 from dpo_jax.records.directory import DAMAGED, MADE_WITH, checkpoint_directories, checkpoint_number
 from dpo_jax.records.shapes import MadeWith
 from dpo_jax.training import integrity
@@ -65,8 +67,11 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def open_checkpoints(directory: Path, keep: int) -> Iterator[Checkpoints]:
+def open_checkpoints(directory: Path, keep: int, stuck_after: float = 0.0) -> Iterator[Checkpoints]:
     """The checkpoints of a run; the newest `keep` stay. Leaving waits for a save under way.
+
+    A save that does not end then ends the process as everything does that is stuck, after `LONGER` times `stuck_after`
+    seconds (0: never).
 
     A save is made whole by a rename, with its checksums in it, and only then older ones go; so one that was cut off is
     never listed, and its remains are removed here.
@@ -106,7 +111,8 @@ def open_checkpoints(directory: Path, keep: int) -> Iterator[Checkpoints]:
         raise
     finally:
         try:
-            with _saving(directory):
+            with _saving(directory), watch(stuck_after):
+                beat("waiting for the last checkpoint to be written", LONGER)
                 orbax.close()
         finally:
             if failed:  # a save that failed may have been writing until now
@@ -238,10 +244,15 @@ def _saving(directory: Any) -> Iterator[None]:
             raise
         _clear_unfinished(Path(directory))  # room for what else is written at the end
         raise UserError(
-            f"{directory}: a checkpoint could not be saved ({_first_line(e)}); the earlier ones are kept: make room, "
+            f"{directory}: a checkpoint could not be saved ({_first_line(e)}); the earlier ones are kept: {_mend(e)}, "
             "then the same command resumes from the newest",
             code=SAVE_FAILED,
         ) from e
+
+
+def _mend(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    return "make the directory writable" if number in (errno.EACCES, errno.EPERM, errno.EROFS) else "make room"
 
 
 def _clear_unfinished(directory: Path) -> None:

@@ -6,6 +6,7 @@ fetched while update n+1 runs.
 
 import contextlib
 import dataclasses
+import os
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterator
@@ -24,6 +25,7 @@ from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.training.health import SKIPPED, Health, check_evaluation
 from dpo_jax.training.measure import Throughput, give_back, peak_gb
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # these ask for the end
 STOP = "stop"  # beside the metrics of an update, while they are on the devices
 State = TypeVar("State")
 
@@ -64,21 +66,37 @@ class Phase(Generic[State]):
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets: the loop then saves and ends. A second SIGTERM ends the process at once."""
-    event = threading.Event()
+    """An event that SIGTERM, Ctrl-C or the end of the terminal sets: the loop then saves and ends.
 
-    def handle(*_: Any) -> None:
+    A second signal ends the process at once. One that was ignored before, as below `nohup`, stays so. A `Stopped` that
+    leaves this has the signal's number.
+    """
+    event, came = threading.Event(), [int(signal.SIGTERM)]
+
+    def handle(number: int, _: object) -> None:
         event.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        came[0] = number
+        for one in before:
+            signal.signal(one, signal.SIG_DFL)
+        if number == signal.SIGINT:  # somebody sits there and waits
+            with contextlib.suppress(OSError):
+                os.write(1, b"saving after this update; Ctrl-C again ends it at once\n")
 
     if threading.current_thread() is not threading.main_thread():  # a notebook's kernel may run us elsewhere
         yield event
         return
-    before = signal.signal(signal.SIGTERM, handle)
+    before = {one: signal.getsignal(one) for one in STOPPING}
+    before = {one: old for one, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for one in before:
+        signal.signal(one, handle)
     try:
         yield event
+    except Stopped as stopped:
+        stopped.signal = came[0]
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, old in before.items():
+            signal.signal(one, old)
 
 
 def _next(batches: Iterator[Item]) -> Item | Stopped | None:

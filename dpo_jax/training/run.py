@@ -14,10 +14,11 @@ from dpo_jax.config.saved import claim_workdir, writing
 from dpo_jax.config.settings import Settings
 from dpo_jax.data.prepare import Prepared
 from dpo_jax.disk import write_whole
+from dpo_jax.errors import Stopped
 from dpo_jax.model.config import Params
 from dpo_jax.model.placement import place_model
 from dpo_jax.model.tuning import exact_products
-from dpo_jax.parallel.mesh import agreed, first_process_first, make_mesh, row_shards
+from dpo_jax.parallel.mesh import agreed, any_process, first_process_first, make_mesh, row_shards
 from dpo_jax.records import trackers
 from dpo_jax.records.directory import CHECKPOINTS, EVENTS, METRICS, ROUNDS, SAMPLES
 from dpo_jax.records.record_file import lost_records
@@ -101,7 +102,7 @@ def _train(settings: Settings, workdir: Path, training: Training) -> dict[str, f
         jax.set_mesh(mesh),
         exact_products(layout.dtype, layout.platform),
         stop_signal() as stop,
-        checkpoint.open_checkpoints(workdir / CHECKPOINTS, s.keep_checkpoints) as checkpoints,
+        checkpoint.open_checkpoints(workdir / CHECKPOINTS, s.keep_checkpoints, s.stuck_after_seconds) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
         limits = layout.row_limits(s.batch.microbatches)
@@ -178,14 +179,25 @@ def _made_with(settings: Settings, writer: MetricsWriter) -> dict[str, Any]:
     return {"config": dict(settings.whole), "records": writer.held}
 
 
+def _stop_if_asked(run: Run) -> None:
+    if any_process(run.stop.is_set()):
+        raise Stopped
+
+
 def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
-    """Answers after training, the export, the report and the final table. Done again, it changes nothing."""
+    """Answers after training, the export, the report and the final table. Done again, it changes nothing.
+
+    Raises:
+      Stopped: a signal came; what is missing is made by the same command.
+    """
+    _stop_if_asked(run)
     s, workdir, layout, samples = run.settings, run.workdir, run.layout, run.workdir / SAMPLES
     check_trained(params, s.layout.param_dtype)
     after = [r for r in read_records(samples, Sample) if r["when"] == "after"]
     if s.trains_policy and not agreed(len(after) >= final_samples(run)):
         run.writer.forget_samples("after")  # some of them, where a kill came between
         measure_answers(run, params, None, steps, sample_measures(run, steps))
+        _stop_if_asked(run)
     export = workdir / "export"
     if s.export and not agreed((export / "config.json").exists()):
         if layout.lora is not None:

@@ -7,9 +7,10 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from dpo_jax.weights.hub import ModelFiles
 
 LOCK = ".lock"
 _MEND = "restore it, or delete it to resume unchecked"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # a file system that has none
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)  # a file system that has none
 _SHOWN = 3  # differences said in an error
 
 
@@ -74,22 +75,56 @@ def locked(workdir: Path) -> Iterator[None]:
 def _lock(workdir: Path) -> Iterator[None]:
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / LOCK).open("a+")
-    with file:
+        file = _open_lock(workdir / LOCK)
+    with file, contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            if e.errno not in _NO_LOCKS:
-                file.seek(0)
-                raise UserError(
-                    f"workdir {workdir} is in use by {file.read().strip() or 'another run'}; wait for it or end it, or "
-                    "choose another --workdir"
-                ) from None
+            # The directory's own lock, too: somebody may remove the file, and a second run would make itself another.
+            # Where a file system has none for directories (NFS), the file's alone holds.
+            with contextlib.suppress(NotImplementedError):
+                directory = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
+                held.callback(os.close, directory)
+                _flock(directory)
+            with contextlib.suppress(NotImplementedError):
+                _flock(file.fileno())
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"workdir {workdir} is in use by {file.read(200).strip() or 'another run'}; wait for it or end it, or "
+                "choose another --workdir"
+            ) from None
         with writing(workdir):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
         yield
+
+
+def _flock(descriptor: int) -> None:
+    """Lock a file or directory: a BlockingIOError where another process has it, a NotImplementedError without locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as e:
+        if e.errno not in _NO_LOCKS:
+            raise BlockingIOError(e.errno, e.strerror) from None
+        raise NotImplementedError from None
+
+
+def _open_lock(path: Path) -> IO[str]:
+    """The lock's file, which is written to: so it must not be another file by another name."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as e:
+        if e.errno not in (errno.ELOOP, errno.EISDIR):
+            raise
+        kind = "a link" if e.errno == errno.ELOOP else "a directory"
+        raise UserError(f"{path}: is {kind}, and not a file; remove it") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        raise UserError(f"{path}: is no file of its own, but a device, a pipe or another file's second name; remove it")
+    return os.fdopen(descriptor, "a+", encoding="utf-8", errors="replace")
 
 
 def identify(split: Split, models: Mapping[str, ModelFiles | None]) -> dict[str, Any]:

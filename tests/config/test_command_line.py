@@ -11,6 +11,7 @@ import pytest
 from configs import common, hhh
 from dpo_jax import train
 from dpo_jax.config.command_line import parse
+from dpo_jax.config.saved import claim_workdir
 from dpo_jax.config.settings import read_settings
 from dpo_jax.errors import UserError
 
@@ -169,6 +170,19 @@ def test_help_says_how_to_run_it(capsys):
     assert "--config=configs/hhh.py" in capsys.readouterr().out
 
 
+def test_what_joining_needs_is_known_before_there_are_settings():
+    given = parse(["train", "--config=configs/hhh.py:tiny", "--workdir=x", "--distributed",
+                   "--config.coordinator_bind=[::1]:8476", "--config.stuck_after_seconds=5"])  # fmt: skip
+    assert (given.distributed, given.coordinator_bind, given.stuck_after) == (True, "[::1]:8476", 5.0)
+    with pytest.raises(UserError, match="coordinator_bind='a b' is no address"):
+        parse(["train", "--config=configs/hhh.py:tiny", "--workdir=x", "--config.coordinator_bind=a b"])
+
+
+def test_another_interface_is_the_same_run(tmp_path):
+    for bind in ("10.0.0.2", "10.0.0.3"):
+        claim_workdir(tmp_path, common.get_config().to_dict() | {"coordinator_bind": bind}, write=True)
+
+
 CONTRACT = """seed model reference dataset dataset_path eval_path eval_pairs shuffle max_prompt_length
 max_completion_length overlong cache_dir batch_size microbatches num_steps num_epochs learning_rate lr_schedule
 warmup_steps optimizer weight_decay max_grad_norm dpo_beta loss label_smoothing sft_steps sft_learning_rate lora_rank
@@ -193,7 +207,8 @@ def test_the_keys_of_the_contract_are_there_and_every_key_is_used():
         "reward_learning_rate",
         "reward_batch_size",
     }  # read where they are made
-    assert read | of_stages | {"same_judge"} == keys  # which a check alone reads
+    elsewhere = {"same_judge", "coordinator_bind"}  # by a check alone, and by the command line
+    assert read | of_stages | elsewhere == keys
 
 
 @pytest.mark.parametrize(

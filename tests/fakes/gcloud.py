@@ -35,7 +35,16 @@ def option(argv, name, default=None):
     return next((word.split("=", 1)[1] for word in argv if word.startswith(f"--{name}=")), default)
 
 
+def silent(verb):
+    """Whoever is asked never answers: neither this process nor the one below it, as gcloud's ssh, ends by itself."""
+    with world() as w:
+        if verb not in w["silent"]:
+            return
+    subprocess.run(["sleep", "1000"], check=False)
+
+
 def queued_resources(verb, argv):
+    silent(verb)
     with world() as w:
         current = w["current"]
         if verb == "describe" and w["deaf"]:
@@ -97,6 +106,11 @@ def ssh(argv):
     command = " ".join(option(argv, "command").split(" "))
     words = command.split()
     verb = words[2] if words[0] == "bash" else words[0]
+    silent(verb)
+    with world() as w:
+        if verb in w["said"]:
+            sys.stdout.buffer.write(w["said"][verb].encode("utf-8", "surrogateescape"))
+            sys.exit()
     fault = {}
     with world() as w:
         for candidate in w["faults"]:
@@ -162,6 +176,7 @@ def main(argv):
     if kind == "queued-resources":
         queued_resources(verb, rest)
     elif verb == "describe":
+        silent("describe-node")
         print(node_state(pop=True))
     else:
         rest = rest[1:] if verb == "ssh" else rest

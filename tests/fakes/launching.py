@@ -11,6 +11,8 @@ happens:
   trainers  what the runs do, one after the other: see `trainer.py`.
   faults    what becomes of the first ssh with that `verb`: `cut_after` so many bytes, then the command `again` or not.
   deaf      how many questions gcloud cannot answer.
+  silent    verbs (of gcloud, or of what goes over ssh) at which gcloud never says anything again, nor ends.
+  said      by verb, what the workers answer in place of the truth.
 """
 
 import contextlib
@@ -77,14 +79,15 @@ class Cloud:
 
     def world(self, **changes):
         """Write what happens: the slices that `create` makes one after the other, the trainers that start on them."""
-        state = {"current": None, "slices": [], "workers": 1, "faults": [], "trainers": [], "deaf": 0} | changes
+        state = {"current": None, "slices": [], "workers": 1, "faults": [], "trainers": [], "deaf": 0}
+        state |= {"silent": [], "said": {}} | changes
         (self.root / "world.json").write_text(json.dumps(state))
 
-    def start(self, *words, **environment):
+    def start(self, *words, stdout=subprocess.PIPE, **environment):
         plain = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "WANDB_API_KEY", "CLOUDSDK_COMPUTE_ZONE")}
         env = plain | {"PATH": f"{self.root}/tools:{plain['PATH']}", "FAKE_CLOUD": str(self.root)} | environment
         command = [sys.executable, "-SEc", HEARS_CTRL_C, self.repo / "launch_tpu.sh", *words]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+        pipes = {"stdout": stdout, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
         self.started.append(subprocess.Popen(command, env=env, start_new_session=True, **pipes))
         return self.started[-1]
 

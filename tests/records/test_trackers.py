@@ -4,6 +4,7 @@ import json
 import math
 import sqlite3
 import struct
+import time
 
 import pytest
 
@@ -160,3 +161,18 @@ def test_trackio_itself(tmp_path, monkeypatch):
     values = [(step, json.loads(stored)) for _, step, stored in rows]
     assert [step for step, stored in values if "train/dpo_loss" in stored] == [1, 2, 3]
     assert values[0][1]["sft/loss"] == 3.5
+
+
+@pytest.mark.parametrize(
+    ("finish", "told"),
+    [
+        (lambda failed: time.sleep(60), "it has not ended within 0 s"),
+        (lambda failed: 1 / 0, "division by zero"),
+    ],
+)
+def test_a_service_that_cannot_be_finished_does_not_keep_a_sound_run(finish, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trackers, "TRACKERS", {"wandb": lambda *_: ([].append, finish)})
+    monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.2)
+    _write(tmp_path, RECORDS, wandb="mine")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert line == f"warning: wandb could not be finished ({told}); its last records may be missing there"

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import struct
 
 import numpy as np
@@ -11,12 +12,41 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
+from dpo_jax.entry import run_entry_point
 from dpo_jax.errors import UserError
 from dpo_jax.records import console as run_console
 from dpo_jax.records.records import before_after, read_records, truncate_records
 from dpo_jax.records.writer import MetricsWriter
 
 pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "tensorboard"])
+def test_records_that_cannot_be_written_are_named_in_a_line(name, tmp_path, capsys):
+    """A directory stands where a file should be, or a file where a directory should."""
+    (tmp_path / name).mkdir() if "." in name else (tmp_path / name).write_text("")
+
+    def write(entry):
+        entry.place = tmp_path
+        with MetricsWriter(tmp_path, total_steps=TOTAL, quiet=True) as writer:
+            writer.write(train(1))
+            writer.event({"step": 1, "event": "spike"}, "a spike")
+
+    assert run_entry_point(write) == 74
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / name}: ")
+
+
+def test_a_full_disk_names_the_records_and_closing_them_says_no_other_thing(tmp_path, capsys):
+    def write(entry):
+        with MetricsWriter(tmp_path, total_steps=TOTAL, quiet=True) as writer:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), writer._file.fileno())
+            writer.write(train(1))
+
+    assert run_entry_point(write) == 74
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'metrics.jsonl'}: No space left on device; make room; ")
+
 
 TOTAL = {"sft": 4, "train": 20}
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from dpo_jax.errors import NOT_FINITE, Stopped, UserError
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.training import loop as loop_module
-from dpo_jax.training.loop import Phase, run_phase
+from dpo_jax.training.loop import STOPPING, Phase, run_phase, stop_signal
 
 RATE = 0.25
 TARGETS = [4.0, 2.0, 8.0, 2.0, 6.0, 4.0]  # of updates 1 .. 6
@@ -215,3 +217,32 @@ def test_the_loop_knows_nothing_of_what_is_trained():
     text = Path("dpo_jax/training/loop.py").read_text().lower()
     for word in ("dpo", "sft", "reference", "grain", "schedule", "pipeline", "objective", "chosen", "rejected"):
         assert word not in text.replace("dpo_jax", ""), word
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_each_signal_asks_for_the_end_once_and_is_named_by_it(number, capfd):
+    before = [signal.signal(one, signal.default_int_handler) for one in STOPPING]
+    try:
+        with pytest.raises(Stopped) as stopped, stop_signal() as stop:  # noqa: PT012
+            assert not stop.is_set()
+            os.kill(os.getpid(), number)
+            assert stop.wait(5)
+            assert signal.getsignal(number) is signal.SIG_DFL  # a second one ends the process at once
+            raise Stopped
+        assert [signal.getsignal(one) for one in STOPPING] == [signal.default_int_handler] * len(STOPPING)
+    finally:
+        for one, handler in zip(STOPPING, before, strict=True):
+            signal.signal(one, handler)
+    assert (stopped.value.signal, stopped.value.name) == (number, signal.Signals(number).name)
+    assert capfd.readouterr().out == ("saving after this update; Ctrl-C again ends it at once\n" if number == 2 else "")
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    """As below `nohup`, and by launch/worker.sh."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.wait(0.2)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -3,6 +3,9 @@
 import copy
 import datetime
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -76,3 +79,59 @@ def test_a_run_begun_without_ids_is_known_by_its_files(tmp_path):
     with pytest.raises(UserError, match="digest"):
         workdir.keep_identity(tmp_path, _changed(["data", "sources", 0, "files", 0, "digest"], "bb"), resumed=True)
     workdir.keep_identity(tmp_path, _changed(["data", "form"], ["chat", "auto"]), resumed=True)
+
+
+# ---- the lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from dpo_jax.training.workdir import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_keeps_its_directory_whatever_becomes_of_the_locks_file(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        file = tmp_path / workdir.LOCK
+        assert file.read_text().startswith(f"process {other.pid} on ")
+        for damage in (lambda: None, file.unlink, lambda: file.write_text("another")):
+            damage()
+            with pytest.raises(UserError, match="is in use by"), workdir.locked(tmp_path):
+                pass
+        other.stdin.close()
+    with workdir.locked(tmp_path):
+        pass
+
+
+def _link(file, other):
+    file.symlink_to(other)
+
+
+def _second_name(file, other):
+    os.link(other, file)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (_link, "is a link, and not a file; remove it"),
+        (lambda file, other: file.symlink_to(other.parent / "none"), "is a link, and not a file; remove it"),
+        (lambda file, other: file.mkdir(), "is a directory, and not a file; remove it"),
+        (_second_name, "is no file of its own"),
+        (lambda file, other: os.mkfifo(file), "is no file of its own"),
+    ],
+)
+def test_a_lock_that_is_another_file_is_refused_and_that_file_is_left_alone(make, told, tmp_path):
+    other, run = tmp_path / "precious", tmp_path / "run"
+    other.write_text("precious")
+    run.mkdir()
+    make(run / workdir.LOCK, other)
+    with pytest.raises(UserError, match=told), workdir.locked(run):
+        pass
+    assert other.read_text() == "precious"
+    assert not (tmp_path / "none").exists()
