@@ -82,7 +82,7 @@ class Key:
             check_name(self.name, str(value))
         elif isinstance(value, str):
             check_digits(given, value)
-        else:
+        elif isinstance(value, int | float):
             self._check_size(value)
         if isinstance(self.legal, tuple):
             if value not in self.legal:

@@ -7,6 +7,7 @@ only by a run that made them itself.
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import re
 import shutil
@@ -151,8 +152,9 @@ def set_aside_damaged(directory: Path) -> list[str]:
         wrong = _damage_of_checkpoint(where)
         if wrong is None:
             return told
-        first_only(lambda where=where: told.append(f"is now {_move_aside(where)}"))
-        place = told.pop() if jax.process_index() == 0 else "is set aside"
+        aside: list[Path] = []
+        first_only(functools.partial(lambda path: aside.append(_move_aside(path)), where))
+        place = f"is now {aside[0]}" if aside else "is set aside"
         told.append(f"checkpoint {newest} is damaged ({wrong}); it {place}")
 
 

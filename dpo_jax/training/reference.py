@@ -38,7 +38,6 @@ from dpo_jax.weights.load import read_model
 
 MOVING = jnp.dtype("float32")  # of a reference that follows the policy: small changes would be lost in bfloat16
 SAVE_SECONDS = 120  # between saves of a pass: a run that is killed computes no more than this again
-_VALUES = "values"
 AGREE_BATCHES = 16  # between the times when processes ask each other whether to stop
 
 
@@ -163,7 +162,7 @@ def read_values(where: Place) -> tuple[np.ndarray, str]:
     shape, why = (where.pairs, 2, where.fields), ""
     try:
         with where.path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            values = archive[_VALUES]
+            values = archive["values"]
         if values.shape == shape and values.dtype == np.float32:
             return values, ""
         why = f"it holds {values.dtype} {list(values.shape)}, not float32 {list(shape)}"
@@ -179,7 +178,7 @@ def write_values(where: Place, values: np.ndarray) -> str:
     """Keep the values, whole or not at all; returns why the directory could not be written, empty if it could."""
     try:
         with whole_file(where.path) as file:
-            np.savez(file, **{_VALUES: values})
+            np.savez(file, values=values)
     except OSError as error:
         return error.strerror or str(error)
     return ""
