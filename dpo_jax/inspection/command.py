@@ -60,10 +60,10 @@ def _run(program: str, *rest: str) -> None:
             raise UserError(f"a command is missing; use {' or '.join(COMMANDS)} (--help says more)")
         print(f"usage:\n{usages}\n\n`inspect --help` lists every key of the config.")
         return
-    name, *rest = rest
+    name, *options_given = rest
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}; use {' or '.join(COMMANDS)}")
-    config, options = read_flags([program, *rest], COMMANDS[name])
+    config, options = read_flags([program, *options_given], COMMANDS[name])
     settings = read_settings(config)
     check_paths(settings)
     from dpo_jax.inspection import actions  # takes seconds: JAX, transformers, grain
