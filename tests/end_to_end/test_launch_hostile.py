@@ -156,7 +156,7 @@ def test_a_line_without_end_and_bytes_of_zero_are_followed_byte_for_byte(cloud):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("silent", ["describe", "state", "follow"])
+@pytest.mark.parametrize("silent", ["describe", "follow"])
 def test_a_gcloud_that_never_answers_is_given_up_in_a_line(cloud, silent):
     """Neither it nor what it started is left behind."""
     states = {"state": f"@ t1v-n-w-0 running {RAN} - {SHA} 1-1\n"} if silent == "follow" else {}
