@@ -7,7 +7,6 @@ only by a run that made them itself.
 import contextlib
 import dataclasses
 import errno
-import functools
 import logging
 import re
 import shutil
@@ -152,10 +151,14 @@ def set_aside_damaged(directory: Path) -> list[str]:
         wrong = _damage_of_checkpoint(where)
         if wrong is None:
             return told
-        aside: list[Path] = []
-        first_only(functools.partial(lambda path: aside.append(_move_aside(path)), where))
-        place = f"is now {aside[0]}" if aside else "is set aside"
-        told.append(f"checkpoint {newest} is damaged ({wrong}); it {place}")
+        told.append(f"checkpoint {newest} is damaged ({wrong}); it {_set_aside(where)}")
+
+
+def _set_aside(path: Path) -> str:
+    """The first process moves a checkpoint; what became of it, as this process knows it."""
+    places: list[Path] = []
+    first_only(lambda: places.append(_move_aside(path)))
+    return f"is now {places[0]}" if places else "is set aside"
 
 
 def _move_aside(path: Path) -> Path:
