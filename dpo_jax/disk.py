@@ -1,16 +1,24 @@
 """Files that are whole or not there, JSON objects read with a clear error, and digests."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
+from dpo_jax.bucket import client
+from dpo_jax.bucket.parts import PartsFile, parts_of
+from dpo_jax.bucket.path import BucketPath
+from dpo_jax.bucket.tree import remove_objects
 from dpo_jax.errors import UserError
 
+_IN_MEMORY = 1 << 23  # bytes of an object that is written from memory
 _SAMPLES, _SAMPLE = 64, 1 << 16  # of a file: so many pieces of so many bytes tell it from any other
 
 
@@ -23,6 +31,10 @@ def whole_file(path: Path, *, exclusive: bool = False) -> Iterator[IO[bytes]]:
     Raises:
       FileExistsError: `exclusive`, and there is a file at `path` by now; of several writers only the first succeeds.
     """
+    if isinstance(path, BucketPath):
+        with _whole_object(path, exclusive) as file:
+            yield file
+        return
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # several processes may write the same file
     try:
         with scratch.open("wb") as file:
@@ -36,6 +48,50 @@ def whole_file(path: Path, *, exclusive: bool = False) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _whole_object(path: BucketPath, exclusive: bool) -> Iterator[IO[bytes]]:
+    """`whole_file` of a bucket: an object is there when all of it has arrived, and not before."""
+    with tempfile.TemporaryFile() as file:
+        yield file
+        file.seek(0)
+        content = file.read() if os.fstat(file.fileno()).st_size < _IN_MEMORY else file
+        try:
+            client.write_object(path.bucket, path.key, content, generation=0 if exclusive else None)
+        except client.Overtaken:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+
+
+def open_append(path: Path) -> Any:
+    """A text file to append to, created if it is missing: `write`, `writelines`, `flush`, `close`, a context manager.
+
+    In a bucket it grows by parts (`bucket/parts.py`), which `read_appended` joins.
+    """
+    return PartsFile(path) if isinstance(path, BucketPath) else path.open("a", encoding="utf-8")
+
+
+def pieces_of(path: Path) -> list[Path]:
+    """What a file that is appended to consists of: itself, and parts that were written in a bucket; those there are."""
+    parts = cast("list[Path]", parts_of(path))
+    return [path, *parts] if path.is_file() or not parts else parts
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a directory with all that is in it, if it is there."""
+    if isinstance(directory, BucketPath):
+        remove_objects(directory)
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def copy_file(source: Path, target: Path) -> Path:
+    """Copy a local file to `target`, which may be in a bucket."""
+    if isinstance(target, BucketPath):
+        with source.open("rb") as file:
+            client.write_object(target.bucket, target.key, file)
+        return cast(Path, target)
+    return Path(shutil.copyfile(source, target))
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

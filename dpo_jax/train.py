@@ -37,7 +37,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> dict[str,
       UserError: bad input, in one line.
       Stopped: SIGTERM came; the state is saved and the same call resumes it.
     """
-    directory, keys = Path(check_workdir(os.fspath(workdir))), dict(config)
+    directory, keys = check_workdir(workdir), dict(config)
     check(keys)
     if has_stages(keys):
         raise UserError("task=rlhf is several runs, one after the other: python -m dpo_jax.rlhf makes them")

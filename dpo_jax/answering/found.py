@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from dpo_jax.bucket.path import BucketPath, place
 from dpo_jax.config.opened import is_run, run_settings
 from dpo_jax.config.settings import Settings
 from dpo_jax.disk import digest, file_digest
@@ -38,7 +39,7 @@ def locate_model(model: str, revision: str = "") -> Found:
     Raises:
       UserError: there is no such model, or a run has neither an export nor a checkpoint.
     """
-    path = Path(model).expanduser()
+    path = place(model).expanduser()
     if model == "tiny":
         raise UserError("model 'tiny' has no weights before it is trained; give the directory of its run")
     if not (path.is_dir() and is_run(path)):
@@ -54,6 +55,8 @@ def locate_model(model: str, revision: str = "") -> Found:
     if settings.task == "reward":
         raise UserError(f"model={model!r} is a reward model's run, which says no words; use it as a judge (--judge=)")
     steps = [p for p in (path / "checkpoints").glob("*") if p.name.isdigit() and p.is_dir()]
+    if isinstance(path, BucketPath):  # one without orbax's last object is not written to its end
+        steps = [p for p in steps if (p / "commit_success.txt").is_file()]
     if not steps:
         raise UserError(
             f"model={model!r}: the run has no export/ and no checkpoint yet; give it time, or another model"

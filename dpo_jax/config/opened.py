@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dpo_jax.bucket.path import place
 from dpo_jax.config.check import check
 from dpo_jax.config.file import get_config
 from dpo_jax.config.keys import KEYS
@@ -43,7 +44,7 @@ def settings_of(source: str) -> Settings:
     Raises:
       UserError: there are none, or they are not legal.
     """
-    path = Path(source)
+    path = place(source)
     if path.name == RUN_CONFIG and path.is_file():
         path = path.parent
     if path.is_dir():

@@ -2,8 +2,10 @@
 
 import datetime
 import difflib
-import re
+import os
+from pathlib import Path
 
+from dpo_jax.bucket.path import place
 from dpo_jax.errors import UserError
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -61,8 +63,9 @@ def parse_options(text: str) -> dict[str, str]:
     return {name.strip().lstrip("-"): value.strip() for name, _, value in pairs}
 
 
-def check_workdir(workdir: str) -> str:
-    """Refuse a remote directory, which a `Path` would quietly make a local one."""
-    if re.match(r"[A-Za-z][\w+.-]*:/", workdir):
-        raise UserError(f"workdir={workdir}: remote directories are not supported yet; give a local or a mounted one")
-    return workdir
+def check_workdir(workdir: str | os.PathLike[str]) -> Path:
+    """A run's directory: a local one, or gs://BUCKET/DIR; a UserError for what is neither."""
+    try:
+        return place(workdir)
+    except UserError as error:
+        raise UserError(f"workdir={error}") from None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.disk import write_whole
+from dpo_jax.disk import pieces_of, write_whole
 from dpo_jax.errors import UserError
 
 Record = dict[str, Any]
@@ -154,11 +154,14 @@ def truncate_records(path: Path, keep: Callable[[Record], bool]) -> None:
     For resuming: what was written after the checkpoint will be written again. A half-written last line goes too, so
     that the next append starts on a line of its own. A missing file stays missing.
     """
-    if not path.exists():
-        return
-    # The lines' own bytes are kept: only a half-written last one has no record.
-    kept = [line for line, record in zip(_lines(path), read_records(path), strict=False) if keep(record)]
-    write_whole(path, b"".join(line + b"\n" for line in kept))
+    for piece in pieces_of(path):  # several in a bucket, each of whole lines, so that any of them may be done first
+        if not piece.exists():
+            continue
+        # The lines' own bytes are kept: only a half-written last one has no record.
+        kept = [line for line, record in zip(_lines(piece), read_records(piece), strict=False) if keep(record)]
+        content = b"".join(line + b"\n" for line in kept)
+        if piece.read_bytes() != content:
+            write_whole(piece, content)
 
 
 def before_after(records: Iterable[Record]) -> list[tuple[str, float | None, float | None]]:
@@ -176,4 +179,5 @@ def before_after(records: Iterable[Record]) -> list[tuple[str, float | None, flo
 
 
 def _lines(path: Path) -> list[bytes]:
-    return [line for line in path.read_bytes().split(b"\n") if line.strip()] if path.exists() else []
+    content = b"\n".join(piece.read_bytes() for piece in pieces_of(path) if piece.exists())
+    return [line for line in content.split(b"\n") if line.strip()]

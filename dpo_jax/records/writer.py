@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from dpo_jax.disk import open_append
 from dpo_jax.records.console import RunConsole
 from dpo_jax.records.records import EVENTS, Record, json_line, read_records, truncate_records, without_nan
 from dpo_jax.records.tensorboard import add_event, open_events
@@ -51,7 +52,7 @@ class MetricsWriter:
             workdir.mkdir(parents=True, exist_ok=True)
             truncate_records(path, lambda record: True)
             self._events = open_events(workdir / "tensorboard", read_records(path))
-            self._file = path.open("a", encoding="utf-8")
+            self._file = open_append(path)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -85,7 +86,7 @@ class MetricsWriter:
     def event(self, event: Mapping[str, Any], words: str) -> None:
         """Write what a person should look at: a line of events.jsonl, and `words` on the console."""
         if self._workdir is not None:
-            with (self._workdir / EVENTS).open("a", encoding="utf-8") as file:
+            with open_append(self._workdir / EVENTS) as file:
                 file.write(json_line(event))
         self.message(words)
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_jax.bucket.path import place
 from dpo_jax.errors import UserError
 from dpo_jax.report.compare import compare_page
 from dpo_jax.report.html import write_page
@@ -31,16 +32,17 @@ def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code is 2 for what the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m dpo_jax.report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("workdirs", nargs="+", type=Path, metavar="DIR", help="a run's --workdir; several are compared")
-    parser.add_argument("--out", type=Path, help="the page to write (default: DIR/report.html, or ./compare.html)")
+    parser.add_argument("workdirs", nargs="+", metavar="DIR", help="a run's --workdir, gs:// too; several are compared")
+    parser.add_argument("--out", help="the page to write (default: DIR/report.html, or ./compare.html)")
     options = parser.parse_args(arguments)
     try:
-        if len(options.workdirs) > 1:
-            path = write_comparison(options.workdirs, options.out or Path("compare.html"))
+        workdirs, out = [place(one) for one in options.workdirs], place(options.out) if options.out else None
+        if len(workdirs) > 1:
+            path = write_comparison(workdirs, out or Path("compare.html"))
         else:
-            path = write_report(options.workdirs[0], options.out)
+            path = write_report(workdirs[0], out)
     except UserError as error:
         print(error, file=sys.stderr)
-        return 2
+        return error.code
     print(path)
     return 0

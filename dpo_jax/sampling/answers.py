@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from dpo_jax.disk import open_append
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.rows.build import GroupSource
 from dpo_jax.sampling.params import Answer
@@ -34,7 +35,7 @@ def sample_records(
 def append_samples(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Append records to samples.jsonl; only the first process does."""
     if jax.process_index() == 0:
-        with path.open("a", encoding="utf-8") as f:
+        with open_append(path) as f:
             f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
 

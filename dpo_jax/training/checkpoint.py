@@ -18,6 +18,10 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from dpo_jax.bucket.client import prepare_libraries
+from dpo_jax.bucket.parts import sync_appended
+from dpo_jax.bucket.path import BucketPath
+from dpo_jax.bucket.tree import move_objects
 from dpo_jax.errors import SAVE_FAILED, UserError
 from dpo_jax.parallel import processes
 from dpo_jax.parallel.mesh import any_process, from_first
@@ -29,6 +33,7 @@ logging.getLogger("absl").addFilter(lambda record: record.levelno == logging.WAR
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _METADATA = "_CHECKPOINT_METADATA"  # of orbax: it gets its last time stamp after our checksums
+_COMMITTED = "commit_success.txt"  # of orbax in a bucket: its last object, where nothing can be renamed
 DAMAGED = "damaged"  # below the run's directory: where checkpoints go that are not as they were written
 
 
@@ -45,7 +50,8 @@ def open_checkpoints(directory: Path, keep: int) -> Iterator[Checkpoints]:
     """The checkpoints of a run; the newest `keep` stay. Leaving waits for a save under way.
 
     A save is made whole by a rename, with its checksums in it, and only then older ones go; so one that was cut off is
-    never listed, and its remains are removed here.
+    never listed, and its remains are removed here. In a bucket, where nothing is renamed, it is whole when it has
+    orbax's `commit_success.txt`, which is written after the checksums.
 
     Raises:
       UserError: a save failed.
@@ -53,13 +59,13 @@ def open_checkpoints(directory: Path, keep: int) -> Iterator[Checkpoints]:
     directory = directory.absolute()
 
     def add_checksums() -> None:  # by the first process, when all have written their share and before the rename
-        for unfinished in directory.glob(f"*{_UNFINISHED}"):
+        for unfinished in _unfinished(directory):
             integrity.write_checksums(unfinished, leave_out=(_METADATA,))
 
     context, newest = ocp.Context(), ocp.training.preservation_policies.LatestN(keep)
     context.async_options.post_finalization_callback = add_checksums
     orbax = ocp.training.Checkpointer(
-        directory, context=context, preservation_policy=newest, cleanup_tmp_directories=True
+        _for_orbax(directory), context=context, preservation_policy=newest, cleanup_tmp_directories=True
     )
     failed = True
     try:
@@ -73,7 +79,7 @@ def open_checkpoints(directory: Path, keep: int) -> Iterator[Checkpoints]:
             with _saving(directory):
                 orbax.close()
         finally:
-            if failed:  # a save that failed may have been writing until now
+            if failed and not isinstance(directory, BucketPath):  # a save that failed may have been writing until now
                 _clear_unfinished(directory)
 
 
@@ -88,7 +94,7 @@ def set_aside_damaged(directory: Path) -> list[str]:
     told: list[str] = []
     below = np.iinfo(np.int64).max
     while True:
-        steps = [int(p.name) for p in directory.glob("*") if p.name.isdigit() and p.is_dir() and int(p.name) < below]
+        steps = [step for step in whole_checkpoints(directory) if step < below]
         newest = int(from_first(np.asarray(max(steps, default=-1), np.int32)))
         if newest < 0:
             return told
@@ -102,8 +108,34 @@ def set_aside_damaged(directory: Path) -> list[str]:
             place.parent.mkdir(exist_ok=True)
             while place.exists():
                 place = place.with_name(place.name + "-again")
-            where.rename(place)
+            if isinstance(place, BucketPath):
+                move_objects(where, place, first=(_COMMITTED,))
+            else:
+                where.rename(place)
         told.append(f"checkpoint {newest} is damaged ({wrong}); it is now {place}")
+
+
+def whole_checkpoints(directory: Path) -> dict[int, Path]:
+    """The checkpoints in a directory by their number, damaged or not: all that were written to their end."""
+    found = {int(p.name): p for p in directory.glob("*") if p.name.isdigit() and p.is_dir()}
+    if isinstance(directory, BucketPath):
+        return {step: path for step, path in found.items() if (path / _COMMITTED).is_file()}
+    return found
+
+
+def _unfinished(directory: Path) -> list[Path]:
+    """The checkpoints that are being written, or were when a process ended."""
+    if isinstance(directory, BucketPath):
+        return [path for path in directory.glob("*") if path.is_dir() and not (path / _COMMITTED).is_file()]
+    return list(directory.glob(f"*{_UNFINISHED}"))
+
+
+def _for_orbax(directory: Path) -> Any:
+    """A directory as orbax takes it: one in a bucket by its address, whose arrays tensorstore then reads and writes."""
+    if isinstance(directory, BucketPath):
+        prepare_libraries()
+        return str(directory)
+    return directory.absolute()
 
 
 def _damage(directory: Path, *metadata: str) -> str | None:
@@ -127,6 +159,7 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, state: object) -> None:
     """Save `state` as checkpoint `step` in the background, unless it is there; a UserError if the last save failed."""
     if latest_step(checkpoints) != step:
         with _saving(checkpoints.orbax.directory):
+            sync_appended()  # what a checkpoint holds is on record before it
             checkpoints.saving = checkpoints.orbax.save_async(step, state, force=True)
 
 
@@ -145,7 +178,8 @@ def _saving(directory: Any) -> Iterator[None]:
     except Exception as e:  # of the file system, tensorstore, orbax: they have no parent in common
         if is_of_a_lost_peer(e):  # processes talk to each other in a save: it is not the disk
             raise
-        _clear_unfinished(Path(directory))  # room for what else is written at the end
+        if not str(directory).startswith("gs://"):  # the next start removes what is in a bucket
+            _clear_unfinished(Path(directory))  # room for what else is written at the end
         raise UserError(
             f"{directory}: a checkpoint could not be saved ({_first_line(e)}); the earlier ones are kept: make room, "
             "then the same command resumes from the newest",
@@ -186,7 +220,7 @@ def restore_part(directory: Path, abstract: Any) -> Any:
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
     with _reading(str(directory), "give another run, or its export"), context:
-        return ocp.load(directory.absolute(), abstract)
+        return ocp.load(_for_orbax(directory), abstract)
 
 
 @contextlib.contextmanager
@@ -200,7 +234,7 @@ def _reading(what: str, mend: str) -> Iterator[None]:
 def save_tree(directory: Path, tree: Any) -> None:
     """Save a tree once (the reference of a run that made its own); a UserError if that fails."""
     with _saving(directory):
-        ocp.save(directory.absolute(), tree, overwrite=True)
+        ocp.save(_for_orbax(directory), tree, overwrite=True)
         if jax.process_index() == 0:
             integrity.write_checksums(directory)
         any_process(False)  # the others read the checksums next
@@ -214,7 +248,7 @@ def restore_tree(directory: Path, abstract: Any) -> Any:
             "in a new workdir"
         )
     with _reading(str(directory), "start again in a new workdir"):
-        return ocp.load(directory.absolute(), abstract)
+        return ocp.load(_for_orbax(directory), abstract)
 
 
 def _first_line(e: BaseException) -> str:

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from dpo_jax.bucket.path import BucketPath
+from dpo_jax.bucket.sums import object_difference, object_sums
 from dpo_jax.disk import write_whole
 
 NAME = "checksums.json"
@@ -15,8 +17,13 @@ THREADS = 4  # hashing leaves Python's lock, so files are read and hashed next t
 def write_checksums(directory: Path, leave_out: tuple[str, ...] = ()) -> None:
     """Write `checksums.json`: size and SHA-256 of every file in `directory`, each on disk before it is listed.
 
+    In a bucket it is size and CRC32C, as the server has them of what arrived: nothing is read back.
     The files are complete, but for those of a name in `leave_out`, which still change.
     """
+    if isinstance(directory, BucketPath):
+        sums = object_sums(directory, (NAME, *leave_out))
+        write_whole(directory / NAME, json.dumps(sums, indent=1))
+        return
     files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     names = sorted(name for name in files if name not in (NAME, *leave_out))
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
@@ -32,7 +39,7 @@ def damage(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """
     try:
         listed = json.loads((directory / NAME).read_text())
-        wanted = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
+        wanted = {name: (int(entry["bytes"]), *_sum_of(entry)) for name, entry in listed.items()}
     except FileNotFoundError:
         return f"there is no {NAME}"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -43,8 +50,16 @@ def damage(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         return next((words for words in differences if words), None)
 
 
-def _difference(path: Path, name: str, size: int, digest: str) -> str | None:
+def _sum_of(entry: dict[str, str]) -> tuple[str, str]:
+    """The kind of a file's checksum and the checksum; a KeyError if it has none."""
+    kind = "crc32c" if "crc32c" in entry else "sha256"
+    return kind, str(entry[kind])
+
+
+def _difference(path: Path, name: str, size: int, kind: str, digest: str) -> str | None:
     try:
+        if kind == "crc32c" or isinstance(path, BucketPath):
+            return object_difference(path, name, size, kind, digest)
         there = path.stat().st_size
         if there != size:
             return f"{name} has {there:,} bytes, {size:,} were written"

@@ -6,6 +6,7 @@ Training then needs no reference in memory.
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import time
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.batches import Given, once_through, passed
+from dpo_jax.bucket.path import BucketPath
 from dpo_jax.config.settings import ReferenceOptions
 from dpo_jax.data.files import fingerprint
 from dpo_jax.data.split import Pairs
@@ -157,7 +159,8 @@ def read_values(where: Place) -> np.ndarray:
     """What is known; NaN for the rest. A file that is cut off or of another shape counts as none."""
     shape = (where.pairs, 2, where.fields)
     with contextlib.suppress(OSError, ValueError, EOFError):
-        values = np.load(where.path, allow_pickle=False)
+        held: Any = io.BytesIO(where.path.read_bytes()) if isinstance(where.path, BucketPath) else where.path
+        values = np.load(held, allow_pickle=False)
         if values.shape == shape and values.dtype == np.float32:
             return values
     return np.full(shape, np.nan, np.float32)
