@@ -71,10 +71,13 @@ def open_append(path: Path) -> Any:
     return PartsFile(path) if isinstance(path, BucketPath) else path.open("a", encoding="utf-8")
 
 
-def pieces_of(path: Path) -> list[Path]:
-    """What a file that is appended to consists of: itself, and parts that were written in a bucket; those there are."""
-    parts = cast("list[Path]", parts_of(path))
-    return [path, *parts] if path.is_file() or not parts else parts
+def read_pieces(path: Path) -> dict[Path, bytes]:
+    """The content of a file that is appended to: its own, and that of parts that were written in a bucket, in order."""
+    pieces = {}
+    for piece in [path, *cast("list[Path]", parts_of(path))]:
+        with contextlib.suppress(FileNotFoundError):
+            pieces[piece] = piece.read_bytes()
+    return pieces
 
 
 def remove_tree(directory: Path) -> None:

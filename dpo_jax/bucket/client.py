@@ -103,7 +103,7 @@ def list_objects(
       UserError: the bucket is not there, or may not be read.
     """
     with _asking(bucket, prefix, of_bucket=True):
-        found = _client().list_blobs(
+        found = google_client().list_blobs(
             bucket, prefix=prefix, delimiter=None if below else "/", max_results=most, **_options()
         )
         objects = [_held(blob) for blob in found]
@@ -113,7 +113,7 @@ def list_objects(
 def find_object(bucket: str, key: str) -> Held | None:
     """What the bucket says of an object; None: there is none."""
     with contextlib.suppress(FileNotFoundError), _asking(bucket, key):
-        blob = _client().bucket(bucket).blob(key)
+        blob = google_client().bucket(bucket).blob(key)
         blob.reload(**_options())
         return _held(blob)
     return None
@@ -126,7 +126,7 @@ def read_object(bucket: str, key: str) -> tuple[bytes, int]:
       FileNotFoundError: there is no such object.
     """
     with _asking(bucket, key):
-        blob = _client().bucket(bucket).blob(key)
+        blob = google_client().bucket(bucket).blob(key)
         content = blob.download_as_bytes(**_options())
         return content, int(blob.generation)
 
@@ -138,7 +138,7 @@ def download_object(bucket: str, key: str, file: Any, *, checked: bool = True) -
       FileNotFoundError: there is no such object.
     """
     with _asking(bucket, key):
-        _client().bucket(bucket).blob(key).download_to_file(
+        google_client().bucket(bucket).blob(key).download_to_file(
             file, raw_download=True, checksum="auto" if checked else None, **_options()
         )
 
@@ -159,7 +159,7 @@ def write_object(bucket: str, key: str, content: bytes | IO[bytes], *, generatio
     """
     from google.api_core import exceptions
 
-    blob = _client().bucket(bucket).blob(key)
+    blob = google_client().bucket(bucket).blob(key)
     options = _options() | ({} if generation is None else {"if_generation_match": generation})
     with _asking(bucket, key, of_bucket=True):
         try:
@@ -181,7 +181,7 @@ def write_object(bucket: str, key: str, content: bytes | IO[bytes], *, generatio
 def copy_object(bucket: str, key: str, to: str) -> None:
     """Copy an object within its bucket, by the server."""
     with _asking(bucket, key):
-        source, target = (_client().bucket(bucket).blob(one) for one in (key, to))
+        source, target = (google_client().bucket(bucket).blob(one) for one in (key, to))
         token, _, _ = target.rewrite(source, **_options())
         while token is not None:
             token, _, _ = target.rewrite(source, token=token, **_options())
@@ -193,13 +193,13 @@ def delete_object(bucket: str, key: str, *, generation: int | None = None) -> No
 
     missing = contextlib.suppress(FileNotFoundError)
     with missing, _asking(bucket, key), contextlib.suppress(exceptions.PreconditionFailed):
-        _client().bucket(bucket).blob(key).delete(
+        google_client().bucket(bucket).blob(key).delete(
             **_options() | ({} if generation is None else {"if_generation_match": generation})
         )
 
 
 @functools.cache
-def _client() -> Any:
+def google_client() -> Any:
     """Google's client: threads share it."""
     prepare_libraries()
     from google.cloud import storage
@@ -272,7 +272,7 @@ def _in_a_line(error: Exception, bucket: str, key: str, of_bucket: bool) -> Exce
             f"gs://{bucket}, or give another bucket"
         )
     if isinstance(error, exceptions.NotFound):
-        if of_bucket or "bucket" in str(error.message).lower():
+        if of_bucket or "bucket does not exist" in str(error.message):
             return UserError(f"gs://{bucket}: there is no such bucket; make it, or correct the address")
         return FileNotFoundError(2, "no such object", where)
     if whole is not error or _passes(error):

@@ -50,7 +50,9 @@ def leased(directory: BucketPath) -> Iterator[None]:
         over.set()
         thread.join(timeout=BEAT_SECONDS)
         with contextlib.suppress(UserError):  # it expires by itself
-            client.delete_object(path.bucket, path.key, generation=held[0])
+            now = client.find_object(path.bucket, path.key)
+            if now is not None and now.generation == held[0]:
+                client.delete_object(path.bucket, path.key, generation=held[0])
 
 
 def _take(directory: BucketPath, path: BucketPath, me: dict[str, Any]) -> int:

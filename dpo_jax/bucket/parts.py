@@ -92,7 +92,7 @@ def parts_of(path: Path | BucketPath) -> list[Path | BucketPath]:
         if file.path == path:
             file.sync()
     directory = path.with_name(path.name + _SUFFIX)
-    if not directory.is_dir():
+    if isinstance(directory, Path) and not directory.is_dir():
         return []
     return sorted((part for part in directory.iterdir() if part.name.isdigit()), key=lambda part: part.name)
 

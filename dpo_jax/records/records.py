@@ -7,12 +7,12 @@ loses at most the line it was writing. JSON has neither NaN nor infinity: a numb
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.disk import pieces_of, write_whole
+from dpo_jax.disk import read_pieces, write_whole
 from dpo_jax.errors import UserError
 
 Record = dict[str, Any]
@@ -124,7 +124,10 @@ def read_records(path: Path) -> list[Record]:
     Raises:
       UserError: a line before the last is not a JSON object, which no interrupted write explains.
     """
-    lines = _lines(path)
+    return _parsed(path, _lines(b"\n".join(read_pieces(path).values())))
+
+
+def _parsed(path: Path, lines: Sequence[bytes]) -> list[Record]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
@@ -154,14 +157,13 @@ def truncate_records(path: Path, keep: Callable[[Record], bool]) -> None:
     For resuming: what was written after the checkpoint will be written again. A half-written last line goes too, so
     that the next append starts on a line of its own. A missing file stays missing.
     """
-    for piece in pieces_of(path):  # several in a bucket, each of whole lines, so that any of them may be done first
-        if not piece.exists():
-            continue
+    # Several in a bucket, each of whole lines, so that any of them may be done first.
+    for piece, content in read_pieces(path).items():
         # The lines' own bytes are kept: only a half-written last one has no record.
-        kept = [line for line, record in zip(_lines(piece), read_records(piece), strict=False) if keep(record)]
-        content = b"".join(line + b"\n" for line in kept)
-        if piece.read_bytes() != content:
-            write_whole(piece, content)
+        lines = _lines(content)
+        kept = b"".join(line + b"\n" for line, one in zip(lines, _parsed(piece, lines), strict=False) if keep(one))
+        if kept != content:
+            write_whole(piece, kept)
 
 
 def before_after(records: Iterable[Record]) -> list[tuple[str, float | None, float | None]]:
@@ -178,6 +180,5 @@ def before_after(records: Iterable[Record]) -> list[tuple[str, float | None, flo
     return [(name, None if name in tied else before.get(name), after.get(name)) for name in (*names, *by_source)]
 
 
-def _lines(path: Path) -> list[bytes]:
-    content = b"\n".join(piece.read_bytes() for piece in pieces_of(path) if piece.exists())
+def _lines(content: bytes) -> list[bytes]:
     return [line for line in content.split(b"\n") if line.strip()]
