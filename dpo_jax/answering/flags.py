@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import flags
 
+from dpo_jax.config.values import check_name, check_numbers
 from dpo_jax.data.render import FORMATS
 from dpo_jax.errors import UserError
 from dpo_jax.sampling.params import SamplingParams
@@ -147,12 +148,15 @@ def parse_values(argv: Sequence[str], table: Mapping[str, Flag]) -> tuple[dict[s
     values = flags.FlagValues()  # not absl's own registry, which holds the flags of every library that is imported
     for name, flag in table.items():
         _define(values, name, flag)
+    check_numbers(argv[1:], lambda name: name in table and type(table[name].default) in (int, float))
     try:
         _, *rest = values(list(argv))
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
     given: dict[str, Any] = {name: values[name].value for name in table}
     for name, flag in table.items():
+        if type(flag.default) is str and not flag.several:
+            check_name(f"--{name}", given[name])
         if flag.choices and given[name] not in flag.choices:
             raise UserError(f"--{name}={given[name]} does not exist; choose from {', '.join(flag.choices)}")
     return given, rest

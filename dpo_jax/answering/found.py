@@ -4,11 +4,12 @@ import dataclasses
 import json
 from pathlib import Path
 
-from dpo_jax.bucket.path import BucketPath, place
+from dpo_jax.bucket.path import place
 from dpo_jax.config.opened import is_run, run_settings
 from dpo_jax.config.settings import Settings
 from dpo_jax.disk import digest, file_digest
 from dpo_jax.errors import UserError
+from dpo_jax.records.directory import checkpoint_directories
 from dpo_jax.weights.hub import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, local_model, resolve_model
 
 
@@ -54,14 +55,12 @@ def locate_model(model: str, revision: str = "") -> Found:
         return Found(model, str(path / "export"), run=path, settings=settings)
     if settings.task == "reward":
         raise UserError(f"model={model!r} is a reward model's run, which says no words; use it as a judge (--judge=)")
-    steps = [p for p in (path / "checkpoints").glob("*") if p.name.isdigit() and p.is_dir()]
-    if isinstance(path, BucketPath):  # one without orbax's last object is not written to its end
-        steps = [p for p in steps if (p / "commit_success.txt").is_file()]
+    steps = checkpoint_directories(path)
     if not steps:
         raise UserError(
             f"model={model!r}: the run has no export/ and no checkpoint yet; give it time, or another model"
         )
-    return Found(model, settings.model, settings.revision, path, settings, max(steps, key=lambda p: int(p.name)))
+    return Found(model, settings.model, settings.revision, path, settings, steps[max(steps)])
 
 
 def model_digest(found: Found) -> str:

@@ -20,7 +20,7 @@ _OPEN: "weakref.WeakSet[PartsFile]" = weakref.WeakSet()  # of this process, whic
 
 
 class PartsFile:
-    """A file that grows, opened to append text. What `sync` or `close` have written outlives this process."""
+    """A file that grows, opened to append to. What `sync` or `close` have written outlives this process."""
 
     def __init__(self, path: BucketPath):
         self.path, self._new = path, b""
@@ -34,18 +34,12 @@ class PartsFile:
         self._written = time.monotonic()
         _OPEN.add(self)
 
-    def write(self, text: str) -> int:
-        self._new += text.encode()
-        return len(text)
-
-    def writelines(self, lines: "list[str]") -> None:
-        for line in lines:
-            self.write(line)
-
-    def flush(self) -> None:
-        """Write what is new, if the last time was a while ago."""
+    def write(self, content: bytes) -> int:
+        """Append whole lines. They are written at once if the last time was a while ago."""
+        self._new += content
         if time.monotonic() - self._written > FLUSH_SECONDS:
             self.sync()
+        return len(content)
 
     def sync(self) -> None:
         """Write what is new.
@@ -66,6 +60,7 @@ class PartsFile:
         self._next_part()
 
     def close(self) -> None:
+        """Write what is new, and let go of the file."""
         _OPEN.discard(self)
         self.sync()
 
@@ -78,12 +73,6 @@ class PartsFile:
     def _next_part(self) -> None:
         if len(self._tail) >= PART_BYTES:
             self._number, self._tail, self._generation = self._number + 1, b"", 0
-
-
-def sync_appended() -> None:
-    """Write all that this process has appended to files in buckets."""
-    for file in list(_OPEN):
-        file.sync()
 
 
 def parts_of(path: Path | BucketPath) -> list[Path | BucketPath]:

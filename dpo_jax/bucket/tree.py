@@ -7,7 +7,13 @@ from pathlib import Path
 from dpo_jax.bucket import client
 from dpo_jax.bucket.path import BucketPath
 
+COMMITTED = "commit_success.txt"  # of orbax: the last object of a checkpoint, where nothing can be renamed
 THREADS = 8  # requests under way at a time
+
+
+def is_committed(checkpoint: Path | BucketPath) -> bool:
+    """Whether a checkpoint was written to its end: one in a bucket has orbax's mark, any other was renamed."""
+    return not isinstance(checkpoint, BucketPath) or (checkpoint / COMMITTED).is_file()
 
 
 def remove_objects(directory: BucketPath, first: Sequence[str] = ()) -> None:

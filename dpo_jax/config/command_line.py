@@ -17,8 +17,8 @@ from ml_collections import config_flags
 
 from dpo_jax.config.check import check, unknown_key
 from dpo_jax.config.file import get_config
-from dpo_jax.config.keys import describe
-from dpo_jax.config.values import check_workdir
+from dpo_jax.config.keys import KEYS, describe
+from dpo_jax.config.values import check_numbers, check_workdir
 from dpo_jax.errors import UserError
 
 
@@ -92,6 +92,9 @@ def read_flags(argv: Sequence[str], command: Command) -> tuple[ml_collections.Co
         raise UserError(f"--config is missing; usage: {command.usage}")
     config = get_config(files[-1].removeprefix("--config="))
     given = [a for a in argv if a not in files]
+    check_numbers(
+        given, lambda name: (key := KEYS.get(name.removeprefix("config."))) is not None and key.type in (int, float)
+    )
     for argument in given:
         override = re.match(r"--?(?:no)?config\.([^=]*)", argument)
         if override and override[1] not in config:

@@ -10,6 +10,7 @@ from types import ModuleType
 import ml_collections
 
 from dpo_jax.config.keys import KEYS
+from dpo_jax.config.values import check_name
 from dpo_jax.errors import UserError
 
 OURS = "configs/common.py"
@@ -29,6 +30,7 @@ def get_config(file: str = "") -> ml_collections.ConfigDict:
     """
     if not file:
         return ml_collections.ConfigDict({name: key.default for name, key in KEYS.items()})
+    check_name("--config", file)
     name, colon, preset = file.partition(":")
     path, ours, given = Path(name), _home() / name, f"--config={file}"
     if not path.exists() and ours.is_file():

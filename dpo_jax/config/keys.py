@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.config.values import parse_day, parse_options, parse_targets
+from dpo_jax.config.values import check_digits, check_name, parse_day, parse_options, parse_targets
 from dpo_jax.data.forms.rename import parse_columns
 from dpo_jax.errors import UserError
 from dpo_jax.objective.rl_table import parse_kl, parse_unfinished
 from dpo_jax.objective.table import parse_loss
 
 Value = bool | int | float | str
+# What a number may be unless its key says another bound: steps, tokens and devices are int32, all else float32.
+LARGEST_INT, LARGEST_FLOAT, SMALLEST_FLOAT = 2**31 - 1, 3.4e38, 1.2e-38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +45,16 @@ class Key:
       default: its value if nothing else is asked for; its type is the key's.
       meaning: what it is, with its unit.
       legal: the values that it may have; a tuple of texts is a choice of these.
+      bounded: whether `legal` has its largest value.
+      is_name: whether it is a text that names something: a file, a model, a project.
     """
 
     name: str
     default: Value
     meaning: str
     legal: Legal | tuple[str, ...] = Legal()
+    bounded: bool = False
+    is_name: bool = False
 
     @property
     def values(self) -> str:
@@ -72,13 +78,28 @@ class Key:
         if not isinstance(value, kinds) or isinstance(value, bool) != (self.type is bool):
             an = "an" if self.type is int else "a"
             raise UserError(f"{given}: must be {an} {self.type.__name__}, such as {self.default!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{given}: must be finite")
+        if self.is_name:
+            check_name(self.name, str(value))
+        elif isinstance(value, str):
+            check_digits(given, value)
+        else:
+            self._check_size(value)
         if isinstance(self.legal, tuple):
             if value not in self.legal:
                 raise UserError(f"{given} does not exist; choose from {', '.join(self.legal)}")
         elif not self.legal.holds(value):
             raise UserError(f"{given}: must be {self.legal.words}")
+
+    def _check_size(self, value: float) -> None:
+        """Refuse a number that is another one, or none, in the arithmetic that it is for."""
+        given = f"{self.name}={value if isinstance(value, float) or abs(value) < 10**30 else 'a huge number'}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{given}: must be finite")
+        largest = LARGEST_INT if self.type is int and not self.bounded else LARGEST_FLOAT
+        if abs(value) > largest:
+            raise UserError(f"{given}: must be at most {largest:.10g}")
+        if self.type is float and 0 < abs(value) < SMALLEST_FLOAT:
+            raise UserError(f"{given}: would be 0 in float32; use 0, or at least {SMALLEST_FLOAT:.3g}")
 
 
 def named_model(text: str) -> str:
@@ -118,8 +139,13 @@ def legal_values(entry: Mapping[str, Any]) -> Legal | tuple[str, ...]:
 
 def _sections() -> dict[str, tuple[Key, ...]]:
     table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-    key = lambda name, entry: Key(name, entry["default"], entry["meaning"], legal_values(entry))
-    return {title: tuple(key(*item) for item in entries.items()) for title, entries in table.items()}
+    return {title: tuple(_key(*item) for item in entries.items()) for title, entries in table.items()}
+
+
+def _key(name: str, entry: Mapping[str, Any]) -> Key:
+    default, bounded = entry["default"], "below" in entry or "most" in entry
+    is_name = isinstance(default, str) and ("parser" not in entry or name == "model") and "choices" not in entry
+    return Key(name, default, entry["meaning"], legal_values(entry), bounded, is_name)
 
 
 SECTIONS = _sections()

@@ -9,14 +9,13 @@ from dpo_jax.config.keys import KEYS
 from dpo_jax.config.settings import Settings, read_settings
 from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
-
-RUN_CONFIG = "config.json"
+from dpo_jax.records.directory import CONFIG
 
 
 def is_run(directory: Path) -> bool:
     """Whether a directory is a training run's: its config.json has our keys, not a model's."""
     try:
-        held = read_json(directory / RUN_CONFIG)
+        held = read_json(directory / CONFIG)
     except UserError:
         return False
     return "dpo_beta" in held and "model_type" not in held
@@ -28,7 +27,7 @@ def run_settings(directory: Path) -> Settings:
     Raises:
       UserError: its config.json cannot be read, or has values that are not legal any more.
     """
-    path = directory / RUN_CONFIG
+    path = directory / CONFIG
     held = read_json(path)
     table = {name: held.get(name, key.default) for name, key in KEYS.items()}
     try:
@@ -45,11 +44,11 @@ def settings_of(source: str) -> Settings:
       UserError: there are none, or they are not legal.
     """
     path = place(source)
-    if path.name == RUN_CONFIG and path.is_file():
+    if path.name == CONFIG and path.is_file():
         path = path.parent
     if path.is_dir():
         if not is_run(path):
-            raise UserError(f"--config={source}: no run's directory, which has a {RUN_CONFIG}; give one, or FILE.py")
+            raise UserError(f"--config={source}: no run's directory, which has a {CONFIG}; give one, or FILE.py")
         return run_settings(path)
     table = dict(get_config(source))
     check(table)

@@ -19,8 +19,8 @@ def weighted_names(spec: str) -> list[tuple[str, float]]:
     for part in divided(spec):
         name, star, number = part.rpartition("*")
         try:
-            name, weight = (name.strip(), float(number)) if star else (part, 1.0)
-        except ValueError:
+            name, weight = (name.strip(), float(number.encode("ascii"))) if star else (part, 1.0)
+        except ValueError:  # also of digits of another script
             weight = math.nan
         if not name or not math.isfinite(weight) or not weight:
             raise UserError(f"rl_reward={spec!r}: {part!r} has no weight other than 0 behind the *; write NAME*0.5")

@@ -4,7 +4,6 @@ Runs of other versions lack keys, and have keys that are unknown here.
 """
 
 import contextlib
-import errno
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.config.keys import KEYS
-from dpo_jax.disk import read_json, write_json
-from dpo_jax.errors import UserError
+from dpo_jax.disk import is_full, read_json, write_json
+from dpo_jax.errors import BAD_INPUT, SAVE_FAILED, UserError
+from dpo_jax.records.directory import CONFIG, IDENTITY, MADE_WITH, ROUNDS, checkpoint_directories
+from dpo_jax.records.shapes import Identity, MadeWith
 
 # What a reader needs to train a model like it, where it is set at all.
 _RECIPE = """
@@ -96,7 +97,9 @@ def saved_config(table: Mapping[str, Any]) -> SavedConfig:
         recipe=[
             (key, table[key])
             for key in (*_RECIPE, *(_OF_RL if get("task") == "rl" else ()))
-            if get(key) not in _OFF and not (get("task", "dpo") != "dpo" and key in _OF_DPO)
+            if get(key) not in _OFF
+            and not (get("task", "dpo") != "dpo" and key in _OF_DPO)
+            and not (get("num_steps") and key == "num_epochs")  # which then decides nothing
         ],
         words={topic: [part for part in parts if part] for topic, parts in _words(table).items()},
     )
@@ -167,25 +170,39 @@ def _whole(value: object) -> int:
 def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None:
     """Compare `workdir` with this config, or (`write`) make it this config's by its config.json.
 
-    A key that is not there counts as its default: a version that did not have it yet began the run.
+    Checkpoints know the config that they were made with, so that nothing else is gone on with where config.json is
+    lost. A key that is not there counts as its default: a version that did not have it yet began the run.
 
     Raises:
       UserError: the directory belongs to another config, or cannot be written.
     """
-    path, mine = workdir / "config.json", dict(config)
-    if path.exists():
-        theirs = {name: key.default for name, key in KEYS.items()} | read_json(path, "delete it to start the run anew")
+    path, mine = workdir / CONFIG, dict(config)
+    for place, saved in _begun_with(workdir):
+        theirs = {name: key.default for name, key in KEYS.items()} | saved
         changed = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
         if changed:
             difference = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} asked" for k in changed)
-            raise UserError(
-                f"{workdir} holds a run of another config ({difference}); use another --workdir or its config"
-            )
+            mend = "use another --workdir or its config"
+            raise UserError(f"{place} holds a run of another config ({difference}); {mend}")
+    if path.exists():
         return
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         if write:
             write_json(path, mine, sort_keys=True)
+
+
+def _begun_with(workdir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The configs that a run's directory has, with what has them."""
+    if (workdir / CONFIG).exists():
+        mend = "restore it, or delete it: checkpoints know the config that they were made with"
+        yield workdir, read_json(workdir / CONFIG, mend)
+    for directory in checkpoint_directories(workdir).values():
+        with contextlib.suppress(UserError):  # not there: of an older version; damaged: set aside before it is used
+            yield directory, read_json(directory / MADE_WITH, shape=MadeWith).get("config", {})
+    if (workdir / ROUNDS).exists():  # pairs that were collected before there was a checkpoint
+        with contextlib.suppress(UserError):  # who compares it says what is wrong with it
+            yield workdir / ROUNDS, read_json(workdir / IDENTITY, shape=Identity).get("config", {})
 
 
 @contextlib.contextmanager
@@ -198,5 +215,6 @@ def writing(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        mend = "make room there" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another --workdir"
-        raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); {mend}") from None
+        mend = "make room there, then give the same command" if is_full(e) else "choose another --workdir"
+        code = SAVE_FAILED if is_full(e) else BAD_INPUT
+        raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); {mend}", code=code) from None

@@ -2,12 +2,16 @@
 
 import datetime
 import difflib
+import itertools
 import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dpo_jax.bucket.path import place
 from dpo_jax.errors import UserError
 
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of Linux and most of its file systems
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Hugging Face's names; where it has several of our projections in one, it names them all.
 _ALIASES: dict[str, tuple[str, ...]] = {
@@ -63,8 +67,42 @@ def parse_options(text: str) -> dict[str, str]:
     return {name.strip().lstrip("-"): value.strip() for name, _, value in pairs}
 
 
+def check_name(what: str, name: str) -> None:
+    """Refuse, with a UserError, a text that cannot name a file here, although it may name something else.
+
+    Between two slashes (or the commas and bars of a list) a system takes `LONGEST_NAME` bytes, in all `LONGEST_PATH`.
+    """
+    if "\0" in name:
+        raise UserError(f"{what}={name[:40]!r}: holds a NUL character, which no name may; leave it out")
+    long = max((len(os.fsencode(part)) for part in re.split(r"[/,|]", name)), default=0)
+    whole, shown = len(os.fsencode(name)), f"{what}={name[:40]}..."
+    if long > LONGEST_NAME:
+        raise UserError(f"{shown}: a name of {long:,} bytes, and systems take {LONGEST_NAME}; give a shorter one")
+    if whole > LONGEST_PATH:
+        raise UserError(f"{shown}: a path of {whole:,} bytes, and systems take {LONGEST_PATH}; give a shorter one")
+
+
+def check_digits(what: str, text: str) -> None:
+    """Refuse, with a UserError, digits other than 0 to 9: Python reads those of every script as numbers."""
+    if other := [c for c in text if c.isdecimal() and not c.isascii()]:
+        raise UserError(f"{what}: {other[0]!r} is a digit of another script; write it as {int(other[0])}")
+
+
+def check_numbers(arguments: Sequence[str], is_number: Callable[[str], bool]) -> None:
+    """Refuse numbers with other digits on a command line of `--NAME=VALUE` and `--NAME VALUE`; see `check_digits`.
+
+    Args:
+      is_number: of a flag's name, whether its value is a number.
+    """
+    for argument, after in itertools.pairwise([*arguments, ""]):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and is_number(name):
+            check_digits(f"--{name}={value if equals else after}", value if equals else after)
+
+
 def check_workdir(workdir: str | os.PathLike[str]) -> Path:
     """A run's directory: a local one, or gs://BUCKET/DIR; a UserError for what is neither."""
+    check_name("workdir", str(workdir))
     try:
         return place(workdir)
     except UserError as error:

@@ -14,7 +14,7 @@ from dpo_jax.errors import UserError
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # A part of a mixture; its name may itself have commas and colons.
-_PART = re.compile(r"\s*(.+?):((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?:,|$)")
+_PART = re.compile(r"\s*(.+?):((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?:,|$)", re.ASCII)
 # Split names in the hub's file names: data/train_prefs-00000-of-00001.parquet.
 _SHARD = re.compile(r"(?:^|/)([\w.]+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.")
 _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)(?::([\w.-]+))?")

@@ -5,18 +5,17 @@ loses at most the line it was writing. JSON has neither NaN nor infinity: a numb
 `null`, and readers treat it as missing.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.disk import read_pieces, write_whole
+from dpo_jax.disk import check_shape, parse_json, read_pieces, write_whole
 from dpo_jax.errors import UserError
+from dpo_jax.records.shapes import MetricRecord
 
 Record = dict[str, Any]
-EVENTS = "events.jsonl"  # skipped updates and loss spikes, with the pairs of their batches
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,8 @@ METRICS = {
 }
 # Control characters, but for line ends and tabs, and what is shown in their place.
 _VISIBLE = {c: 0x2400 + c if c < 32 else 0xFFFD for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+_VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)  # half a character, which no terminal or file can take
+_NUMBERS = {*METRICS, "pairs", "tokens", "skipped", "dropped"}  # of a record, that pages count with
 HELD_OUT = tuple(name for name, metric in METRICS.items() if metric.held_out)
 
 
@@ -118,32 +119,44 @@ def best_evaluation(records: Iterable[Record]) -> Record | None:
     return max(found, key=lambda r: (r["win_rate"], -r["step"]), default=None)
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, shape: Any = None) -> list[Record]:
     """All records of a JSON-lines file; none if it is missing; a half-written last line is left out.
 
+    Args:
+      shape: what every record must be, see `disk.check_shape`; None: any object.
+
     Raises:
-      UserError: a line before the last is not a JSON object, which no interrupted write explains.
+      UserError: the file cannot be read, or a line before the last is not such an object, which no interrupted write
+        explains.
     """
-    return _parsed(path, _lines(b"\n".join(read_pieces(path).values())))
+    return _parsed(path, _lines(b"\n".join(_pieces(path).values())), shape)
 
 
-def _parsed(path: Path, lines: Sequence[bytes]) -> list[Record]:
+def _parsed(path: Path, lines: Sequence[bytes], shape: Any) -> list[Record]:
+    mend = "remove the line, or restore the file"
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             record = None
         if isinstance(record, dict):
+            if shape is not None:
+                check_shape(record, shape, f"{path} line {number}", mend)
             records.append(record)
         elif number < len(lines):
-            raise UserError(f"{path} line {number} is not a JSON object; remove the line, or restore the file")
+            raise UserError(f"{path} line {number} is not a JSON object; {mend}")
     return records
 
 
-def json_line(record: Mapping[str, Any]) -> str:
-    """A record as a line of strict JSON: numbers that are not finite become null."""
-    return json.dumps(without_nan(record), allow_nan=False) + "\n"
+def read_metrics(path: Path) -> list[Record]:
+    """All records of a metrics.jsonl, each of a step and a split, known metrics as numbers; see `read_records`."""
+    records = read_records(path, MetricRecord)
+    for number, record in enumerate(records, 1):
+        for name, value in record.items():
+            if isinstance(value, str) and name.partition("/")[0] in _NUMBERS:
+                raise UserError(f"{path} line {number}: {name} is a text, must be a number; mend or remove the line")
+    return records
 
 
 def without_nan(record: Mapping[str, Any]) -> Record:
@@ -151,17 +164,18 @@ def without_nan(record: Mapping[str, Any]) -> Record:
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
 
 
-def truncate_records(path: Path, keep: Callable[[Record], bool]) -> None:
-    """Rewrite a JSON-lines file to the records for which `keep` is true, at once or not at all.
+def truncate_records(path: Path, keep: Callable[[Record], bool], shape: Any = None) -> None:
+    """Rewrite a JSON-lines file to the records for which `keep` is true, at once or not at all; see `read_records`.
 
     For resuming: what was written after the checkpoint will be written again. A half-written last line goes too, so
     that the next append starts on a line of its own. A missing file stays missing.
     """
     # Several in a bucket, each of whole lines, so that any of them may be done first.
-    for piece, content in read_pieces(path).items():
+    for piece, content in _pieces(path).items():
         # The lines' own bytes are kept: only a half-written last one has no record.
         lines = _lines(content)
-        kept = b"".join(line + b"\n" for line, one in zip(lines, _parsed(piece, lines), strict=False) if keep(one))
+        records = _parsed(piece, lines, shape)
+        kept = b"".join(line + b"\n" for line, record in zip(lines, records, strict=False) if keep(record))
         if kept != content:
             write_whole(piece, kept)
 
@@ -178,6 +192,13 @@ def before_after(records: Iterable[Record]) -> list[tuple[str, float | None, flo
     names = [name for name in HELD_OUT if name in before or name in after]
     tied = {name for name, value in before.items() if name.startswith("accuracy") and not value}
     return [(name, None if name in tied else before.get(name), after.get(name)) for name in (*names, *by_source)]
+
+
+def _pieces(path: Path) -> dict[Path, bytes]:
+    try:
+        return read_pieces(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); restore or remove it") from None
 
 
 def _lines(content: bytes) -> list[bytes]:

@@ -56,7 +56,7 @@ def open_trackers(workdir: Path, projects: Mapping[str, str], config: Mapping[st
     """
     wanted = {package: project for package, project in projects.items() if project}
     path = workdir / "trackers.json"
-    ids = read_json(path) if path.exists() else {}
+    ids = read_json(path, shape=dict[str, str]) if path.exists() else {}
     if new := {package: secrets.token_hex(4) for package in wanted if package not in ids}:
         ids |= new
         write_json(path, ids)

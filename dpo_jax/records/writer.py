@@ -12,9 +12,11 @@ from typing import Any
 
 from rich.console import Console
 
-from dpo_jax.disk import open_append
 from dpo_jax.records.console import RunConsole
-from dpo_jax.records.records import EVENTS, Record, json_line, read_records, truncate_records, without_nan
+from dpo_jax.records.directory import EVENTS, METRICS, SAMPLES
+from dpo_jax.records.record_file import RecordFile
+from dpo_jax.records.records import Record, read_metrics, without_nan
+from dpo_jax.records.shapes import Event, MetricRecord, Sample
 from dpo_jax.records.tensorboard import add_event, open_events
 
 FLUSH_SECONDS = 10  # between flushes of TensorBoard's events
@@ -45,31 +47,26 @@ class MetricsWriter:
         self._logs = list(logs)
         self.console = RunConsole(total_steps, quiet=quiet, console=console)
         self.message = self.console.message
-        self._file = self._events = None
-        self._workdir, self._flushed = workdir, -math.inf
+        self._files: dict[str, RecordFile] = {}
+        self._events, self._flushed = None, -math.inf
         if workdir is not None:
-            path = workdir / "metrics.jsonl"
             workdir.mkdir(parents=True, exist_ok=True)
-            truncate_records(path, lambda record: True)
-            self._events = open_events(workdir / "tensorboard", read_records(path))
-            self._file = open_append(path)
+            shapes = {METRICS: MetricRecord, SAMPLES: Sample, EVENTS: Event}
+            self._files = {name: RecordFile(workdir / name, shape) for name, shape in shapes.items()}
+            self._events = open_events(workdir / "tensorboard", read_metrics(workdir / METRICS))
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self.console, self._file, self._events):
+        for file in (self.console, *self._files.values(), self._events):
             if file:
                 file.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one record: `step`, `split`, and numbers (also NumPy scalars and arrays of one element) or strings."""
         values = {name: _plain(value) for name, value in record.items()}
-        if self._file:
-            # Flushed, not synced: the line then outlives the process, and a machine that dies is resumed from a
-            # checkpoint, which drops the records after it.
-            self._file.write(json_line(values))
-            self._file.flush()
+        self._append(METRICS, [values])
         if self._events:
             add_event(self._events, without_nan(values), time.time())
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
@@ -85,10 +82,31 @@ class MetricsWriter:
 
     def event(self, event: Mapping[str, Any], words: str) -> None:
         """Write what a person should look at: a line of events.jsonl, and `words` on the console."""
-        if self._workdir is not None:
-            with open_append(self._workdir / EVENTS) as file:
-                file.write(json_line(event))
+        self._append(EVENTS, [event])
         self.message(words)
+
+    def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Append records to samples.jsonl: all of them or, where that fails, none."""
+        self._append(SAMPLES, records)
+
+    def forget_samples(self, when: str) -> None:
+        """Remove the records of samples.jsonl that were taken then."""
+        for name in {SAMPLES} & set(self._files):
+            self._files[name].keep(lambda record: record["when"] != when)
+
+    def sync(self) -> None:
+        """Have all records on disk, before a checkpoint that is made after them."""
+        for file in self._files.values():
+            file.sync()
+
+    @property
+    def held(self) -> dict[str, Record]:
+        """How many records each file has, and which, see `RecordFile.held`; in the process that writes."""
+        return {name: file.held for name, file in self._files.items()}
+
+    def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        if name in self._files:
+            self._files[name].append(records)
 
 
 def _plain(value: Any) -> str | int | float | None:

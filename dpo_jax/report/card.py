@@ -14,7 +14,7 @@ from huggingface_hub.repocard_data import EvalResult
 
 from dpo_jax.data.datasets import DATASETS
 from dpo_jax.data.sources import hub_dataset
-from dpo_jax.disk import read_json
+from dpo_jax.disk import read_json, write_whole
 from dpo_jax.records.records import before_after, show_metric
 from dpo_jax.report.html import render
 from dpo_jax.report.runs import RunFiles, metric_label
@@ -53,19 +53,20 @@ def write_card(run: RunFiles, directory: Path, *, base: Path | None) -> None:
         adapter=adapter,
         chat=run.data.get("prompt_format") == "chat",
         recipe=[
-            (f"`{key}`", f"`{value}`") for key, value in (*run.saved.recipe, ("updates", run.last_step), *_commits(run))
+            (f"`{key}`", f"`{without_paths(str(value))}`")
+            for key, value in (*run.saved.recipe, ("updates", run.last_step), *_commits(run))
         ],
         counts=[f"{splits[name]['pairs']:,} {words}" for name, words in SPLIT_WORDS.items() if name in splits],
         held_out=run.data.get("held_out"),
         licences=sorted({f"{known.hub}: {known.licence}" for known in DATASETS.values() if known.hub in datasets}),
         sources=_source_rows(run),
-        without_paths=_without_paths,
+        without_paths=without_paths,
         results=_results(run),
         held_out_pairs=run.held_out_pairs,
         versions=", ".join(f"{name} {version}" for name, version in run.about.get("versions", {}).items()),
         hardware=run.hardware,
     )
-    (directory / CARD).write_text(text, encoding="utf-8")
+    write_whole(directory / CARD, text)
 
 
 def _made(run: RunFiles) -> str:
@@ -124,8 +125,16 @@ def _base_card(base: Path | None) -> Mapping[str, Any]:
 
 def _hub_datasets(run: RunFiles) -> list[str]:
     """The hub's names of what the run was trained on, as far as they have one."""
-    names = [part["name"] for part in run.data.get("mixture", [])] or [run.saved.dataset]
-    return list(dict.fromkeys(filter(None, map(hub_dataset, names))))
+    return list(dict.fromkeys(filter(None, map(hub_dataset, _data_names(run)))))
+
+
+def _data_names(run: RunFiles) -> list[str]:
+    return [part["name"] for part in run.data.get("mixture", [])] or list(filter(None, [run.saved.dataset]))
+
+
+def _public_name(name: str) -> str:
+    """A data set's name; of a file of one's own, without its directories."""
+    return name if hub_dataset(name) else Path(name).name
 
 
 def _eval_results(run: RunFiles, dataset: str) -> list[EvalResult]:
@@ -133,7 +142,7 @@ def _eval_results(run: RunFiles, dataset: str) -> list[EvalResult]:
         EvalResult(
             task_type="text-classification" if run.saved.is_reward else "text-generation",
             dataset_type=dataset,
-            dataset_name=f"{run.saved.dataset or 'preferences'} (held out)",
+            dataset_name=f"{', '.join(map(_public_name, _data_names(run))) or 'preferences'} (held out)",
             metric_type="accuracy",
             metric_name="preference accuracy",
             metric_value=round(accuracy, 4),
@@ -150,17 +159,18 @@ def _source_rows(run: RunFiles) -> list[tuple[str, ...]]:
     rows = []
     for source in run.data.get("sources", []):
         reasons = [counts(source.get(key, {})) for key in ("dropped", "truncated")]
-        rows.append((source["name"], source["split"], f"{source['read']:,}", f"{source['kept']:,}", *reasons))
+        numbers = [f"{source[key]:,}" if key in source else "–" for key in ("read", "kept")]
+        rows.append((source["name"], source["split"], *numbers, *reasons))
     return rows
 
 
-def _without_paths(text: str) -> str:
+def without_paths(text: str) -> str:
     """The text with only the last name of every path: the directories are private to the machine that trained.
 
-    >>> _without_paths("512 pairs of /home/me/pairs.jsonl")
-    '512 pairs of pairs.jsonl'
+    >>> without_paths("512 pairs of /home/me/pairs.jsonl, a reward of ~/runs/reward/export*0.5")
+    '512 pairs of pairs.jsonl, a reward of export*0.5'
     """
-    return re.sub(r"(?<![\w:/])(?:/[^\s/,:;|]+)+/([^\s/,:;|]+)", r"\1", text)
+    return re.sub(r"(?<![\w:/.~])(?:~|\.{1,2})?(?:/[^\s/,:;|*]+)+/([^\s/,:;|*]+)", r"\1", text)
 
 
 def _results(run: RunFiles) -> list[tuple[str, str, str]]:

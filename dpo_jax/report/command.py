@@ -30,7 +30,7 @@ def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit code is 2 for what the user can mend."""
+    """The command line; the exit code is 2 for what the user can mend, 74 where the disk is full."""
     parser = argparse.ArgumentParser(prog="python -m dpo_jax.report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="a run's --workdir, gs:// too; several are compared")
     parser.add_argument("--out", help="the page to write (default: DIR/report.html, or ./compare.html)")
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             path = write_report(workdirs[0], out)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.code
     print(path)
     return 0

@@ -14,7 +14,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from dpo_jax.errors import UserError
+from dpo_jax.disk import is_full
+from dpo_jax.errors import BAD_INPUT, SAVE_FAILED, UserError
 from dpo_jax.records.records import printable, show_metric
 
 _PACKAGE = Path(__file__).parents[1]  # templates are named from here: report/templates/run.html
@@ -51,7 +52,10 @@ def write_page(path: Path, template: str, *, option: str, extra: str = "", **val
         # A lone surrogate in an answer has no UTF-8 form: a question mark stands for it.
         path.write_bytes(page.encode("utf-8", "replace"))
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another place with {option}") from error
+        mend, code = f"choose another place with {option}", BAD_INPUT
+        if is_full(error):
+            mend, code = "make room, then give the same command", SAVE_FAILED
+        raise UserError(f"cannot write {path}: {error.strerror}; {mend}", code=code) from error
     return path
 
 

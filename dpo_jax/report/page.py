@@ -102,6 +102,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         value = run.median(name)
         return "" if value is None else form.format(value)
 
+    computed = [f"{about['compute_dtype']} compute"] if "compute_dtype" in about else words["Compute"]
     shapes = [f"{s['rows']} × [{' | '.join(map(str, s['widths']))}] tokens" for s in about.get("rows", [])[:1]]
     facts: dict[str, Sequence[str | None]] = {
         "Model": [run.saved.model, f"{about['parameters']:,} parameters" if "parameters" in about else ""],
@@ -119,9 +120,9 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         "SFT first": words["SFT first"],
         "Trained": [
             *words["Trained"],
-            f"{about['trained_parameters']:,} parameters" if run.saved.lora and about else "",
+            f"{about['trained_parameters']:,} parameters" if run.saved.lora and "trained_parameters" in about else "",
         ],
-        "Precision": words["Precision"] + ([f"{about['compute_dtype']} compute"] if about else words["Compute"]),
+        "Precision": words["Precision"] + computed,
         "Longest, in tokens": words["Longest, in tokens"],
         "Devices": [run.hardware, f"{about['processes']} processes" if about.get("processes", 1) > 1 else ""],
         "Mesh": [f"{axis} {size}" for axis, size in about.get("mesh", {}).items()] or words["Mesh"],

@@ -1,5 +1,6 @@
 """The rounds of a run that trains on its policy's own answers: what was collected, and what came of it."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,13 +28,15 @@ def rounds_of(run: RunFiles) -> dict[str, Any]:
 def _row(records: Sequence[Record], one: Record, end: int) -> dict[str, Any]:
     """A round: its record, how many answers and prompts were dropped, and the evaluation at its end."""
     after = next((r for r in records if r["split"] == "eval" and r["step"] == end and end > one["step"]), {})
-    dropped = {name.partition("/")[2].replace("_", " "): n for name, n in one.items() if name.startswith("dropped/")}
+    dropped = {
+        name.partition("/")[2].replace("_", " "): n for name, n in one.items() if name.startswith("dropped/") and n
+    }
     words = ", ".join(f"{n:,.0f} {name}" for name, n in dropped.items())
     return {"record": one, "dropped": words, "after": after}
 
 
 def _chart(title: str, collected: Sequence[Record], name: str) -> Chart | None:
-    rounds = [r for r in collected if str(r["round"]).isdigit()]
+    rounds = [r for r in collected if re.fullmatch(r"[0-9]{1,9}", r.get("round", ""))]
     both = (("better", "chosen"), ("worse", "rejected"))
     lines = [
         Series(side, color, [(float(r["round"]), r.get(f"{name}_{side}")) for r in rounds]) for side, color in both

@@ -1,6 +1,8 @@
 """What a run left in its directory, and what its pages draw and count from it."""
 
+import contextlib
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,8 +12,10 @@ from typing import Any
 from dpo_jax.config.saved import SavedConfig, saved_config
 from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
+from dpo_jax.records.directory import checkpoint_directories
 from dpo_jax.records.length_bias import GROUPS, RATIO
-from dpo_jax.records.records import Record, metric_of, read_records
+from dpo_jax.records.records import Record, metric_of, read_metrics, read_records
+from dpo_jax.records.shapes import DataReport, PairScores, RunAbout, Sample, SavedKeys
 from dpo_jax.report.charts import Series
 from dpo_jax.report.html import run_color
 
@@ -139,7 +143,7 @@ class RunFiles:
     @property
     def hardware(self) -> str:
         """Devices that the run used: "8 × TPU v5 lite"; empty if no file has them."""
-        return f"{self.about['devices']} × {self.about['device']}" if self.about.get("device") else ""
+        return f"{self.about.get('devices', '?')} × {self.about['device']}" if self.about.get("device") else ""
 
     @property
     def training_seconds(self) -> float | None:
@@ -171,7 +175,9 @@ class RunFiles:
         if name != "accuracy" and value is not None and last.get(name) == value:
             return last.get(f"{name}_error") or None
         pairs = pairs or self.held_out_pairs
-        return math.sqrt(value * (1 - value) / pairs) if name == "accuracy" and pairs and value is not None else None
+        if name != "accuracy" or not pairs or value is None or not 0 <= value <= 1:
+            return None
+        return math.sqrt(value * (1 - value) / pairs)
 
     def training_values(self, name: str) -> list[float]:
         """A metric's values in the training records."""
@@ -206,20 +212,19 @@ def load_run(workdir: Path) -> RunFiles:
     """
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a directory; give the --workdir of a run")
+    shapes = {"config.json": SavedKeys, "data.json": DataReport, "run.json": RunAbout, "scores.json": PairScores}
     config, data, about, scores = (
-        read_json(path) if (path := workdir / name).exists() else {}
-        for name in ("config.json", "data.json", "run.json", "scores.json")
+        read_json(path, shape=shape) if (path := workdir / name).exists() else {} for name, shape in shapes.items()
     )
-    numbered = [path for path in _children(workdir / "checkpoints") if path.name.isdigit()]
     run = RunFiles(
         name=workdir.resolve().name,
         saved=saved_config(config),
-        records=read_records(workdir / "metrics.jsonl"),
-        samples=read_records(workdir / "samples.jsonl"),
+        records=read_metrics(workdir / "metrics.jsonl"),
+        samples=read_records(workdir / "samples.jsonl", Sample),
         data=data,
         about=about,
         scores=scores,
-        checkpoints=dict(sorted((int(p.name), _size(p)) for p in numbered)),
+        checkpoints={number: held for number, at in checkpoint_directories(workdir).items() if (held := _size(at))},
         exports={name: files for name in EXPORTS if (files := {p.name: _size(p) for p in _children(workdir / name)})},
     )
     if not (run.saved.table or run.records):
@@ -232,8 +237,13 @@ def _children(directory: Path) -> list[Path]:
 
 
 def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return sum(file.stat().st_size for file in files)
+    """Bytes of a file, or of all below a directory. What a run that goes on removes meanwhile has none."""
+    inside = (os.path.join(directory, name) for directory, _, names in os.walk(path) for name in names)
+    held = 0
+    for file in [path] if path.is_file() else inside:
+        with contextlib.suppress(FileNotFoundError):
+            held += os.lstat(file).st_size
+    return held
 
 
 def grouped_plots(run: RunFiles) -> list[Plot]:
@@ -271,7 +281,7 @@ def held_out_series(run: RunFiles, name: str, label: str, color: str) -> Series:
 
 
 def _points(run: RunFiles, split: str, name: str) -> list[tuple[float, float | None]]:
-    records = [r for r in run.records if r["split"] == split and name in r]
+    records = [r for r in run.records if r["split"] == split and not isinstance(r.get(name, ""), str)]
     if name.startswith("accuracy"):
         # Where policy and reference are equal every pair ties, and the contract counts that as 0: not an accuracy.
         records = [r for r in records if r.get("margin") != 0 and (split == "train" or r.get("accuracy") != 0)]

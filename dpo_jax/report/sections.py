@@ -45,7 +45,7 @@ def _group_rows(run: RunFiles, last: Record, names: Mapping[str, str]) -> list[t
 
 def score_figures(held: Mapping[str, Any]) -> dict[str, Any]:
     """A reward model's scores of held-out pairs: histograms, how sure it is and how often it is right, and words."""
-    both = zip(held.get("chosen", ()), held.get("rejected", ()), strict=True)
+    both = zip(held.get("chosen", ()), held.get("rejected", ()), strict=False)
     there = [pair for pair in both if None not in pair]  # a score that is not finite is null
     if not there:
         return {}

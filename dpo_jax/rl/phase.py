@@ -14,7 +14,7 @@ from dpo_jax.model.config import Params
 from dpo_jax.model.placement import abstract_trained
 from dpo_jax.parallel.mesh import agreed, from_first
 from dpo_jax.parallel.watchdog import LONGER, beat
-from dpo_jax.records.records import best_evaluation, read_records
+from dpo_jax.records.records import best_evaluation, read_metrics
 from dpo_jax.rl.objective import rl_objective
 from dpo_jax.rl.rewards import Reward, adjusted
 from dpo_jax.rl.rollouts import Rollouts
@@ -161,7 +161,7 @@ def _reward_measures(run: Run, reward: Reward) -> list[Measure]:
 
 def _keep_best(run: Run, params: Params, step: int, win_rate: float) -> None:
     """Keep the policy of this evaluation if none before has as high a win rate."""
-    best = best_evaluation(read_records(run.workdir / "metrics.jsonl"))
+    best = best_evaluation(read_metrics(run.workdir / "metrics.jsonl"))
     if agreed(best is not None and win_rate <= best["win_rate"]):
         return
     checkpoint.save_tree(run.workdir / BEST / str(step), params)
@@ -173,7 +173,7 @@ def _keep_best(run: Run, params: Params, step: int, win_rate: float) -> None:
 
 def _exported(run: Run, last: Params) -> Params:
     """What is exported, with a line that says so."""
-    s, best = run.settings, best_evaluation(read_records(run.workdir / "metrics.jsonl"))
+    s, best = run.settings, best_evaluation(read_metrics(run.workdir / "metrics.jsonl"))
     step = int(from_first(np.asarray(best["step"] if best and s.rl.keeps_best else -1, np.int32)))
     where = run.workdir / BEST / str(step)
     if step < 0 or not agreed(where.is_dir()):

@@ -17,7 +17,8 @@ from dpo_jax.data.files import fingerprint
 from dpo_jax.disk import digest, read_json, write_json, write_whole
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.mesh import any_process
-from dpo_jax.records.records import Record, best_evaluation, read_records, show_metric
+from dpo_jax.records.records import Record, best_evaluation, read_metrics, show_metric
+from dpo_jax.records.shapes import StageDone
 from dpo_jax.report.stages import write_stages_report
 
 STATE, RESULT, RECORDS = "stages.json", "result.json", "metrics.jsonl"
@@ -76,7 +77,8 @@ def shown(came: Mapping[str, Any]) -> str:
 
 
 def _kept(workdir: Path) -> dict[str, Any]:
-    return read_json(workdir / STATE, "remove it to do all stages anew") if (workdir / STATE).is_file() else {}
+    mend = "remove it to do all stages anew"
+    return read_json(workdir / STATE, mend, dict[str, StageDone]) if (workdir / STATE).exists() else {}
 
 
 def _digest_of(export: Path, stage: Stage, other: str) -> str:
@@ -100,7 +102,7 @@ def joined_records(workdir: Path) -> list[Record]:
     """The records of all stages: updates of each under its name as `split`, evaluations with it as `stage`."""
     found: list[Record] = []
     for stage in ("sft", "reward", "rl"):
-        for record in read_records(workdir / stage / RECORDS):
+        for record in read_metrics(workdir / stage / RECORDS):
             said = record.get("split")
             split = stage if said == "train" else said
             found.append(record | {"split": split, "stage": stage})
@@ -113,13 +115,13 @@ def result(workdir: Path) -> dict[str, Any]:
     And `reward_model_accuracy` on held-out pairs with its standard error, where a reward model was trained. What was
     not measured is not there.
     """
-    of_rl = read_records(workdir / "rl" / RECORDS)
+    of_rl = read_metrics(workdir / "rl" / RECORDS)
     evaluations = [r for r in of_rl if r["split"] == "eval"]
     best = best_evaluation(of_rl) or (evaluations[-1] if evaluations else {})
     names = ("step", "win_rate", "win_rate_error", "win_rate_ties", "kl", "kl_error", "reward", "mean_length")
     found = {name: best[name] for name in names if name in best}
-    of_reward = [r for r in read_records(workdir / "reward" / RECORDS) if r["split"] == "eval"]
-    if of_reward and "accuracy" in of_reward[-1]:
+    of_reward = [r for r in read_metrics(workdir / "reward" / RECORDS) if r["split"] == "eval"]
+    if of_reward and of_reward[-1].get("accuracy") is not None and of_reward[-1].get("pairs"):
         accuracy, pairs = of_reward[-1]["accuracy"], of_reward[-1]["pairs"]
         error = (accuracy * (1 - accuracy) / pairs) ** 0.5
         found |= {"reward_model_accuracy": accuracy, "reward_model_accuracy_error": error}

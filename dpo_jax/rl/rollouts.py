@@ -18,6 +18,7 @@ from dpo_jax.errors import Stopped, UserError
 from dpo_jax.model.config import Params
 from dpo_jax.parallel.mesh import any_process
 from dpo_jax.parallel.watchdog import LONGER, beat
+from dpo_jax.records.shapes import SavedLadders
 from dpo_jax.rl.rewards import Prompts, Reward, Rewarded, adjusted
 from dpo_jax.rows.batch import Batch
 from dpo_jax.rows.build import Group
@@ -68,7 +69,7 @@ class RowShapes:
     def __init__(self, workdir: Path):
         process = jax.process_index()  # each has its own file, as hosts may have disks of their own, or share one
         self._path = workdir / (f"row_shapes-{process}.json" if process else "row_shapes.json")
-        self._kept = read_json(self._path)["changes"] if self._path.is_file() else []
+        self._kept = read_json(self._path, shape=SavedLadders)["changes"] if self._path.exists() else []
 
     def before(self, number: int) -> Ladder | None:
         """Those of the rollout before this one; None: there is none."""

@@ -1,13 +1,8 @@
 """Answers of the policy to held-out prompts, before and after training."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
-
-from dpo_jax.disk import open_append
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.rows.build import GroupSource
 from dpo_jax.sampling.params import Answer
@@ -30,13 +25,6 @@ def sample_records(
             theirs = {"chosen": text(chosen), "rejected": text(rejected)}
             records.append({"mode": mode, "prompt": text(prompt), "answer": answer.text.strip()} | theirs)
     return records
-
-
-def append_samples(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Append records to samples.jsonl; only the first process does."""
-    if jax.process_index() == 0:
-        with open_append(path) as f:
-            f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
 
 def show_answers(records: Sequence[Mapping[str, Any]], writer: MetricsWriter) -> None:

@@ -5,15 +5,20 @@ Many skipped updates in a row end the run; a spike is only reported.
 
 import collections
 import dataclasses
+import functools
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.errors import NOT_FINITE, UserError
+from dpo_jax.model.config import Params
 from dpo_jax.records.writer import MetricsWriter
+from dpo_jax.weights.huggingface import gather_to_host
 
 SKIPPED = "skipped"  # the metric that is 1 where the update was not made
 WINDOW = 64  # finite losses that one is compared with
@@ -101,13 +106,43 @@ class Health:
         return skipped
 
 
-def check_first_evaluation(values: Mapping[str, float]) -> None:
-    """Refuse, with a UserError, to train from numbers that are not finite before any update.
+def check_evaluation(values: Mapping[str, float], *, first: bool) -> None:
+    """Refuse, with a UserError, numbers that are not finite: to train from them, or to end with them.
 
     A win rate may be none: it is a judge's, not the model's.
+
+    Args:
+      first: before any update; else after all of them.
     """
-    if not all(math.isfinite(value) for name, value in values.items() if not name.startswith("win_rate")):
+    bad = [
+        name for name, x in values.items() if x is not None and not name.startswith("win_rate") and not math.isfinite(x)
+    ]
+    if bad and first:
         raise UserError(
             "the evaluation before any update is not finite: the weights of the model or the reference are damaged, "
             "or compute_dtype is too narrow for them"
         )
+    if bad:
+        raise UserError(
+            f"the evaluation after training is not finite ({', '.join(bad[:3])}); {_DIVERGED}", code=NOT_FINITE
+        )
+
+
+def check_trained(params: Params, dtype: str) -> None:
+    """Refuse, with a UserError, to call a run done whose parameters are not finite in the dtype of its export."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sound = gather_to_host(_finite([leaf for _, leaf in leaves], dtype=dtype)) if leaves else np.ones(0, bool)
+    bad = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    bad = [name for name, fine in zip(bad, sound, strict=True) if not fine]
+    if bad:
+        raise UserError(f"the parameters after training are not finite ({bad[0]}); {_DIVERGED}", code=NOT_FINITE)
+
+
+_DIVERGED = (
+    "nothing is exported: lower the learning rate, or mend the rows, in a new workdir; checkpoints from before are kept"
+)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _finite(leaves: Sequence[jax.Array], *, dtype: str) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf.astype(dtype)).all() for leaf in leaves])

@@ -21,7 +21,7 @@ from dpo_jax.errors import Stopped
 from dpo_jax.parallel.mesh import make_any
 from dpo_jax.parallel.watchdog import LONGER, beat, watch
 from dpo_jax.records.writer import MetricsWriter
-from dpo_jax.training.health import SKIPPED, Health, check_first_evaluation
+from dpo_jax.training.health import SKIPPED, Health, check_evaluation
 from dpo_jax.training.measure import Throughput, give_back, peak_gb
 
 STOP = "stop"  # beside the metrics of an update, while they are on the devices
@@ -153,8 +153,8 @@ def _run(
             with throughput.paused():
                 values = phase.evaluate(state, n)
                 writer.write({"step": n, "split": "eval"} | values)
-            if n == 0:
-                check_first_evaluation(values)
+            if n in (0, phase.updates):
+                check_evaluation(values, first=n == 0)
 
     if start == 0:
         evaluate_at(0)

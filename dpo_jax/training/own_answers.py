@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax.data.split import Pairs
 from dpo_jax.model.config import Params
 from dpo_jax.parallel.watchdog import LONGER, beat
 from dpo_jax.sampling import answers, divergence
@@ -17,6 +18,7 @@ from dpo_jax.sampling.engine import AnswerRequest
 from dpo_jax.sampling.params import Answer, SamplingParams
 from dpo_jax.training.setup import Run
 
+MODES = ("greedy", "sampled")  # of the answers that a run keeps
 FAR = 1.0  # nats a token between own and chosen answers, from which the data is called far from the policy
 Drawn = Sequence[Sequence[Answer]]  # to each prompt of a request
 
@@ -102,16 +104,12 @@ def sample_measures(run: Run, steps: int) -> list[Measure]:
 
     Those before training and after all its `steps` are appended to samples.jsonl.
     """
-    s = run.settings
-    pairs = run.data.evaluation if len(run.data.evaluation) else run.data.train
-    shown = dataclasses.replace(pairs, index=pairs.index[: s.sample_prompts])
+    s, shown = run.settings, _shown(run)
     if not len(shown):
         return []
     greedy = SamplingParams(temperature=0.0, max_tokens=s.sample_tokens, seed=s.seed)
-    modes = {
-        "greedy": greedy,
-        "sampled": dataclasses.replace(greedy, temperature=s.sample_temperature, top_p=s.sample_top_p),
-    }
+    drawn_at = dataclasses.replace(greedy, temperature=s.sample_temperature, top_p=s.sample_top_p)
+    modes = dict(zip(MODES, (greedy, drawn_at), strict=True))
     prompts = [shown[i][0].tolist() for i in range(len(shown))]
 
     def of(params: Params, reference: Params | None, updates: int, drawn: Sequence[Drawn]) -> dict[str, Any]:
@@ -119,7 +117,18 @@ def sample_measures(run: Run, steps: int) -> list[Measure]:
         if when is None:
             return {}
         records = answers.sample_records(run.policy.tokenizer, shown, dict(zip(modes, drawn, strict=True)))
-        answers.append_samples(run.workdir / "samples.jsonl", [{"when": when, "step": updates} | r for r in records])
+        run.writer.samples([{"when": when, "step": updates} | r for r in records])
         return {}
 
     return [Measure([AnswerRequest(prompts, asked) for asked in modes.values()], of)]
+
+
+def final_samples(run: Run) -> int:
+    """How many records samples.jsonl has of the answers after training, when all are there."""
+    return len(MODES) * len(_shown(run))
+
+
+def _shown(run: Run) -> Pairs:
+    """The pairs whose prompts are answered: the first that are held out, or else trained on."""
+    pairs = run.data.evaluation if len(run.data.evaluation) else run.data.train
+    return dataclasses.replace(pairs, index=pairs.index[: run.settings.sample_prompts])

@@ -23,6 +23,7 @@ from dpo_jax.parallel.watchdog import LONGER, beat
 from dpo_jax.preference.load import load_preference_model
 from dpo_jax.preference.models import PreferenceModel
 from dpo_jax.records.records import read_records
+from dpo_jax.records.shapes import RoundAbout, RoundBlock, RoundPair
 from dpo_jax.rows.build import FirstOnly, Group
 from dpo_jax.rows.schedule import Schedule, fitted, make_schedule
 from dpo_jax.rows.shape import RowLimits
@@ -106,10 +107,11 @@ class RoundCollector:
         s = self.run.settings
         mid_round = self.run.done > (0 if name == SFT else s.sft_steps + updates)
         # Every process has its own file: where one lacks it, all collect again what is the same for all.
-        if not mid_round and any_process(not path.is_file()):
+        if not mid_round and any_process(not (path.is_file() and _about(path).is_file())):
             self._collect(name, path, params(), prompts)
         if not mid_round:
-            self.run.writer.write({"step": updates, "split": "collect", "round": name} | read_json(_about(path)))
+            about = read_json(_about(path), f"remove it and {path.name}, and they are collected again", RoundAbout)
+            self.run.writer.write({"step": updates, "split": "collect", "round": name} | about)
         return read_pairs(path)
 
     def _path(self, name: str) -> Path:
@@ -152,7 +154,8 @@ class RoundCollector:
             write_json(part, _kept(collected, every_line, len(block) * s.rounds.n))
             if any_process(run.stop.is_set()):
                 raise Stopped
-        blocks = [read_json(part) for part in sorted(parts.glob("*.json"))]
+        mend = "remove it, and its prompts are answered again"
+        blocks = [read_json(part, mend, RoundBlock) for part in sorted(parts.glob("*.json"))]
         about = _summed(blocks, len(places) - len(prompts))
         if not about["pairs"]:
             why = ", ".join(f"{key.removeprefix('dropped/')} {n}" for key, n in about.items() if "dropped/" in key)
@@ -177,11 +180,8 @@ def read_pairs(path: Path) -> RoundPairs:
     Raises:
       UserError: it is gone, or not as it was written.
     """
-    try:
-        records = read_records(path)
-        groups = [tuple(np.asarray(record[key], np.int32) for key in _IDS) for record in records]
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: a line is no pair of a round ({error}); put it back, or begin the run anew") from None
+    records = read_records(path, RoundPair)
+    groups = [tuple(np.asarray(record[key], np.int32) for key in _IDS) for record in records]
     if not groups:
         raise UserError(f"{path} is gone, the pairs that this run was trained on; put it back, or begin the run anew")
     return RoundPairs(tuple(groups))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,10 @@ from dpo_jax.model.placement import place_model
 from dpo_jax.model.tuning import exact_products
 from dpo_jax.parallel.mesh import agreed, first_process_first, make_mesh, row_shards
 from dpo_jax.records import trackers
-from dpo_jax.records.records import EVENTS, before_after, read_records, truncate_records
+from dpo_jax.records.directory import CHECKPOINTS, EVENTS, METRICS, ROUNDS, SAMPLES
+from dpo_jax.records.record_file import lost_records
+from dpo_jax.records.records import before_after, read_metrics, read_records, truncate_records
+from dpo_jax.records.shapes import Event, MetricRecord, Sample
 from dpo_jax.records.writer import MetricsWriter
 from dpo_jax.report.card import write_card
 from dpo_jax.report.command import write_report
@@ -28,8 +32,9 @@ from dpo_jax.sampling import answers
 from dpo_jax.training import checkpoint, inputs
 from dpo_jax.training import workdir as claim
 from dpo_jax.training.about import introduce
+from dpo_jax.training.health import check_trained
 from dpo_jax.training.loop import stop_signal
-from dpo_jax.training.own_answers import measure_answers, sample_measures
+from dpo_jax.training.own_answers import final_samples, measure_answers, sample_measures
 from dpo_jax.training.phases import params_after_dpo, params_after_rounds
 from dpo_jax.training.reward import params_after_pairs
 from dpo_jax.training.setup import Run, keep_compiled, make_models
@@ -87,12 +92,12 @@ def _train(settings: Settings, workdir: Path, training: Training) -> dict[str, f
             write_whole(workdir / "data.json", json.dumps(data.report, indent=1, ensure_ascii=False) + "\n")
     inputs.check_tokens(data.split, policy)
     inputs.check_enough(s.batch, len(data.train))
-    damaged = checkpoint.set_aside_damaged(workdir / "checkpoints")
+    damaged = checkpoint.set_aside_damaged(workdir / CHECKPOINTS)
     with (
         jax.set_mesh(mesh),
         exact_products(layout.dtype, layout.platform),
         stop_signal() as stop,
-        checkpoint.open_checkpoints(workdir / "checkpoints", s.keep_checkpoints) as checkpoints,
+        checkpoint.open_checkpoints(workdir / CHECKPOINTS, s.keep_checkpoints) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
         limits = layout.row_limits(s.batch.microbatches)
@@ -101,8 +106,8 @@ def _train(settings: Settings, workdir: Path, training: Training) -> dict[str, f
         identity = _identify(s, {"model": policy.files, "reference": reference}, data, schedule)
         claim_workdir(workdir, s.whole, write=main_process)  # only now: a refused command leaves no config behind
         done = checkpoint.latest_step(checkpoints) or 0
-        begun = done > 0 or (workdir / "rounds").exists()  # pairs of a round, of these data and models
-        claim.first_only(lambda: claim.keep_identity(workdir, identity, resumed=begun))
+        begun = done > 0 or (workdir / ROUNDS).exists()  # pairs of a round, of these data and models
+        claim.first_only(lambda: claim.keep_identity(workdir, identity, resumed=begun, whole=s.whole))
         logs = []
         if main_process:
             _forget_after(workdir, s.sft_steps, done)
@@ -110,8 +115,9 @@ def _train(settings: Settings, workdir: Path, training: Training) -> dict[str, f
         total, where = {"sft": s.sft_steps, "train": steps}, workdir if main_process else None
         writer = MetricsWriter(where, total_steps=total, quiet=not main_process, logs=logs)
         with writer:
-            for line in damaged:
+            for line in (*damaged, *_lost(workdir, writer, done)):
                 writer.message(f"warning: {line}")
+            checkpoints.made_with = functools.partial(_made_with, s, writer)
             pad = policy.pad if s.task == "reward" else None
             models, base = make_models(s, layout, pad), load_base(policy, layout, s.seed)
             run = Run(s, workdir, policy, layout, reference, data, models, base, checkpoints, writer, stop, done)
@@ -144,17 +150,37 @@ def _forget_after(workdir: Path, sft_steps: int, done: int) -> None:
         if record.get("split") == "sft":
             return record["step"] <= done
         if record.get("split") == "collect":  # written anew where the round begins
-            return record["step"] < done - sft_steps or (record["round"] == "sft" and done > 0)
+            return record["step"] < done - sft_steps or (record.get("round") == "sft" and done > 0)
         return done > sft_steps and record["step"] <= done - sft_steps
 
-    for name in ("metrics.jsonl", "samples.jsonl", EVENTS):
-        truncate_records(workdir / name, keep)
+    for name, shape in {METRICS: MetricRecord, SAMPLES: Sample, EVENTS: Event}.items():
+        truncate_records(workdir / name, keep, shape)
+
+
+def _lost(workdir: Path, writer: MetricsWriter, done: int) -> list[str]:
+    """What the records lack of those that the newest checkpoint was made with, a line for each file."""
+    if not done or not writer.held:
+        return []
+    known = checkpoint.records_made_with(workdir / CHECKPOINTS / str(done))
+    if not known and not writer.held[METRICS]["records"]:  # made by a version that did not count them
+        return [f"{METRICS} is gone or empty: the run's page and its curves begin after checkpoint {done}"]
+    lost = (lost_records(name, held, known.get(name), done) for name, held in writer.held.items())
+    return [line for line in lost if line]
+
+
+def _made_with(settings: Settings, writer: MetricsWriter) -> dict[str, Any]:
+    """What a checkpoint is made with, for its made_with.json. The records before it are on disk first."""
+    writer.sync()
+    return {"config": dict(settings.whole), "records": writer.held}
 
 
 def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
     """Answers after training, the export, the report and the final table. Done again, it changes nothing."""
-    s, workdir, layout, samples = run.settings, run.workdir, run.layout, run.workdir / "samples.jsonl"
-    if s.trains_policy and not agreed(any(r["when"] == "after" for r in read_records(samples))):
+    s, workdir, layout, samples = run.settings, run.workdir, run.layout, run.workdir / SAMPLES
+    check_trained(params, s.layout.param_dtype)
+    after = [r for r in read_records(samples, Sample) if r["when"] == "after"]
+    if s.trains_policy and not agreed(len(after) >= final_samples(run)):
+        run.writer.forget_samples("after")  # some of them, where a kill came between
         measure_answers(run, params, None, steps, sample_measures(run, steps))
     export = workdir / "export"
     if s.export and not agreed((export / "config.json").exists()):
@@ -170,13 +196,14 @@ def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
             lora_scale=layout.config.lora_scale,
             stops=() if s.task == "reward" else run.policy.stop_tokens(),
         )
-    records = read_records(workdir / "metrics.jsonl")
+    checkpoint.finish_saving(run.checkpoints)  # which removes older checkpoints: the page lists those that stay
+    records = read_metrics(workdir / METRICS)
     if jax.process_index() == 0:
         for name in EXPORTS:
             if (workdir / name).is_dir():
                 write_card(load_run(workdir), workdir / name, base=run.policy.directory)
         write_report(workdir)
-        answers.show_answers(read_records(samples), run.writer)
+        answers.show_answers(read_records(samples, Sample), run.writer)
         if held_out := before_after(records):
             run.writer.console.before_after_table("Held-out pairs", held_out)
         run.writer.message(f"report {workdir / 'report.html'}" + (f", policy {export}" if s.export else ""))

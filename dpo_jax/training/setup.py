@@ -19,6 +19,7 @@ from dpo_jax.bucket.path import SCHEME, place
 from dpo_jax.config.settings import ObjectiveOptions, OptimizerOptions, Settings
 from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.prepare import Prepared
+from dpo_jax.disk import write_whole
 from dpo_jax.model.config import Params
 from dpo_jax.model.placement import Layout, abstract_trained
 from dpo_jax.objective.logps import LogpsFn
@@ -182,5 +183,6 @@ def keep_bad_batch(run: Run, groups: GroupSource, split: str, step: int, pairs: 
             texts = [run.policy.tokenizer.decode(ids) for ids in groups[position]]
             row = {"pair": position} | (train.cache.row(int(train.index[position])) if groups is train else {})
             named.append(row | dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
-        path.write_text(json.dumps({"split": split, "step": step, "pairs": named}, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps({"split": split, "step": step, "pairs": named}, indent=1, ensure_ascii=False)
+        write_whole(path, text + "\n")
     return path

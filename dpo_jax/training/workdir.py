@@ -22,9 +22,12 @@ from dpo_jax.data.split import Split
 from dpo_jax.disk import digest, file_digest, read_json, write_json
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.mesh import agreed, any_process, from_first
+from dpo_jax.records.directory import IDENTITY
+from dpo_jax.records.shapes import Identity
 from dpo_jax.weights.hub import ModelFiles
 
-LOCK, IDENTITY = ".lock", "identity.json"
+LOCK = ".lock"
+_MEND = "restore it, or delete it to resume unchecked"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # a file system that has none
 _SHOWN = 3  # differences said in an error
 
@@ -120,16 +123,19 @@ def first_day(workdir: Path) -> str:
     The same in all processes, which may stand on both sides of midnight. Every process calls it.
     """
     day = datetime.date.today().isoformat()
-    with contextlib.suppress(UserError, OSError):  # `keep_identity` says what is wrong with the file
+    with contextlib.suppress(UserError, OSError, ValueError):  # `keep_identity` says what is wrong with the file
         if (workdir / IDENTITY).exists():
-            data = read_json(workdir / IDENTITY, "restore it, or delete it to resume unchecked").get("data", {})
-            day = data.get("template_date") or day
+            data = read_json(workdir / IDENTITY, _MEND, Identity).get("data", {})
+            said = data.get("template_date")
+            day = datetime.date.fromisoformat(said).isoformat() if said else day
     number = int(from_first(np.array(datetime.date.fromisoformat(day).toordinal(), np.int32)))
     return datetime.date.fromordinal(number).isoformat()
 
 
-def keep_identity(workdir: Path, identity: Mapping[str, Any], *, resumed: bool) -> None:
-    """Keep what the run is begun with; where it is resumed, refuse other pairs or other models.
+def keep_identity(
+    workdir: Path, identity: Mapping[str, Any], *, resumed: bool, whole: Mapping[str, Any] | None = None
+) -> None:
+    """Keep what the run is begun with, and its `whole` config; where it is resumed, refuse other pairs or other models.
 
     The same token ids are the same pairs, in whatever words another release or another template describes them.
 
@@ -138,7 +144,8 @@ def keep_identity(workdir: Path, identity: Mapping[str, Any], *, resumed: bool) 
     """
     path = workdir / IDENTITY
     mine = json.loads(json.dumps(identity))
-    theirs = read_json(path, "restore it, or delete it to resume unchecked") if resumed and path.exists() else mine
+    theirs = read_json(path, _MEND, Identity) if resumed and path.exists() else mine
+    theirs = {key: part for key, part in theirs.items() if key != "config"}
     if _decisive(theirs, mine) != _decisive(mine, theirs):
         changed = list(_differences(theirs, mine))
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
@@ -147,7 +154,7 @@ def keep_identity(workdir: Path, identity: Mapping[str, Any], *, resumed: bool) 
             "another --workdir"
         )
     with writing(workdir):
-        write_json(path, mine)
+        write_json(path, mine | ({} if whole is None else {"config": dict(whole)}))
 
 
 def _decisive(identity: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

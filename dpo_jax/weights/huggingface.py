@@ -26,7 +26,7 @@ from dpo_jax.bucket.path import BucketPath
 from dpo_jax.bucket.tree import publish
 from dpo_jax.bucket.twin import local_twin
 from dpo_jax.disk import read_json
-from dpo_jax.errors import UserError
+from dpo_jax.errors import SAVE_FAILED, UserError
 from dpo_jax.model.config import ModelConfig, Params
 from dpo_jax.model.families import config_from_hf, hf_config
 from dpo_jax.model.lora import BRANCH
@@ -324,8 +324,13 @@ def new_directory(directory: Path) -> Iterator[Path | None]:
                 directory.rename(old)
             new.rename(directory)
             shutil.rmtree(old, ignore_errors=True)
-    except OSError as e:
-        raise UserError(f"{directory}: the export cannot be written ({e})") from e
+    except (OSError, SafetensorError) as e:  # the library has an error of its own for a disk that is full
+        why = e.strerror if isinstance(e, OSError) and e.strerror else " ".join(str(e).split())
+        raise UserError(
+            f"{directory}: the export cannot be written ({why}); checkpoints are kept: make room, or make it writable, "
+            "then the same command writes it",
+            code=SAVE_FAILED,
+        ) from e
     finally:
         if writes:
             shutil.rmtree(new, ignore_errors=True)

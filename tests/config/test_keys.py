@@ -75,3 +75,44 @@ def test_a_value_is_refused_with_the_reason(default, legal, value, words):
 
 def test_a_whole_number_is_a_number():
     Key("k", 1.0, "a key of this test", FRACTION).check(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("seed", -1, "must be 0 or more, below 4294967296"),
+        ("seed", 2**32, "must be 0 or more, below 4294967296"),
+        ("num_steps", 2**31, "must be at most 2147483647"),
+        ("batch_size", 10**400, "batch_size=a huge number: must be at most"),
+        ("learning_rate", 1e39, "must be at most 3.4e[+]38"),
+        ("learning_rate", 10**400, "must be at most 3.4e[+]38"),
+        ("learning_rate", 1e-50, "would be 0 in float32"),
+        ("learning_rate", float("nan"), "must be finite"),
+        ("model", "a" * 256, "a name of 256 bytes, and systems take 255"),
+        ("model", "é" * 128, "a name of 256 bytes"),
+        ("dataset", "a/" * 2048, "a path of 4,096 bytes"),
+        ("cache_dir", "a\0b", "holds a NUL character"),
+        ("loss", "sigmoid:０.5,ipo:1", "'０' is a digit of another script; write it as 0"),
+        ("template_date", "2026-07-２6", "'２' is a digit of another script"),
+    ],
+)
+def test_what_no_system_or_arithmetic_takes_is_refused(name, value, words):
+    with pytest.raises(UserError, match=words) as caught:
+        KEYS[name].check(value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", 2**32 - 1), ("learning_rate", 0), ("learning_rate", 1e38), ("model", "a" * 255 + "/" + "b" * 255)],
+)
+def test_what_is_just_within_the_bounds_is_not(name, value):
+    KEYS[name].check(value)
+
+
+@pytest.mark.parametrize("argv", [["--config.seed=１２"], ["--config.seed", "1２"], ["-config.dpo_beta=٠.1"]])
+def test_digits_of_another_script_are_no_number(argv):
+    numbers = {"config.seed", "config.dpo_beta"}
+    with pytest.raises(UserError, match="is a digit of another script; write it as"):
+        values.check_numbers(argv, numbers.__contains__)
+    values.check_numbers(["--config.model=１２", "--config.seed=12"], numbers.__contains__)

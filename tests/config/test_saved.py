@@ -78,3 +78,48 @@ def test_a_key_that_only_the_run_has_is_a_difference(tmp_path):
     _begun(tmp_path, DEFAULTS | {"newer": 1})
     with pytest.raises(UserError, match="newer: 1 there, None asked"):
         claim_workdir(tmp_path, DEFAULTS, write=False)
+
+
+def _checkpoint(run, number, config):
+    directory = run / "checkpoints" / str(number)
+    directory.mkdir(parents=True)
+    (directory / "made_with.json").write_text(json.dumps({"step": number, "config": config}))
+
+
+def test_checkpoints_know_the_config_that_they_were_made_with(tmp_path):
+    """Where config.json is lost, or was changed to fit, the run does not go on under another one."""
+    run, config = tmp_path / "run", common.get_config().to_dict()
+    _checkpoint(run, 4, config)
+    other = config | {"dpo_beta": 0.9}
+    for lost in (True, False):
+        if not lost:
+            (run / "config.json").write_text(json.dumps(other))
+        with pytest.raises(
+            UserError, match=r"checkpoints/4 holds a run of another config \(dpo_beta: 0.1 there, 0.9 as"
+        ):
+            claim_workdir(run, other, write=True)
+    (run / "config.json").unlink()
+    claim_workdir(run, config, write=True)
+    assert json.loads((run / "config.json").read_text()) == config
+
+
+def test_a_checkpoint_of_another_version_or_a_damaged_one_says_nothing(tmp_path):
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    _checkpoint(tmp_path, 4, {})
+    (tmp_path / "checkpoints" / "4" / "made_with.json").write_text("[]")
+    claim_workdir(tmp_path, common.get_config().to_dict(), write=True)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_pairs_of_a_round_belong_to_the_config_that_they_were_collected_with(tmp_path):
+    config = common.get_config().to_dict()
+    (tmp_path / "rounds").mkdir()
+    (tmp_path / "identity.json").write_text(json.dumps({"data": {}, "config": config}))
+    with pytest.raises(UserError, match=r"rounds holds a run of another config \(collect_n: 8 there, 4 asked\)"):
+        claim_workdir(tmp_path, config | {"collect_n": 4}, write=True)
+    claim_workdir(tmp_path, config, write=True)
+
+
+def test_what_decides_nothing_is_no_part_of_the_recipe():
+    assert "num_epochs" not in dict(saved_config(CONFIG | {"num_steps": 200, "num_epochs": 1.0}).recipe)
+    assert dict(saved_config(CONFIG | {"num_steps": 0, "num_epochs": 1.0}).recipe)["num_epochs"] == 1.0

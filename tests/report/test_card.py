@@ -80,11 +80,23 @@ def test_what_the_hub_does_not_know_is_not_claimed(tmp_path):
     found = ModelCard.load(tmp_path / "run" / "export" / "README.md")
     assert found.data.base_model is None
     assert found.data.datasets is None
-    assert str(tmp_path) not in found.text  # paths of one's own machine
+    assert str(tmp_path) not in (tmp_path / "run" / "export" / "README.md").read_text()  # paths of one's own machine
+    assert found.data.eval_results[0].dataset_name == "pairs.jsonl (held out)"
     assert "eval_path=held-out.jsonl: 512 of" in found.text
     assert "| pairs\\|x.jsonl | train |" in found.text
     assert "preference loss `simpo`" in found.text
     assert "2305.18290" not in found.text
+
+
+def test_a_reward_and_a_template_are_named_without_their_directories(tmp_path):
+    """And of two keys that say how long to train only the one that ruled."""
+    reward = f"{tmp_path}/reward/export*0.5,~/rewards/short,my:verifier"
+    changed = {"task": "rl", "rl_reward": reward, "dataset": "private/pairs.jsonl", "num_epochs": 1.0, "num_steps": 200}
+    found, _ = _card(tmp_path / "run", **changed)
+    assert "| `rl_reward` | `export*0.5,short,my:verifier` |" in found.text
+    assert found.data.eval_results[0].dataset_name == "pairs.jsonl (held out)"
+    assert "num_epochs" not in found.text
+    assert "| `updates` | `200` |" in found.text
 
 
 def test_a_mixture_names_its_data_sets(tmp_path):

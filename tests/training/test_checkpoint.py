@@ -140,6 +140,71 @@ def test_whatever_file_is_damaged_the_newest_sound_checkpoint_is_found_and_read(
                     restored += 1
 
 
+def test_checksums_that_list_nothing_or_not_all_vouch_for_nothing(three, tmp_path):
+    for text, said in (
+        ("{}", "is not in checksums.json"),
+        ("null", "checksums.json cannot be read"),
+        ('{"x": 3}', "checksums.json cannot be read"),
+        ('{"x": {"bytes": Infinity, "sha256": ""}}', "checksums.json cannot be read"),
+        ('{"../../x": {"bytes": 1, "sha256": ""}}', "../../x is missing"),
+    ):
+        work = shutil.copytree(three[0], tmp_path / "run")
+        (work / "checkpoints" / "3" / "checksums.json").write_text(text)
+        (told,) = checkpoint.set_aside_damaged(work / "checkpoints")
+        assert said in told
+        shutil.rmtree(work)
+
+
+def test_what_only_looks_like_a_checkpoint_is_set_aside(three, tmp_path):
+    work = shutil.copytree(three[0], tmp_path / "run")
+    odd = ("²", "１２", "٣", "-1", "08", "99999999999999999999")
+    for name in odd:
+        (work / "checkpoints" / name).mkdir()
+    (work / "checkpoints" / "7").write_text("a file")
+    (work / "checkpoints" / "notes.txt").write_text("mine")
+    shutil.copytree(work / "checkpoints" / "3", work / "checkpoints" / "9")  # a copy under another number
+    told = checkpoint.set_aside_damaged(work / "checkpoints")
+    assert len(told) == len(odd) + 2
+    assert any("checkpoint 9 is damaged (it was written as checkpoint 3)" in line for line in told)
+    assert sorted(p.name for p in (work / "damaged").iterdir()) == sorted([*odd, "7", "9"])
+    with checkpoint.open_checkpoints(work / "checkpoints", keep=3) as checkpoints:
+        assert checkpoint.latest_step(checkpoints) == 3
+    assert (work / "checkpoints" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "3", '{"item_handlers": 3}', '{"init_timestamp_nsecs": "x"}', ""])
+def test_metadata_of_another_shape_hides_no_sound_checkpoint(text, three, tmp_path):
+    """Of the newest or of an older one."""
+    for number, newest in ((3, 2), (1, 3)):
+        work = shutil.copytree(three[0], tmp_path / f"run{number}")
+        (work / "checkpoints" / str(number) / "_CHECKPOINT_METADATA").write_text(text)
+        told = checkpoint.set_aside_damaged(work / "checkpoints")
+        assert [line.split(" (")[0] for line in told] == [f"checkpoint {number} is damaged"]
+        with checkpoint.open_checkpoints(work / "checkpoints", keep=3) as checkpoints:
+            assert checkpoint.latest_step(checkpoints) == newest
+
+
+def test_a_checkpoint_knows_what_it_was_made_with(tmp_path):
+    state = _state(_layout((1, 1, 1)))
+    held = {"metrics.jsonl": {"records": 3, "digest": "aa"}}
+    with checkpoint.open_checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        checkpoints.made_with = lambda: {"config": {"seed": 1}, "records": held}
+        checkpoint.save_checkpoint(checkpoints, 5, state)
+        checkpoint.finish_saving(checkpoints)
+        assert checkpoint.records_made_with(tmp_path / "checkpoints" / "5") == held
+    assert checkpoint.set_aside_damaged(tmp_path / "checkpoints") == []
+
+
+def test_a_file_in_place_of_the_directory_is_one_line(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    assert checkpoint.set_aside_damaged(tmp_path / "checkpoints") == []
+    with (
+        pytest.raises(UserError, match=r"checkpoints is a file"),
+        checkpoint.open_checkpoints(tmp_path / "checkpoints", keep=2),
+    ):
+        pass
+
+
 def test_damaged_checkpoints_do_not_push_out_the_last_sound_one(three, tmp_path):
     work = shutil.copytree(three[0], tmp_path / "run")
     for n in (2, 3):
