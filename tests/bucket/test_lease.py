@@ -1,4 +1,4 @@
-"""One run at a time in a directory of a bucket: refused while the other gives signs, free when it gave none for long."""
+"""One run at a time in a directory of a bucket: free when the other gave no sign for long."""
 
 import contextlib
 import json

@@ -9,10 +9,12 @@ import http.server
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +29,9 @@ class Bucket:
 
     Attributes:
       url: of the proxy, which programs are given.
-      fault: (method, path) → what the proxy answers in the server's place: a status; seconds to wait before the
-        request is passed on; or None. Called for each request.
-      asked: method and path of each request.
+      fault: (method, key) → what the proxy answers in the server's place: a status; seconds to wait before the
+        request is passed on; or None. Called for each request; the key is that of the object, or the path is.
+      asked: method and key of each request.
     """
 
     def __init__(self, direct: str):
@@ -65,7 +67,7 @@ class Bucket:
     def keys(self, prefix: str = "") -> list[str]:
         found, token = [], ""
         while True:
-            asked = f"/storage/v1/b/{BUCKET}/o?prefix={urllib.request.quote(prefix)}&pageToken={token}"
+            asked = f"/storage/v1/b/{BUCKET}/o?prefix={urllib.parse.quote(prefix)}&pageToken={token}"
             page = json.loads(self._ask("GET", asked))
             found += [item["name"] for item in page.get("items", [])]
             token = page.get("nextPageToken", "")
@@ -73,14 +75,14 @@ class Bucket:
                 return found
 
     def get(self, key: str) -> bytes:
-        return self._ask("GET", f"/storage/v1/b/{BUCKET}/o/{urllib.request.quote(key, safe='')}?alt=media")
+        return self._ask("GET", f"/storage/v1/b/{BUCKET}/o/{urllib.parse.quote(key, safe='')}?alt=media")
 
     def put(self, key: str, content: bytes) -> None:
-        quoted = urllib.request.quote(key, safe="")
+        quoted = urllib.parse.quote(key, safe="")
         self._ask("POST", f"/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={quoted}", content)
 
     def delete(self, key: str) -> None:
-        self._ask("DELETE", f"/storage/v1/b/{BUCKET}/o/{urllib.request.quote(key, safe='')}")
+        self._ask("DELETE", f"/storage/v1/b/{BUCKET}/o/{urllib.parse.quote(key, safe='')}")
 
     def put_tree(self, directory: Path, prefix: str) -> None:
         for path in directory.rglob("*"):
@@ -113,8 +115,9 @@ class Bucket:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if "chunked" in self.headers.get("Transfer-Encoding", ""):
                     body = self._chunks()
-                bucket.asked.append((self.command, self.path))
-                fault = bucket.fault(self.command, self.path)
+                key = _key_of(self.path, body)
+                bucket.asked.append((self.command, key))
+                fault = bucket.fault(self.command, key)
                 if isinstance(fault, int):
                     said = json.dumps({"error": {"code": fault, "message": "made to fail"}}).encode()
                     return self._answer(fault, [("Content-Type", "application/json")], said)
@@ -132,7 +135,10 @@ class Bucket:
                 server.close()
                 return self._answer(answer.status, kept, content)
 
-            do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = forward
+            def __getattr__(self, name: str) -> Callable[[], None]:
+                if name.startswith("do_"):  # of whatever method
+                    return self.forward
+                raise AttributeError(name)
 
             def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
                 with contextlib.suppress(OSError):  # whoever asked has gone
@@ -155,6 +161,18 @@ class Bucket:
                 pass
 
         return Handler
+
+
+def _key_of(path: str, body: bytes) -> str:
+    """The object that a request is about: named in its path, its query or the JSON before what is uploaded."""
+    parts = urllib.parse.urlsplit(path)
+    if "name" in (query := urllib.parse.parse_qs(parts.query)):
+        return query["name"][0]
+    if match := re.search(rf"/b/{BUCKET}/o/([^/?]+)", parts.path):
+        return urllib.parse.unquote(match[1])
+    if parts.path.startswith("/upload/") and (match := re.search(rb'"name": ?("[^"]+")', body[:2000])):
+        return json.loads(match[1])
+    return path
 
 
 @contextlib.contextmanager
@@ -191,3 +209,33 @@ def emulated(directory: Path) -> Iterator[Bucket]:
     finally:
         server.terminate()
         server.wait(10)
+
+
+def forget_client():
+    """Let the next request make a client anew, of the environment as it then is."""
+    from dpo_jax.bucket import client
+
+    if client.google_client.cache_info().currsize:
+        client.google_client().close()
+    client.google_client.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def bucket_server(tmp_path_factory):
+    """The emulator, once for all tests here."""
+    with emulated(tmp_path_factory.mktemp("bucket")) as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def bucket(bucket_server, monkeypatch, tmp_path):
+    """The emulated bucket without faults, as this process sees it."""
+    for name, value in bucket_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DPO_JAX_CACHE", str(tmp_path / "cache"))
+    bucket_server.calm()
+    bucket_server.asked.clear()
+    forget_client()
+    yield bucket_server
+    bucket_server.calm()
+    forget_client()

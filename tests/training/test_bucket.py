@@ -1,0 +1,242 @@
+"""Checkpoints in a bucket: whole by their last object, compared with their checksums, set aside when damaged."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import train
+from dpo_jax.bucket.path import place
+from dpo_jax.config.file import get_config
+from dpo_jax.errors import SAVE_FAILED, UserError
+from dpo_jax.records.directory import checkpoint_directories
+from dpo_jax.training import checkpoint
+from dpo_jax.weights.hub import resolve_model
+
+MODEL = Path("tests/golden/trl/tiny")
+
+
+def tree(value):
+    return {"a": jnp.full((64, 8), value), "b": {"c": jnp.arange(5.0) + value}}
+
+
+ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree(0.0))
+
+
+def saved(directory, *steps, keep=5):
+    with checkpoint.open_checkpoints(directory, keep) as checkpoints:
+        for step in steps:
+            checkpoint.save_checkpoint(checkpoints, step, tree(float(step)))
+
+
+def test_the_checksums_come_before_the_mark_and_old_ones_go_afterwards(bucket):
+    directory = place("gs://bucket/order/checkpoints")
+    saved(directory, 1, 2, 3, keep=2)
+    assert list(checkpoint_directories(place("gs://bucket/order"))) == [2, 3]
+    written = [key for method, key in bucket.asked if method in ("POST", "PUT")]
+    for step in (1, 2, 3):
+        sums, mark = (
+            written.index(f"order/checkpoints/{step}/{name}") for name in ("checksums.json", "commit_success.txt")
+        )
+        assert sums < mark
+        assert not [key for key in written[mark + 1 :] if f"checkpoints/{step}/" in key]
+    listed = json.loads(bucket.get("order/checkpoints/3/checksums.json"))
+    held = {key.removeprefix("order/checkpoints/3/") for key in bucket.keys("order/checkpoints/3/")}
+    assert held - set(listed) == {"checksums.json", "commit_success.txt", "_CHECKPOINT_METADATA"}
+    with checkpoint.open_checkpoints(directory, 2) as checkpoints:
+        assert checkpoint.latest_step(checkpoints) == 3
+        found = checkpoint.restore(checkpoints, 3, ABSTRACT)
+    np.testing.assert_array_equal(found["a"], tree(3.0)["a"])
+
+
+def test_one_that_was_cut_off_is_removed_and_none_of_the_checkpoints(bucket):
+    directory = place("gs://bucket/cut/checkpoints")
+    saved(directory, 1, 2)
+    bucket.delete("cut/checkpoints/2/commit_success.txt")
+    assert checkpoint.set_aside_damaged(directory) == []
+    with checkpoint.open_checkpoints(directory, 5) as checkpoints:
+        assert checkpoint.latest_step(checkpoints) == 1
+    assert bucket.keys("cut/checkpoints/2/") == []
+
+
+def damaged(bucket, key):
+    content = bytearray(bucket.get(key))
+    content[len(content) // 2] ^= 1
+    bucket.put(key, bytes(content))
+
+
+def test_whatever_object_is_damaged_is_named_and_the_checkpoint_set_aside(bucket):
+    directory = place("gs://bucket/damaged-run/checkpoints")
+    saved(directory, 1)
+    sound = {key: bucket.get(key) for key in bucket.keys("damaged-run/checkpoints/1/")}
+    for key in sound:
+        if key.endswith(("/1/commit_success.txt", "/1/_CHECKPOINT_METADATA")):
+            continue
+        for harm in (lambda key=key: damaged(bucket, key), lambda key=key: bucket.delete(key)):
+            harm()
+            (said,) = checkpoint.set_aside_damaged(directory)
+            assert said.startswith("checkpoint 1 is damaged ("), said
+            assert key.removeprefix("damaged-run/checkpoints/1/").split("/")[-1] in said
+            assert "it is now gs://bucket/damaged-run/damaged/1" in said
+            assert bucket.keys("damaged-run/checkpoints/") == []
+            for path in [*bucket.keys("damaged-run/damaged/")]:
+                bucket.delete(path)
+            for path, content in sound.items():
+                bucket.put(path, content)
+    assert checkpoint.set_aside_damaged(directory) == []
+    assert sorted(sound) == bucket.keys("damaged-run/checkpoints/1/")
+
+
+def test_the_newest_sound_one_is_next(bucket):
+    directory = place("gs://bucket/next/checkpoints")
+    saved(directory, 1, 2, 3)
+    data = next(key for key in bucket.keys("next/checkpoints/3/state/d/"))
+    damaged(bucket, data)
+    (said,) = checkpoint.set_aside_damaged(directory)
+    assert "checkpoint 3 is damaged" in said
+    with checkpoint.open_checkpoints(directory, 5) as checkpoints:
+        assert checkpoint.latest_step(checkpoints) == 2
+
+
+def test_a_checkpoint_that_was_copied_to_a_disk_is_sound_there(bucket, tmp_path):
+    saved(place("gs://bucket/copy/checkpoints"), 4)
+    local = bucket.get_tree("copy", tmp_path / "copy")
+    assert checkpoint.set_aside_damaged(local / "checkpoints") == []
+    found = checkpoint.restore_part(local / "checkpoints/4", ABSTRACT)
+    np.testing.assert_array_equal(found["b"]["c"], tree(4.0)["b"]["c"])
+    path = next((local / "checkpoints/4/state/d").iterdir())
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert "is damaged" in checkpoint.set_aside_damaged(local / "checkpoints")[0]
+
+
+def test_one_that_was_local_is_sound_in_a_bucket(bucket, tmp_path):
+    saved(tmp_path / "checkpoints", 4)
+    bucket.put_tree(tmp_path / "checkpoints", "moved/checkpoints")
+    directory = place("gs://bucket/moved/checkpoints")
+    assert checkpoint.set_aside_damaged(directory) == []
+    with checkpoint.open_checkpoints(directory, 5) as checkpoints:
+        assert checkpoint.latest_step(checkpoints) == 4
+        np.testing.assert_array_equal(checkpoint.restore(checkpoints, 4, ABSTRACT)["a"], tree(4.0)["a"])
+
+
+def test_a_tree_of_its_own_and_its_damage(bucket):
+    directory = place("gs://bucket/reference-run/reference")
+    checkpoint.save_tree(directory, tree(7.0))
+    np.testing.assert_array_equal(checkpoint.restore_tree(directory, ABSTRACT)["a"], tree(7.0)["a"])
+    damaged(bucket, next(key for key in bucket.keys("reference-run/reference/d/")))
+    with pytest.raises(
+        UserError, match=r"gs://bucket/reference-run/reference is damaged \(d/.* is not what was written"
+    ):
+        checkpoint.restore_tree(directory, ABSTRACT)
+
+
+def test_a_storm_does_not_stop_a_save(bucket):
+    bucket.storm(seed=1, share=0.15)
+    directory = place("gs://bucket/stormy/checkpoints")
+    saved(directory, 1)
+    bucket.calm()
+    assert checkpoint.set_aside_damaged(directory) == []
+    assert list(checkpoint_directories(place("gs://bucket/stormy"))) == [1]
+
+
+def test_a_save_that_is_not_allowed_is_one_line(bucket):
+    directory = place("gs://bucket/forbidden/checkpoints")
+    bucket.fault = lambda method, key: 403 if "checkpoints/1/state" in key and method != "GET" else None
+    with pytest.raises(UserError) as caught:
+        saved(directory, 1)
+    assert "\n" not in str(caught.value)
+    assert caught.value.code == SAVE_FAILED
+    assert str(caught.value).startswith("gs://bucket/forbidden/checkpoints: a checkpoint could not be saved (")
+    bucket.calm()
+    assert checkpoint_directories(place("gs://bucket/forbidden")) == {}
+
+
+# ---- models
+
+
+def test_a_model_in_a_bucket_is_copied_once_and_again_where_it_has_changed(bucket):
+    bucket.put_tree(MODEL, "models/tiny")
+    files = resolve_model("gs://bucket/models/tiny")
+    assert {p.name for p in files.directory.iterdir()} <= {p.name for p in MODEL.iterdir()}
+    for path in files.directory.iterdir():
+        assert path.read_bytes() == (MODEL / path.name).read_bytes()
+    bucket.asked.clear()
+    assert resolve_model("gs://bucket/models/tiny/").directory == files.directory
+    assert len(bucket.asked) == 1  # one listing tells that all is as it was
+    bucket.put("models/tiny/config.json", bucket.get("models/tiny/config.json") + b"\n")
+    again = resolve_model("gs://bucket/models/tiny")
+    assert again.directory != files.directory
+    assert (again.directory / "config.json").read_bytes().endswith(b"\n\n")
+
+
+@pytest.mark.parametrize("what", ["model", "reference"])
+def test_a_model_that_is_not_in_the_bucket(bucket, what):
+    bucket.put("others/notes.txt", b"x")
+    for address, words in (
+        ("gs://bucket/none", "there is no such directory"),
+        ("gs://bucket/others", "has no file of a model"),
+        ("gs://bucket", "is no address in a bucket|needs a directory"),
+        ("gs://no-such-bucket/model", "there is no such bucket"),
+    ):
+        with pytest.raises(UserError, match=words):
+            resolve_model(address, what=what)
+    with pytest.raises(UserError, match=f"{what}_?.*revision|in a bucket, where nothing has a revision"):
+        resolve_model("gs://bucket/none", what=what, revision="main")
+
+
+def test_a_model_whose_object_is_cut_off_while_it_is_copied(bucket, tmp_path, monkeypatch):
+    bucket.put_tree(MODEL, "models/busy")
+    monkeypatch.setenv("DPO_JAX_BUCKET_SECONDS", "1")
+    bucket.fault = lambda method, key: 503 if key.endswith("model.safetensors") else None
+    with pytest.raises(UserError, match="did not answer for 1 s") as caught:
+        resolve_model("gs://bucket/models/busy")
+    assert caught.value.code == SAVE_FAILED
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    bucket.calm()
+    assert resolve_model("gs://bucket/models/busy").directory.is_dir()
+
+
+# ---- what is wrong with a workdir is said at once
+
+
+def refused(capfd, workdir):
+    code = train.main(["train", "--config=configs/hhh.py:tiny", f"--workdir={workdir}"])
+    said = capfd.readouterr().err
+    assert said.startswith("error: "), said
+    assert said.count("\n") == 1, said
+    return code, said
+
+
+def test_a_workdir_that_cannot_be_used(bucket, capfd, monkeypatch):
+    monkeypatch.setenv("DPO_JAX_BUCKET_SECONDS", "1")
+    for status, code, words in (
+        (401, 2, "no Google credentials that the bucket takes"),
+        (403, 2, "not allowed (403"),
+        (429, SAVE_FAILED, "did not answer for 1 s (429"),
+        (503, SAVE_FAILED, "did not answer for 1 s (503"),
+        (4.0, SAVE_FAILED, "did not answer for 1 s"),
+    ):
+        bucket.fault = lambda method, key, status=status: status
+        found, said = refused(capfd, "gs://bucket/any")
+        assert (found, words in said) == (code, True), said
+    bucket.calm()
+    code, said = refused(capfd, "gs://no-such-bucket/run")
+    assert code == 2
+    assert "gs://no-such-bucket: there is no such bucket" in said
+    code, said = refused(capfd, "gs://bucket")
+    assert code == 2
+    assert "give gs://BUCKET/DIR" in said
+
+
+def test_a_cache_of_compiled_programs_in_a_bucket_that_is_not_there(bucket):
+    config = get_config("configs/hhh.py:tiny") | {"compilation_cache": "gs://no-such-bucket/compiled"}
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        with pytest.raises(UserError, match="gs://no-such-bucket: there is no such bucket"):
+            train.run(config, "gs://bucket/compiled-run")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
