@@ -31,6 +31,10 @@ class Overtaken(Exception):  # noqa: N818 - not an error by itself
     """An object is not of the generation that was written last: somebody else has written it."""
 
 
+class BucketError(UserError):
+    """A bucket cannot be used, or does not answer: nothing is known of what is in it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Held:
     """An object as the bucket lists it; `crc32c` is the server's own checksum of its content, in base64."""
@@ -100,7 +104,7 @@ def list_objects(
       The objects, and the beginnings that were left out.
 
     Raises:
-      UserError: the bucket is not there, or may not be read.
+      BucketError: the bucket is not there, or may not be read.
     """
     with _asking(bucket, prefix, of_bucket=True):
         found = google_client().list_blobs(
@@ -155,7 +159,7 @@ def write_object(bucket: str, key: str, content: bytes | IO[bytes], *, generatio
 
     Raises:
       Overtaken: it is of another generation.
-      UserError: it cannot be written.
+      BucketError: it cannot be written.
     """
     from google.api_core import exceptions
 
@@ -257,7 +261,7 @@ def _asking(bucket: str, key: str, *, of_bucket: bool = False) -> Iterator[None]
         raise _in_a_line(error, bucket, key, of_bucket) from error
 
 
-def _in_a_line(error: Exception, bucket: str, key: str, of_bucket: bool) -> Exception:
+def _in_a_line(error: Exception, bucket: str, key: str, of_bucket: bool) -> BucketError | FileNotFoundError:
     from google.api_core import exceptions
     from google.auth import exceptions as auth
 
@@ -265,23 +269,25 @@ def _in_a_line(error: Exception, bucket: str, key: str, of_bucket: bool) -> Exce
     if isinstance(error, exceptions.RetryError) and isinstance(error.cause, Exception):
         error = error.cause
     if isinstance(error, exceptions.Unauthorized | auth.DefaultCredentialsError | auth.RefreshError):
-        return UserError(f"{where}: no Google credentials that the bucket takes ({_reason(error)}); {_LOGIN}")
+        return BucketError(f"{where}: no Google credentials that the bucket takes ({_reason(error)}); {_LOGIN}")
     if isinstance(error, exceptions.Forbidden):
-        return UserError(
+        return BucketError(
             f"{where}: not allowed (403, {_reason(error)}); let the account have the role Storage Object User on "
             f"gs://{bucket}, or give another bucket"
         )
     if isinstance(error, exceptions.NotFound):
         if of_bucket or "bucket does not exist" in str(error.message):
-            return UserError(f"gs://{bucket}: there is no such bucket; make it, or correct the address")
+            return BucketError(f"gs://{bucket}: there is no such bucket; make it, or correct the address")
         return FileNotFoundError(2, "no such object", where)
     if whole is not error or _passes(error):
-        return UserError(
+        return BucketError(
             f"{where}: the bucket did not answer for {patience():.0f} s ({_reason(error)}); what is saved is kept, and "
             "the same command resumes the run when it answers again",
             code=SAVE_FAILED,
         )
-    return UserError(f"{where}: the bucket refused the request ({_reason(error)}); correct the address or its settings")
+    return BucketError(
+        f"{where}: the bucket refused the request ({_reason(error)}); correct the address or its settings"
+    )
 
 
 def _reason(error: BaseException) -> str:

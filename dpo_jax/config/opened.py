@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dpo_jax.bucket.client import BucketError
 from dpo_jax.bucket.path import place
 from dpo_jax.config.check import check
 from dpo_jax.config.file import get_config
@@ -16,6 +17,8 @@ def is_run(directory: Path) -> bool:
     """Whether a directory is a training run's: its config.json has our keys, not a model's."""
     try:
         held = read_json(directory / CONFIG)
+    except BucketError:  # which says nothing about the directory
+        raise
     except UserError:
         return False
     return "dpo_beta" in held and "model_type" not in held

@@ -19,7 +19,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from typing_extensions import TypedDict
 
-from dpo_jax.bucket.client import prepare_libraries
+from dpo_jax.bucket.client import BucketError, prepare_libraries
 from dpo_jax.bucket.path import SCHEME, BucketPath
 from dpo_jax.bucket.tree import COMMITTED, is_committed, move_objects, remove_objects
 from dpo_jax.disk import is_full, read_json, write_json
@@ -98,7 +98,7 @@ def open_checkpoints(directory: Path, keep: int) -> Iterator[Checkpoints]:
         orbax = ocp.training.Checkpointer(
             _for_orbax(directory), context=context, preservation_policy=newest, cleanup_tmp_directories=True
         )
-    except UserError:
+    except BucketError:
         raise
     except Exception as e:  # of orbax and the file system: they have no parent in common
         if is_of_a_lost_peer(e):
@@ -206,6 +206,8 @@ def _misread(directory: Path) -> str | None:
             continue
         try:
             held = read_json(directory / name, shape=shape)
+        except BucketError:  # which says nothing about the file
+            raise
         except UserError:
             return f"{name} cannot be read"
         if str(held.get("step", directory.name)) != directory.name:
@@ -262,15 +264,18 @@ def finish_saving(checkpoints: Checkpoints) -> None:
 def _saving(directory: Any) -> Iterator[None]:
     try:
         yield
-    except UserError:  # of the bucket, in a line
+    except BucketError:
         raise
     except Exception as e:  # of the file system, tensorstore, orbax: they have no parent in common
         if is_of_a_lost_peer(e):  # processes talk to each other in a save: it is not the disk
             raise
-        if not str(directory).startswith(SCHEME):  # the next start removes what is in a bucket
+        if str(directory).startswith(SCHEME):  # there the next start removes what is cut off
+            mend = "see that the bucket can be written"
+        else:
+            mend = "make room"
             _clear_unfinished(Path(directory))  # room for what else is written at the end
         raise UserError(
-            f"{directory}: a checkpoint could not be saved ({_first_line(e)}); the earlier ones are kept: make room, "
+            f"{directory}: a checkpoint could not be saved ({_first_line(e)}); the earlier ones are kept: {mend}, "
             "then the same command resumes from the newest",
             code=SAVE_FAILED,
         ) from e

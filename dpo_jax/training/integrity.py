@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from annotated_types import Interval
 from typing_extensions import TypedDict
 
+from dpo_jax.bucket.client import BucketError
 from dpo_jax.bucket.path import BucketPath
 from dpo_jax.bucket.sums import object_difference, object_sums
 from dpo_jax.disk import read_json, write_whole
@@ -61,6 +62,8 @@ def damage(directory: Path, share: tuple[int, int] = (0, 1), leave_out: tuple[st
         return f"there is no {NAME}"
     try:
         wanted = read_json(directory / NAME, shape=dict[str, Checksum | ObjectSum])
+    except BucketError:  # which says nothing about the file
+        raise
     except UserError:
         return f"{NAME} cannot be read"
     try:

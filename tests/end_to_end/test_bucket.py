@@ -37,7 +37,7 @@ def environment(bucket):
 
 
 def killed_at(bucket, environment, arguments, ends, times=1, meanwhile=lambda: None):
-    """Start the run and kill it before an object whose key ends so is written, the nth time; `meanwhile` is called then."""
+    """Start the run and kill it before an object whose key ends so is written the nth time; `meanwhile` comes first."""
     reached, left = threading.Event(), [times]
 
     def fault(method, key):

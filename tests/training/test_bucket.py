@@ -90,6 +90,18 @@ def test_whatever_object_is_damaged_is_named_and_the_checkpoint_set_aside(bucket
     assert sorted(sound) == bucket.keys("damaged-run/checkpoints/1/")
 
 
+def test_a_bucket_that_does_not_answer_damages_nothing(bucket, monkeypatch):
+    directory = place("gs://bucket/silent/checkpoints")
+    saved(directory, 1)
+    monkeypatch.setenv("DPO_JAX_BUCKET_SECONDS", "1")
+    for name in ("checksums.json", "_CHECKPOINT_METADATA", "manifest.ocdbt"):
+        bucket.fault = lambda method, key, name=name: 503 if key.endswith(name) else None
+        with pytest.raises(UserError, match="the bucket did not answer for 1 s"):
+            checkpoint.set_aside_damaged(directory)
+    bucket.calm()
+    assert checkpoint.set_aside_damaged(directory) == []
+
+
 def test_the_newest_sound_one_is_next(bucket):
     directory = place("gs://bucket/next/checkpoints")
     saved(directory, 1, 2, 3)
