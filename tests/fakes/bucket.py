@@ -4,6 +4,7 @@ The emulator's wheel has its program; its own wrapper would fill a pipe that nob
 """
 
 import contextlib
+import gc
 import http.client
 import http.server
 import json
@@ -16,12 +17,21 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 BUCKET = "bucket"
+
+
+class _Proxy(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 100
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client was killed."""
 
 
 class Bucket:
@@ -37,8 +47,7 @@ class Bucket:
     def __init__(self, direct: str):
         self.direct, self.asked = direct, list[tuple[str, str]]()
         self.fault: Callable[[str, str], int | float | None] = lambda method, path: None
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._server = _Proxy(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -218,6 +227,8 @@ def forget_client():
     if client.google_client.cache_info().currsize:
         client.google_client().close()
     client.google_client.cache_clear()
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()  # connections that Google's client left open where an answer was an error
 
 
 @pytest.fixture(scope="session")
