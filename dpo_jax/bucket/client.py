@@ -78,6 +78,10 @@ def prepare_libraries() -> None:
     Listings are never cached, as other processes write to the same bucket, and errors are told by us, not logged.
     """
     emulator = os.environ.get(EMULATOR, "")
+    # By itself tensorstore waits for ever for a server that is silent.
+    os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", f"{_CONNECT_SECONDS:.0f}")
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", f"{_TRY_SECONDS:.0f}")
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     if emulator:
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
         os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anonymous")

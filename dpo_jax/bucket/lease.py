@@ -46,13 +46,17 @@ def leased(directory: BucketPath) -> Iterator[None]:
     thread.start()
     try:
         yield
-    finally:
+    except client.BucketError:
         over.set()
-        thread.join(timeout=BEAT_SECONDS)
-        with contextlib.suppress(UserError):  # it expires by itself
-            now = client.find_object(path.bucket, path.key)
-            if now is not None and now.generation == held[0]:
-                client.delete_object(path.bucket, path.key, generation=held[0])
+        raise  # nothing is asked of the bucket any more: the lease expires by itself
+    finally:
+        if not over.is_set():
+            over.set()
+            thread.join(timeout=BEAT_SECONDS)
+            with contextlib.suppress(UserError):
+                now = client.find_object(path.bucket, path.key)
+                if now is not None and now.generation == held[0]:
+                    client.delete_object(path.bucket, path.key, generation=held[0])
 
 
 def _take(directory: BucketPath, path: BucketPath, me: dict[str, Any]) -> int:

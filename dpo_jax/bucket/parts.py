@@ -23,7 +23,7 @@ class PartsFile:
     """A file that grows, opened to append to. What `sync` or `close` have written outlives this process."""
 
     def __init__(self, path: BucketPath):
-        self.path, self._new = path, b""
+        self.path, self._new, self._failed = path, b"", False
         held = sorted(parts_of(path))
         self._number, self._tail, self._generation = len(held), b"", 0
         if held:
@@ -52,7 +52,11 @@ class PartsFile:
         content, part = self._tail + self._new, _part(self.path, self._number)
         try:
             self._generation = client.write_object(part.bucket, part.key, content, generation=self._generation)
+        except client.BucketError:
+            self._failed = True
+            raise
         except client.Overtaken:
+            self._failed = True
             raise UserError(
                 f"{self.path}: another run writes it, so this one ends; give each its own --workdir"
             ) from None
@@ -60,9 +64,10 @@ class PartsFile:
         self._next_part()
 
     def close(self) -> None:
-        """Write what is new, and let go of the file."""
+        """Write what is new, unless that has failed before, and let go of the file."""
         _OPEN.discard(self)
-        self.sync()
+        if not self._failed:
+            self.sync()
 
     def __enter__(self) -> "PartsFile":
         return self

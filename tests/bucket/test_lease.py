@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dpo_jax.bucket import lease
+from dpo_jax.bucket import client, lease
 from dpo_jax.bucket.path import place
 from dpo_jax.errors import UserError
 
@@ -101,6 +101,14 @@ def test_a_holder_elsewhere_is_refused_while_it_gives_signs_and_free_when_it_gav
     said = capfd.readouterr().err
     assert said.count("\n") == 1
     assert "which gives no sign; waiting" in said
+
+
+def test_a_bucket_that_does_not_answer_is_not_asked_again_at_the_end(bucket):
+    with contextlib.suppress(client.BucketError), lease.leased(place("gs://bucket/silent")):
+        bucket.fault = lambda method, key: 503
+        bucket.asked.clear()
+        raise client.BucketError("it does not answer")
+    assert bucket.asked == []
 
 
 def test_only_one_of_many_gets_it(bucket):

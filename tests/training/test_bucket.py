@@ -7,16 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from dpo_jax import train
 from dpo_jax.bucket.path import place
 from dpo_jax.config.file import get_config
+from dpo_jax.config.settings import read_settings
 from dpo_jax.errors import SAVE_FAILED, UserError
 from dpo_jax.records.directory import checkpoint_directories
 from dpo_jax.training import checkpoint
+from dpo_jax.training.setup import keep_compiled
 from dpo_jax.weights.hub import resolve_model
 from tests.fakes.bucket import Bucket
 
+_CACHE, _LEAST_SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 MODEL = Path("tests/golden/trl/tiny")
 
 
@@ -252,12 +256,34 @@ def test_a_workdir_that_cannot_be_used(bucket, capfd, monkeypatch):
     assert "give gs://BUCKET/DIR" in said
 
 
+def test_compiled_programs_are_kept_in_a_bucket(bucket):
+    config = dict(get_config("configs/hhh.py:tiny")) | {"compilation_cache": "gs://bucket/compiled"}
+    before = {name: jax.config.values[name] for name in (_CACHE, _LEAST_SECONDS)}
+    jax.config.update(_CACHE, None)
+    try:
+        keep_compiled(read_settings(config))
+        assert jax.config.values[_CACHE] == "gs://bucket/compiled"
+        jax.config.update(_LEAST_SECONDS, 0.0)
+        compilation_cache.reset_cache()
+        for _ in range(2):
+            jax.clear_caches()
+            assert jax.jit(lambda x: x * 3 + 1)(jnp.ones(7)).sum() == 28
+        kept = [key for key in bucket.keys("compiled/") if key.endswith("-cache")]
+        assert kept
+        assert [key for method, key in bucket.asked if method == "GET" and key in kept]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
 def test_a_cache_of_compiled_programs_in_a_bucket_that_is_not_there(bucket):
     config = dict(get_config("configs/hhh.py:tiny")) | {"compilation_cache": "gs://no-such-bucket/compiled"}
-    before = jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", None)
+    before = jax.config.values[_CACHE]
+    jax.config.update(_CACHE, None)
     try:
         with pytest.raises(UserError, match="gs://no-such-bucket: there is no such bucket"):
-            train.run(config, "gs://bucket/compiled-run")
+            keep_compiled(read_settings(config))
+        assert jax.config.values[_CACHE] is None
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update(_CACHE, before)
