@@ -4,6 +4,7 @@ Runs of other versions lack keys, and have keys that are unknown here.
 """
 
 import contextlib
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -215,6 +216,12 @@ def writing(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        mend = "make room there, then give the same command" if is_full(e) else "choose another --workdir"
+        at = Path(e.filename2 or e.filename or workdir)
+        of = f": {at.name}" if at.parent == workdir and not at.name.startswith(".") else ""
+        mend = "choose another --workdir"
+        if is_full(e):
+            mend = "make room there, then give the same command"
+        elif e.errno == errno.EISDIR:
+            mend = "move that directory elsewhere, then give the same command"
         code = SAVE_FAILED if is_full(e) else BAD_INPUT
-        raise UserError(f"workdir {workdir} cannot be written ({e.strerror}); {mend}", code=code) from None
+        raise UserError(f"workdir {workdir} cannot be written ({e.strerror}{of}); {mend}", code=code) from None

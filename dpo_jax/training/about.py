@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from dpo_jax.config.saved import writing
 from dpo_jax.data.summary import field_lines
 from dpo_jax.disk import write_json
 from dpo_jax.model.attention.tpu_splash import Tiling
@@ -25,7 +26,8 @@ def introduce(run: Run, schedule: Schedule, steps: int) -> None:
     """
     s, layout, shape = run.settings, run.layout, schedule.shapes[0]
     if jax.process_index() == 0:
-        write_json(run.workdir / "run.json", _about(layout, schedule, steps) | {"hub": _hub_commits(run)})
+        with writing(run.workdir):
+            write_json(run.workdir / "run.json", _about(layout, schedule, steps) | {"hub": _hub_commits(run)})
     mesh = " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
     say, where = run.writer.message, f"{mesh} ({layout.platform})"
     say(f"model {s.model}: {layout.config.parameter_count():,} parameters, {layout.dtype} on {where}")

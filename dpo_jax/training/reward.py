@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from dpo_jax.batches import Given, once_through, step_source
+from dpo_jax.config.saved import writing
 from dpo_jax.data.split import Pairs
 from dpo_jax.disk import write_json
 from dpo_jax.model.config import Params
@@ -53,7 +54,8 @@ def _evaluator(run: Run) -> Any:
             rounded = lambda x: round(float(x), 6) if np.isfinite(x) else None
             held = {name: [rounded(x) for x in values[f"{name}_reward"]] for name in SCORES}
             tokens = dict(zip(SCORES, pairs.lengths[:, 1:].T.tolist(), strict=True))
-            write_json(run.workdir / "scores.json", held | {f"{name}_tokens": tokens[name] for name in SCORES})
+            with writing(run.workdir):
+                write_json(run.workdir / "scores.json", held | {f"{name}_tokens": tokens[name] for name in SCORES})
         return values
 
     def held_out(state: TrainState, _: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from dpo_jax.config.saved import claim_workdir
+from dpo_jax.config.saved import claim_workdir, writing
 from dpo_jax.config.settings import Settings
 from dpo_jax.data.prepare import Prepared
 from dpo_jax.disk import write_whole
@@ -89,7 +89,8 @@ def _train(settings: Settings, workdir: Path, training: Training) -> dict[str, f
         quarantine = workdir / "quarantine.jsonl" if main_process else None
         data = inputs.prepare_pairs(s, policy.tokenizer, workdir, quarantine, day=day)
         if main_process:
-            write_whole(workdir / "data.json", json.dumps(data.report, indent=1, ensure_ascii=False) + "\n")
+            with writing(workdir):
+                write_whole(workdir / "data.json", json.dumps(data.report, indent=1, ensure_ascii=False) + "\n")
     inputs.check_tokens(data.split, policy)
     inputs.check_enough(s.batch, len(data.train))
     damaged = checkpoint.set_aside_damaged(workdir / CHECKPOINTS)

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from configs import common
-from dpo_jax.config.saved import claim_workdir, differing_keys, saved_config
-from dpo_jax.errors import UserError
+from dpo_jax.config.saved import claim_workdir, differing_keys, saved_config, writing
+from dpo_jax.disk import write_json
+from dpo_jax.errors import SAVE_FAILED, UserError
 from tests.report.example_run import CONFIG
 
 
@@ -123,3 +124,22 @@ def test_pairs_of_a_round_belong_to_the_config_that_they_were_collected_with(tmp
 def test_what_decides_nothing_is_no_part_of_the_recipe():
     assert "num_epochs" not in dict(saved_config(CONFIG | {"num_steps": 200, "num_epochs": 1.0}).recipe)
     assert dict(saved_config(CONFIG | {"num_steps": 0, "num_epochs": 1.0}).recipe)["num_epochs"] == 1.0
+
+
+def test_a_workdir_that_cannot_be_written_says_what_and_with_which_code(tmp_path):
+    (tmp_path / "data.json").mkdir()
+    with (
+        pytest.raises(
+            UserError, match=r"cannot be written \(Is a directory: data.json\); move that directory"
+        ) as caught,
+        writing(tmp_path),
+    ):
+        write_json(tmp_path / "data.json", {})
+    assert caught.value.code == 2
+    with (
+        pytest.raises(UserError, match="make room there, then give the same command") as caught,
+        writing(tmp_path),
+        open("/dev/full", "w") as full,
+    ):
+        full.write("x")
+    assert caught.value.code == SAVE_FAILED
