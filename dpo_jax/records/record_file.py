@@ -15,6 +15,33 @@ from dpo_jax.errors import BAD_INPUT, SAVE_FAILED, UserError
 from dpo_jax.records.records import Record, truncate_records, without_nan
 
 
+class _LocalFile:
+    """A file that grows, on a disk; in a bucket it is a `PartsFile`."""
+
+    def __init__(self, path: Path):
+        self._file: IO[bytes] = path.open("ab", buffering=0)
+
+    def write(self, content: bytes) -> None:
+        """Append all of it or, where the disk is full, nothing."""
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(content):
+                written += self._file.write(content[written:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            raise
+
+    def sync(self) -> None:
+        """Have it on disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._file.close()
+
+
 class RecordFile:
     """Records are appended to `path`, which is made with the first one.
 
@@ -30,7 +57,7 @@ class RecordFile:
 
     def __init__(self, path: Path, shape: Any = None):
         self._path, self._shape = path, shape
-        self._file: IO[bytes] | PartsFile | None = None
+        self._file: _LocalFile | PartsFile | None = None
         self.keep(lambda record: True)
 
     def keep(self, keep: Callable[[Record], bool]) -> None:
@@ -52,35 +79,17 @@ class RecordFile:
         if not content:
             return
         with self._writing(SAVE_FAILED):
-            if isinstance(self._path, BucketPath):
-                self._file = self._file or PartsFile(self._path)
-                self._file.write(content)
-            else:
-                self._append_local(content)
+            if self._file is None:
+                self._file = PartsFile(self._path) if isinstance(self._path, BucketPath) else _LocalFile(self._path)
+            self._file.write(content)
         self._records += len(lines)
         self._digest.update(content)
-
-    def _append_local(self, content: bytes) -> None:
-        if self._file is None:
-            self._file = self._path.open("ab", buffering=0)
-        end = self._file.seek(0, os.SEEK_END)
-        try:
-            written = 0
-            while written < len(content):
-                written += self._file.write(content[written:])
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._file.truncate(end)
-            raise
 
     def sync(self) -> None:
         """Have all records on disk: they then outlive the machine, as a checkpoint does that is made after them."""
         if self._file is not None:
             with self._writing(SAVE_FAILED):
-                if isinstance(self._file, PartsFile):
-                    self._file.sync()
-                else:
-                    os.fsync(self._file.fileno())
+                self._file.sync()
 
     @property
     def held(self) -> dict[str, Any]:

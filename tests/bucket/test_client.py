@@ -8,6 +8,9 @@ from dpo_jax.bucket import client
 from dpo_jax.errors import SAVE_FAILED, UserError
 from tests.fakes.bucket import BUCKET, forget_client
 
+# Google's client leaves a connection open where the answer is an error.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def refused(ask):
     """The message of a UserError, and its code; it is one line."""

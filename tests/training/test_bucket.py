@@ -20,6 +20,9 @@ from dpo_jax.training.setup import keep_compiled
 from dpo_jax.weights.hub import resolve_model
 from tests.fakes.bucket import Bucket
 
+# Google's client leaves a connection open where the answer is an error.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 _CACHE, _LEAST_SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 MODEL = Path("tests/golden/trl/tiny")
 
