@@ -11,7 +11,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import flax.traverse_util
 import huggingface_hub
@@ -23,8 +23,6 @@ from jax.sharding import SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from dpo_jax.bucket.path import BucketPath
-from dpo_jax.bucket.tree import publish
-from dpo_jax.bucket.twin import local_twin
 from dpo_jax.disk import read_json
 from dpo_jax.errors import SAVE_FAILED, UserError
 from dpo_jax.model.config import ModelConfig, Params
@@ -42,8 +40,9 @@ from dpo_jax.model.tensors import (
     tensors,
     whole_shape,
 )
-from dpo_jax.weights.hub import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_FILES, WEIGHTS
+from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_FILES, WEIGHTS
 from dpo_jax.weights.merged import merge_adapter
+from dpo_jax.weights.publish import new_in_bucket
 from dpo_jax.weights.stops import write_generation_config
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtype -> its name in a safetensors file
@@ -307,7 +306,7 @@ def new_directory(directory: Path) -> Iterator[Path | None]:
       UserError: it cannot be written.
     """
     if isinstance(directory, BucketPath):
-        with _new_in_bucket(directory) as new:
+        with new_in_bucket(directory) as new:
             yield new
         return
     directory = Path(directory).absolute()
@@ -334,25 +333,6 @@ def new_directory(directory: Path) -> Iterator[Path | None]:
     finally:
         if writes:
             shutil.rmtree(new, ignore_errors=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("dpo_jax.weights.huggingface.new_directory")
-
-
-@contextlib.contextmanager
-def _new_in_bucket(directory: BucketPath) -> Iterator[Path | None]:
-    """`new_directory` of a bucket: written in the local cache, then uploaded, what tells that it is whole at last."""
-    if jax.process_index() == 0:
-        local = local_twin(cast(Path, directory))
-        shutil.rmtree(local, ignore_errors=True)
-        try:
-            local.mkdir(parents=True)
-            yield local
-        except OSError as e:
-            raise UserError(f"{directory}: the export cannot be written in {local} ({e})") from e
-        publish(local, directory, last=(CONFIG, ADAPTER_CONFIG))
-        shutil.rmtree(local, ignore_errors=True)
-    else:
-        yield None
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("dpo_jax.weights.huggingface.new_directory")
 

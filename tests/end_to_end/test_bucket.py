@@ -75,8 +75,8 @@ def test_killed_three_times_and_gone_on_is_never_stopped(bucket, environment, tm
     # Before its first checkpoint counts; with records after the checkpoint; in the middle of the export.
     killed_at(bucket, environment, command(run), "checkpoints/3/commit_success.txt", meanwhile=second_start)
     assert not (run / "checkpoints/3/commit_success.txt").exists()
-    killed_at(bucket, environment, command(run), "checkpoints/6/checksums.json")
-    assert (run / "checkpoints/3/commit_success.txt").exists()
+    killed_at(bucket, environment, command(run), "checkpoints/7/checksums.json")
+    assert (run / "checkpoints/4/commit_success.txt").exists()
     killed_at(bucket, environment, command(run), "export/model.safetensors")
     assert not (run / "export/config.json").exists()
     bucket.storm(seed=5, share=0.05)
