@@ -23,7 +23,7 @@ _REMOTE = re.compile(r"[A-Za-z][\w+.-]*:/")
 _MAGIC = re.compile(r"[*?\[]")
 
 
-def place(address: str | os.PathLike[str]) -> Path:
+def as_path(address: str | os.PathLike[str]) -> Path:
     """A local path, or for gs://BUCKET/DIR what behaves like one.
 
     It is no `os.PathLike`: what only takes local files refuses it, in place of writing to a directory called gs:.

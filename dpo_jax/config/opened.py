@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpo_jax.bucket.client import BucketError
-from dpo_jax.bucket.path import place
+from dpo_jax.bucket.path import as_path
 from dpo_jax.config.check import check
 from dpo_jax.config.file import get_config
 from dpo_jax.config.keys import KEYS
@@ -46,7 +46,7 @@ def settings_of(source: str) -> Settings:
     Raises:
       UserError: there are none, or they are not legal.
     """
-    path = place(source)
+    path = as_path(source)
     if path.name == CONFIG and path.is_file():
         path = path.parent
     if path.is_dir():

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dpo_jax.bucket.path import place
+from dpo_jax.bucket.path import as_path
 from dpo_jax.errors import UserError
 
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of Linux and most of its file systems
@@ -104,6 +104,6 @@ def check_workdir(workdir: str | os.PathLike[str]) -> Path:
     """A run's directory: a local one, or gs://BUCKET/DIR; a UserError for what is neither."""
     check_name("workdir", str(workdir))
     try:
-        return place(workdir)
+        return as_path(workdir)
     except UserError as error:
         raise UserError(f"workdir={error}") from None

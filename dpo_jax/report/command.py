@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_jax.bucket.path import place
+from dpo_jax.bucket.path import as_path
 from dpo_jax.errors import UserError
 from dpo_jax.report.compare import compare_page
 from dpo_jax.report.html import write_page
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="the page to write (default: DIR/report.html, or ./compare.html)")
     options = parser.parse_args(arguments)
     try:
-        workdirs, out = [place(one) for one in options.workdirs], place(options.out) if options.out else None
+        workdirs, out = [as_path(one) for one in options.workdirs], as_path(options.out) if options.out else None
         if len(workdirs) > 1:
             path = write_comparison(workdirs, out or Path("compare.html"))
         else:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_jax.bucket import client
-from dpo_jax.bucket.path import SCHEME, BucketPath, place
+from dpo_jax.bucket.path import SCHEME, BucketPath, as_path
 from dpo_jax.bucket.twin import local_twin
 from dpo_jax.disk import digest
 from dpo_jax.errors import SAVE_FAILED, UserError
@@ -36,7 +36,7 @@ def fetch_model(address: str, patterns: Sequence[str], what: str) -> Path:
     Raises:
       UserError: there is no such directory, it cannot be read, or there is no room for it.
     """
-    directory = place(address)
+    directory = as_path(address)
     assert isinstance(directory, BucketPath)
     held = {one.key.removeprefix(f"{directory.key}/"): one for one in _listed(directory)}
     wanted = {name: one for name, one in held.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}

@@ -7,7 +7,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
-from dpo_jax.bucket.path import place
+from dpo_jax.bucket.path import as_path
 from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
 from dpo_jax.weights.fetch import fetch_model, is_in_bucket
@@ -136,7 +136,7 @@ def local_model(model: str, *, what: str = "model") -> Path | None:
     """
     if is_in_bucket(model):
         try:
-            place(model)
+            as_path(model)
         except UserError as error:
             raise UserError(f"{what}={error}") from None
         return None

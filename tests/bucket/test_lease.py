@@ -11,15 +11,15 @@ import time
 import pytest
 
 from dpo_jax.bucket import client, lease
-from dpo_jax.bucket.path import place
+from dpo_jax.bucket.path import as_path
 from dpo_jax.errors import UserError
 
 HOLDS = """
 import sys, time
 from dpo_jax.bucket import lease
-from dpo_jax.bucket.path import place
+from dpo_jax.bucket.path import as_path
 lease.BEAT_SECONDS = float(sys.argv[2])
-with lease.leased(place(sys.argv[1])):
+with lease.leased(as_path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -52,7 +52,7 @@ def elsewhere(bucket, key):
 
 
 def test_it_is_there_while_held_and_gone_afterwards(bucket):
-    directory = place("gs://bucket/held")
+    directory = as_path("gs://bucket/held")
     with lease.leased(directory):
         assert bucket.keys("held/") == ["held/lease.json"]
         with (
@@ -65,7 +65,7 @@ def test_it_is_there_while_held_and_gone_afterwards(bucket):
 
 
 def test_a_holder_that_was_killed_is_seen_to_be_gone_at_once(bucket):
-    directory = place("gs://bucket/killed")
+    directory = as_path("gs://bucket/killed")
     with holder(bucket, directory) as process:
         with pytest.raises(UserError, match=f"in use by process {process.pid} on"), lease.leased(directory):
             pass
@@ -77,7 +77,7 @@ def test_a_holder_that_was_killed_is_seen_to_be_gone_at_once(bucket):
 
 
 def test_a_holder_elsewhere_is_refused_while_it_gives_signs_and_free_when_it_gave_none(bucket, quick, capfd):
-    directory, key = place("gs://bucket/elsewhere"), "elsewhere/lease.json"
+    directory, key = as_path("gs://bucket/elsewhere"), "elsewhere/lease.json"
     with lease.leased(directory):
         elsewhere(bucket, key)
     assert bucket.keys("elsewhere/") == [key]  # it is not ours any more
@@ -104,7 +104,7 @@ def test_a_holder_elsewhere_is_refused_while_it_gives_signs_and_free_when_it_gav
 
 
 def test_a_bucket_that_does_not_answer_is_not_asked_again_at_the_end(bucket):
-    with contextlib.suppress(client.BucketError), lease.leased(place("gs://bucket/silent")):
+    with contextlib.suppress(client.BucketError), lease.leased(as_path("gs://bucket/silent")):
         bucket.fault = lambda method, key: 503
         bucket.asked.clear()
         raise client.BucketError("it does not answer")
@@ -112,7 +112,7 @@ def test_a_bucket_that_does_not_answer_is_not_asked_again_at_the_end(bucket):
 
 
 def test_only_one_of_many_gets_it(bucket):
-    directory, got, refused = place("gs://bucket/many"), [], []
+    directory, got, refused = as_path("gs://bucket/many"), [], []
     start, end = threading.Barrier(5), threading.Event()
 
     def run():
@@ -135,7 +135,7 @@ def test_only_one_of_many_gets_it(bucket):
 
 
 def test_a_holder_whose_lease_was_taken_ends_with_a_line(bucket):
-    directory = place("gs://bucket/taken")
+    directory = as_path("gs://bucket/taken")
     with holder(bucket, directory, beat=0.1) as process:
         bucket.put("taken/lease.json", json.dumps({"process": 7, "host": "another"}).encode())
         assert process.wait(20) == 2
@@ -148,5 +148,5 @@ def test_a_holder_whose_lease_was_taken_ends_with_a_line(bucket):
 @pytest.mark.parametrize("content", [b"", b"null", b"{", b"[]", b'{"process": "x", "host": 3}', b"\xff"])
 def test_a_lease_that_says_nothing_expires_too(bucket, quick, content):
     bucket.put("nonsense/lease.json", content)
-    with lease.leased(place("gs://bucket/nonsense")):
+    with lease.leased(as_path("gs://bucket/nonsense")):
         assert json.loads(bucket.get("nonsense/lease.json"))["beat"] == 0

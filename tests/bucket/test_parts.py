@@ -8,7 +8,7 @@ import pytest
 
 from dpo_jax.bucket import parts
 from dpo_jax.bucket.parts import PartsFile
-from dpo_jax.bucket.path import place
+from dpo_jax.bucket.path import as_path
 from dpo_jax.errors import UserError
 from dpo_jax.records.record_file import RecordFile
 from dpo_jax.records.records import read_records, truncate_records
@@ -23,7 +23,7 @@ def steps(path):
 
 
 def test_lines_are_joined_over_parts_and_writers(bucket, monkeypatch):
-    path = place("gs://bucket/grows/metrics.jsonl")
+    path = as_path("gs://bucket/grows/metrics.jsonl")
     monkeypatch.setattr(parts, "PART_BYTES", 200)
     assert read_records(path) == []
     for start in (0, 7, 14):  # three processes, one after the other
@@ -40,7 +40,7 @@ def test_lines_are_joined_over_parts_and_writers(bucket, monkeypatch):
 
 
 def test_a_process_reads_what_it_has_appended(bucket):
-    path = place("gs://bucket/own/metrics.jsonl")
+    path = as_path("gs://bucket/own/metrics.jsonl")
     file = PartsFile(path)
     file.write(line(1))  # too early for a request
     assert bucket.keys("own/") == []
@@ -52,7 +52,7 @@ def test_a_process_reads_what_it_has_appended(bucket):
 
 
 def test_an_old_line_is_written_before_the_next_is_due(bucket, monkeypatch):
-    path = place("gs://bucket/due/metrics.jsonl")
+    path = as_path("gs://bucket/due/metrics.jsonl")
     file = PartsFile(path)
     monkeypatch.setattr(parts, "FLUSH_SECONDS", 0.0)
     file.write(line(1))
@@ -62,7 +62,7 @@ def test_an_old_line_is_written_before_the_next_is_due(bucket, monkeypatch):
 
 @pytest.mark.parametrize("keep", [lambda s: s <= 3, lambda s: s % 2, lambda s: False, lambda s: True])
 def test_records_are_dropped_from_any_part(bucket, monkeypatch, keep, request):
-    path = place(f"gs://bucket/{request.node.callspec.id}/metrics.jsonl")
+    path = as_path(f"gs://bucket/{request.node.callspec.id}/metrics.jsonl")
     monkeypatch.setattr(parts, "PART_BYTES", 40)
     with contextlib.closing(PartsFile(path)) as file:
         for number in range(6):
@@ -76,7 +76,7 @@ def test_records_are_dropped_from_any_part(bucket, monkeypatch, keep, request):
 
 
 def test_a_file_that_was_whole_before_comes_first(bucket):
-    path = place("gs://bucket/whole/metrics.jsonl")
+    path = as_path("gs://bucket/whole/metrics.jsonl")
     bucket.put("whole/metrics.jsonl", line(1) + line(2))
     with contextlib.closing(PartsFile(path)) as file:
         file.write(line(3))
@@ -86,7 +86,7 @@ def test_a_file_that_was_whole_before_comes_first(bucket):
 
 
 def test_parts_that_were_copied_to_a_disk_are_read_there(bucket, tmp_path):
-    path = place("gs://bucket/copied/metrics.jsonl")
+    path = as_path("gs://bucket/copied/metrics.jsonl")
     with contextlib.closing(PartsFile(path)) as file:
         file.write(line(1) + line(2))
     bucket.get_tree("copied", tmp_path)
@@ -94,7 +94,7 @@ def test_parts_that_were_copied_to_a_disk_are_read_there(bucket, tmp_path):
 
 
 def test_of_two_who_append_the_second_to_write_is_told(bucket):
-    path = place("gs://bucket/both/metrics.jsonl")
+    path = as_path("gs://bucket/both/metrics.jsonl")
     mine, theirs = PartsFile(path), PartsFile(path)
     mine.write(line(1))
     mine.sync()
@@ -109,7 +109,7 @@ def test_of_two_who_append_the_second_to_write_is_told(bucket):
 
 def test_a_file_of_records_is_the_same_in_a_bucket(bucket, tmp_path):
     held = []
-    for path in (place("gs://bucket/records/metrics.jsonl"), tmp_path / "metrics.jsonl"):
+    for path in (as_path("gs://bucket/records/metrics.jsonl"), tmp_path / "metrics.jsonl"):
         with contextlib.closing(RecordFile(path)) as file:
             file.append([{"step": 1, "loss": math.nan}, {"step": 2, "text": "\ud800"}])
             file.sync()

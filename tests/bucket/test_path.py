@@ -10,7 +10,7 @@ import pytest
 
 from dpo_jax import disk
 from dpo_jax.bucket import tree
-from dpo_jax.bucket.path import BucketPath, place
+from dpo_jax.bucket.path import BucketPath, as_path
 from dpo_jax.bucket.twin import local_twin
 from dpo_jax.errors import UserError
 
@@ -30,7 +30,7 @@ NUMBERS = itertools.count()
 def both(bucket, tmp_path):
     """The same files in a bucket and in a directory."""
     name = f"run-{next(NUMBERS)}"
-    remote, local = place(f"gs://bucket/{name}"), tmp_path / name
+    remote, local = as_path(f"gs://bucket/{name}"), tmp_path / name
     for file, content in FILES.items():
         (local / file).parent.mkdir(parents=True, exist_ok=True)
         (local / file).write_bytes(content)
@@ -121,7 +121,7 @@ def test_an_error_in_the_middle_of_a_write_leaves_what_was_there(both):
 
 
 def test_a_large_file_is_written_from_the_disk(bucket):
-    content, path = os.urandom((1 << 23) + 5), place("gs://bucket/large/file")
+    content, path = os.urandom((1 << 23) + 5), as_path("gs://bucket/large/file")
     with disk.whole_file(path) as file:
         file.write(content)
     assert bucket.get("large/file") == content
@@ -149,7 +149,7 @@ def test_a_directory_is_moved_with_its_mark_last(both, bucket):
 
 
 def test_a_directory_is_published_with_its_mark_last(bucket, tmp_path):
-    target, new = place("gs://bucket/published/export"), tmp_path / "new"
+    target, new = as_path("gs://bucket/published/export"), tmp_path / "new"
     for old in ("config.json", "stale.safetensors"):
         (target / old).write_bytes(b"old")
     (new / "sub").mkdir(parents=True)
@@ -175,16 +175,16 @@ def test_a_directory_is_published_with_its_mark_last(bucket, tmp_path):
 )  # fmt: skip
 def test_an_address_that_is_none(text):
     with pytest.raises(UserError, match=r"give (a directory or )?gs://BUCKET/DIR"):
-        place(text)
+        as_path(text)
 
 
 def test_addresses_and_local_paths():
-    assert str(place("gs://bucket/a//b/")) == "gs://bucket/a/b"
-    assert place("gs://bucket/a") == place("gs://bucket/a/")
-    assert place(place("gs://bucket/a")) == BucketPath("bucket", "a")
-    assert place("run/a") == Path("run/a")
-    assert place(Path("run")) == Path("run")
-    assert (place("gs://bucket/a") / PurePosixPath("b/c")).parts == ("gs://bucket", "a", "b", "c")
+    assert str(as_path("gs://bucket/a//b/")) == "gs://bucket/a/b"
+    assert as_path("gs://bucket/a") == as_path("gs://bucket/a/")
+    assert as_path(as_path("gs://bucket/a")) == BucketPath("bucket", "a")
+    assert as_path("run/a") == Path("run/a")
+    assert as_path(Path("run")) == Path("run")
+    assert (as_path("gs://bucket/a") / PurePosixPath("b/c")).parts == ("gs://bucket", "a", "b", "c")
 
 
 def test_the_local_twin(monkeypatch, tmp_path):

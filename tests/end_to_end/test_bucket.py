@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import threading
 
 import pytest
 
-from dpo_jax.bucket.path import place
+from dpo_jax.bucket.path import as_path
 from dpo_jax.errors import UserError
 from dpo_jax.records.records import read_records
 from dpo_jax.report.command import main as report
@@ -64,7 +65,7 @@ def killed_at(bucket, environment, arguments, ends, times=1, meanwhile=lambda: N
 
 
 def test_killed_three_times_and_gone_on_is_never_stopped(bucket, environment, tmp_path, capsys):
-    whole, run = tmp_path / "whole", place("gs://bucket/e2e/run")
+    whole, run = tmp_path / "whole", as_path("gs://bucket/e2e/run")
     local = subprocess.run(command(whole), env=environment, capture_output=True, text=True, timeout=400)
     assert local.returncode == 0, local.stderr
 
@@ -83,7 +84,8 @@ def test_killed_three_times_and_gone_on_is_never_stopped(bucket, environment, tm
     done = subprocess.run(command(run), env=environment, capture_output=True, text=True, timeout=400)
     bucket.calm()
     assert done.returncode == 0, done.stderr
-    assert "resuming from checkpoint 12" in done.stdout
+    # The last one was under way while the export was: it may have been cut off, too.
+    assert re.search(r"resuming from checkpoint 1[02]\b", done.stdout)
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert values(run, name) == values(whole, name)
     names = {p.name for p in (whole / "export").iterdir()}

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from dpo_jax import train
-from dpo_jax.bucket.path import place
+from dpo_jax.bucket.path import as_path
 from dpo_jax.config.file import get_config
 from dpo_jax.config.settings import read_settings
 from dpo_jax.errors import SAVE_FAILED, UserError
@@ -41,9 +41,9 @@ def saved(directory, *steps, keep=5):
 
 
 def test_the_checksums_come_before_the_mark_and_old_ones_go_afterwards(bucket):
-    directory = place("gs://bucket/order/checkpoints")
+    directory = as_path("gs://bucket/order/checkpoints")
     saved(directory, 1, 2, 3, keep=2)
-    assert list(checkpoint_directories(place("gs://bucket/order"))) == [2, 3]
+    assert list(checkpoint_directories(as_path("gs://bucket/order"))) == [2, 3]
     written = [key for method, key in bucket.asked if method in ("POST", "PUT")]
     for step in (1, 2, 3):
         sums, mark = (
@@ -61,7 +61,7 @@ def test_the_checksums_come_before_the_mark_and_old_ones_go_afterwards(bucket):
 
 
 def test_one_that_was_cut_off_is_removed_and_none_of_the_checkpoints(bucket):
-    directory = place("gs://bucket/cut/checkpoints")
+    directory = as_path("gs://bucket/cut/checkpoints")
     saved(directory, 1, 2)
     bucket.delete("cut/checkpoints/2/commit_success.txt")
     assert checkpoint.set_aside_damaged(directory) == []
@@ -77,7 +77,7 @@ def damaged(bucket, key):
 
 
 def test_whatever_object_is_damaged_is_named_and_the_checkpoint_set_aside(bucket):
-    directory = place("gs://bucket/damaged-run/checkpoints")
+    directory = as_path("gs://bucket/damaged-run/checkpoints")
     saved(directory, 1)
     sound = {key: bucket.get(key) for key in bucket.keys("damaged-run/checkpoints/1/")}
     data = next(key for key in sound if "/state/d/" in key)
@@ -99,7 +99,7 @@ def test_whatever_object_is_damaged_is_named_and_the_checkpoint_set_aside(bucket
 
 
 def test_a_bucket_that_does_not_answer_damages_nothing(bucket, monkeypatch):
-    directory = place("gs://bucket/silent/checkpoints")
+    directory = as_path("gs://bucket/silent/checkpoints")
     saved(directory, 1)
     monkeypatch.setenv("DPO_JAX_BUCKET_SECONDS", "1")
     for name in ("checksums.json", "_CHECKPOINT_METADATA", "manifest.ocdbt"):
@@ -111,7 +111,7 @@ def test_a_bucket_that_does_not_answer_damages_nothing(bucket, monkeypatch):
 
 
 def test_the_newest_sound_one_is_next(bucket):
-    directory = place("gs://bucket/next/checkpoints")
+    directory = as_path("gs://bucket/next/checkpoints")
     saved(directory, 1, 2, 3)
     data = next(key for key in bucket.keys("next/checkpoints/3/state/d/"))
     damaged(bucket, data)
@@ -122,7 +122,7 @@ def test_the_newest_sound_one_is_next(bucket):
 
 
 def test_a_checkpoint_that_was_copied_to_a_disk_is_sound_there(bucket, tmp_path):
-    saved(place("gs://bucket/copy/checkpoints"), 4)
+    saved(as_path("gs://bucket/copy/checkpoints"), 4)
     local = bucket.get_tree("copy", tmp_path / "copy")
     assert checkpoint.set_aside_damaged(local / "checkpoints") == []
     found = checkpoint.restore_part(local / "checkpoints/4", ABSTRACT)
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_was_copied_to_a_disk_is_sound_there(bucket, tmp_path)
 def test_one_that_was_local_is_sound_in_a_bucket(bucket, tmp_path):
     saved(tmp_path / "checkpoints", 4)
     bucket.put_tree(tmp_path / "checkpoints", "moved/checkpoints")
-    directory = place("gs://bucket/moved/checkpoints")
+    directory = as_path("gs://bucket/moved/checkpoints")
     assert checkpoint.set_aside_damaged(directory) == []
     with checkpoint.open_checkpoints(directory, 5) as checkpoints:
         assert checkpoint.latest_step(checkpoints) == 4
@@ -143,7 +143,7 @@ def test_one_that_was_local_is_sound_in_a_bucket(bucket, tmp_path):
 
 
 def test_a_tree_of_its_own_and_its_damage(bucket):
-    directory = place("gs://bucket/reference-run/reference")
+    directory = as_path("gs://bucket/reference-run/reference")
     checkpoint.save_tree(directory, tree(7.0))
     np.testing.assert_array_equal(checkpoint.restore_tree(directory, ABSTRACT)["a"], tree(7.0)["a"])
     damaged(bucket, next(key for key in bucket.keys("reference-run/reference/") if "/d/" in key))
@@ -163,15 +163,15 @@ def test_a_storm_does_not_stop_a_save(bucket):
         return (429, 503)[len(refused) % 2]
 
     bucket.fault = fault
-    directory = place("gs://bucket/stormy/checkpoints")
+    directory = as_path("gs://bucket/stormy/checkpoints")
     saved(directory, 1)
     bucket.calm()
     assert checkpoint.set_aside_damaged(directory) == []
-    assert list(checkpoint_directories(place("gs://bucket/stormy"))) == [1]
+    assert list(checkpoint_directories(as_path("gs://bucket/stormy"))) == [1]
 
 
 def test_a_save_that_is_not_allowed_is_one_line(bucket):
-    directory = place("gs://bucket/forbidden/checkpoints")
+    directory = as_path("gs://bucket/forbidden/checkpoints")
     bucket.fault = lambda method, key: 403 if "checkpoints/1/state" in key and method != "GET" else None
     with pytest.raises(UserError) as caught:
         saved(directory, 1)
@@ -179,7 +179,7 @@ def test_a_save_that_is_not_allowed_is_one_line(bucket):
     assert caught.value.code == SAVE_FAILED
     assert str(caught.value).startswith("gs://bucket/forbidden/checkpoints: a checkpoint could not be saved (")
     bucket.calm()
-    assert checkpoint_directories(place("gs://bucket/forbidden")) == {}
+    assert checkpoint_directories(as_path("gs://bucket/forbidden")) == {}
 
 
 # ---- models
