@@ -45,7 +45,7 @@ what
   --config=FILE[:PRESET]   such as configs/hhh.py:llama3.1-8b
   --workdir=gs://B/DIR     the run's directory: the same one resumes the run
   -- ARG ...               everything after it goes to `python -m dpo_jax.train` as it is
-  --mount | --no-mount     mount the bucket on the workers with gcsfuse (default), or hand gs:// to the trainer
+  --no-mount | --mount     hand gs:// to the trainer (default), or mount the bucket on the workers with gcsfuse
   --allow-dirty            ship the last commit although files differ from it
 secrets (HF_TOKEN and WANDB_API_KEY go along when set; only a file of mode 600 carries them)
   --pass-env=NAME          send this variable of the environment too; may be repeated
@@ -103,8 +103,7 @@ shown() { # the words as one line for a shell, quoted where they must be
 dry_run=0 yes=0 allow_dirty=0 delete_when_done=0
 name='' zone=${CLOUDSDK_COMPUTE_ZONE:-} project='' type='' capacity=on-demand runtime_version='' backend=gcloud
 config='' workdir='' env_file='' worker=0 grace=300 max_retries=10 backoff=60 poll=20 settle=90 timeout=180
-# The trainer takes no gs:// workdir yet (dpo_jax/config/values.py: check_workdir); until it does, the bucket is mounted.
-mount=mount
+mount=direct
 create_flags=() pass_env=() train_args=() env_names=() env_values=()
 
 parse() {

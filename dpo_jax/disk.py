@@ -6,14 +6,21 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
+from dpo_jax.bucket import client
+from dpo_jax.bucket.parts import parts_of
+from dpo_jax.bucket.path import BucketPath
+from dpo_jax.bucket.tree import remove_objects
 from dpo_jax.errors import UserError
 
+_IN_MEMORY = 1 << 23  # bytes of an object that is written from memory
 _SAMPLES, _SAMPLE = 64, 1 << 16  # of a file: so many pieces of so many bytes tell it from any other
 
 
@@ -31,6 +38,10 @@ def whole_file(path: Path, *, exclusive: bool = False) -> Iterator[IO[bytes]]:
     Raises:
       FileExistsError: `exclusive`, and there is a file at `path` by now; of several writers only the first succeeds.
     """
+    if isinstance(path, BucketPath):
+        with _whole_object(path, exclusive) as file:
+            yield file
+        return
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # several processes may write the same file
     try:
         with scratch.open("wb") as file:
@@ -44,6 +55,45 @@ def whole_file(path: Path, *, exclusive: bool = False) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _whole_object(path: BucketPath, exclusive: bool) -> Iterator[IO[bytes]]:
+    """`whole_file` of a bucket: an object is there when all of it has arrived, and not before."""
+    with tempfile.TemporaryFile() as file:
+        yield file
+        file.seek(0)
+        content = file.read() if os.fstat(file.fileno()).st_size < _IN_MEMORY else file
+        try:
+            client.write_object(path.bucket, path.key, content, generation=0 if exclusive else None)
+        except client.Overtaken:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+
+
+def read_pieces(path: Path) -> dict[Path, bytes]:
+    """The content of a file that is appended to: its own, and that of parts that were written in a bucket, in order."""
+    pieces = {}
+    for piece in [path, *cast("list[Path]", parts_of(path))]:
+        with contextlib.suppress(FileNotFoundError):
+            pieces[piece] = read_regular(piece)
+    return pieces
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a directory with all that is in it, if it is there."""
+    if isinstance(directory, BucketPath):
+        remove_objects(directory)
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def copy_file(source: Path, target: Path) -> Path:
+    """Copy a local file to `target`, which may be in a bucket."""
+    if isinstance(target, BucketPath):
+        with source.open("rb") as file:
+            client.write_object(target.bucket, target.key, file)
+        return cast(Path, target)
+    return Path(shutil.copyfile(source, target))
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -85,6 +135,8 @@ def read_json(path: Path, mend: str = "restore or remove it", shape: Any = None)
 
 def read_regular(path: Path) -> bytes:
     """The content of a regular file; an OSError for anything else, such as a pipe, whose reading would never end."""
+    if isinstance(path, BucketPath):
+        return path.read_bytes()
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(None, "not a regular file")

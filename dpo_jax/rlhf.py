@@ -8,7 +8,6 @@ DIR/rl. The same command goes on where it was stopped, and does nothing again th
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from dpo_jax import train
@@ -38,7 +37,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], stages: str 
       UserError: bad input, in one line.
       Stopped: SIGTERM came; the state is saved and the same call goes on.
     """
-    directory, keys = Path(check_workdir(os.fspath(workdir))), dict(config)
+    directory, keys = check_workdir(workdir), dict(config)
     check(keys)
     found = read_stages(keys, directory.absolute())
     wanted = chosen_stages(found, stages)

@@ -9,7 +9,6 @@ SIGTERM after saving (a second one ends the process at once). After all but 2 an
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from dpo_jax.config.check import check
@@ -37,7 +36,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> dict[str,
       UserError: bad input, in one line.
       Stopped: SIGTERM came; the state is saved and the same call resumes it.
     """
-    directory, keys = Path(check_workdir(os.fspath(workdir))), dict(config)
+    directory, keys = check_workdir(workdir), dict(config)
     check(keys)
     if has_stages(keys):
         raise UserError("task=rlhf is several runs, one after the other: python -m dpo_jax.rlhf makes them")

@@ -2,9 +2,8 @@
 # The same run on GKE, by Google's xpk: for TPU7x, which the Cloud TPU API does not serve. Printed, never run.
 
 print_xpk() {
-  local where=(--zone="$zone") bucket=${workdir#gs://} tree=/tmp/dpo_jax-${sha:0:12} flag reservation='' secrets=()
+  local where=(--zone="$zone") tree=/tmp/dpo_jax-${sha:0:12} flag reservation='' secrets=()
   local capacity_flag=--$capacity names=() variable
-  bucket=${bucket%%/*}
   [[ ! $project ]] || where+=(--project="$project")
   for flag in "${create_flags[@]}"; do
     [[ $flag != --reservation=* ]] || reservation=$flag
@@ -28,22 +27,17 @@ print_xpk() {
     echo "$(shown printf '%s\n' "${names[@]}") >$tree.env"
   fi
   echo "# 2. a cluster with the slice; it is billed until it is deleted"
-  shown xpk cluster create --cluster="$name" "${where[@]}" --tpu-type="$type" --num-slices=1 "$capacity_flag" \
-    --enable-gcsfuse-csi-driver
-  echo "# 3. the bucket of the workdir, mounted at /gcs in every worker"
-  shown xpk storage attach "$name-runs" --cluster="$name" "${where[@]}" --type=gcsfuse --bucket="$bucket" --size=1 \
-    --mount-point=/gcs --readonly=false --auto-mount=false \
-    --mount-options=implicit-dirs,rename-dir-limit=200000,metadata-cache-ttl-secs=0,metadata-cache-negative-ttl-secs=0
-  echo "# 4. the run; lost pods come again and resume (exit codes above 126), a crash or bad input does not"
+  shown xpk cluster create --cluster="$name" "${where[@]}" --tpu-type="$type" --num-slices=1 "$capacity_flag"
+  echo "# 3. the run; lost pods come again and resume (exit codes above 126), a crash or bad input does not"
   shown xpk workload create --workload="$name" --cluster="$name" "${where[@]}" --tpu-type="$type" --num-slices=1 \
-    --storage="$name-runs" --base-docker-image=python:3.12 --script-dir="$tree" --max-restarts="$max_retries" \
+    --base-docker-image=python:3.12 --script-dir="$tree" --max-restarts="$max_retries" \
     --termination-grace-period-seconds="$grace" "${secrets[@]}" --command="$(gke_command)"
-  echo "# 5. what runs, and at the end what is billed no longer"
+  echo "# 4. what runs, and at the end what is billed no longer"
   shown xpk workload list --cluster="$name" "${where[@]}"
   shown xpk cluster delete --cluster="$name" "${where[@]}"
 }
 
 gke_command() { # exec, as xpk hands SIGTERM to this shell alone
   printf "pip install -q '.[tpu,gcs]' && exec python -m dpo_jax.train%s" \
-    "$(printf ' %q' "--config=$config" "--workdir=/gcs/${workdir#gs://*/}" --distributed "${train_args[@]}")"
+    "$(printf ' %q' "--config=$config" "--workdir=$workdir" --distributed "${train_args[@]}")"
 }

@@ -29,6 +29,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import pytest
 
+from tests.fakes.bucket import bucket, bucket_server  # noqa: F401 (fixtures)
 from tests.fakes.hub import hub  # noqa: F401 (a fixture)
 from tests.fakes.launching import cloud, launch_repo  # noqa: F401 (fixtures)
 

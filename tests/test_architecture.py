@@ -10,11 +10,11 @@ import pytest
 
 # Lowest first: a package may import those before it and itself. The last line are doors, which wire the others.
 ORDER = """
-errors disk records data rows parallel entry model batches objective weights sampling config preference report training
-rl inspection plan answering judging collecting train rlhf sample judge collect __main__
+errors bucket disk records data rows parallel entry model batches objective weights sampling config preference report
+training rl inspection plan answering judging collecting train rlhf sample judge collect __main__
 """.split()
 # These run where there is no JAX, or before anybody has waited for it.
-WITHOUT_JAX = "errors disk records data rows entry config report inspection answering judging collecting".split()
+WITHOUT_JAX = "errors bucket disk records data rows entry config report inspection answering judging collecting".split()
 JAX = ("jax", "flax", "optax", "orbax", "chex")
 MESH_AXES = {"fsdp", "tensor"}  # the axis "data" is a word with other meanings too
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from dpo_jax.bucket.path import as_path
 from dpo_jax.config.opened import is_run, run_settings
 from dpo_jax.config.settings import Settings
 from dpo_jax.disk import digest, file_digest
@@ -39,7 +40,7 @@ def locate_model(model: str, revision: str = "") -> Found:
     Raises:
       UserError: there is no such model, or a run has neither an export nor a checkpoint.
     """
-    path = Path(model).expanduser()
+    path = as_path(model).expanduser()
     if model == "tiny":
         raise UserError("model 'tiny' has no weights before it is trained; give the directory of its run")
     if not (path.is_dir() and is_run(path)):

@@ -77,7 +77,7 @@ def parse(argv: Sequence[str], command: Command = TRAIN) -> Given:
     config, values = read_flags(argv, command)
     if not values["workdir"]:
         raise UserError(f"--workdir is missing; usage: {command.usage}")
-    workdir = Path(check_workdir(values["workdir"]))
+    workdir = check_workdir(values["workdir"])
     distributed, stages = values["distributed"], values.get("stages", "")
     return Given(config, workdir, distributed, stages, config["coordinator_bind"], config["stuck_after_seconds"])
 

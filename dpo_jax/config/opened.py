@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from dpo_jax.bucket.client import BucketError
+from dpo_jax.bucket.path import as_path
 from dpo_jax.config.check import check
 from dpo_jax.config.file import get_config
 from dpo_jax.config.keys import KEYS
@@ -15,6 +17,8 @@ def is_run(directory: Path) -> bool:
     """Whether a directory is a training run's: its config.json has our keys, not a model's."""
     try:
         held = read_json(directory / CONFIG)
+    except BucketError:  # which says nothing about the directory
+        raise
     except UserError:
         return False
     return "dpo_beta" in held and "model_type" not in held
@@ -42,7 +46,7 @@ def settings_of(source: str) -> Settings:
     Raises:
       UserError: there are none, or they are not legal.
     """
-    path = Path(source)
+    path = as_path(source)
     if path.name == CONFIG and path.is_file():
         path = path.parent
     if path.is_dir():

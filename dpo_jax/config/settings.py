@@ -308,7 +308,7 @@ def check_paths(settings: Settings) -> None:
         raise UserError(f"win_rate_baseline={settings.win_rate_baseline}: there is no such file")
     rewards = [part.partition("*")[0] for part in settings.rl.reward.split(",")]
     for judge in (*settings.judge.split(","), *settings.rounds.judge.split(","), *rewards):
-        if judge.startswith((".", "/", "~")):
+        if judge.startswith((".", "/", "~", "gs://")):
             local_model(judge, what="judge")
     data = settings.data
     names = [name for name, _ in parse_mixture(data.dataset)]

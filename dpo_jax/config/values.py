@@ -6,7 +6,9 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from dpo_jax.bucket.path import as_path
 from dpo_jax.errors import UserError
 from dpo_jax.parallel.address import host_and_port
 
@@ -104,9 +106,10 @@ def parse_bind(text: str) -> tuple[str, int | None]:
     return host_and_port("coordinator_bind", text) if text else ("", None)
 
 
-def check_workdir(workdir: str) -> str:
-    """Refuse a remote directory, which a `Path` would quietly make a local one."""
-    check_name("workdir", workdir)
-    if re.match(r"[A-Za-z][\w+.-]*:/", workdir):
-        raise UserError(f"workdir={workdir}: remote directories are not supported yet; give a local or a mounted one")
-    return workdir
+def check_workdir(workdir: str | os.PathLike[str]) -> Path:
+    """A run's directory: a local one, or gs://BUCKET/DIR; a UserError for what is neither."""
+    check_name("workdir", str(workdir))
+    try:
+        return as_path(workdir)
+    except UserError as error:
+        raise UserError(f"workdir={error}") from None

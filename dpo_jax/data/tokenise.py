@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from dpo_jax.data.raw import LONGEST_ROW, BadLine, size_of
 from dpo_jax.data.render import Rendered, Renderer, render_batch
 from dpo_jax.data.sources import Source
 from dpo_jax.data.tally import Tally
-from dpo_jax.disk import digest, is_full
+from dpo_jax.disk import copy_file, digest, is_full
 from dpo_jax.errors import BAD_INPUT, SAVE_FAILED, UserError, escaped
 
 
@@ -198,7 +197,7 @@ def copy_bad_rows(kept: Path, quarantine: Path | None) -> str | None:
             quarantine.unlink(missing_ok=True)
             return None
         quarantine.parent.mkdir(parents=True, exist_ok=True)
-        return str(shutil.copyfile(kept, quarantine))
+        return str(copy_file(kept, quarantine))
     except OSError as error:
         raise UserError(
             f"{quarantine}: bad rows cannot be written there ({error.strerror}); make room or choose another --workdir",

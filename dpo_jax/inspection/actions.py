@@ -96,7 +96,7 @@ def _write_page(s: Settings, inspection: Inspection, path: Path) -> Path:
 
 def _pairs(s: Settings, given: str) -> tuple[Policy, Prepared, str]:
     """The model's numbers and tokenizer, the pairs, and the address of the shared cache, if it is one."""
-    workdir = Path(check_workdir(given)) if given else cache_root(s.data.cache_dir) / f"tiny-{s.seed}"
+    workdir = check_workdir(given) if given else cache_root(s.data.cache_dir) / f"tiny-{s.seed}"
     quarantine = workdir / "quarantine.jsonl" if given else None
     if s.model == "tiny" or s.data.dataset == "synthetic":
         try:

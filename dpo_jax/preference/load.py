@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.bucket.path import as_path
 from dpo_jax.config.judges import GOLD, IMPLICIT, divided
 from dpo_jax.config.opened import is_run
 from dpo_jax.errors import UserError
@@ -75,7 +76,7 @@ def directory_of(name: str) -> str:
     Raises:
       UserError: a run has no export, or there is no such directory.
     """
-    path = Path(name).expanduser()
+    path = as_path(name).expanduser()
     if path.is_dir() and is_run(path):
         if not (path / "export" / CONFIG).is_file():
             raise UserError(f"judge {name}: the run has no export/ yet; let it end, with --config.export=True")

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from dpo_jax.bucket.tree import is_committed
+
 CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples.jsonl"
 EVENTS = "events.jsonl"  # skipped updates and loss spikes, with the pairs of their batches
 IDENTITY = "identity.json"  # the files that the run was begun with
@@ -31,4 +33,4 @@ def checkpoint_directories(workdir: Path) -> dict[int, Path]:
         return {}
     numbers = sorted(n for name in names if (n := checkpoint_number(name)) is not None)
     found = {number: workdir / CHECKPOINTS / str(number) for number in numbers}
-    return {number: path for number, path in found.items() if path.is_dir()}
+    return {number: path for number, path in found.items() if path.is_dir() and is_committed(path)}

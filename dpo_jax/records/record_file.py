@@ -8,9 +8,38 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from dpo_jax.disk import is_full, read_regular
+from dpo_jax.bucket.parts import PartsFile
+from dpo_jax.bucket.path import BucketPath
+from dpo_jax.disk import is_full, read_pieces
 from dpo_jax.errors import BAD_INPUT, SAVE_FAILED, UserError
 from dpo_jax.records.records import Record, truncate_records, without_nan
+
+
+class _LocalFile:
+    """A file that grows, on a disk; in a bucket it is a `PartsFile`."""
+
+    def __init__(self, path: Path):
+        self._file: IO[bytes] = path.open("ab", buffering=0)
+
+    def write(self, content: bytes) -> None:
+        """Append all of it or, where the disk is full, nothing."""
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(content):
+                written += self._file.write(content[written:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            raise
+
+    def sync(self) -> None:
+        """Have it on disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._file.close()
 
 
 class RecordFile:
@@ -28,7 +57,7 @@ class RecordFile:
 
     def __init__(self, path: Path, shape: Any = None):
         self._path, self._shape = path, shape
-        self._file: IO[bytes] | None = None
+        self._file: _LocalFile | PartsFile | None = None
         self.keep(lambda record: True)
 
     def keep(self, keep: Callable[[Record], bool]) -> None:
@@ -36,7 +65,7 @@ class RecordFile:
         self.close()
         with self._writing(BAD_INPUT):
             truncate_records(self._path, keep, self._shape)
-            content = read_regular(self._path) if self._path.exists() else b""
+            content = b"".join(read_pieces(self._path).values())
         self._records, self._digest = content.count(b"\n"), hashlib.sha256(content)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -51,16 +80,8 @@ class RecordFile:
             return
         with self._writing(SAVE_FAILED):
             if self._file is None:
-                self._file = self._path.open("ab", buffering=0)
-            end = self._file.seek(0, os.SEEK_END)
-            try:
-                written = 0
-                while written < len(content):
-                    written += self._file.write(content[written:])
-            except OSError:
-                with contextlib.suppress(OSError):
-                    self._file.truncate(end)
-                raise
+                self._file = PartsFile(self._path) if isinstance(self._path, BucketPath) else _LocalFile(self._path)
+            self._file.write(content)
         self._records += len(lines)
         self._digest.update(content)
 
@@ -68,7 +89,7 @@ class RecordFile:
         """Have all records on disk: they then outlive the machine, as a checkpoint does that is made after them."""
         if self._file is not None:
             with self._writing(SAVE_FAILED):
-                os.fsync(self._file.fileno())
+                self._file.sync()
 
     @property
     def held(self) -> dict[str, Any]:

@@ -6,12 +6,12 @@ loses at most the line it was writing. JSON has neither NaN nor infinity: a numb
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.disk import check_shape, parse_json, read_regular, write_whole
+from dpo_jax.disk import check_shape, parse_json, read_pieces, write_whole
 from dpo_jax.errors import UserError
 from dpo_jax.records.shapes import MetricRecord
 
@@ -132,8 +132,11 @@ def read_records(path: Path, shape: Any = None) -> list[Record]:
       UserError: the file cannot be read, or a line before the last is not such an object, which no interrupted write
         explains.
     """
+    return _parsed(path, _lines(b"\n".join(_pieces(path).values())), shape)
+
+
+def _parsed(path: Path, lines: Sequence[bytes], shape: Any) -> list[Record]:
     mend = "remove the line, or restore the file"
-    lines = _lines(path)
     records = []
     for number, line in enumerate(lines, 1):
         try:
@@ -170,11 +173,14 @@ def truncate_records(path: Path, keep: Callable[[Record], bool], shape: Any = No
     For resuming: what was written after the checkpoint will be written again. A half-written last line goes too, so
     that the next append starts on a line of its own. A missing file stays missing.
     """
-    if not path.exists():
-        return
-    # The lines' own bytes are kept: only a half-written last one has no record.
-    kept = [line for line, record in zip(_lines(path), read_records(path, shape), strict=False) if keep(record)]
-    write_whole(path, b"".join(line + b"\n" for line in kept))
+    # Several in a bucket, each of whole lines, so that any of them may be done first.
+    for piece, content in _pieces(path).items():
+        # The lines' own bytes are kept: only a half-written last one has no record.
+        lines = _lines(content)
+        records = _parsed(piece, lines, shape)
+        kept = b"".join(line + b"\n" for line, record in zip(lines, records, strict=False) if keep(record))
+        if kept != content:
+            write_whole(piece, kept)
 
 
 def before_after(records: Iterable[Record]) -> list[tuple[str, float | None, float | None]]:
@@ -191,11 +197,12 @@ def before_after(records: Iterable[Record]) -> list[tuple[str, float | None, flo
     return [(name, None if name in tied else before.get(name), after.get(name)) for name in (*names, *by_source)]
 
 
-def _lines(path: Path) -> list[bytes]:
+def _pieces(path: Path) -> dict[Path, bytes]:
     try:
-        content = read_regular(path)
-    except FileNotFoundError:
-        return []
+        return read_pieces(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); restore or remove it") from None
+
+
+def _lines(content: bytes) -> list[bytes]:
     return [line for line in content.split(b"\n") if line.strip()]

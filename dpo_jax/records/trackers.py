@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.bucket.twin import local_twin
 from dpo_jax.disk import read_json, write_json
 from dpo_jax.errors import UserError
 from dpo_jax.records.records import Record
@@ -106,8 +107,10 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
 def _wandb(project: str, workdir: Path, run_id: str, config: dict[str, Any]) -> Tracker:
     import wandb  # an extra, slow to import
 
+    local = local_twin(workdir)
+    local.mkdir(parents=True, exist_ok=True)
     run = wandb.init(
-        project=project, name=workdir.resolve().name, id=run_id, resume="allow", dir=str(workdir), config=config,
+        project=project, name=workdir.resolve().name, id=run_id, resume="allow", dir=str(local), config=config,
         settings=wandb.Settings(console="off"),
     )  # fmt: skip
     # SFT and DPO both count from 1, and wandb's own step never goes back.

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_jax.bucket.path import as_path
 from dpo_jax.entry import EntryPoint, run_entry_point
 from dpo_jax.report.compare import compare_page
 from dpo_jax.report.html import write_page
@@ -30,15 +31,16 @@ def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code is 2 for what the user can mend, 74 where the disk is full."""
     parser = argparse.ArgumentParser(prog="python -m dpo_jax.report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("workdirs", nargs="+", type=Path, metavar="DIR", help="a run's --workdir; several are compared")
-    parser.add_argument("--out", type=Path, help="the page to write (default: DIR/report.html, or ./compare.html)")
+    parser.add_argument("workdirs", nargs="+", metavar="DIR", help="a run's --workdir, gs:// too; several are compared")
+    parser.add_argument("--out", help="the page to write (default: DIR/report.html, or ./compare.html)")
 
     def write(_: EntryPoint) -> None:
         options = parser.parse_args(arguments)
-        if len(options.workdirs) > 1:
-            path = write_comparison(options.workdirs, options.out or Path("compare.html"))
+        workdirs, out = [as_path(one) for one in options.workdirs], as_path(options.out) if options.out else None
+        if len(workdirs) > 1:
+            path = write_comparison(workdirs, out or Path("compare.html"))
         else:
-            path = write_report(options.workdirs[0], options.out)
+            path = write_report(workdirs[0], out)
         print(path)
 
     return run_entry_point(write)

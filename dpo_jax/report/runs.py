@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.bucket.path import BucketPath
 from dpo_jax.config.saved import SavedConfig, saved_config
 from dpo_jax.disk import read_json
 from dpo_jax.errors import UserError
@@ -238,6 +239,8 @@ def _children(directory: Path) -> list[Path]:
 
 def _size(path: Path) -> int:
     """Bytes of a file, or of all below a directory. What a run that goes on removes meanwhile has none."""
+    if isinstance(path, BucketPath):
+        return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")))
     inside = (os.path.join(directory, name) for directory, _, names in os.walk(path) for name in names)
     held = 0
     for file in [path] if path.is_file() else inside:

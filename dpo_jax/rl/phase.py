@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 
 from dpo_jax.data.originals import originals
+from dpo_jax.disk import remove_tree
 from dpo_jax.model.config import Params
 from dpo_jax.model.placement import abstract_trained
 from dpo_jax.parallel.mesh import agreed, from_first
@@ -168,7 +168,7 @@ def _keep_best(run: Run, params: Params, step: int, win_rate: float) -> None:
     if jax.process_index() == 0:
         for other in (run.workdir / BEST).glob("*"):
             if other.name != str(step):
-                shutil.rmtree(other, ignore_errors=True)
+                remove_tree(other)
 
 
 def _exported(run: Run, last: Params) -> Params:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from dpo_jax.bucket.path import BucketPath
 from dpo_jax.config.stages import Stage
 from dpo_jax.data.files import fingerprint
 from dpo_jax.disk import digest, read_json, write_json, write_whole
@@ -90,6 +91,9 @@ def _digest_of(export: Path, stage: Stage, other: str) -> str:
 
 def export_digest(export: Path) -> str:
     """What tells a model's files from any others, by their content."""
+    if isinstance(export, BucketPath):
+        held = sorted((p.name, p.listed.size, p.listed.crc32c) for p in export.iterdir() if p.listed is not None)
+        return digest(json.dumps([one for one in held if one[0].endswith((".safetensors", ".json"))]))
     files = sorted([*export.glob("*.safetensors"), *export.glob("*.json")])
     return digest(json.dumps([[path.name, fingerprint(str(path))["digest"]] for path in files]))
 

@@ -20,6 +20,9 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from typing_extensions import TypedDict
 
+from dpo_jax.bucket.client import BucketError, prepare_libraries
+from dpo_jax.bucket.path import SCHEME, BucketPath
+from dpo_jax.bucket.tree import COMMITTED, is_committed, move_objects, remove_objects
 from dpo_jax.disk import is_full, read_json, write_json
 from dpo_jax.errors import BAD_INPUT, SAVE_FAILED, UserError
 from dpo_jax.parallel import processes
@@ -36,7 +39,7 @@ logging.getLogger("absl").addFilter(lambda record: record.levelno == logging.WAR
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _METADATA = "_CHECKPOINT_METADATA"  # of orbax: it gets its last time stamp after our checksums
-_WRITTEN_LAST = (_METADATA, "commit_success.txt")  # after our checksums: times and a mark, no numbers
+_WRITTEN_LAST = (_METADATA, COMMITTED)  # after our checksums: times and a mark, no numbers
 _TAKEN_FOR_A_STEP = re.compile(r"[\d-]+")  # in any script: what orbax would read as a number
 
 
@@ -74,7 +77,8 @@ def open_checkpoints(directory: Path, keep: int, stuck_after: float = 0.0) -> It
     seconds (0: never).
 
     A save is made whole by a rename, with its checksums in it, and only then older ones go; so one that was cut off is
-    never listed, and its remains are removed here.
+    never listed, and its remains are removed here. In a bucket, where nothing is renamed, it is whole when it has
+    orbax's `commit_success.txt`, which is written after the checksums.
 
     Raises:
       UserError: a save failed, or the directory can be no run's checkpoints.
@@ -83,7 +87,7 @@ def open_checkpoints(directory: Path, keep: int, stuck_after: float = 0.0) -> It
     about: dict[str, Mapping[str, Any]] = {}
 
     def complete() -> None:  # by the first process, when all have written their share and before the rename
-        for unfinished in directory.glob(f"*{_UNFINISHED}"):
+        for unfinished in _unfinished(directory):
             if said := about.pop(unfinished.name.removesuffix(_UNFINISHED), None):
                 write_json(unfinished / MADE_WITH, said)
             integrity.write_checksums(unfinished, leave_out=_WRITTEN_LAST)
@@ -93,9 +97,14 @@ def open_checkpoints(directory: Path, keep: int, stuck_after: float = 0.0) -> It
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, and is to be a directory; move it elsewhere")
     try:
+        if isinstance(directory, BucketPath) and jax.process_index() == 0:
+            for cut_off in _unfinished(directory):
+                remove_objects(cut_off)
         orbax = ocp.training.Checkpointer(
-            directory, context=context, preservation_policy=newest, cleanup_tmp_directories=True
+            _for_orbax(directory), context=context, preservation_policy=newest, cleanup_tmp_directories=True
         )
+    except BucketError:
+        raise
     except Exception as e:  # of orbax and the file system: they have no parent in common
         if is_of_a_lost_peer(e):
             raise
@@ -115,7 +124,7 @@ def open_checkpoints(directory: Path, keep: int, stuck_after: float = 0.0) -> It
                 beat("waiting for the last checkpoint to be written", LONGER)
                 orbax.close()
         finally:
-            if failed:  # a save that failed may have been writing until now
+            if failed and not isinstance(directory, BucketPath):  # a save that failed may have been writing until now
                 _clear_unfinished(directory)
 
 
@@ -135,6 +144,8 @@ def set_aside_damaged(directory: Path) -> list[str]:
 
     def set_aside_misread() -> None:
         for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+            if not is_committed(path):
+                continue
             number = checkpoint_number(path.name) if path.is_dir() else None
             if number is None and (path.name.isdigit() or _TAKEN_FOR_A_STEP.fullmatch(path.name)):
                 told.append(f"{path} is no checkpoint; it is now {_move_aside(path)}")
@@ -161,14 +172,32 @@ def _set_aside(path: Path) -> str:
     return f"is now {places[0]}" if places else "is set aside"
 
 
+def _unfinished(directory: Path) -> list[Path]:
+    """The checkpoints that are being written, or were when a process ended."""
+    if isinstance(directory, BucketPath):
+        return [path for path in directory.iterdir() if path.is_dir() and not is_committed(path)]
+    return list(directory.glob(f"*{_UNFINISHED}"))
+
+
+def _for_orbax(directory: Path) -> Any:
+    """A directory as orbax takes it: one in a bucket by its address, whose arrays tensorstore then reads and writes."""
+    if isinstance(directory, BucketPath):
+        prepare_libraries()
+        return str(directory)
+    return directory.absolute()
+
+
 def _move_aside(path: Path) -> Path:
     """Move what is in `checkpoints/` to `damaged/`, and return where it is."""
-    place = path.parents[1] / DAMAGED / path.name
+    place = path.parent.parent / DAMAGED / path.name
     try:
         place.parent.mkdir(exist_ok=True)
         while place.exists():
             place = place.with_name(place.name + "-again")
-        path.rename(place)
+        if isinstance(place, BucketPath):
+            move_objects(path, place, first=(COMMITTED,))
+        else:
+            path.rename(place)
     except OSError as e:
         raise UserError(f"{path} cannot be used, nor moved to {place} ({e.strerror}); move it elsewhere") from None
     return place
@@ -188,6 +217,8 @@ def _misread(directory: Path) -> str | None:
             continue
         try:
             held = read_json(directory / name, shape=shape)
+        except BucketError:  # which says nothing about the file
+            raise
         except UserError:
             return f"{name} cannot be read"
         if str(held.get("step", directory.name)) != directory.name:
@@ -244,12 +275,18 @@ def finish_saving(checkpoints: Checkpoints) -> None:
 def _saving(directory: Any) -> Iterator[None]:
     try:
         yield
+    except BucketError:
+        raise
     except Exception as e:  # of the file system, tensorstore, orbax: they have no parent in common
         if is_of_a_lost_peer(e):  # processes talk to each other in a save: it is not the disk
             raise
-        _clear_unfinished(Path(directory))  # room for what else is written at the end
+        if str(directory).startswith(SCHEME):  # there the next start removes what is cut off
+            mend = "see that the bucket can be written"
+        else:
+            mend = "make room"
+            _clear_unfinished(Path(directory))  # room for what else is written at the end
         raise UserError(
-            f"{directory}: a checkpoint could not be saved ({_first_line(e)}); the earlier ones are kept: {_mend(e)}, "
+            f"{directory}: a checkpoint could not be saved ({_first_line(e)}); the earlier ones are kept: {mend}, "
             "then the same command resumes from the newest",
             code=SAVE_FAILED,
         ) from e
@@ -293,7 +330,7 @@ def restore_part(directory: Path, abstract: Any) -> Any:
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
     with _reading(str(directory), "give another run, or its export"), context:
-        return ocp.load(directory.absolute(), abstract)
+        return ocp.load(_for_orbax(directory), abstract)
 
 
 @contextlib.contextmanager
@@ -309,7 +346,7 @@ def _reading(what: str, mend: str) -> Iterator[None]:
 def save_tree(directory: Path, tree: Any) -> None:
     """Save a tree once (the reference of a run that made its own); a UserError if that fails."""
     with _saving(directory):
-        ocp.save(directory.absolute(), tree, overwrite=True)
+        ocp.save(_for_orbax(directory), tree, overwrite=True)
         if jax.process_index() == 0:
             integrity.write_checksums(directory)
         any_process(False)  # the others read the checksums next
@@ -323,7 +360,7 @@ def restore_tree(directory: Path, abstract: Any) -> Any:
             "in a new workdir"
         )
     with _reading(str(directory), "start again in a new workdir"):
-        return ocp.load(directory.absolute(), abstract)
+        return ocp.load(_for_orbax(directory), abstract)
 
 
 def _first_line(e: BaseException) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax.bucket.twin import local_twin
 from dpo_jax.config.settings import BatchOptions, Settings
 from dpo_jax.data.cache.manifest import LARGEST_ID
 from dpo_jax.data.prepare import DataRequest, Prepared, Progress, prepare
@@ -40,7 +41,9 @@ def _request(settings: Settings, workdir: Path) -> DataRequest:
     """What the settings ask for; `workdir` gets the dialogues of the dataset `synthetic`."""
     request = settings.data
     if request.dataset == "synthetic" and not request.dataset_path:
-        request = dataclasses.replace(request, dataset_path=str(tiny.write_dialogues(workdir, settings.seed)))
+        request = dataclasses.replace(
+            request, dataset_path=str(tiny.write_dialogues(local_twin(workdir), settings.seed))
+        )
     return request
 
 

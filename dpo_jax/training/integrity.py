@@ -6,11 +6,14 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Interval
 from typing_extensions import TypedDict
 
+from dpo_jax.bucket.client import BucketError
+from dpo_jax.bucket.path import BucketPath
+from dpo_jax.bucket.sums import object_difference, object_sums
 from dpo_jax.disk import read_json, write_whole
 from dpo_jax.errors import UserError
 
@@ -25,11 +28,23 @@ class Checksum(TypedDict):
     sha256: str
 
 
+class ObjectSum(TypedDict):
+    """An object of a bucket as it arrived there; in base64, as the bucket lists it."""
+
+    bytes: Annotated[int, Interval(ge=0)]
+    crc32c: str
+
+
 def write_checksums(directory: Path, leave_out: tuple[str, ...] = ()) -> None:
     """Write `checksums.json`: size and SHA-256 of every file in `directory`, each on disk before it is listed.
 
+    In a bucket it is size and CRC32C, as the server has them of what arrived: nothing is read back.
     The files are complete, but for those of a name in `leave_out`, which still change.
     """
+    if isinstance(directory, BucketPath):
+        sums = object_sums(directory, (NAME, *leave_out))
+        write_whole(directory / NAME, json.dumps(sums, indent=1))
+        return
     names = _files(directory, leave_out)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         held = dict(zip(names, pool.map(lambda name: _digest(directory / name, sync=True), names), strict=True))
@@ -46,7 +61,9 @@ def damage(directory: Path, share: tuple[int, int] = (0, 1), leave_out: tuple[st
     if not (directory / NAME).exists():
         return f"there is no {NAME}"
     try:
-        wanted = read_json(directory / NAME, shape=dict[str, Checksum])
+        wanted = read_json(directory / NAME, shape=dict[str, Checksum | ObjectSum])
+    except BucketError:  # which says nothing about the file
+        raise
     except UserError:
         return f"{NAME} cannot be read"
     try:
@@ -74,8 +91,11 @@ def _files(directory: Path, leave_out: tuple[str, ...]) -> list[str]:
     return sorted(name for name in names if name not in (NAME, *leave_out))
 
 
-def _difference(path: Path, name: str, wanted: Checksum) -> str | None:
+def _difference(path: Path, name: str, wanted: dict[str, Any]) -> str | None:
     try:
+        kind = "crc32c" if "crc32c" in wanted else "sha256"
+        if kind == "crc32c" or isinstance(path, BucketPath):
+            return object_difference(path, name, wanted["bytes"], kind, wanted[kind])
         there = path.stat().st_size
         if there != wanted["bytes"]:
             return f"{name} has {there:,} bytes, {wanted['bytes']:,} were written"

@@ -5,6 +5,7 @@ Training then needs no reference in memory.
 
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import time
@@ -161,7 +162,8 @@ def read_values(where: Place) -> tuple[np.ndarray, str]:
     """
     shape, why = (where.pairs, 2, where.fields), ""
     try:
-        with where.path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        held: Any = io.BytesIO(where.path.read_bytes())
+        with np.load(held, allow_pickle=False) as archive:
             values = archive["values"]
         if values.shape == shape and values.dtype == np.float32:
             return values, ""

@@ -6,7 +6,6 @@ While a round is collected, RUN/rounds/N.parts/ has a file for each block of pro
 """
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.disk import read_json, write_json, write_whole
+from dpo_jax.disk import read_json, remove_tree, write_json, write_whole
 from dpo_jax.errors import Stopped, UserError
 from dpo_jax.model.config import Params
 from dpo_jax.parallel.mesh import any_process
@@ -164,7 +163,7 @@ class RoundCollector:
         write_json(_about(path), about)
         lines = (json.dumps(line, ensure_ascii=False) + "\n" for block in blocks for line in block["lines"])
         write_whole(path, "".join(lines))
-        shutil.rmtree(parts)
+        remove_tree(parts)
 
 
 def best_answers(run: Run, params: Callable[[], Params], limits: RowLimits) -> Schedule:

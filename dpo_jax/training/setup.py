@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from dpo_jax.bucket.path import SCHEME, as_path
 from dpo_jax.config.settings import ObjectiveOptions, OptimizerOptions, Settings
 from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.prepare import Prepared
@@ -82,6 +83,10 @@ def keep_compiled(settings: Settings) -> None:
     """Keep compiled programs for the next run on this machine, unless jax is configured for it already."""
     if settings.compilation_cache != "off" and not jax.config.values["jax_compilation_cache_dir"]:
         directory = settings.compilation_cache or str(cache_root(settings.data.cache_dir) / "compiled")
+        if directory.startswith(SCHEME):  # JAX opens it itself, and would only warn of what is wrong with it
+            at = as_path(directory)
+            next(at.iterdir(), None)
+            directory = str(at)
         jax.config.update("jax_compilation_cache_dir", directory)
 
 

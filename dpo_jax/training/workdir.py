@@ -15,6 +15,8 @@ from typing import IO, Any
 import jax
 import numpy as np
 
+from dpo_jax.bucket.lease import leased
+from dpo_jax.bucket.path import BucketPath
 from dpo_jax.config.saved import writing
 from dpo_jax.data.cache.manifest import IDS_DIGEST
 from dpo_jax.data.split import Split
@@ -63,11 +65,14 @@ def same_everywhere(parts: Mapping[str, Any]) -> None:
 def locked(workdir: Path) -> Iterator[None]:
     """Hold the directory while in here. The system lets go of it when the process ends, however it ends.
 
+    One in a bucket is held by a lease (`bucket/lease.py`).
+
     Raises:
       UserError: another run holds it, or it cannot be written.
     """
     with contextlib.ExitStack() as held:
-        first_only(lambda: held.enter_context(_lock(workdir)))
+        hold = leased if isinstance(workdir, BucketPath) else _lock
+        first_only(lambda: held.enter_context(hold(workdir)))
         yield
 
 

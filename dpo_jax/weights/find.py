@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from dpo_jax.bucket.twin import local_twin
 from dpo_jax.errors import Stopped, UserError
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families import classifier_config, hf_config
@@ -83,6 +84,7 @@ def find_policy(
     if model == "tiny":
         if revision:
             raise UserError(f"revision={revision!r}: model='tiny' is made here and has none; leave it empty")
+        workdir = local_twin(workdir)
         dialogues = tiny.write_dialogues(workdir, seed)
         directory = tiny.write_tokenizer(workdir / f"tokenizer-{seed}", dialogues)
         tokenizer = _tokenizer(directory)

@@ -7,7 +7,9 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
+from dpo_jax.bucket.path import as_path
 from dpo_jax.errors import UserError
+from dpo_jax.weights.fetch import fetch_model, is_in_bucket
 from dpo_jax.weights.model_files import AdapterFile, check_files, read_model_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -105,6 +107,10 @@ def _directory(model: str, what: str, with_weights: bool, revision: str) -> Path
     given, local = f"{what}={model!r}", local_model(model, what=what)
     if local is not None:
         return local
+    if is_in_bucket(model):
+        if revision:
+            raise UserError(f"{given}: is in a bucket, where nothing has a revision ({revision!r}); leave it empty")
+        return _fetched(model, what, with_weights)
     files = HUB_FILES if with_weights else (CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG, *TOKENIZER_FILES)
     try:
         path = Path(huggingface_hub.snapshot_download(model, revision=revision or None, allow_patterns=list(files)))
@@ -115,12 +121,27 @@ def _directory(model: str, what: str, with_weights: bool, revision: str) -> Path
     return path
 
 
+def _fetched(model: str, what: str, with_weights: bool) -> Path:
+    """The local copy of a model's directory in a bucket."""
+    patterns = HUB_FILES if with_weights else (CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG, *TOKENIZER_FILES)
+    path = fetch_model(model, patterns, what)
+    if not any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
+        raise UserError(f"{what}={model!r}: the directory has no {CONFIG}; give a Hugging Face model directory")
+    return path
+
+
 def local_model(model: str, *, what: str = "model") -> Path | None:
-    """`model` as a directory; None if it is not one but may be a hub id.
+    """`model` as a directory; None if it is not one but may be a hub id, or is an address in a bucket.
 
     Raises:
-      UserError: no such directory, or no config.json in it.
+      UserError: no such directory, or no config.json in it; or it cannot be an address in a bucket.
     """
+    if is_in_bucket(model):
+        try:
+            as_path(model)
+        except UserError as error:
+            raise UserError(f"{what}={error}") from None
+        return None
     given, path = f"{what}={model[:200]!r}", Path(model)
     try:
         path = path.expanduser()

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from safetensors import SafetensorError
 
+from dpo_jax.bucket.path import BucketPath
 from dpo_jax.errors import SAVE_FAILED, UserError
 from dpo_jax.model.config import ModelConfig, Params
 from dpo_jax.model.families import config_from_hf, hf_config
@@ -39,6 +40,7 @@ from dpo_jax.model.tensors import (
 )
 from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_FILES
 from dpo_jax.weights.model_files import FLOATS, read_model_json, refuse_code
+from dpo_jax.weights.publish import new_in_bucket
 from dpo_jax.weights.stops import write_generation_config
 from dpo_jax.weights.stored import PIECE_BYTES, check_tied, checked_tensors
 
@@ -220,6 +222,10 @@ def new_directory(directory: Path) -> Iterator[Path | None]:
     Raises:
       UserError: it cannot be written.
     """
+    if isinstance(directory, BucketPath):
+        with new_in_bucket(directory) as new:
+            yield new
+        return
     directory = Path(directory).absolute()
     new, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
     writes = jax.process_index() == 0

@@ -135,8 +135,10 @@ def test_a_refused_command_leaves_no_config_behind(refused, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_a_remote_workdir_is_refused(refused):
-    assert "remote directories are not supported" in refused(TINY, workdir="gs://bucket/run")
+def test_a_workdir_of_another_kind_is_refused(refused):
+    said = refused(TINY, workdir="s3://bucket/run")
+    assert "workdir=s3://bucket/run: addresses of this kind are not supported" in said
+    assert "give gs://BUCKET/DIR" in refused(TINY, workdir="gs://bucket")
 
 
 def test_an_error_in_a_config_file_is_one_line(refused, tmp_path):

@@ -140,7 +140,7 @@ def test_help_is_there_at_once(command):
     [
         ([TRAIN], "--config is missing"),
         ([TRAIN, TINY], "--workdir is missing"),
-        ([TRAIN, TINY, "--workdir=gs://bucket/run"], "remote directories are not supported"),
+        ([TRAIN, TINY, "--workdir=s3://bucket/run"], "addresses of this kind are not supported"),
         ([TRAIN, TINY, "--workdir=file/run"], "cannot be written"),
         ([TRAIN, TINY, "--workdir=other"], "holds a run of another config (seed: 3 there, 0 asked)"),
         ([TRAIN, TINY, DIRECTORY, "--wrokdir=x"], "Unknown command line flag 'wrokdir'"),

@@ -65,7 +65,7 @@ def test_without_a_verb_it_shows_how_it_is_used(cloud):
 
 DRY = {
     "up_v6e_spot": ["up", *RUN, "--spot", "--project=my-project", "--", "--config.dpo_beta=0.1"],
-    "up_v5p_no_mount": ["up", *RUN, "--type=v5p-16", "--no-mount", "--pass-env=EXTRA", "--", "--config.model=a b'c"],
+    "up_v5p_mount": ["up", *RUN, "--type=v5p-16", "--mount", "--pass-env=EXTRA", "--", "--config.model=a b'c"],
     "create_v5e_reserved": ["create", *SLICE, "--type=v5e-4", "--reserved", "--create-flag=--network=my net"],
     "create_v5e_image": ["create", *SLICE, "--type=v5litepod-8", "--runtime-version=mine"],
     "setup": ["setup", *SLICE],
@@ -126,7 +126,7 @@ def test_up_when_the_slice_is_ready_at_once(cloud):
     assert trained["argv"] == [
         "--config=configs/hhh.py",
         "--distributed",
-        f"--workdir={home}/.dpo_jax/gcs/bucket/runs/hhh",
+        "--workdir=gs://bucket/runs/hhh",
     ]
     assert (cloud.root / "buckets/bucket/runs/hhh/steps-0").read_text() == "3"
     assert (home / ".dpo_jax/stamp").read_text() == sha + "\n"
@@ -138,9 +138,7 @@ def test_up_when_the_slice_is_ready_at_once(cloud):
     assert pip[:3] == ["held", "pip", "install"]
     assert pip[-1] == ".[tpu,gcs]"
     assert freeze[2] == "freeze"
-    (mounting,) = (home / "gcsfuse.log").read_text().splitlines()
-    assert "--rename-dir-limit=" in mounting  # without it a checkpoint's directory is never renamed into place
-    assert mounting.endswith(f" bucket {home}/.dpo_jax/gcs/bucket")
+    assert not (home / "gcsfuse.log").exists()  # neither installed nor mounted: the trainer takes gs:// itself
     assert cloud.count("delete") == 0  # it is the user's to delete
 
 
@@ -171,13 +169,23 @@ HARD = [
 
 def test_arguments_reach_the_trainer_as_they_are(cloud):
     cloud.world(current={**ACTIVE, "type": "v6e-8"}, trainers=[{}])
-    cloud.launch("up", *RUN, *FAST, "--no-mount", "--workdir", "gs://bucket/my runs/it's", "--", *HARD, "--", "--spot")
+    cloud.launch("up", *RUN, *FAST, "--workdir", "gs://bucket/my runs/it's", "--", *HARD, "--", "--spot")
     (trained,) = cloud.trained()
     assert trained["argv"] == [
         "--config=configs/hhh.py", "--distributed", *HARD, "--", "--spot", "--workdir=gs://bucket/my runs/it's"
     ]  # fmt: skip
-    assert not (cloud.home() / "gcsfuse.log").exists()  # neither installed nor mounted
     assert cloud.count("create") == 0
+
+
+def test_a_bucket_that_is_to_be_mounted(cloud):
+    cloud.world(current={**ACTIVE, "type": "v6e-8"}, trainers=[{"lines": 2}])
+    cloud.launch("up", *RUN, *FAST, "--mount")
+    (trained,), home = cloud.trained(), cloud.home()
+    assert trained["argv"][-1] == f"--workdir={home}/.dpo_jax/gcs/bucket/runs/hhh"
+    (mounting,) = (home / "gcsfuse.log").read_text().splitlines()
+    assert "--rename-dir-limit=" in mounting  # without it a checkpoint's directory is never renamed into place
+    assert mounting.endswith(f" bucket {home}/.dpo_jax/gcs/bucket")
+    assert (cloud.root / "buckets/bucket/runs/hhh/steps-0").read_text() == "2"
 
 
 def test_what_the_trainer_is_given_is_its_command_line(cloud, tmp_path):
@@ -187,7 +195,7 @@ def test_what_the_trainer_is_given_is_its_command_line(cloud, tmp_path):
     given = parse(["train", *words])
     config, workdir, distributed = given.config, given.workdir, given.distributed
     assert config.dpo_beta == 0.2
-    assert workdir == tmp_path / ".dpo_jax/gcs/bucket/runs/hhh"
+    assert str(workdir) == "gs://bucket/runs/hhh"
     assert distributed
 
 
@@ -306,11 +314,11 @@ def test_nothing_is_ended_by_name():
 def test_the_skypilot_task_runs_the_same_command():
     task = yaml.safe_load((ROOT / "launch/sky.yaml").read_text())
     assert task["resources"]["accelerators"].startswith("tpu-")
-    assert task["file_mounts"]["/gcs"] == {"source": "gs://${BUCKET}", "mode": "MOUNT"}
+    assert "file_mounts" not in task
     assert "uv pip install" in task["setup"]
     assert "'.[tpu,gcs]'" in task["setup"]
     lines = task["run"].strip().splitlines()
-    values = task["envs"] | {"ARGS": "--config.dpo_beta=0.2 --config.seed=1"}
+    values = task["envs"] | {"BUCKET": "my-bucket", "ARGS": "--config.dpo_beta=0.2 --config.seed=1"}
     train = re.sub(r"\$(\w+)", lambda m: values[m[1]], lines[-1])
     words = shlex.split(train)
     assert words[:4] == ["exec", "python", "-m", "dpo_jax.train"]
@@ -318,7 +326,7 @@ def test_the_skypilot_task_runs_the_same_command():
     given = parse(words[3:])
     config, workdir, distributed = given.config, given.workdir, given.distributed
     assert (config.dpo_beta, config.seed, distributed) == (0.2, 1, True)
-    assert workdir == Path("/gcs/runs/dpo_jax")
+    assert str(workdir) == "gs://my-bucket/runs/dpo_jax"
 
 
 def test_the_xpk_command_is_the_same_too(cloud):
@@ -330,7 +338,7 @@ def test_the_xpk_command_is_the_same_too(cloud):
     given = parse(shlex.split(train)[3:])
     config, workdir, distributed = given.config, given.workdir, given.distributed
     assert config.dataset == "a b  c"
-    assert (workdir, distributed) == (Path("/gcs/runs/hhh"), True)
+    assert (str(workdir), distributed) == ("gs://bucket/runs/hhh", True)
 
 
 @pytest.mark.parametrize(

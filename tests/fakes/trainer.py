@@ -22,7 +22,8 @@ def main(argv):
         record = {"argv": argv, "cwd": os.getcwd(), "worker": os.environ["FAKE_WORKER"], "env": dict(os.environ)}
         with open(CLOUD / "trained.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-    workdir = Path(next(word.split("=", 1)[1] for word in argv if word.startswith("--workdir=")))
+    given = next(word.split("=", 1)[1] for word in argv if word.startswith("--workdir="))
+    workdir = Path(given.replace("gs:/", str(CLOUD / "buckets"), 1) if given.startswith("gs://") else given)
     workdir.mkdir(parents=True, exist_ok=True)
     steps = workdir / f"steps-{os.environ['FAKE_WORKER']}"
     done = int(steps.read_text()) if steps.exists() else 0

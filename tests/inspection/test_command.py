@@ -239,7 +239,7 @@ def test_prepare_onto_a_shared_cache(tiny, tmp_path, capsys, monkeypatch):
         (["inspect", TINY, "--shards=5"], "does not divide over 5 data shards x 1 microbatches"),
         (["inspect", TINY, "--config.dataset=/nowhere/x.jsonl"], "/nowhere/x.jsonl: no such file"),
         (["prepare", TINY, "--config.cache_dir=nothing://x"], "cache_dir=nothing://x: Protocol not known"),
-        (["prepare", TINY, "--workdir=gs://bucket/run"], "remote directories are not supported"),
+        (["prepare", TINY, "--workdir=s3://bucket/run"], "addresses of this kind are not supported"),
         (["prepare", TINY, "--workdir=/proc/nowhere"], "/proc/nowhere cannot be written"),
         (["inspect", TINY, "--html=/nowhere/page.html"], "cannot write /nowhere/page.html.*--html"),
     ],

@@ -392,7 +392,7 @@ def test_resolve_local(saved, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"reference='.*empty': the directory has no config\.json"):
         hub_module.resolve_model(str(tmp_path / "empty"), what="reference")
-    for missing in (str(tmp_path / "none"), "./none", "~/none/at/all", "a/b/c", "gs://bucket/model", ""):
+    for missing in (str(tmp_path / "none"), "./none", "~/none/at/all", "a/b/c", "s3://bucket/model", ""):
         with pytest.raises(UserError, match="no such directory"):
             hub_module.resolve_model(missing)
     with pytest.raises(UserError, match="is a file"):
