@@ -1,4 +1,4 @@
-"""Hostile and damaged input, by kinds, given to the real commands: whatever it is, a command ends as docs/faults.md says.
+"""Hostile and damaged input given to the real commands: whatever it is, each ends as docs/faults.md says.
 
     python -m tests.fuzz --minutes=30 --seed=7       as many cases as there is time for, and counts by kind
     python -m tests.fuzz --case=NAME                 one of them again, with all that it printed

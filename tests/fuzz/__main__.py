@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz`: cases of every kind in turn, as many as there is time for; the exit code is 1 if any failed."""
+"""`python -m tests.fuzz`: cases of every kind in turn, as many as there is time for; exit code 1 if any failed."""
 
 import argparse
 import atexit
@@ -164,7 +164,8 @@ def _drive(cases: list[Case], options: argparse.Namespace, base: Path) -> int:
                 print(f"--- {one.case.name}: code {end.code} after {end.seconds:.1f} s, {end.peak / 1e9:.2f} GB")
                 print(_visible(end.out[-4000:]), _visible(end.err[-6000:]), sep="\n---\n", flush=True)
             if options.out:
-                record = {"case": one.case.name, "fault": fault and fault[0], "said": fault[1] if fault else end.err[:300]}
+                record = {"case": one.case.name, "fault": fault and fault[0]}
+                record |= {"said": fault[1] if fault else end.err[:300]}
                 record |= {"code": end.code, "seconds": round(end.seconds, 2), "gb": round(end.peak / 1e9, 2)}
                 with options.out.open("a") as file:
                     file.write(json.dumps(record) + "\n")
@@ -174,7 +175,8 @@ def _drive(cases: list[Case], options: argparse.Namespace, base: Path) -> int:
     total = sum(sum(counter.values()) for counter in counts.values())
     print(f"{total} cases in {time.monotonic() - begun:.0f} s, {len(queue)} were not reached (seed {options.seed})")
     for kind, counter in counts.items():
-        print(f"  {kind:8} {sum(counter.values()):5} cases: " + ", ".join(f"{n} {name}" for name, n in counter.most_common()))
+        named = ", ".join(f"{n} {name}" for name, n in counter.most_common())
+        print(f"  {kind:8} {sum(counter.values()):5} cases: {named}")
     for name, *_ in failed:
         print(f"  again: python -m tests.fuzz --case={name!r}")
     return 1 if failed else 0

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import places
 from tests.fuzz.cases import Place, train
 
 BASE = Path()  # set by `__main__`
@@ -28,7 +29,8 @@ def build() -> None:
     place.make()
     command = train(place)
     environment = os.environ | place.environment()
-    done = subprocess.run([sys.executable, "-m", command.module, *command.arguments], env=environment, capture_output=True)
+    words = [sys.executable, "-m", command.module, *command.arguments]
+    done = subprocess.run(words, env=environment, capture_output=True)
     if done.returncode:
         raise SystemExit(f"the run that cases are made of failed:\n{done.stderr.decode()}")
 
@@ -37,3 +39,16 @@ def copy_run(place: Place) -> Path:
     """The finished run and its cache as a case's own; returns its directory."""
     shutil.copytree(cache(), place.cache, dirs_exist_ok=True)
     return Path(shutil.copytree(run(), place.work / "run"))
+
+
+def launch_repository() -> Path:
+    """The launcher and the configs in a repository of one commit, made once."""
+    path = BASE / "launched"
+    if not (path / ".git/refs/heads").exists():
+        for name in ("launch", "configs"):
+            shutil.copytree(places.ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(places.ROOT / "launch_tpu.sh", path)
+        git = ["git", "-c", "user.name=T", "-c", "user.email=t@example.com"]
+        for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a commit"]):
+            subprocess.run([*git, *words], cwd=path, check=True)
+    return path

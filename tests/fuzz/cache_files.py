@@ -1,4 +1,4 @@
-"""The cache of tokenised pairs, damaged: it is built anew and said, or refused; what it held is never believed unread."""
+"""The cache of tokenised pairs, damaged: it is built anew and said, or refused; never believed unread."""
 
 import json
 import shutil
@@ -12,20 +12,23 @@ from tests.fuzz.damage import ANY_FILE, GONE, VALUES, WHOLE, paths_of, put, whol
 NAMES = ("../../../home/.profile", "/etc/passwd", "../x", "a/b", "..", "", ".hidden", "x" * 300, "a\0b", "\x1b[31m")
 # What is right where a file is sound in another way: its bytes are as they were written.
 _SAME = ("not-to-be-read",)
+_SAID = "damaged|built anew|rebuilt|cannot be read"
 
 
 def cases() -> Iterator[Case]:
     for name in _files():
         for how, do in ANY_FILE.items():
-            says = "" if how in _SAME or name == "quarantine.jsonl" else "cache|pairs|rows"
+            says = "" if how in _SAME or name == "quarantine.jsonl" else _SAID
             yield _case(f"{name}/{how}", lambda cache, name=name, do=do: do(cache / name), says)
     for how in WHOLE:
-        yield _case(f"manifest.json/{how}", lambda cache, how=how: whole(cache / "manifest.json", how), "cache|pairs|rows")
+        do = lambda cache, how=how: whole(cache / "manifest.json", how)
+        yield _case(f"manifest.json/{how}", do, _SAID)
     manifest = next(iter(bases.cache().glob("*/manifest.json")), None)
     for at in paths_of(json.loads(manifest.read_text()), 3) if manifest else ():
         for how in (*VALUES, "gone"):
             new = GONE if how == "gone" else VALUES[how]
-            yield _case(f"manifest.json/{'.'.join(map(str, at))}-{how}", lambda cache, at=at, new=new: _put(cache, at, new))
+            place = ".".join(map(str, at))
+            yield _case(f"manifest.json/{place}-{how}", lambda cache, at=at, new=new: _put(cache, at, new))
     for name in NAMES:
         yield _shared(f"shared/name-{name[:20]!a}".replace("/", "|").replace("shared|", "shared/"), name)
 

@@ -5,9 +5,12 @@ import io
 import itertools
 import json
 import os
+import socket
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pyarrow.parquet
 
 from tests.fuzz.cases import PAIRS, Case, Command, Place, data
 from tests.fuzz.damage import ANY_FILE, VALUES
@@ -65,23 +68,23 @@ def cases() -> Iterator[Case]:
         yield _rows(f"columns/{number}-further", [row | {name: "x"} for row in GOOD])
         yield _rows(f"columns/{number}-only", [{name: "x", f"{name}2": "y"} for _ in GOOD])
         yield _csv(f"columns/{number}-csv", name)
-        yield _case(f"columns/{number}-as-columns", lambda path: _lines(path / "a.jsonl", GOOD), columns=f"prompt:{name}")
+        good = lambda path: _lines(path / "a.jsonl", GOOD)
+        yield _case(f"columns/{number}-as-columns", good, columns=f"prompt:{name}")
     for how, content in TEXTS.items():
         for suffix in ("jsonl", "json", "csv", "parquet", "arrow"):
             yield _case(f"files/{how}-{suffix}", lambda path, c=content, s=suffix: _write(path / f"a.{s}", c))
     for how, do in ANY_FILE.items():
-        yield _case(f"file/{how}", lambda path, do=do: (_lines(path / "a.jsonl", GOOD), do(path / "a.jsonl")), "a.jsonl")
-        yield _case(f"beside/{how}", lambda path, do=do: (_two(path), do(path / "b.jsonl")))
-        yield _case(f"gz/{how}", lambda path, do=do: (_gzip(path / "a.jsonl.gz", _text(GOOD)), do(path / "a.jsonl.gz")))
-        yield _case(f"parquet/{how}", lambda path, do=do: (_parquet(path / "a.parquet"), do(path / "a.parquet")))
+        yield _case(f"file/{how}", _damaged("a.jsonl", do), "a.jsonl")
+        yield _case(f"beside/{how}", _damaged("a.jsonl", do, beside=True))
+        yield _case(f"gz/{how}", _damaged("a.jsonl.gz", do))
+        yield _case(f"parquet/{how}", _damaged("a.parquet", do))
     for how, do in LARGE.items():
         yield _case(f"large/{how}", do)
     for how, do in DIRECTORIES.items():
         yield _case(f"directory/{how}", do)
     for how, name in ADDRESSES.items():
-        yield Case(f"data/address/{how}", lambda place, name=name: data("inspect", place, dataset=_filled(name, place)))
-        yield Case(f"data/path/{how}", lambda place, n=name: data("inspect", place, dataset="hhh", dataset_path=_filled(n, place)))
-        yield Case(f"data/eval/{how}", lambda place, name=name: data("inspect", place, eval_path=_filled(name, place)))
+        for kind, key in (("address", "dataset"), ("path", "dataset_path"), ("eval", "eval_path")):
+            yield Case(f"data/{kind}/{how}", _address(key, name))
 
 
 def _case(name: str, make: Callable[[Path], object], file: str = "", **keys: object) -> Case:
@@ -92,6 +95,32 @@ def _case(name: str, make: Callable[[Path], object], file: str = "", **keys: obj
         return data("inspect", place, dataset=directory / file if file else directory, eval_pairs=4, **keys)
 
     return Case(f"data/{name}", prepare)
+
+
+def _damaged(name: str, do: Callable[[Path], object], *, beside: bool = False) -> Callable[[Path], None]:
+    """A sound file with something done to it; `beside` another one that stays sound."""
+
+    def make(path: Path) -> None:
+        if beside:
+            _lines(path / "0.jsonl", GOOD)
+        if name.endswith(".parquet"):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GOOD), path / name)
+        else:
+            (path / name).write_bytes(gzip.compress(_text(GOOD)) if name.endswith(".gz") else _text(GOOD))
+        do(path / name)
+
+    return make
+
+
+def _address(key: str, name: str) -> Callable[[Place], Command]:
+    def prepare(place: Place) -> Command:
+        if "{given}" in name:
+            with zipfile.ZipFile(place.given / "a.zip", "w") as packed:
+                packed.writestr("a.jsonl", _text(GOOD))
+        given = {key: name.replace("{given}", str(place.given))}
+        return data("inspect", place, **(given | ({"dataset": "hhh"} if key == "dataset_path" else {})))
+
+    return prepare
 
 
 def _rows(name: str, rows: list[dict]) -> Case:
@@ -114,11 +143,6 @@ def _lines(path: Path, rows: list[dict]) -> None:
     path.write_bytes(_text(rows))
 
 
-def _two(path: Path) -> None:
-    _lines(path / "a.jsonl", GOOD)
-    _lines(path / "b.jsonl", GOOD)
-
-
 def _csv(name: str, column: str) -> Case:
     head = f'prompt,chosen,rejected,"{column}"\n'.encode("utf-8", "surrogatepass")
     return _case(name, lambda path: (path / "a.csv").write_bytes(head + b"a,b,c,d\n" * 20))
@@ -126,17 +150,6 @@ def _csv(name: str, column: str) -> Case:
 
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-
-
-def _gzip(path: Path, content: bytes) -> None:
-    path.write_bytes(gzip.compress(content))
-
-
-def _parquet(path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GOOD), path)
 
 
 def _bomb(letter: bytes, size: int) -> bytes:
@@ -201,7 +214,9 @@ LARGE: dict[str, Callable[[Path], object]] = {
     "csv-value-without-end": lambda path: _write(path / "a.csv", b'prompt,chosen,rejected\na,b,"' + b"x" * 300_000_000),
     "sparse": lambda path: os.truncate(os.open(path / "a.jsonl", os.O_CREAT | os.O_WRONLY), 10**11),
     "array-of-one-text": lambda path: _write(path / "a.json", b'[{"prompt": "' + b"x" * 300_000_000),
-    "column-names": lambda path: _lines(path / "a.jsonl", [GOOD[0] | {f"c{i}-{j}": 1 for j in range(2000)} for i in range(50)]),
+    "column-names": lambda path: _lines(
+        path / "a.jsonl", [GOOD[0] | {f"{i}-{j}": 1 for j in range(2000)} for i in range(50)]
+    ),
 }
 
 
@@ -218,8 +233,8 @@ def _deep_tree(path: Path) -> None:
 
 
 def _odd_names(path: Path) -> None:
-    for name in (b"\xff\xfe.jsonl", b"a\nerror: forged.jsonl", b"\x1b[31m.jsonl", b"{0}.jsonl", b"*.jsonl", b"[a].jsonl"):
-        with open(os.fsencode(path) + b"/" + name, "wb") as file:
+    for name in (b"\xff\xfe", b"a\nerror: forged", b"\x1b[31m", b"{0}", b"*", b"[a]"):
+        with open(os.fsencode(path) + b"/" + name + b".jsonl", "wb") as file:
             file.write(_text(GOOD))
 
 
@@ -235,8 +250,6 @@ def _links(path: Path) -> None:
 
 
 def _socket(path: Path) -> None:
-    import socket
-
     _lines(path / "a.jsonl", GOOD)
     before = os.getcwd()
     os.chdir(path)
@@ -347,10 +360,3 @@ ADDRESSES: dict[str, str] = {
     "module-missing": "no_such_module_of_anybody:parse",
     "module-of-the-system": "os:nope",
 }
-
-
-def _filled(name: str, place: Place) -> str:
-    if "{given}" in name:
-        with zipfile.ZipFile(place.given / "a.zip", "w") as packed:
-            packed.writestr("a.jsonl", _text(GOOD))
-    return name.replace("{given}", str(place.given))

@@ -1,4 +1,4 @@
-"""Directories of models, broken one thing at a time: numbers, tensors, tokenizers, templates, and code that wants to run."""
+"""Directories of models, broken one thing at a time: numbers, tensors, tokenizers, templates, code that would run."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from tests.fuzz.damage import ANY_FILE, GONE, VALUES, WHOLE, put, whole, write_j
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
          "model.safetensors")  # fmt: skip
 # What numbers of config.json and generation_config.json can be besides `damage.VALUES`.
-NUMBERS = {"one": 1, "three": 3, "million": 10**6, "ten-to-12": 10**12, "two-to-31": 2**31, "tiny": 1e-300, "large": 1e300,
-           "negative-fraction": -0.5}  # fmt: skip
+NUMBERS = {"one": 1, "three": 3, "million": 10**6, "ten-to-12": 10**12, "two-to-31": 2**31, "tiny": 1e-300,
+           "large": 1e300, "negative-fraction": -0.5}  # fmt: skip
 # Keys that the smallest model's files do not have, and values for them.
 FURTHER = {
     "config.json": {
@@ -76,7 +76,8 @@ TEMPLATES: dict[str, str] = {
     "endless": _SLEEP,
     "endless-output": "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 1000 }}{% endfor %}{% endfor %}",
     "memory": "{{ 'x' * 10000000000 }}",
-    "memory-doubling": "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "memory-doubling": "{% set ns = namespace(x='xxxxxxxx') %}"
+    "{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "memory-list": "{% set x = [0] * 10000000000 %}",
     "memory-format": "{{ '%99999999999d' % 1 }}",
     "memory-center": "{{ 'x' | center(9999999999) }}",
@@ -124,7 +125,7 @@ def cases() -> Iterator[Case]:
     for key in ("rope_theta", "rope_type"):
         for how, value in (VALUES | NUMBERS | {"gone": GONE}).items():
             yield _key("config.json", ("rope_parameters", key), how, value)
-    for key in ("model", "added_tokens", "pre_tokenizer", "decoder", "normalizer", "post_processor", "truncation", "padding"):
+    for key in "model added_tokens pre_tokenizer decoder normalizer post_processor truncation padding".split():
         for how, value in (VALUES | {"gone": GONE}).items():
             yield _key("tokenizer.json", (key,), how, value)
     for how, text in TEMPLATES.items():
@@ -243,7 +244,7 @@ HEADERS: dict[str, Callable[[Path], None]] = {
     "empty": _header(lambda header: b"{}"),
     "deep": _header(lambda header: b'{"a":' * 100_000),
     "twice": _header(lambda header: json.dumps(header).encode()[:-1] + b"," + json.dumps(header).encode()[1:]),
-    "tensor-of-list": _header(lambda header: dict.fromkeys(header, [])),
+    "tensor-of-list": _header(lambda header: {key: [] for key in header}),
     "dtype-unknown": _set("dtype", "F99"),
     "dtype-of-integers": _set("dtype", "I32"),
     "dtype-wider": _set("dtype", "F64"),
@@ -258,7 +259,7 @@ HEADERS: dict[str, Callable[[Path], None]] = {
     "offsets-backwards": _set("data_offsets", [100, 0]),
     "offsets-negative": _set("data_offsets", [-8, 0]),
     "offsets-overlap": _set("data_offsets", [4, 57604]),
-    "offsets-missing": _header(lambda header: _first(header).pop("data_offsets")and None),
+    "offsets-missing": _header(lambda header: _first(header).pop("data_offsets") and None),
     "tensor-missing": _header(lambda header: header.pop(next(n for n in header if n != "__metadata__")) and None),
     "tensor-further": _header(lambda header: header.update({"\x1b[31mnope\nerror: forged": _first(header)})),
     "tensors-swapped": _header(_swap),

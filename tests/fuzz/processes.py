@@ -2,9 +2,11 @@
 
 A door is called in a fork of this process, which has imported everything but started nothing: the same call as
 `python -m` makes, without the seconds of importing. What ends it ends a process: it returns to the top of `__main__`
-(`Child`), so that tracebacks, exit handlers and threads that do not end are those of a real one. `fresh` starts real ones.
+(`Child`), so that tracebacks, exit handlers and threads that do not end are those of a real one. `fresh` starts a real
+one.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -20,7 +22,7 @@ from tests.fuzz.touched import report_writes, snapshot
 
 SECONDS = 20
 BYTES = 2 * 10**9
-_LAST = 120  # seconds on the clock, for a machine that is busy with other things
+_LAST = 150  # seconds on the clock, for a machine that is busy with other things
 _ROOM = 8 * 2**30  # of address space beyond what this process has: what a watch every 20 ms could miss
 _POLL = 0.02
 
@@ -56,7 +58,7 @@ class Running:
     pid: int
     before: dict[str, tuple[int, ...]]
     begun: float = dataclasses.field(default_factory=time.monotonic)
-    waited: float = 0.0
+    spent: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)  # clock, at work, in the queue
     peak: int = 0
     slow: bool = False
     large: bool = False
@@ -129,25 +131,36 @@ def ended(running: Running) -> End | None:
 
 def _watch(running: Running) -> None:
     try:
-        memory, waited = _usage(running.pid)
+        memory, worked, waited = _usage(running.pid)
     except (OSError, ValueError, IndexError):
         return  # it is about to end
-    running.peak, running.waited = max(running.peak, memory), max(running.waited, waited)
-    wall = time.monotonic() - running.begun
+    running.peak = max(running.peak, memory)
     running.large = running.peak > BYTES
-    running.slow = wall - running.waited > SECONDS or wall > _LAST
+    now = time.monotonic()
+    if not running.spent or now - running.spent[-1][0] > 0.5:
+        running.spent.append((now, worked, waited))
+    running.slow = worked > SECONDS or now - running.begun > _LAST or _idles(running.spent)
     if running.slow or running.large:
         _kill_group(running.pid)
 
 
-def _usage(pid: int) -> tuple[int, float]:
-    """Bytes in memory of a process and its children, and seconds that it waited for a processor."""
-    memory, waited = 0, 0.0
+def _idles(spent: list[tuple[float, float, float]]) -> bool:
+    """Whether it has done nothing for so long as a case may take, though it could have: the machine may be busy."""
+    now, worked, waited = spent[-1]
+    before = next((one for one in reversed(spent) if now - one[0] >= SECONDS), None)
+    return before is not None and worked - before[1] < SECONDS / 20 and waited - before[2] < SECONDS / 2
+
+
+def _usage(pid: int) -> tuple[int, float, float]:
+    """Bytes in memory of a process and its children, their seconds at work, and its own in the processors' queue."""
+    memory, worked, waited = 0, 0.0, 0.0
     for process in (pid, *_children(pid)):
         memory += int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
+        ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:15]
+        worked += sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
     for task in os.listdir(f"/proc/{pid}/task"):
         waited = max(waited, int(Path(f"/proc/{pid}/task/{task}/schedstat").read_text().split()[1]) / 1e9)
-    return memory, waited
+    return memory, worked, waited
 
 
 def _children(pid: int) -> list[int]:
@@ -155,10 +168,8 @@ def _children(pid: int) -> list[int]:
 
 
 def _kill_group(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _changed(running: Running) -> list[str]:

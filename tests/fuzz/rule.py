@@ -11,16 +11,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _OF_SHELLS = re.compile(
     r"line \d+: |syntax error|unbound variable|command not found|integer expression|bad substitution|value too great"
 )
-KINDS = (
-    "memory",
-    "time",
-    "touched",
-    "traceback",
-    "code",
-    "lines",
-    "control",
-    "silent",
-)
+# How far `dpo_jax.sample` is, on standard error.
+_PROGRESS = re.compile(r"[\d,]+(/[\d,]+)? prompts\b")
+KINDS = ("memory", "time", "touched", "traceback", "code", "lines", "control", "silent")
 
 
 def documented_codes() -> set[int]:
@@ -31,7 +24,7 @@ def documented_codes() -> set[int]:
 
 def broken(case: Case, end: End) -> tuple[str, str] | None:
     """How a case breaks the rule: a word of `KINDS` and what was seen; None: it holds."""
-    lines = [line for line in end.err.splitlines() if line.strip()]
+    lines = [line for line in end.err.split("\n") if line.strip() and not _PROGRESS.match(line)]
     if end.large:
         return "memory", f"{end.peak / 1e9:.1f} GB after {end.seconds:.0f} s"
     if end.slow:
@@ -39,7 +32,8 @@ def broken(case: Case, end: End) -> tuple[str, str] | None:
     if end.writes:
         return "touched", "; ".join(end.writes[:3])
     if "Traceback (most recent call last)" in end.err or "Fatal Python error" in end.err:
-        return "traceback", _short(next((line for line in reversed(lines) if re.match(r"[\w.]+(:|$)", line)), lines[-1]))
+        named = (line for line in reversed(lines) if re.match(r"[\w.]+(:|$)", line))
+        return "traceback", _short(next(named, lines[-1]))
     codes = set(case.codes) or documented_codes()
     if end.code not in codes:
         return "code", f"exit code {end.code}: {_short(end.err) or 'not a word'}"
@@ -59,13 +53,16 @@ def _broken_launch(end: End, lines: list[str]) -> tuple[str, str] | None:
     if found := _OF_SHELLS.search(end.err):
         return "traceback", _short(end.err[max(0, found.start() - 60) :])
     if found := _CONTROL.search(end.err) or _CONTROL.search(end.out):
-        return "control", f"{found[0]!a} on the terminal"
+        return "control", f"{found[0]!a} on the terminal: {_short(found.string[max(0, found.start() - 40) :])}"
     errors = [line for line in lines if line.startswith("error:")]
-    if len(errors) > 1:
-        return "lines", f"{len(errors)} errors: {_short(' | '.join(errors))}"
+    if len(errors) > bool(end.code):
+        return "lines", f"{len(errors)} errors with code {end.code}: {_short(' | '.join(errors))}"
+    if forged := [line for line in lines if line == "launch: done: gs://b/x"]:  # of `worker_answers.HOSTILE`
+        return "lines", f"a worker speaks for the launcher: {forged[0]}"
     return None
 
 
 def _short(text: str) -> str:
     text = " ".join(text.split())
-    return (text if len(text) <= 240 else text[:120] + " ... " + text[-115:]).encode("ascii", "backslashreplace").decode()
+    shown = text if len(text) <= 240 else text[:120] + " ... " + text[-115:]
+    return shown.encode("ascii", "backslashreplace").decode()

@@ -17,7 +17,8 @@ OBJECTS = (
     "run.json",
     "checkpoints/6/checksums.json",
     "checkpoints/6/_CHECKPOINT_METADATA",
-    "checkpoints/6/checkpointables/_METADATA",
+    "checkpoints/6/state/_METADATA",
+    "reference/checksums.json",
     "export/config.json",
     "export/generation_config.json",
     "export/tokenizer.json",
@@ -99,7 +100,16 @@ def cases() -> Iterator[Case]:
         for door in ("resume", "report", "sample"):
             for what in ("file", "empty", "copy"):
                 yield _case("checkpoints", door, f"{name!a}-{what}", lambda path, n=name, w=what: _odd(path, n, w))
-    for name in ("state", "checkpoints", "export", ".lock", "report.html", "checkpoints/6", "checkpoints/4"):
+    for name in (
+        "checkpoints",
+        "export",
+        ".lock",
+        "report.html",
+        "checkpoints/6",
+        "checkpoints/6/state",
+        "reference",
+        "tensorboard",
+    ):
         for how in ("gone", "fifo", "file", "linked"):
             for door in ("resume", "report", "sample"):
                 yield _case(name, door, how, lambda path, how=how: _replaced(path, how))

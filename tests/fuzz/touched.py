@@ -1,9 +1,8 @@
-"""What a case touches outside the directories that are its own: by what Python opens, and by what is there afterwards."""
+"""What a case touches outside of its own directories: by what Python opens, and by what is there afterwards."""
 
 import os
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from tests.fuzz.cases import Place
@@ -11,19 +10,19 @@ from tests.fuzz.cases import Place
 # What the fork's own environment may write: programs that JAX keeps, devices, the system's view of the process itself.
 _ANYWHERE = ("/dev/null", "/dev/shm/", "/dev/tty", "/proc/self/", "/proc/thread-self/")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# Where the paths that an event changes stand among its arguments (CPython's table of audit events).
+# Where the paths that an event changes stand among its arguments, and the directories' descriptors that they are below
+# (CPython's table of audit events).
 _CHANGES = {
-    "os.mkdir": (0,),
-    "os.rename": (0, 1),
-    "os.remove": (0,),
-    "os.rmdir": (0,),
-    "os.link": (1,),
-    "os.symlink": (1,),
-    "os.truncate": (0,),
-    "os.chmod": (0,),
-    "os.chown": (0,),
-    "os.utime": (0,),
-    "shutil.rmtree": (0,),
+    "os.mkdir": ((0, 2),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.link": ((1, 3),),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, None),),
+    "os.chmod": ((0, 2),),
+    "os.chown": ((0, 3),),
+    "os.utime": ((0, 3),),
 }
 _STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.startfile")
 
@@ -57,11 +56,13 @@ def report_writes(place: Place) -> None:
     )
     allowed += _ANYWHERE
 
-    def note(event: str, path: Any) -> None:
+    def note(event: str, path: Any, below: Any = None) -> None:
         if isinstance(path, bytes):
             path = os.fsdecode(path)
         if not isinstance(path, str):
             return
+        if isinstance(below, int) and below >= 0:
+            path = os.path.join(os.readlink(f"/proc/self/fd/{below}"), path)
         # Not resolved: a link in a directory of its own that leads elsewhere is found by the snapshot.
         whole = os.path.abspath(path)
         if not f"{whole}/".startswith(allowed):
@@ -74,15 +75,10 @@ def report_writes(place: Place) -> None:
             if writes:
                 note(event, path)
         elif event in _CHANGES:
-            for at in _CHANGES[event]:
-                note(event, arguments[at])
+            for at, below in _CHANGES[event]:
+                note(event, arguments[at], None if below is None else arguments[below])
         elif event in _STARTS:
             os.write(log, f"{event} {arguments[:2]!a}\n"[:500].encode())
 
     tempfile.tempdir = str(place.tmp)
     sys.addaudithook(hear)
-
-
-def lies_within(path: Path, directory: Path) -> bool:
-    """Whether a path leads into a directory, links followed."""
-    return path.resolve().is_relative_to(directory.resolve())
