@@ -47,6 +47,7 @@ def main() -> int:
     from tests.fuzz import bases, processes
 
     bases.BASE = base
+    processes.SECONDS = options.seconds or processes.SECONDS
     kinds = [name.split("/")[0] for name in options.case] if options.case else options.kinds.split(",")
     if {"run", "cache"} & set(kinds):
         bases.build()
@@ -97,6 +98,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="cases at a time")
     parser.add_argument("--base", type=Path, help="what cases are made of is kept here for the next call")
     parser.add_argument("--out", type=Path, help="a line of JSON a case; cases that are in it are not run again")
+    parser.add_argument("--seconds", type=float, help="a case may work, or be idle, for so long (20)")
     parser.add_argument("--fresh", action="store_true", help="a new process a case, in place of a fork of this one")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     return parser.parse_args()
@@ -109,6 +111,7 @@ _MODULES = {
     "model": "model_files",
     "data": "data_files",
     "worker": "worker_answers",
+    "faulty": "faulty",  # not of the default: it is there to fail
 }
 
 
