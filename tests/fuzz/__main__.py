@@ -5,10 +5,12 @@ import atexit
 import collections
 import gc
 import importlib
+import importlib.util
 import itertools
 import json
 import os
 import random
+import runpy
 import sys
 import tempfile
 import threading
@@ -69,13 +71,18 @@ def main() -> int:
 
 
 def _end_as_a_process(module: str) -> NoReturn:
-    """What `python -m MODULE` does once it is imported, and what the interpreter does at its end.
+    """What `python -m MODULE` does, its imports being made, and what the interpreter does at its end.
 
     But for taking its modules apart, which is most of the time of a short fork: every page is copied to be forgotten.
     """
-    homes = {"dpo_jax.report": "dpo_jax.report.command", "dpo_jax.data": "dpo_jax.inspection.command"}
+    found = importlib.util.find_spec(module)
+    if found is not None and found.submodule_search_locations is not None:
+        found = importlib.util.find_spec(f"{module}.__main__")
+    assert found is not None
+    assert found.origin is not None
+    code: object = 0
     try:
-        code = importlib.import_module(homes.get(module, module)).main()
+        runpy.run_path(found.origin, run_name="__main__")
     except SystemExit as end:
         code = end.code
     except BaseException:
