@@ -84,12 +84,14 @@ class Case:
       prepare: makes the input in a place and says what to start.
       says: a pattern that the output must hold; empty: it may be silent. It is for damage that must not be believed.
       codes: exit codes that are right for it; empty: all that docs/faults.md has, but not 1.
+      writes: it names where to write, which may then be anywhere.
     """
 
     name: str
     prepare: Callable[[Place], Command]
     says: str = ""
     codes: tuple[int, ...] = ()
+    writes: bool = False
 
     @property
     def kind(self) -> str:

@@ -29,7 +29,7 @@ def broken(case: Case, end: End) -> tuple[str, str] | None:
         return "memory", f"{end.peak / 1e9:.1f} GB after {end.seconds:.0f} s"
     if end.slow:
         return "time", f"no end after {end.seconds:.0f} s; last said: {_short((lines or ['nothing'])[-1])}"
-    if end.writes:
+    if end.writes and not case.writes:
         return "touched", "; ".join(end.writes[:3])
     if "Traceback (most recent call last)" in end.err or "Fatal Python error" in end.err:
         named = (line for line in reversed(lines) if re.match(r"[\w.]+(:|$)", line))

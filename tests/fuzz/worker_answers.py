@@ -53,6 +53,9 @@ FIELDS = {
     "rest": "@ t1v-n-w-0 ended RUN 1 SHA 1-2 {}",
     "line": "{}",
     "line-before": "{}\n@ t1v-n-w-0 ended RUN 1 SHA 1-2",
+    # Codes are compared with each other, which is where a shell computes.
+    "first-code": "@ w-0 ended RUN {} SHA 1-2\n@ w-1 ended RUN 137 SHA 1-2",
+    "second-code": "@ w-0 ended RUN 137 SHA 1-2\n@ w-1 ended RUN {} SHA 1-2",
     "many-hosts": "@ w-0 ended RUN 1 SHA 1-2\n@ {} ended RUN {} SHA 1-2\n@ w-2 running RUN - SHA 1-2",
 }
 FOLLOWED = {
