@@ -93,7 +93,7 @@ def cases() -> Iterator[Case]:
         for how in VALUES:
             yield Case(f"config/{key}/python-{how}", _from_python(key, how), writes=key in PLACES)
     for how, words in FLAGS.items():
-        yield Case(f"config/flags/{how}", _flags(words))
+        yield Case(f"config/flags/{how}", _flags(words), writes=how.startswith("workdir"))
 
 
 def _on_the_command_line(key: str, text: str | bytes):
