@@ -17,7 +17,7 @@ from dpo_jax.records.records import METRICS
 from dpo_jax.sampling.selection import MODES
 from tests.config import configuration_page
 
-PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("SECURITY.md"), *sorted(Path("docs").glob("*.md"))]
 # Commands by module and, where it has several, by the first word.
 KNOWN = {"train": TRAIN, "plan": plan.COMMAND} | {f"data {name}": c for name, c in data_command.COMMANDS.items()}
 
