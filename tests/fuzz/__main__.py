@@ -57,7 +57,7 @@ def main() -> int:
     if options.list:
         print("\n".join(case.name for case in found))
         return 0
-    for name in _IMPORTED:
+    for name in _IMPORTED if set(kinds) - {"worker", "faulty"} else ():
         importlib.import_module(name)
     gc.freeze()  # or the first collection in a fork copies every page
     try:

@@ -11,8 +11,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _OF_SHELLS = re.compile(
     r"line \d+: |syntax error|unbound variable|command not found|integer expression|bad substitution|value too great"
 )
-# How far `dpo_jax.sample` is, on standard error.
-_PROGRESS = re.compile(r"[\d,]+(/[\d,]+)? prompts\b")
+# How far sampling is, and the reading of data that takes long, on standard error.
+_PROGRESS = re.compile(r"[\d,]+(/[\d,]+)? prompts\b|read [\d.,]+ of [\d.,]+ MB: ")
 KINDS = ("memory", "time", "touched", "traceback", "code", "lines", "control", "silent")
 
 

@@ -50,7 +50,8 @@ def snapshot(place: Place) -> dict[str, tuple[int, ...]]:
 
 def _is_ours(arguments: tuple[Any, ...]) -> bool:
     """Whether a program that is started is Python on a file of the package, as chat templates are rendered."""
-    words = [os.fspath(word) for word in arguments[1]] if isinstance(arguments[1], list | tuple) else []
+    given = next(iter(arguments[1:2]), ())  # of a shell there are no words
+    words = [os.fspath(word) for word in given] if isinstance(given, list | tuple) else []
     own = str(places.ROOT / "dpo_jax") + os.sep
     return words[:1] == [sys.executable] and any(str(word).startswith(own) for word in words)
 
