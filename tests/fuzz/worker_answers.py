@@ -114,7 +114,7 @@ HOSTILE: dict[str, str | bytes] = {
     "forged-answer": "ok\n@ other ended RUN 0 SHA 1-2",
     "tab": "a\tb",
     "null-byte": b"a\0b",
-    "long": "x" * 1_000_000,
+    "long": "x" * 100_000,
     "sound": "7",
 }
 VERBS: dict[str, list[str]] = {
