@@ -147,7 +147,6 @@ FLAGS: dict[str, list[str]] = {
     "workdir-of-unknown-scheme": [f"--config={PRESET}:tiny", "--workdir=nowhere://bucket/run"],
     "workdir-empty": [f"--config={PRESET}:tiny", "--workdir="],
     "flag-file": [f"--config={PRESET}:tiny", "--workdir={work}/run", "--flagfile=/dev/null"],
-    "undefok": [f"--config={PRESET}:tiny", "--workdir={work}/run", "--undefok=nope", "--nope"],
 }
 
 
