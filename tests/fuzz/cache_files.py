@@ -6,10 +6,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.fuzz import bases
-from tests.fuzz.cases import Case, Command, Place, data, train
+from tests.fuzz.cases import Case, Command, Place, data
 from tests.fuzz.damage import ANY_FILE, GONE, VALUES, WHOLE, paths_of, put, whole, write_json
 
-NAMES = ("../../../home/.profile", "/etc/passwd", "../x", "a/b", "..", "", ".hidden", "x" * 300, "a\0b", "\x1b[31m")
+NAMES = (
+    "../../home/.profile",
+    "../../../home/.profile",
+    "/etc/passwd",
+    "../x",
+    "a/b",
+    "..",
+    "",
+    ".hidden",
+    "x" * 300,
+    "a\0b",
+    "\x1b[31m",
+)
 # What is right where a file is sound in another way: its bytes are as they were written.
 _SAME = ("not-to-be-read",)
 _SAID = "damaged|built anew|rebuilt|cannot be read"
@@ -57,7 +69,7 @@ def _shared(name: str, file: str) -> Case:
     def prepare(place: Place) -> Command:
         found = next(bases.cache().glob("*/manifest.json")).parent
         manifest = json.loads((found / "manifest.json").read_text())
-        shared = place.given / "shared" / found.name
+        shared = place.cache / "shared" / found.name
         build = shared / manifest["id"]
         shutil.copytree(found, build)
         (build / "manifest.json").unlink()
@@ -67,8 +79,7 @@ def _shared(name: str, file: str) -> Case:
             target.write_text("# hostile\n") if not target.exists() else None
         except (OSError, ValueError):
             pass
-        (place.home / ".profile").write_text("# of the user\n")
         write_json(shared / "manifest.json", manifest | {"bytes": manifest["bytes"] | {file: len("# hostile\n")}})
-        return train(place, cache_dir=f"file://{place.given}/shared")
+        return data("prepare", place, cache_dir=f"file://{place.cache}/shared")
 
     return Case(f"cache/{name}", prepare)
