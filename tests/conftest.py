@@ -52,6 +52,7 @@ LONGEST = [
         "end_to_end/test_notebooks",
         "plan/test_command",
         "end_to_end/test_faults",
+        "fuzz/test_fuzz",
         "end_to_end/test_train",
         "model/test_families",
         "end_to_end/test_processes",

@@ -17,7 +17,7 @@ from dpo_jax.records.records import METRICS
 from dpo_jax.sampling.selection import MODES
 from tests.config import configuration_page
 
-PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("SECURITY.md"), *sorted(Path("docs").glob("*.md"))]
 # Commands by module and, where it has several, by the first word.
 KNOWN = {"train": TRAIN, "plan": plan.COMMAND} | {f"data {name}": c for name, c in data_command.COMMANDS.items()}
 
@@ -95,3 +95,25 @@ def test_every_reason_of_collecting_is_on_its_page():
     page = Path("docs/collecting.md").read_text()
     assert all(f"`{reason}`" in page for reason in WORDS), WORDS
     assert all(f"`{mode}`" in page for mode in MODES)
+
+
+def _tests_of_faults():
+    """By row of the table of docs/faults.md, the tests that its last column names."""
+    table = Path("docs/faults.md").read_text().partition("| fault |")[2].partition("\n\n")[0]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()[2:]]
+    return [(row[0].strip(), re.findall(r"`([^`]+)`", row[-1])) for row in rows]
+
+
+def test_every_row_of_faults_says_what_is_tested():
+    code = "".join(path.read_text() for path in Path("tests").rglob("*.py"))
+    names = set(re.findall(r"^def (test_\w+)", code, re.M))
+    for fault, tests in _tests_of_faults():
+        assert tests, fault
+        for test in tests:
+            if test.startswith("tests/"):
+                assert Path(test).exists(), test
+                continue
+            *beginnings, end = test.split("...")  # dots stand for the middle or the end of a name
+            found = [name for name in names if name.startswith(beginnings[0] if beginnings else test)]
+            assert [name for name in found if name.endswith(end)], f"{fault}: no test {test}"
+    assert len(_tests_of_faults()) > 15

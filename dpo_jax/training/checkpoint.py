@@ -283,7 +283,7 @@ def _saving(directory: Any) -> Iterator[None]:
         if str(directory).startswith(SCHEME):  # there the next start removes what is cut off
             mend = "see that the bucket can be written"
         else:
-            mend = "make room"
+            mend = _mend(e)
             _clear_unfinished(Path(directory))  # room for what else is written at the end
         raise UserError(
             f"{directory}: a checkpoint could not be saved ({_first_line(e)}); the earlier ones are kept: {mend}, "
