@@ -8,8 +8,8 @@ from typing import Annotated, NotRequired, Required
 from annotated_types import Interval, MinLen
 from typing_extensions import TypedDict
 
-# Bounds keep a number drawable: between two of them lie no infinite distances.
-Number = Annotated[float, Interval(ge=-1e30, le=1e30)]
+# Far beyond float32, in which a run computes; and so that no distance between two of them is infinite on a page.
+Number = Annotated[float, Interval(ge=-1e100, le=1e100)]
 Count = Annotated[int, Interval(ge=0, le=2**53)]
 Metric = Number | None  # None: it was not finite
 Counts = dict[str, Count]
@@ -18,7 +18,7 @@ RoundAbout = dict[str, Metric]  # of a round, beside its pairs
 SavedKeys = dict[str, bool | Number | str | None]  # config.json
 
 
-class MetricRecord(TypedDict, extra_items=Metric | str):
+class MetricRecord(TypedDict, extra_items=Metric | str):  # type: ignore[call-arg]  # PEP 728
     """A line of metrics.jsonl: metrics by their names, beside what they are of; texts are of other versions."""
 
     step: Count

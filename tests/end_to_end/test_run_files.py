@@ -77,7 +77,7 @@ def test_answers_after_training_that_are_not_all_there_are_made_again(work, fini
 
 def test_an_update_that_loses_all_numbers_exports_nothing(tmp_path, capsys):
     """The one update itself was finite: nothing but what it left behind is not."""
-    changed = {"num_steps": 1, "warmup_steps": 0, "learning_rate": 3e38, "param_dtype": "bfloat16", "sample_prompts": 0}
+    changed = {"num_steps": 1, "warmup_steps": 0, "learning_rate": 1e30, "eval_pairs": 8, "sample_prompts": 0}
     code, _, said = _run(tmp_path / "run", capsys, **changed)
     assert code == 65, said
     assert "not finite" in said[-1]
