@@ -143,6 +143,16 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
+def write_in_place(path: Path, content: bytes) -> None:
+    """Write a file or what stands in its place, such as a terminal; an OSError where it is a pipe that nobody reads."""
+    if isinstance(path, BucketPath):
+        path.write_bytes(content)
+        return
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666)) as file:
+        os.set_blocking(file.fileno(), True)  # one that is read takes a part at a time
+        file.write(content)
+
+
 def parse_json(text: bytes | str) -> Any:
     """The value of a JSON text; a ValueError, too, where it is nested too deeply or not UTF-8."""
     try:

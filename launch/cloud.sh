@@ -16,11 +16,20 @@ tpus() { # SECONDS ARG...: gcloud compute tpus ARG...; what it says on standard 
   if ((dry_run)); then shown "${command[@]}"; else limited "$1" "${command[@]}" 2>"$temporary/errors"; fi
 }
 
+telling() { # COMMAND...: what it says on standard output is shown as `relay` does
+  local code=0
+  if ((dry_run)); then "$@" && return; fi
+  "$@" >"$temporary/said" || code=$?
+  relay <"$temporary/said"
+  return "$code"
+}
+
 last_error() { # gcloud's own complaint, on the same line as ours
   [[ -s $temporary/errors ]] || return 0
   local line
-  line=$(awk 'tolower($0) ~ /^error:/ { on = 1 } on && /^(- |$)/ { exit } on { print; if (++n == 3) exit }' "$temporary/errors")
-  line=${line:-$(tail -n 1 "$temporary/errors")}
+  tr -d '\000' <"$temporary/errors" >"$temporary/complaint" # which no variable holds
+  line=$(awk 'tolower($0) ~ /^error:/ { on = 1 } on && /^(- |$)/ { exit } on { print; if (++n == 3) exit }' "$temporary/complaint")
+  line=${line:-$(tail -n 1 "$temporary/complaint")}
   line=${line//$'\n'/ }
   line=${line#[Ee][Rr][Rr][Oo][Rr]: }
   printf ': %s' "${line:0:500}"
@@ -137,7 +146,7 @@ create_request() {
   local flags=(--node-id="$name" --accelerator-type="$type" --runtime-version="$runtime_version")
   [[ $capacity == on-demand ]] || flags+=("--$capacity")
   say "creating $type ($capacity) in $zone; it is billed from ACTIVE until \`delete\`"
-  if tpus "$((5 * timeout))" queued-resources create "$name" "${flags[@]}" "${create_flags[@]}"; then
+  if telling tpus "$((5 * timeout))" queued-resources create "$name" "${flags[@]}" "${create_flags[@]}"; then
     request=CREATED
   elif grep -qi quota "$temporary/errors"; then
     refuse_quota
@@ -159,7 +168,7 @@ bury_request() { # 1 if this launch made it: the one thing that `up` deletes by 
   [[ ! $request_error =~ [Qq]uota ]] || refuse_quota
   if (($1)); then spend "$name is $request${request_error:+ ($request_error)}"; fi
   say "deleting the dead request (request $request, node $node)"
-  tpus "$((5 * timeout))" queued-resources delete "$name" --force || spend "it could not be deleted$(last_error)"
+  telling tpus "$((5 * timeout))" queued-resources delete "$name" --force || spend "it could not be deleted$(last_error)"
 }
 
 spend() { # one of --max-retries, with a pause that doubles
@@ -181,6 +190,6 @@ delete_slice() {
     read -r -p "Delete $name ($request) and all that is on its disks? [y/N] " answer
     [[ $answer == [yY]* ]] || die 2 "nothing was deleted"
   fi
-  tpus "$((5 * timeout))" queued-resources delete "$name" --force || die 1 "$name was not deleted$(last_error)"
+  telling tpus "$((5 * timeout))" queued-resources delete "$name" --force || die 1 "$name was not deleted$(last_error)"
   say "$name is deleted; the run's directory on gs:// stays"
 }

@@ -63,8 +63,18 @@ def render_jobs(tokenizer: Any, jobs: Sequence[Job]) -> list[str | TemplateRefus
             words = _LIMITS.get(said[0], said[0]).format(SECONDS)
             where = source_file(tokenizer) if own(job) else "a row's chat_template_kwargs"
             raise UserError(f"{where}: the chat template {words}; mend it, or give another one")
-        texts.append(said[0] if kind == "text" else TemplateRefusal(*said))
+        texts.append(_sound(said[0]) if kind == "text" else TemplateRefusal(*said))
     return texts
+
+
+def _sound(text: str) -> str | TemplateRefusal:
+    """A template's text; a refusal where it has half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start : error.start + 1].encode("unicode_escape").decode()
+        return TemplateRefusal("UnicodeEncodeError", f"it writes half a character ({half})")
+    return text
 
 
 def source_file(tokenizer: Any) -> str:

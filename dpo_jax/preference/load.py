@@ -52,6 +52,17 @@ def _load_one(name: str, options: dict[str, Any]) -> PreferenceModel:
     return load_model_judge(name, **options)
 
 
+def model_names(spec: str) -> list[str]:
+    """Of a judge's name the directories and hub's ids of models, whose files decide what it says."""
+    found: list[str] = []
+    for name in divided(spec) if spec else ():
+        if name.startswith(IMPLICIT):
+            found += name.removeprefix(IMPLICIT).split(",")
+        elif name != GOLD and not name.startswith(("http://", "https://")) and not _is_function(name):
+            found.append(name)
+    return found
+
+
 def _is_function(name: str) -> bool:
     """Whether a name is `module:function`: no directory, and no path."""
     module, colon, function = name.partition(":")

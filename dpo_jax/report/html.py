@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from dpo_jax.disk import is_full
+from dpo_jax.disk import is_full, write_in_place
 from dpo_jax.errors import BAD_INPUT, SAVE_FAILED, UserError
 from dpo_jax.records.records import printable, show_metric
 
@@ -50,7 +50,7 @@ def write_page(path: Path, template: str, *, option: str, extra: str = "", **val
     page = render(template, script=Markup(script), style=Markup(style), digest=digest, **values)
     try:
         # A lone surrogate in an answer has no UTF-8 form: a question mark stands for it.
-        path.write_bytes(page.encode("utf-8", "replace"))
+        write_in_place(path, page.encode("utf-8", "replace"))
     except OSError as error:
         mend, code = f"choose another place with {option}", BAD_INPUT
         if is_full(error):

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from dpo_jax.config.rewards import weighted_names
 from dpo_jax.config.saved import claim_workdir, writing
 from dpo_jax.config.settings import Settings
 from dpo_jax.data.prepare import Prepared
@@ -19,6 +20,7 @@ from dpo_jax.model.config import Params
 from dpo_jax.model.placement import place_model
 from dpo_jax.model.tuning import exact_products
 from dpo_jax.parallel.mesh import agreed, any_process, first_process_first, make_mesh, row_shards
+from dpo_jax.preference.load import directory_of, model_names
 from dpo_jax.records import trackers
 from dpo_jax.records.directory import CHECKPOINTS, EVENTS, METRICS, ROUNDS, SAMPLES
 from dpo_jax.records.record_file import lost_records
@@ -108,7 +110,8 @@ def _train(settings: Settings, workdir: Path, training: Training) -> dict[str, f
         limits = layout.row_limits(s.batch.microbatches)
         schedule = make_schedule(data.train, s.batch.size, limits, s.batch.order, data.split.mixture)
         steps = inputs.run_steps(s, schedule.steps_per_epoch)
-        identity = _identify(s, {"model": policy.files, "reference": reference}, data, schedule)
+        models_read = {"model": policy.files, "reference": reference} | _judges(s)
+        identity = _identify(s, models_read, data, schedule)
         claim_workdir(workdir, s.whole, write=main_process)  # only now: a refused command leaves no config behind
         done = checkpoint.latest_step(checkpoints) or 0
         begun = done > 0 or (workdir / ROUNDS).exists()  # pairs of a round, of these data and models
@@ -128,6 +131,14 @@ def _train(settings: Settings, workdir: Path, training: Training) -> dict[str, f
             run = Run(s, workdir, policy, layout, reference, data, models, base, checkpoints, writer, stop, done)
             introduce(run, schedule, steps)
             return _finish(run, training(run, schedule, steps), steps)
+
+
+def _judges(settings: Settings) -> dict[str, ModelFiles | None]:
+    """The files of the models that say what answers are trained on, by key and name."""
+    named = [("collect_judge", name) for name in model_names(settings.rounds.judge)]
+    rewards = weighted_names(settings.rl.reward) if settings.rl.reward else []
+    named += [("rl_reward", name) for part, _ in rewards for name in model_names(part)]
+    return {f"{key} {name}": resolve_model(directory_of(name), what=key) for key, name in named}
 
 
 def _identify(

@@ -201,7 +201,8 @@ def _decisive(identity: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str
     else:  # begun before ids were part of it: the files, then, and the lengths and prompts that `pairs` is made of
         files = (file for source in data.get("sources", []) for file in source["files"])
         kept["files"] = [[file["bytes"], file["digest"]] for file in files]
-    return {**identity, "data": kept}
+    models = {key: files for key, files in identity.items() if key in other}  # a version before may not have named all
+    return {**models, "data": kept}
 
 
 def _differences(theirs: Any, mine: Any, where: str = "") -> Iterator[str]:

@@ -16,7 +16,7 @@ from dpo_jax.model.options import LayoutOptions
 from dpo_jax.parallel.mesh import make_mesh
 from dpo_jax.preference.comparing import comparison_messages
 from dpo_jax.preference.generative import label_tokens
-from dpo_jax.preference.load import load_preference_model
+from dpo_jax.preference.load import load_preference_model, model_names
 from dpo_jax.preference.models import Ensemble, answered_of, disagreement, swapped
 from dpo_jax.preference.questions import Questions, question_of
 from dpo_jax.preference.scoring import answer_renderer, answer_tokens
@@ -195,3 +195,9 @@ def test_padding_beyond_the_table_is_none():
     policy.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert policy.tokenizer.pad_token_id >= policy.config.vocab_size
     assert policy.pad == policy.tokenizer.eos_token_id
+
+
+def test_the_models_of_a_name(tmp_path):
+    spec = f"gold,implicit:a/b,{tmp_path},my:rule,http://host/v1|m,owner/name"
+    assert model_names(spec) == ["a/b", str(tmp_path), "owner/name"]
+    assert model_names("") == []

@@ -81,6 +81,15 @@ def test_a_run_begun_without_ids_is_known_by_its_files(tmp_path):
     workdir.keep_identity(tmp_path, _changed(["data", "form"], ["chat", "auto"]), resumed=True)
 
 
+def test_judges_that_pairs_are_made_with_are_part_of_it(tmp_path):
+    """A run of before knew no judges: it goes on with any."""
+    judge = lambda digest: {"collect_judge runs/rm": {"model.safetensors": {"bytes": 7, "digest": digest}}}
+    workdir.keep_identity(tmp_path, BEGUN, resumed=False)
+    workdir.keep_identity(tmp_path, BEGUN | judge("jj"), resumed=True)
+    with pytest.raises(UserError, match="collect_judge runs/rm: .*digest: .jj. there, .kk. now"):
+        workdir.keep_identity(tmp_path, BEGUN | judge("kk"), resumed=True)
+
+
 # ---- the lock
 
 HOLD = """
