@@ -137,6 +137,13 @@ def pairs_of_text():
     return [LabeledComparison(Comparison(tuple(ASK), say("hello"), say("no")), "A")]
 
 
+def test_half_a_character_is_a_refusal():
+    tokenizer = bpe_tokenizer("{{ '\\ud800' }}")
+    (said,) = render_jobs(tokenizer, [{"conversation": list(ASK), "chat_template": tokenizer.chat_template}])
+    assert isinstance(said, TemplateRefusal)
+    assert str(said) == r"it writes half a character (\ud800)"
+
+
 def test_a_tokenizer_that_panics_is_a_users_error(capfd):
     tokenizer = bpe_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(

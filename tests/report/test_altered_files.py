@@ -2,9 +2,11 @@
 
 import copy
 import json
+import os
 import random
 import shutil
 import threading
+import time
 
 import pytest
 
@@ -135,3 +137,22 @@ def test_checkpoints_that_go_while_they_are_counted(run):
         shutil.rmtree(kept)
     assert all(checkpoints[260] == 1500 for checkpoints in seen)
     assert len({checkpoints.get(210) for checkpoints in seen}) > 1, "none was met on its way"
+
+
+def test_a_pipe_in_the_place_of_the_page_is_a_line(run, tmp_path):
+    """Opening it would wait for somebody who reads; where there is one, the page is written to it."""
+    page = tmp_path / "report.html"
+    os.mkfifo(page)
+    with pytest.raises(UserError, match=f"cannot write {page}: No such device"):
+        write_report(run, page)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(page.read_bytes()))
+    reader.start()
+    while not read and reader.is_alive():
+        try:
+            write_report(run, page)
+            break
+        except UserError:  # it is not reading yet
+            time.sleep(0.01)
+    reader.join()
+    assert read[0].startswith(b"<!DOCTYPE html>")

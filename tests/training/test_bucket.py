@@ -76,6 +76,7 @@ def damaged(bucket, key):
     bucket.put(key, bytes(content))
 
 
+@pytest.mark.slow
 def test_whatever_object_is_damaged_is_named_and_the_checkpoint_set_aside(bucket):
     directory = as_path("gs://bucket/damaged-run/checkpoints")
     saved(directory, 1)
@@ -153,6 +154,7 @@ def test_a_tree_of_its_own_and_its_damage(bucket):
         checkpoint.restore_tree(directory, ABSTRACT)
 
 
+@pytest.mark.slow
 def test_a_storm_does_not_stop_a_save(bucket):
     refused = set()
 

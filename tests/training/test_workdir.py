@@ -86,7 +86,7 @@ def test_judges_that_pairs_are_made_with_are_part_of_it(tmp_path):
     judge = lambda digest: {"collect_judge runs/rm": {"model.safetensors": {"bytes": 7, "digest": digest}}}
     workdir.keep_identity(tmp_path, BEGUN, resumed=False)
     workdir.keep_identity(tmp_path, BEGUN | judge("jj"), resumed=True)
-    with pytest.raises(UserError, match="collect_judge runs/rm: .*digest: .jj. there, .kk. now"):
+    with pytest.raises(UserError, match=r"collect_judge runs/rm: .*digest: .jj. there, .kk. now"):
         workdir.keep_identity(tmp_path, BEGUN | judge("kk"), resumed=True)
 
 
