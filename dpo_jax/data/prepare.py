@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax.data import prompts
 from dpo_jax.data.cache.fingerprint import identity
 from dpo_jax.data.cache.manifest import QUARANTINE
 from dpo_jax.data.cache.shared import open_or_build
@@ -19,6 +20,7 @@ from dpo_jax.data.render import Renderer, make_renderer
 from dpo_jax.data.sources import DataSources, find_sources
 from dpo_jax.data.split import Pairs, Split, split
 from dpo_jax.data.tokenise import Recast, copy_bad_rows, tokenise
+from dpo_jax.disk import file_digest
 from dpo_jax.errors import UserError, escaped
 
 
@@ -49,6 +51,7 @@ class DataRequest:
     batch_size: int = 1  # this and the next: what an epoch of a mixture is, for the report
     drop_remainder: bool = False
     reward_margin: str = ""
+    prompts: bool = False  # no key: whether rows of a prompt alone will do
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def prepare(
         columns=request.columns,
         revision=request.dataset_revision,
     )
+    data = prompts.with_prompts(data) if request.prompts else data
     renderer = make_renderer(
         tokenizer,
         request.prompt_format,
@@ -121,6 +125,7 @@ def prepare(
     recast = None if recasting is None else recasting(renderer)
     decides = identity(data, renderer, request.drop_ties, request.reward_margin)
     decides |= {} if recast is None else {"recast": recast.identity}
+    decides |= {"prompts": file_digest(Path(prompts.__file__))["digest"]} if request.prompts else {}
     total = sum(file["bytes"] or 0 for source in decides["sources"] for file in source["files"])
     so_far = np.zeros(3, np.int64)  # bytes, rows, pairs
 

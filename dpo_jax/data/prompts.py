@@ -22,7 +22,7 @@ from dpo_jax.data.forms.reader import Read, Reader, make_reader, read_own
 from dpo_jax.data.forms.rename import KNOWN, Columns, parse_columns
 from dpo_jax.data.json_rows import bounded_lines, json_rows
 from dpo_jax.data.raw import TOO_LONG, BadLine
-from dpo_jax.data.sources import Source, find_sources
+from dpo_jax.data.sources import DataSources, Source, find_sources
 from dpo_jax.data.tokenise import PLAINLY
 from dpo_jax.disk import digest
 from dpo_jax.errors import UserError
@@ -210,6 +210,27 @@ def _prompts_of(sources: Sequence[Source]) -> Iterator[Prompt | Skip]:
                 continue
             count += 1
             yield Prompt(_id_in(row, where), count, where, one)
+
+
+def with_prompts(data: DataSources) -> DataSources:
+    """The same rows, of which those of a prompt alone are read, too: as pairs whose answers stand for any.
+
+    For what answers the prompts itself, and needs no pairs.
+    """
+    return replace(data, sources=tuple(_with_prompts(source) for source in data.sources))
+
+
+def _with_prompts(source: Source) -> Source:
+    def read(row: dict[str, Any]) -> Read:
+        found = source.spec.read(row)
+        if any(not isinstance(one, Skip) for one in found[1]):
+            return found
+        form, outcomes = _alone(row)
+        if form is None or isinstance(outcomes[0], Skip):
+            return found
+        return form, (LabeledComparison(_bare(outcomes[0]), "A"),)
+
+    return replace(source, spec=replace(source.spec, read=read))
 
 
 def prompts_digest(prompts: Iterable[Prompt]) -> str:

@@ -12,6 +12,7 @@ from dpo_jax.bucket.twin import local_twin
 from dpo_jax.config.settings import BatchOptions, Settings
 from dpo_jax.data.cache.manifest import LARGEST_ID
 from dpo_jax.data.prepare import DataRequest, Prepared, Progress, prepare
+from dpo_jax.data.prompts import with_prompts
 from dpo_jax.data.sources import DataSources, find_sources
 from dpo_jax.data.split import Split
 from dpo_jax.errors import UserError
@@ -38,8 +39,11 @@ def prepare_pairs(
 
 
 def _request(settings: Settings, workdir: Path) -> DataRequest:
-    """What the settings ask for; `workdir` gets the dialogues of the dataset `synthetic`."""
-    request = settings.data
+    """What the settings ask for; `workdir` gets the dialogues of the dataset `synthetic`.
+
+    Where answers of the policy's own are all that is trained on, prompts alone will do.
+    """
+    request = dataclasses.replace(settings.data, prompts=settings.task == "rl" and not settings.sft_steps)
     if request.dataset == "synthetic" and not request.dataset_path:
         request = dataclasses.replace(
             request, dataset_path=str(tiny.write_dialogues(local_twin(workdir), settings.seed))
@@ -51,7 +55,8 @@ def sources_of(settings: Settings, workdir: Path) -> DataSources:
     """Where the run's rows are."""
     r = _request(settings, workdir)
     at = (r.dataset, r.dataset_path, r.eval_path, r.split)
-    return find_sources(*at, columns=r.columns, revision=r.dataset_revision)
+    found = find_sources(*at, columns=r.columns, revision=r.dataset_revision)
+    return with_prompts(found) if r.prompts else found
 
 
 def check_tokens(split: Split, policy: Policy) -> None:

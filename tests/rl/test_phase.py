@@ -85,6 +85,32 @@ def test_several_updates_from_one_rollout(several):
     assert [p.name for p in sorted((several / "checkpoints").iterdir())] == ["4", "8"]
 
 
+def right_letter(prompt, answer, row):
+    """A verifier of rows without answers: whether the letter of the row is in it."""
+    return row["answer"] in answer
+
+
+@pytest.mark.slow
+def test_prompts_alone_will_do(tmp_path):
+    """Rows as of mathematics: a question, and beside it what only the verifier looks at."""
+    rows = [
+        {"question": f"Which letter has {word}?", "answer": letter}
+        for letter, word in zip("eaio" * 8, range(32), strict=True)
+    ]
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changed = {"rl_reward": "tests.rl.test_phase:right_letter", "judge": "", "num_steps": 2, "dataset": str(data)}
+    train.run(config(tmp_path, **changed), tmp_path / "run")
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    rewards = [r["reward"] for r in records if r["split"] == "train"]
+    assert all(0 < reward < 1 for reward in rewards)
+    assert [r["reward"] for r in records if r["split"] == "eval"]
+    report = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert report["splits"]["train"]["pairs"] == 24
+    with pytest.raises(UserError, match="question, answer"):  # SFT has answers to learn
+        train.run(config(tmp_path, **changed, sft_steps=2), tmp_path / "sft")
+
+
 @pytest.mark.slow
 def test_adapters_alone_are_trained(tmp_path):
     """The base is sampler's, learner's and reference's at once, and stays as it is."""
