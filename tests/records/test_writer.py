@@ -21,8 +21,8 @@ from dpo_jax.records.writer import MetricsWriter
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "tensorboard"])
-def test_records_that_cannot_be_written_are_named_in_a_line(name, tmp_path, capsys):
+@pytest.mark.parametrize(("name", "code"), [("metrics.jsonl", 2), ("events.jsonl", 2), ("tensorboard", 74)])
+def test_records_that_cannot_be_written_are_named_in_a_line(name, code, tmp_path, capsys):
     """A directory stands where a file should be, or a file where a directory should."""
     (tmp_path / name).mkdir() if "." in name else (tmp_path / name).write_text("")
 
@@ -32,20 +32,21 @@ def test_records_that_cannot_be_written_are_named_in_a_line(name, tmp_path, caps
             writer.write(train(1))
             writer.event({"step": 1, "event": "spike"}, "a spike")
 
-    assert run_entry_point(write) == 74
+    assert run_entry_point(write) == code
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {tmp_path / name}: ")
+    assert line.startswith(f"error: {tmp_path / name}")
 
 
 def test_a_full_disk_names_the_records_and_closing_them_says_no_other_thing(tmp_path, capsys):
     def write(entry):
         with MetricsWriter(tmp_path, total_steps=TOTAL, quiet=True) as writer:
-            os.dup2(os.open("/dev/full", os.O_WRONLY), writer._file.fileno())
             writer.write(train(1))
+            os.dup2(os.open("/dev/full", os.O_WRONLY), writer._files["metrics.jsonl"]._file._file.fileno())
+            writer.write(train(2))
 
     assert run_entry_point(write) == 74
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {tmp_path / 'metrics.jsonl'}: No space left on device; make room; ")
+    assert line.startswith(f"error: {tmp_path / 'metrics.jsonl'}: cannot be written (No space left on device); ")
 
 
 TOTAL = {"sft": 4, "train": 20}
