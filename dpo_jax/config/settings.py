@@ -221,7 +221,8 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     return read(
         Settings,
         whole=dict(config),
-        data=read(DataRequest),
+        # Where answers of the policy's own are all that is trained on, prompts alone will do.
+        data=read(DataRequest, prompts=c["task"] == "rl" and not c["sft_steps"]),
         batch=BatchOptions(c["batch_size"], c["microbatches"], Order(c["seed"], c["shuffle"], c["drop_remainder"])),
         objective=read(
             ObjectiveOptions,

@@ -51,7 +51,7 @@ class DataRequest:
     batch_size: int = 1  # this and the next: what an epoch of a mixture is, for the report
     drop_remainder: bool = False
     reward_margin: str = ""
-    prompts: bool = False  # no key: whether rows of a prompt alone will do
+    prompts: bool = False  # whether rows of a prompt alone will do; no key
 
 
 @dataclass(frozen=True)

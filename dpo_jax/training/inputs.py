@@ -39,11 +39,8 @@ def prepare_pairs(
 
 
 def _request(settings: Settings, workdir: Path) -> DataRequest:
-    """What the settings ask for; `workdir` gets the dialogues of the dataset `synthetic`.
-
-    Where answers of the policy's own are all that is trained on, prompts alone will do.
-    """
-    request = dataclasses.replace(settings.data, prompts=settings.task == "rl" and not settings.sft_steps)
+    """What the settings ask for; `workdir` gets the dialogues of the dataset `synthetic`."""
+    request = settings.data
     if request.dataset == "synthetic" and not request.dataset_path:
         request = dataclasses.replace(
             request, dataset_path=str(tiny.write_dialogues(local_twin(workdir), settings.seed))
