@@ -228,7 +228,7 @@ def forget_client():
         client.google_client().close()
     client.google_client.cache_clear()
     with warnings.catch_warnings(action="ignore", category=ResourceWarning):
-        gc.collect()  # connections that Google's client left open where an answer was an error
+        gc.collect(1)  # connections, young ones, that Google's client left open where an answer was an error
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,7 @@ def test_the_checksums_come_before_the_mark_and_old_ones_go_afterwards(bucket):
     np.testing.assert_array_equal(found["a"], tree(3.0)["a"])
 
 
+@pytest.mark.slow
 def test_one_that_was_cut_off_is_removed_and_none_of_the_checkpoints(bucket):
     directory = as_path("gs://bucket/cut/checkpoints")
     saved(directory, 1, 2)
@@ -111,6 +112,7 @@ def test_a_bucket_that_does_not_answer_damages_nothing(bucket, monkeypatch):
     assert checkpoint.set_aside_damaged(directory) == []
 
 
+@pytest.mark.slow
 def test_the_newest_sound_one_is_next(bucket):
     directory = as_path("gs://bucket/next/checkpoints")
     saved(directory, 1, 2, 3)
