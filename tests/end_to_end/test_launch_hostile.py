@@ -158,7 +158,7 @@ def test_a_line_without_end_and_bytes_of_zero_are_followed_byte_for_byte(cloud):
 
 
 def _running():
-    """Of each process of this machine that may be looked at its command and its environment: other tests have theirs."""
+    """The command and the environment of each process here that may be looked at; other tests have theirs."""
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or is somebody else's
             yield " ".join((place / name).read_bytes().decode(errors="replace") for name in ("cmdline", "environ"))
@@ -185,7 +185,7 @@ def test_a_gcloud_that_never_answers_is_given_up_in_a_line(cloud, silent):
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
         assert "there was no answer within" in line or "did not answer" in line
     assert time.monotonic() - began < 40
-    assert [words for words in _running() if str(cloud.root) in words] == []
+    wait_for(lambda: not any(str(cloud.root) in words for words in _running()))
 
 
 def test_an_env_file_is_read_before_anything_is_created(cloud, tmp_path):
