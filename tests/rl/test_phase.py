@@ -99,7 +99,13 @@ def test_prompts_alone_will_do(tmp_path):
     ]
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changed = {"rl_reward": "tests.rl.test_phase:right_letter", "judge": "", "num_steps": 2, "dataset": str(data)}
+    changed = {
+        "rl_reward": "tests.rl.test_phase:right_letter",
+        "judge": "",
+        "win_rate_prompts": 128,
+        "num_steps": 2,
+        "dataset": str(data),
+    }
     train.run(config(tmp_path, **changed), tmp_path / "run")
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     rewards = [r["reward"] for r in records if r["split"] == "train"]
