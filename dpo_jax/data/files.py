@@ -116,9 +116,19 @@ def find_files(path: str, passed_over: list[str] | None = None) -> list[str]:
 
 def file_system(address: str) -> tuple[Any, str]:
     """fsspec's file system for an address, and the path in it; whatever a library behind it raises."""
+    _refuse_devices(address)
     # It logs every failed request with a traceback, beside the exception that tells the same.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return fsspec.core.url_to_fs(address)
+
+
+def _refuse_devices(address: str) -> None:
+    """Refuse, with a UserError, an archive that is a pipe or a device: looking for its end would never end."""
+    for part in address.split("::")[1:]:
+        scheme, mark, rest = part.partition("://")
+        place = rest if mark and scheme in ("file", "local") else part
+        if (not mark or place is rest) and (kind := _kind(place)):
+            raise UserError(f"{address}: {place} is {kind}, not a file; name a file")
 
 
 @contextlib.contextmanager
@@ -138,6 +148,7 @@ def open_data(path: str) -> Iterator[IO[bytes]]:
         with os.fdopen(descriptor, "rb") as file:
             yield file
         return
+    _refuse_devices(path)
     try:
         with fsspec.open(path, "rb") as file:
             yield file

@@ -135,7 +135,7 @@ def _flip_last(path: Path) -> None:
 def _shift(path: Path) -> None:
     """The second half moves down by a byte."""
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2] + b"\0" + content[len(content) // 2 : -1])
+    path.write_bytes(content[: len(content) // 2] + b"\xff" + content[len(content) // 2 : -1])
 
 
 # What befalls a file of any kind.
