@@ -221,7 +221,7 @@ def with_prompts(data: DataSources) -> DataSources:
 
 
 def _with_prompts(source: Source) -> Source:
-    def read(row: dict[str, Any]) -> Read:
+    def read(row: Mapping[str, Any]) -> Read:
         found = source.spec.read(row)
         if any(not isinstance(one, Skip) for one in found[1]):
             return found
