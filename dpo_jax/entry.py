@@ -16,15 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from dpo_jax.errors import BAD_INPUT, SAVE_FAILED, Stopped, UserError
-from dpo_jax.records.records import printable
+from dpo_jax.disk import is_full
+from dpo_jax.errors import BAD_INPUT, SAVE_FAILED, Stopped, UserError, escaped
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a file system may refuse. A file that is not there where we look for it is more likely a mistake of ours.
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.EISDIR, errno.ENOTDIR, errno.ELOOP,
             errno.ENAMETOOLONG, errno.EFBIG, errno.ETXTBSY, errno.EMFILE, errno.ENFILE, errno.ENOTEMPTY, errno.EEXIST,
             errno.ENOTSUP, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO)  # fmt: skip
-_TURNED = dict.fromkeys((0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)  # right to left
 # How long a process may take after its last line: threads of libraries wait for minutes for what will never come. Of
 # several processes that have succeeded, the others wait for the first one, which still writes the report.
 LEAVE_SECONDS, LEAVE_SEVERAL_SECONDS = 10.0, 900.0
@@ -75,13 +73,14 @@ def run_entry_point(do: Callable[[EntryPoint], object]) -> int:
             if error.code:
                 print_error_line(f"error: {error}; {entry.resumes}")
             return error.code
-        except BrokenPipeError:  # of an output that is not the standard one, or is not ours to watch over
-            return 0
         except UserError as error:
             print_error_line(f"error: {error}")
-            full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
+            full = error.__cause__ is not None and is_full(error.__cause__)
             return _leaving(SAVE_FAILED if full and error.code == BAD_INPUT else error.code, entry)
         except Exception as error:
+            # Of an output that is not ours to watch over; training has others, of libraries, and does not end so.
+            if isinstance(error, BrokenPipeError) and entry.needs_output and not entry.several:
+                return 0
             if line := _of_the_file_system(error, entry):
                 print_error_line(f"error: {line}")
                 return _leaving(SAVE_FAILED, entry)
@@ -123,7 +122,7 @@ def exit_within_a_limit(code: int) -> NoReturn:
 def print_error_line(line: str) -> None:
     """Print one line on standard error, whatever the words of others that are in it hold; never an error itself."""
     with contextlib.suppress(OSError, ValueError):
-        print(printable(" ".join(line.splitlines())).translate(_TURNED), file=sys.stderr, flush=True)
+        print(escaped(" ".join(line.splitlines())), file=sys.stderr, flush=True)
 
 
 def _of_the_file_system(error: Exception, entry: EntryPoint) -> str:
@@ -133,7 +132,7 @@ def _of_the_file_system(error: Exception, entry: EntryPoint) -> str:
     named = error.filename2 if isinstance(error.filename2, str | bytes) and error.filename2 else error.filename
     file = os.fsdecode(named) if isinstance(named, str | bytes | os.PathLike) else ""
     inside = bool(file and entry.place) and Path(file).absolute().is_relative_to(Path(str(entry.place)).absolute())
-    if error.errno in _FULL:
+    if is_full(error):
         mend = "make room"
     elif error.errno in _REFUSED or (inside and error.errno == errno.ENOENT):
         mend = "make it writable" if error.errno != errno.ENOENT else "leave it there"

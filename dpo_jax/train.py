@@ -43,7 +43,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> dict[str,
     settings = read_settings(keys)
     check_packages(settings.trackers)
     check_paths(settings)
-    claim_workdir(directory, keys, write=False)
+    claim_workdir(directory, keys, write=False, checkpoints=False)
     # All that is quick to refuse is refused: what follows takes seconds to import.
     from dpo_jax.training.run import train_policy
 

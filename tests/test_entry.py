@@ -180,3 +180,12 @@ def test_threads_that_never_end_do_not_keep_a_process_that_has_said_its_last_lin
     began = time.monotonic()
     assert finish(program(*body)) == (code, "error: said\n")
     assert time.monotonic() - began < 20
+
+
+def test_a_broken_pipe_of_a_library_does_not_end_training_in_silence():
+    def train(entry):
+        entry.needs_output = False
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_entry_point(train)

@@ -25,6 +25,7 @@ LEASE = "lease.json"
 BEAT_SECONDS, EXPIRES_SECONDS = 10.0, 45.0
 LONG_AGO = 600.0  # by clocks of different machines
 _LOOK_SECONDS = 1.0
+_LIVE: set[str] = set()  # ids of the leases that this process holds
 
 
 @contextlib.contextmanager
@@ -41,6 +42,7 @@ def leased(directory: BucketPath) -> Iterator[None]:
     path = directory / LEASE
     me = _me()
     generation = _take(directory, path, me)
+    _LIVE.add(me["id"])
     over, held = threading.Event(), [generation]
     thread = threading.Thread(target=_beat, args=(directory, path, me, held, over), name="lease", daemon=True)
     thread.start()
@@ -50,6 +52,7 @@ def leased(directory: BucketPath) -> Iterator[None]:
         over.set()
         raise  # nothing is asked of the bucket any more: the lease expires by itself
     finally:
+        _LIVE.discard(me["id"])
         if not over.is_set():
             over.set()
             thread.join(timeout=BEAT_SECONDS)
@@ -102,6 +105,9 @@ def _beat(directory: BucketPath, path: BucketPath, me: dict[str, Any], held: lis
         except client.Overtaken:
             if over.is_set():
                 return
+            if (ours := _ours(path, me)) is not None:  # an earlier sign arrived, and its answer did not
+                held[0] = ours
+                continue
             who = "nobody"
             with contextlib.suppress(UserError, OSError):
                 who = _named(_read(path))
@@ -115,6 +121,15 @@ def _beat(directory: BucketPath, path: BucketPath, me: dict[str, Any], held: lis
             os._exit(BAD_INPUT)
         except UserError:  # the bucket does not answer: whatever the run writes itself says so
             continue
+
+
+def _ours(path: BucketPath, me: dict[str, Any]) -> int | None:
+    """The generation of the lease, if it is this holder's own still."""
+    with contextlib.suppress(UserError, OSError):
+        now = client.find_object(path.bucket, path.key)
+        if now is not None and _read(path).get("id") == me["id"]:
+            return now.generation
+    return None
 
 
 def _me() -> dict[str, Any]:
@@ -148,9 +163,12 @@ def _started(process: int) -> str:
 def _lives(theirs: dict[str, Any], me: dict[str, Any]) -> bool | None:
     """Whether the holder lives; None: it is of another machine, and cannot be seen."""
     process = theirs.get("process")
+    if theirs.get("id") in _LIVE:
+        return True
     if not me["machine"] or theirs.get("machine") != me["machine"] or not isinstance(process, int):
         return None
-    return _started(process) == theirs.get("started")
+    # One of this process that is not held any more is left over of a run whose bucket did not answer at its end.
+    return process != me["process"] and _started(process) == theirs.get("started")
 
 
 def _content(me: dict[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ _PIECE = 1 << 22
 def object_sums(directory: BucketPath, leave_out: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Size and CRC32C of the objects below a directory, by name, as the bucket lists them; without some names."""
     held = client.list_objects(directory.bucket, f"{directory.key}/")[0]
+    held = [one for one in held if not one.key.endswith("/")]  # not those that stand for directories
     sums = {one.key.removeprefix(f"{directory.key}/"): one for one in held}
     return {name: {"bytes": one.size, "crc32c": one.crc32c} for name, one in sums.items() if name not in leave_out}
 

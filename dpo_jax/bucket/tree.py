@@ -37,7 +37,7 @@ def move_objects(source: BucketPath, target: BucketPath, first: Sequence[str] = 
     remove_objects(source, first)
 
 
-def publish(local: Path, target: BucketPath, last: Sequence[str]) -> None:
+def replace_objects(local: Path, target: BucketPath, last: Sequence[str]) -> None:
     """Upload a local directory in place of the one in the bucket.
 
     The files of the names `last` tell that it is whole: the old ones go first and the new ones come last.

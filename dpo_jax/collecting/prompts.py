@@ -8,7 +8,6 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -219,7 +218,7 @@ def of_the_run(found: Found, tokenizer: Any) -> tuple[list[int], str]:
     from dpo_jax.training.inputs import prepare_pairs
 
     try:
-        held = prepare_pairs(found.settings, tokenizer, Path(found.run), None).evaluation
+        held = prepare_pairs(found.settings, tokenizer, found.run, None).evaluation
     except UserError as error:
         raise UserError(
             f"the prompts that {found.run} holds out cannot be told, as its data cannot be read ({error}); put it "

@@ -145,7 +145,8 @@ def _sections() -> dict[str, tuple[Key, ...]]:
 
 def _key(name: str, entry: Mapping[str, Any]) -> Key:
     default, bounded = entry["default"], "below" in entry or "most" in entry
-    is_name = isinstance(default, str) and ("parser" not in entry or name == "model") and "choices" not in entry
+    names = "parser" not in entry or name in ("model", "columns")
+    is_name = isinstance(default, str) and names and "choices" not in entry
     return Key(name, default, entry["meaning"], legal_values(entry), bounded, is_name)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.bucket.client import BucketError
 from dpo_jax.config.keys import KEYS
 from dpo_jax.disk import is_full, read_json, write_json
 from dpo_jax.errors import BAD_INPUT, SAVE_FAILED, UserError
@@ -169,17 +170,20 @@ def _whole(value: object) -> int:
     return int(value) if isinstance(value, int | float) else 0
 
 
-def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None:
+def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool, checkpoints: bool = True) -> None:
     """Compare `workdir` with this config, or (`write`) make it this config's by its config.json.
 
     Checkpoints know the config that they were made with, so that nothing else is gone on with where config.json is
     lost. A key that is not there counts as its default: a version that did not have it yet began the run.
 
+    Args:
+      checkpoints: False where damaged ones have not been set aside yet, whose word is not to be taken.
+
     Raises:
       UserError: the directory belongs to another config, or cannot be written.
     """
     path, mine = workdir / CONFIG, dict(config)
-    for place, saved in _begun_with(workdir):
+    for place, saved in _begun_with(workdir, checkpoints):
         theirs = {name: key.default for name, key in KEYS.items()} | saved
         compared = sorted({*mine, *theirs}.difference(_OF_A_MACHINE))
         changed = [k for k in compared if mine.get(k) != theirs.get(k)]
@@ -195,17 +199,29 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any], write: bool) -> None
             write_json(path, mine, sort_keys=True)
 
 
-def _begun_with(workdir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _begun_with(workdir: Path, checkpoints: bool) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The configs that a run's directory has, with what has them."""
     if (workdir / CONFIG).exists():
         mend = "restore it, or delete it: checkpoints know the config that they were made with"
         yield workdir, read_json(workdir / CONFIG, mend)
+    if not checkpoints:
+        return
     for directory in checkpoint_directories(workdir).values():
-        with contextlib.suppress(UserError):  # not there: of an older version; damaged: set aside before it is used
-            yield directory, read_json(directory / MADE_WITH, shape=MadeWith).get("config", {})
-    if (workdir / ROUNDS).exists():  # pairs that were collected before there was a checkpoint
-        with contextlib.suppress(UserError):  # who compares it says what is wrong with it
-            yield workdir / ROUNDS, read_json(workdir / IDENTITY, shape=Identity).get("config", {})
+        if (said := _config_in(directory / MADE_WITH, MadeWith)) is not None:
+            yield directory, said
+    if (workdir / ROUNDS).exists() and (said := _config_in(workdir / IDENTITY, Identity)) is not None:
+        yield workdir / ROUNDS, said  # pairs that were collected before there was a checkpoint
+
+
+def _config_in(path: Path, shape: Any) -> dict[str, Any] | None:
+    """The config in one of a run's files; None: there is none, or whoever uses the file says what is wrong with it."""
+    try:
+        found: dict[str, Any] | None = read_json(path, shape=shape).get("config")
+        return found
+    except BucketError:  # which says nothing about the file
+        raise
+    except UserError:
+        return None
 
 
 @contextlib.contextmanager
@@ -218,7 +234,7 @@ def writing(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        at = Path(e.filename2 or e.filename or workdir)
+        at = Path(e.filename2 or e.filename or str(workdir))
         of = f": {at.name}" if at.parent == workdir and not at.name.startswith(".") else ""
         mend = "choose another --workdir"
         if is_full(e):

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.data import prompts
 from dpo_jax.data.cache.fingerprint import identity
 from dpo_jax.data.cache.manifest import QUARANTINE
 from dpo_jax.data.cache.shared import open_or_build
@@ -16,11 +15,11 @@ from dpo_jax.data.comparison import DELIBERATE
 from dpo_jax.data.lengths import length_report, token_table
 from dpo_jax.data.mixture import apportion
 from dpo_jax.data.notes import sentences
+from dpo_jax.data.prompts import with_prompts
 from dpo_jax.data.render import Renderer, make_renderer
 from dpo_jax.data.sources import DataSources, find_sources
 from dpo_jax.data.split import Pairs, Split, split
 from dpo_jax.data.tokenise import Recast, copy_bad_rows, tokenise
-from dpo_jax.disk import file_digest
 from dpo_jax.errors import UserError, escaped
 
 
@@ -85,6 +84,13 @@ class Reading:
 Progress = Callable[[Reading], None]
 
 
+def sources_for(r: DataRequest) -> DataSources:
+    """Where the rows of a request are; raises as `find_sources`."""
+    at = (r.dataset, r.dataset_path, r.eval_path, r.split)
+    found = find_sources(*at, columns=r.columns, revision=r.dataset_revision)
+    return with_prompts(found) if r.prompts else found
+
+
 def prepare(
     request: DataRequest,
     tokenizer: Any,
@@ -104,15 +110,7 @@ def prepare(
     """
     if request.eval_pairs < -1:
         raise UserError(f"eval_pairs={request.eval_pairs}; use a number of pairs, 0 for none, or -1 for all")
-    data = find_sources(
-        request.dataset,
-        request.dataset_path,
-        request.eval_path,
-        request.split,
-        columns=request.columns,
-        revision=request.dataset_revision,
-    )
-    data = prompts.with_prompts(data) if request.prompts else data
+    data = sources_for(request)
     renderer = make_renderer(
         tokenizer,
         request.prompt_format,
@@ -125,7 +123,7 @@ def prepare(
     recast = None if recasting is None else recasting(renderer)
     decides = identity(data, renderer, request.drop_ties, request.reward_margin)
     decides |= {} if recast is None else {"recast": recast.identity}
-    decides |= {"prompts": file_digest(Path(prompts.__file__))["digest"]} if request.prompts else {}
+    decides |= {"prompts": True} if request.prompts else {}
     total = sum(file["bytes"] or 0 for source in decides["sources"] for file in source["files"])
     so_far = np.zeros(3, np.int64)  # bytes, rows, pairs
 

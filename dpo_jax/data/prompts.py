@@ -36,6 +36,7 @@ _COMPLETIONS: tuple[list[Message], list[Message]] = (
 # Columns of whole conversations, whose last turns are the assistant's in files for SFT.
 _CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue")
 _WORDS = {"empty_prompt": "the prompt is empty or blank"}
+PROMPT_ALONE = "a prompt"  # the form's name
 TEXTS = ".txt"  # of a file with a prompt a line
 
 
@@ -217,18 +218,21 @@ def with_prompts(data: DataSources) -> DataSources:
 
     For what answers the prompts itself, and needs no pairs.
     """
-    return replace(data, sources=tuple(_with_prompts(source) for source in data.sources))
+    # A parser with a name, or of the user's own, answers for all of its rows.
+    own = lambda source: source.spec.read is read_own
+    return replace(data, sources=tuple(_with_prompts(one) if own(one) else one for one in data.sources))
 
 
 def _with_prompts(source: Source) -> Source:
     def read(row: Mapping[str, Any]) -> Read:
         found = source.spec.read(row)
-        if any(not isinstance(one, Skip) for one in found[1]):
+        if found[0] is not None:  # a pair's columns: what becomes of it is as in the stages that train on pairs
             return found
         form, outcomes = _alone(row)
-        if form is None or isinstance(outcomes[0], Skip):
+        if form is None:
             return found
-        return form, (LabeledComparison(_bare(outcomes[0]), "A"),)
+        first = outcomes[0]
+        return form, (first if isinstance(first, Skip) else LabeledComparison(_bare(first), "A"),)
 
     return replace(source, spec=replace(source.spec, read=read))
 
@@ -360,7 +364,7 @@ def _prompts_alone(there: set[str]) -> list[Form]:
     beside = dict.fromkeys(sorted((there & KNOWN) - inputs - {*CARRIED}), "not read")
     return [
         Form(
-            "a prompt",
+            PROMPT_ALONE,
             {**way.reads, **beside},
             lambda row, way=way: _alone_parsed(way.value(row), next(iter(way.reads))),  # type: ignore[misc]
             (*way.may_lack, *beside),

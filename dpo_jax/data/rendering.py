@@ -47,7 +47,7 @@ def render_jobs(tokenizer: Any, jobs: Sequence[Job]) -> list[str | TemplateRefus
       jobs: arguments of its `apply_chat_template`, with the source of the template as `chat_template`.
 
     Raises:
-      UserError: a template does not keep the limits.
+      UserError: the tokenizer's template does not keep the limits; a row's own is a refusal then.
     """
     if not jobs:
         return []
@@ -55,15 +55,18 @@ def render_jobs(tokenizer: Any, jobs: Sequence[Job]) -> list[str | TemplateRefus
     sources = [text for text in (held.values() if isinstance(held, dict) else [held]) if text]
     own = lambda values: any(values["chat_template"].endswith(text) for text in sources)  # a date stands before it
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    with _LOCK:
-        answers = _process().ask(special, jobs)
     texts: list[str | TemplateRefusal] = []
-    for job, (kind, *said) in zip(jobs, answers, strict=False):
-        if kind == "limit":
-            words = _LIMITS.get(said[0], said[0]).format(SECONDS)
-            where = source_file(tokenizer) if own(job) else "a row's chat_template_kwargs"
-            raise UserError(f"{where}: the chat template {words}; mend it, or give another one")
-        texts.append(_sound(said[0]) if kind == "text" else TemplateRefusal(*said))
+    with _LOCK:
+        while len(texts) < len(jobs):
+            for kind, *said in _process().ask(special, jobs[len(texts) :]):
+                if kind == "limit":
+                    words = _LIMITS.get(said[0], said[0]).format(SECONDS)
+                    if own(jobs[len(texts)]):
+                        where = source_file(tokenizer)
+                        raise UserError(f"{where}: the chat template {words}; mend it, or give another one")
+                    texts.append(TemplateRefusal("Limit", f"the chat template {words}"))  # that row's own
+                else:
+                    texts.append(_sound(said[0]) if kind == "text" else TemplateRefusal(*said))
     return texts
 
 
@@ -107,7 +110,7 @@ class _Process:
         self._to, self._from = self._run.stdin, self._run.stdout.fileno()
 
     def ask(self, special: Mapping[str, str], jobs: Sequence[Job]) -> list[list[str]]:
-        """What the process answers to every job; after a limit, that limit as the last answer."""
+        """What the process answers to every job, up to one with which it ended: that limit is then the last answer."""
         request = pickle.dumps((dict(special), [(job, _size(job)) for job in jobs]))
         try:
             self._to.write(len(request).to_bytes(8, "little") + request)

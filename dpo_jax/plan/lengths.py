@@ -3,13 +3,15 @@
 import dataclasses
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
 from dpo_jax.config.settings import Settings
 from dpo_jax.data.mixture import Mixture
+from dpo_jax.data.prompts import PROMPT_ALONE
 from dpo_jax.data.sources import parse_mixture
 from dpo_jax.errors import UserError
 from dpo_jax.plan.known import draw_lengths, published_pairs
@@ -77,9 +79,19 @@ def find_lengths(s: Settings, file: str = "", completions: int = 0) -> Lengths:
         )
         data = inputs.prepare_pairs(s, policy.tokenizer, Path(work), None)
         inputs.check_tokens(data.split, policy)
-        lengths, mixture = _with_completions(np.asarray(data.train.lengths), completions, s.seed), data.split.mixture
+        known, of = np.asarray(data.train.lengths), "by the model's tokenizer"
+        if _answers_stand_for_any(data.report):
+            known = np.column_stack([known[:, 0], np.full((len(known), 2), s.data.max_completion_length)])
+            of += ", answers as long as they may be"
+        lengths, mixture = _with_completions(known, completions, s.seed), data.split.mixture
     pairs = len(lengths) if mixture is None else mixture.epoch_size(s.batch.size, s.batch.order.drop_remainder)
-    return Lengths(lengths, pairs, f"{pairs:,} pairs of {s.data.dataset} by the model's tokenizer", mixture)
+    return Lengths(lengths, pairs, f"{pairs:,} pairs of {s.data.dataset} {of}", mixture)
+
+
+def _answers_stand_for_any(report: Mapping[str, Any]) -> bool:
+    """Whether some of the rows that were prepared are prompts alone."""
+    forms = (form["form"] for source in report["sources"] for form in source["forms"])
+    return PROMPT_ALONE in forms
 
 
 def _with_completions(pairs: np.ndarray, completions: int, seed: int) -> np.ndarray:

@@ -91,7 +91,8 @@ METRICS = {
     "memory_gb": Metric("Peak memory, GB", ".2f"),
 }
 # Control characters, line separators, turns of the writing direction, and halves of surrogate pairs.
-_CONTROLS = (*range(32), *range(127, 160), *range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+_TURNS = (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROLS = (*range(32), *range(127, 160), 0x2028, 0x2029, *_TURNS, *range(0xD800, 0xE000))
 _VISIBLE = {c: 0x2400 + c if c < 32 else 0xFFFD for c in _CONTROLS if chr(c) not in "\n\t"}
 _NUMBERS = {*METRICS, "pairs", "tokens", "skipped", "dropped"}  # of a record, that pages count with
 HELD_OUT = tuple(name for name, metric in METRICS.items() if metric.held_out)

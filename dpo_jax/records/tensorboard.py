@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
 from dpo_jax.bucket.path import BucketPath
-from dpo_jax.bucket.tree import publish
+from dpo_jax.bucket.tree import replace_objects
 
 UPLOAD_SECONDS = 60.0  # between uploads of a run's events to a bucket
 
@@ -35,15 +35,17 @@ class BucketEvents:
         """Upload the events, if the last time was a while ago."""
         self._writer.flush()
         if self._grown and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
-            publish(Path(self._local.name), self._directory, last=())
+            replace_objects(Path(self._local.name), self._directory, last=())
             self._uploaded, self._grown = time.monotonic(), False
 
     def close(self) -> None:
         """Upload all of them."""
         self._uploaded = -math.inf
-        self.flush()
-        self._writer.close()
-        self._local.cleanup()
+        try:
+            self.flush()
+        finally:
+            self._writer.close()
+            self._local.cleanup()
 
 
 def open_events(directory: Path, records: Sequence[Mapping[str, Any]]) -> EventsWriter | BucketEvents:

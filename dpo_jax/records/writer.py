@@ -64,13 +64,13 @@ class MetricsWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.console.close()
-        for file in self._files.values():
-            # Of two errors the first one says what happened: here it may be only that the disk is full still.
-            with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError, UserError):
+        # Of two errors the first one says what happened: here it may be only that the disk is full still.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError, UserError):
+            for file in self._files.values():
                 file.close()
-        if self._events:
-            with _naming(self._tensorboard) if kind is None else contextlib.suppress(OSError):
-                self._events.close()
+            if self._events:
+                with _naming(self._tensorboard):
+                    self._events.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one record: `step`, `split`, and numbers (also NumPy scalars and arrays of one element) or strings."""

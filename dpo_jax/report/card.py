@@ -167,9 +167,12 @@ def _source_rows(run: RunFiles) -> list[tuple[str, ...]]:
 def without_paths(text: str) -> str:
     """The text with only the last name of every path: the directories are private to the machine that trained.
 
+    >>> without_paths("a reward of gs://bucket/runs/reward/export*0.5")
+    'a reward of export*0.5'
     >>> without_paths("512 pairs of /home/me/pairs.jsonl, a reward of ~/runs/reward/export*0.5")
     '512 pairs of pairs.jsonl, a reward of export*0.5'
     """
+    text = re.sub(r"gs://(?:[^\s/,:;|*]+/)+", "", text)
     return re.sub(r"(?<![\w:/.~])(?:~|\.{1,2})?(?:/[^\s/,:;|*]+)+/([^\s/,:;|*]+)", r"\1", text)
 
 

@@ -38,6 +38,7 @@ from dpo_jax.training.workdir import first_only
 logging.getLogger("absl").addFilter(lambda record: record.levelno == logging.WARNING or "orbax" not in record.pathname)
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
+_LAST_SAVE = "waiting for the last checkpoint to be written"
 _METADATA = "_CHECKPOINT_METADATA"  # of orbax: it gets its last time stamp after our checksums
 _WRITTEN_LAST = (_METADATA, COMMITTED)  # after our checksums: times and a mark, no numbers
 _TAKEN_FOR_A_STEP = re.compile(r"[\d-]+")  # in any script: what orbax would read as a number
@@ -121,7 +122,7 @@ def open_checkpoints(directory: Path, keep: int, stuck_after: float = 0.0) -> It
     finally:
         try:
             with _saving(directory), watch(stuck_after):
-                beat("waiting for the last checkpoint to be written", LONGER)
+                beat(_LAST_SAVE, LONGER)
                 orbax.close()
         finally:
             if failed and not isinstance(directory, BucketPath):  # a save that failed may have been writing until now
@@ -263,10 +264,14 @@ def check_save(checkpoints: Checkpoints) -> None:
             checkpoints.saving = None
 
 
-def finish_saving(checkpoints: Checkpoints) -> None:
-    """Wait until a save under way is whole and older checkpoints are gone; a UserError if it fails."""
+def finish_saving(checkpoints: Checkpoints, stuck_after: float) -> None:
+    """Wait until a save under way is whole and older checkpoints are gone; a UserError if it fails.
+
+    A save that does not end then ends the process, as in `open_checkpoints`.
+    """
     if checkpoints.saving is not None:
-        with _saving(checkpoints.orbax.directory):
+        with _saving(checkpoints.orbax.directory), watch(stuck_after):
+            beat(_LAST_SAVE, LONGER)
             checkpoints.saving.result()
         checkpoints.saving = None
 

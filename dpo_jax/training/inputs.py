@@ -11,9 +11,8 @@ import numpy as np
 from dpo_jax.bucket.twin import local_twin
 from dpo_jax.config.settings import BatchOptions, Settings
 from dpo_jax.data.cache.manifest import LARGEST_ID
-from dpo_jax.data.prepare import DataRequest, Prepared, Progress, prepare
-from dpo_jax.data.prompts import with_prompts
-from dpo_jax.data.sources import DataSources, find_sources
+from dpo_jax.data.prepare import DataRequest, Prepared, Progress, prepare, sources_for
+from dpo_jax.data.sources import DataSources
 from dpo_jax.data.split import Split
 from dpo_jax.errors import UserError
 from dpo_jax.preference.questions import Questions
@@ -50,10 +49,7 @@ def _request(settings: Settings, workdir: Path) -> DataRequest:
 
 def sources_of(settings: Settings, workdir: Path) -> DataSources:
     """Where the run's rows are."""
-    r = _request(settings, workdir)
-    at = (r.dataset, r.dataset_path, r.eval_path, r.split)
-    found = find_sources(*at, columns=r.columns, revision=r.dataset_revision)
-    return with_prompts(found) if r.prompts else found
+    return sources_for(_request(settings, workdir))
 
 
 def check_tokens(split: Split, policy: Policy) -> None:

@@ -171,6 +171,8 @@ def read_values(where: Place) -> tuple[np.ndarray, str]:
     except FileNotFoundError:
         if list(where.path.parent.glob("reference-*.npy")):
             why = "there are only files without checksums, of an earlier version"
+    except UserError:  # of a bucket that does not answer, which says nothing about the file
+        raise
     except Exception as error:  # of zipfile, zlib and NumPy, whatever a damaged archive makes them raise
         why = f"it is damaged ({type(error).__name__}: {error})"
     return np.full(shape, np.nan, np.float32), why

@@ -223,7 +223,8 @@ def _finish(run: Run, params: Params, steps: int) -> dict[str, float]:
             lora_scale=layout.config.lora_scale,
             stops=() if s.task == "reward" else run.policy.stop_tokens(),
         )
-    checkpoint.finish_saving(run.checkpoints)  # which removes older checkpoints: the page lists those that stay
+    # Which removes older checkpoints: the page lists those that stay.
+    checkpoint.finish_saving(run.checkpoints, s.stuck_after_seconds)
     records = read_metrics(workdir / METRICS)
     if jax.process_index() == 0:
         for name in EXPORTS:

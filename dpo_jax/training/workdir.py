@@ -15,6 +15,7 @@ from typing import IO, Any
 import jax
 import numpy as np
 
+from dpo_jax.bucket.client import BucketError
 from dpo_jax.bucket.lease import leased
 from dpo_jax.bucket.path import BucketPath
 from dpo_jax.config.saved import writing
@@ -158,11 +159,15 @@ def first_day(workdir: Path) -> str:
     The same in all processes, which may stand on both sides of midnight. Every process calls it.
     """
     day = datetime.date.today().isoformat()
-    with contextlib.suppress(UserError, OSError, ValueError):  # `keep_identity` says what is wrong with the file
+    try:
         if (workdir / IDENTITY).exists():
             data = read_json(workdir / IDENTITY, _MEND, Identity).get("data", {})
             said = data.get("template_date")
             day = datetime.date.fromisoformat(said).isoformat() if said else day
+    except BucketError:  # which says nothing about the file
+        raise
+    except (UserError, OSError, ValueError):
+        pass  # `keep_identity` says what is wrong with the file
     number = int(from_first(np.array(datetime.date.fromisoformat(day).toordinal(), np.int32)))
     return datetime.date.fromordinal(number).isoformat()
 

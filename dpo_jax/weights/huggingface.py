@@ -20,10 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
-from safetensors import SafetensorError
 
-from dpo_jax.bucket.path import BucketPath
-from dpo_jax.errors import SAVE_FAILED, UserError
 from dpo_jax.model.config import ModelConfig, Params
 from dpo_jax.model.families import config_from_hf, hf_config
 from dpo_jax.model.lora import BRANCH
@@ -40,7 +37,7 @@ from dpo_jax.model.tensors import (
 )
 from dpo_jax.weights.hub import CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_FILES
 from dpo_jax.weights.model_files import FLOATS, read_model_json, refuse_code
-from dpo_jax.weights.publish import new_in_bucket
+from dpo_jax.weights.publish import new_directory
 from dpo_jax.weights.stops import write_generation_config
 from dpo_jax.weights.stored import PIECE_BYTES, check_tied, checked_tensors
 
@@ -211,47 +208,6 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
-
-
-@contextlib.contextmanager
-def new_directory(directory: Path) -> Iterator[Path | None]:
-    """A directory to write into that then takes the place of `directory`, whole or not at all; None but for process 0.
-
-    Every process enters and leaves together.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    if isinstance(directory, BucketPath):
-        with new_in_bucket(directory) as new:
-            yield new
-        return
-    directory = Path(directory).absolute()
-    new, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
-    writes = jax.process_index() == 0
-    try:
-        if writes:
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(parents=True)
-        yield new if writes else None
-        if writes:
-            shutil.rmtree(old, ignore_errors=True)
-            if directory.exists():
-                directory.rename(old)
-            new.rename(directory)
-            shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as e:  # the library has an error of its own for a disk that is full
-        why = e.strerror if isinstance(e, OSError) and e.strerror else " ".join(str(e).split())
-        raise UserError(
-            f"{directory}: the export cannot be written ({why}); checkpoints are kept: make room, or make it writable, "
-            "then the same command writes it",
-            code=SAVE_FAILED,
-        ) from e
-    finally:
-        if writes:
-            shutil.rmtree(new, ignore_errors=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("dpo_jax.weights.huggingface.new_directory")
 
 
 def _write_file(path: Path | None, held: dict[str, Parts], flat: Mapping, letters: Sizes, dtype: str) -> None:

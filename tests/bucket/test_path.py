@@ -156,7 +156,7 @@ def test_a_directory_is_published_with_its_mark_last(bucket, tmp_path):
     for name in ("config.json", "model.safetensors", "sub/a"):
         (new / name).write_bytes(b"new")
     bucket.asked.clear()
-    tree.publish(new, target, last=("config.json",))
+    tree.replace_objects(new, target, last=("config.json",))
     assert bucket.keys("published/") == [
         f"published/export/{name}" for name in ("config.json", "model.safetensors", "sub/a")
     ]

@@ -104,7 +104,13 @@ def test_what_no_system_or_arithmetic_takes_is_refused(name, value, words):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("seed", 2**32 - 1), ("learning_rate", 0), ("learning_rate", 1e38), ("model", "a" * 255 + "/" + "b" * 255)],
+    [
+        ("columns", "prompt:प्रश्न१"),
+        ("seed", 2**32 - 1),
+        ("learning_rate", 0),
+        ("learning_rate", 1e38),
+        ("model", "a" * 255 + "/" + "b" * 255),
+    ],
 )
 def test_what_is_just_within_the_bounds_is_not(name, value):
     KEYS[name].check(value)

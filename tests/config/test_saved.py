@@ -143,3 +143,12 @@ def test_a_workdir_that_cannot_be_written_says_what_and_with_which_code(tmp_path
     ):
         full.write("x")
     assert caught.value.code == SAVE_FAILED
+
+
+def test_an_identity_without_a_config_says_nothing_of_it(tmp_path):
+    """Of rounds that an older version began."""
+    (tmp_path / "rounds").mkdir()
+    write_json(tmp_path / "identity.json", {"data": {}})
+    config = common.get_config().to_dict() | {"dpo_beta": 0.2}
+    claim_workdir(tmp_path, config, write=True)
+    claim_workdir(tmp_path, config, write=False)

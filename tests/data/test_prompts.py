@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from dpo_jax.data.comparison import Comparison, LabeledComparison
+from dpo_jax.data.comparison import Comparison, LabeledComparison, Skip
 from dpo_jax.data.prompt_ids import prompt_tokens
-from dpo_jax.data.prompts import dataset_prompts, prompt_of, prompts_digest, prompts_in, read_prompts
+from dpo_jax.data.prompts import dataset_prompts, prompt_of, prompts_digest, prompts_in, read_prompts, with_prompts
 from dpo_jax.data.render import make_renderer, render_batch
+from dpo_jax.data.sources import find_sources
 from dpo_jax.errors import UserError
 from tests.data.small_tokenizers import small_tokenizer
 from tests.data.test_render import CHATML, LLAMA2, bpe_tokenizer
@@ -214,3 +215,27 @@ def test_one_row_with_messages_is_no_list_of_rows():
     assert (prompt.given, prompt.number) == (HI, 1)
     inside = {"data": [{"prompt": "a"}, {"prompt": "b"}]}
     assert [p.given for p in prompts_in(json.dumps(inside).encode())] == ["a", "b"]
+
+
+def test_prompts_alone_join_the_pairs_and_no_pair_becomes_one(tmp_path):
+    """What a pair's reader leaves out stays out, so that stages that train on pairs hold out the same prompts."""
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "d", "chosen": "e", "rejected": "e"},
+            {"question": "f", "answer": "g"}, {"prompt": ""}]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = with_prompts(find_sources(str(path))).sources[0].spec.read
+    found = [read(row)[1][0] for row in rows]
+    assert found[0].comparison.completion_a[0]["content"] == "b"
+    assert isinstance(found[1], Skip)
+    assert found[2].comparison.prompt_conversation[0]["content"] == "f"
+    assert found[3].reason == "empty_prompt"
+
+
+def test_a_parser_answers_for_all_of_its_rows(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "f"}\n')
+    found = with_prompts(find_sources("tests.data.test_prompts:nothing", str(tmp_path / "rows.jsonl")))
+    assert found.sources[0].spec.read({"question": "f"})[1][0].reason == "not_mine"
+
+
+def nothing(row):
+    return Skip("not_mine")

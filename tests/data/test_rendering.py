@@ -44,7 +44,7 @@ def test_texts_are_those_of_transformers():
     )
     tokenizer = bpe_tokenizer(source)
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-    said = [*ASK, {"role": "assistant", "content": " é\ud83d\n", "thinking": "so", "tool_calls": [tool]}]
+    said = [*ASK, {"role": "assistant", "content": " é😀\n", "thinking": "so", "tool_calls": [tool]}]
     jobs = [
         {"conversation": said, "chat_template": source, "tools": tools, "add_generation_prompt": prompt, **more}
         for tools in (None, [tool])
@@ -99,10 +99,15 @@ def test_a_template_that_eats_memory_or_writes_for_ever_is_a_users_error(source,
     assert ask("{{ messages[0].content }}") == "hi"
 
 
-def test_a_template_of_a_row_keeps_them_too():
+@pytest.mark.parametrize("source", ["{{ 'a' * 99999999999 }}", "{% for a in range(99999) %}" * 2 + "{% endfor %}" * 2])
+def test_a_template_of_a_row_costs_that_row_alone(source):
+    """Also where it ends the process: those behind it are rendered by another."""
     tokenizer = bpe_tokenizer("{{ messages[0].content }}")
-    with pytest.raises(UserError, match=r"^a row's chat_template_kwargs: the chat template takes more than 1 GB"):
-        render_jobs(tokenizer, [{"conversation": ASK, "chat_template": "{{ 'a' * 99999999999 }}"}])
+    jobs = [{"conversation": ASK, "chat_template": one} for one in ("{{ 'x' }}", source, "{{ 'y' }}")]
+    before, refused, behind = render_jobs(tokenizer, jobs)
+    assert (before, behind) == ("x", "y")
+    assert isinstance(refused, TemplateRefusal)
+    assert str(refused).startswith("the chat template takes more than")
 
 
 @pytest.mark.parametrize(

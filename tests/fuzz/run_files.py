@@ -159,7 +159,7 @@ def _case(name: str, door: str, how: str, do: Callable[[Path], None], must_say: 
         do(path)
         return DOORS[door](place)
 
-    said = Path(name).name if name in LINES or not name.startswith("checkpoints") else "checkpoint|checksums"
+    said = Path(name).name if name in LINES or not name.startswith("checkpoints") else "damaged|checksums"
     return Case(f"run/{name}/{door}/{how}", prepare, says=said if must_say and door in ("resume", "longer") else "")
 
 

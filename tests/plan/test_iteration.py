@@ -10,6 +10,7 @@ from dpo_jax.plan.lengths import completions_of, find_lengths
 from dpo_jax.plan.text import iteration_lines
 from dpo_jax.rows.batch import batch_spec
 from dpo_jax.rows.shape import RowShape
+from dpo_jax.training.rounds import BLOCK
 
 
 def settings(**changed):
@@ -41,6 +42,7 @@ def test_what_a_run_does_in_turns():
     rounds = {"rounds": 3, "round_prompts": 64, "collect_n": 6, "collect_judge": "gold", "max_completion_length": 96}
     found = work_of(settings(**rounds), 45)
     assert (found.name, found.prompts, found.groups, found.updates) == ("round", 64, 192, 15)
+    assert work_of(settings(**rounds | {"round_prompts": 1000}), 45).at_once == BLOCK < 1000
     assert (found.asked.n, found.asked.max_tokens) == (6, 96)
     found = work_of(settings(task="rl", rl_n=4, batch_size=8, rl_minibatches=2, rl_epochs=2), 45)
     assert (found.name, found.prompts, found.groups, found.updates) == ("iteration", 16, 16, 4)

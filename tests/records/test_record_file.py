@@ -79,6 +79,7 @@ def test_half_a_character_is_kept_as_json_writes_it(tmp_path):
     ("records", "digest", "said"),
     [
         (5, "aa", None),
+        (7, "cc", None),  # answers after training come behind the last checkpoint
         (5, "bb", "its records were changed"),
         (3, "bb", "has 3 of the 5 records that were there when checkpoint 8 was made"),
         (0, "", "has none of the 5 records"),

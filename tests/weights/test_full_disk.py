@@ -1,8 +1,5 @@
 """An export on a disk without room: one line, nothing half there, and the same call again finishes it."""
 
-import contextlib
-import subprocess
-
 import flax.linen as nn
 import jax
 import pytest
@@ -13,21 +10,10 @@ from dpo_jax.model.lora import init_adapters
 from dpo_jax.model.options import Lora
 from dpo_jax.weights.huggingface import save_weights
 from dpo_jax.weights.peft import save_adapters
+from tests.disks import grow, small_disk
 from tests.oracles.oracle import CONFIG
 
 LORA = Lora(rank=64, alpha=64.0, targets=("q", "down"))
-
-
-@contextlib.contextmanager
-def _disk_of(path, size):
-    path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", path], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    try:
-        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", path], check=True)
-    finally:
-        subprocess.run(["umount", "-l", path], check=True)
 
 
 def _export(directory):
@@ -41,14 +27,14 @@ def _export_adapters(directory):
 
 @pytest.mark.parametrize("export", [_export, _export_adapters])
 def test_an_export_on_a_full_disk_is_one_line_and_the_same_call_finishes_it(export, tmp_path):
-    with _disk_of(tmp_path / "disk", "16k") as grow_to:
+    with small_disk(tmp_path / "disk", "16k"):
         directory = tmp_path / "disk" / "export"
         with pytest.raises(UserError, match=r"export: the export cannot be written \(.*No space left") as caught:
             export(directory)
         assert caught.value.code == SAVE_FAILED
         assert "\n" not in str(caught.value)
         assert list((tmp_path / "disk").iterdir()) == []
-        grow_to("4m")
+        grow(tmp_path / "disk", "4m")
         export(directory)
         export(tmp_path / "elsewhere")
         for file in (tmp_path / "elsewhere").iterdir():

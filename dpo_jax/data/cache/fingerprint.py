@@ -20,9 +20,7 @@ from dpo_jax.disk import digest
 
 # Modules of dpo_jax.data that decide no row's ids: those that find files (which are known by their content), those that
 # choose among pairs, count them or keep them. All others do, new ones too.
-DECIDE_NOTHING = frozenset(
-    "__main__ cache lengths mixture notes prepare prompts sources split summary synthetic tally".split()
-)
+DECIDE_NOTHING = frozenset("__main__ cache lengths mixture notes prepare sources split summary synthetic tally".split())
 
 
 def identity(data: DataSources, renderer: Renderer, drop_ties: bool, margin: str = "") -> dict[str, Any]:

@@ -255,16 +255,18 @@ def _open_if_whole(target: Path, fingerprint: dict[str, Any], wanted: str) -> tu
     if not os.path.lexists(target):
         return None, ""
     try:
-        cache = _open(target, contents=True)
+        manifest = parse_manifest((target / MANIFEST).read_bytes())  # before all files are hashed for nothing
+        if not holds(manifest, fingerprint):
+            return None, f"it is damaged (its {MANIFEST} is that of other rows)"
+        if wanted not in ("", manifest["id"]):
+            return None, ""
+        return _open(target, contents=True), ""
     except FileNotFoundError:
         return None, f"it has no {MANIFEST}"
     except OtherFormatError as error:
         return None, str(error)
     except (OSError, ValueError) as error:
         return None, f"it is damaged ({getattr(error, 'strerror', None) or error})"
-    if not holds(cache.manifest, fingerprint):
-        return None, f"it is damaged (its {MANIFEST} is that of other rows)"
-    return (cache, "") if wanted in ("", cache.manifest["id"]) else (None, "")
 
 
 @functools.lru_cache(maxsize=16)

@@ -22,7 +22,7 @@ from dpo_jax.data.cache.store import cache_key, cache_root, open_cache
 from dpo_jax.data.cache.write import Pair
 from dpo_jax.errors import SAVE_FAILED, UserError
 from tests import places
-from tests.disks import small_disk
+from tests.disks import grow, small_disk
 from tests.processes import run_all
 
 FINGERPRINT = {"files": ["a"], "limit": 3}
@@ -420,7 +420,7 @@ def test_a_full_disk_under_the_cache_is_74_and_the_same_call_goes_on_when_there_
                 open_or_build(str(tmp_path / "disk"), FINGERPRINT, large)
             assert caught.value.code == SAVE_FAILED
             assert [path.suffix for path in (tmp_path / "disk").iterdir()] == [".lock"]
-        subprocess.run(["mount", "-o", "remount,size=50m", tmp_path / "disk"], check=True)
+        grow(tmp_path / "disk", "50m")
         cache, built = open_or_build(str(tmp_path / "disk"), FINGERPRINT, large)
         assert built
         assert len(cache[2999][0]) == 300
