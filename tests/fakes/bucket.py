@@ -4,7 +4,6 @@ The emulator's wheel has its program; its own wrapper would fill a pipe that nob
 """
 
 import contextlib
-import gc
 import http.client
 import http.server
 import json
@@ -17,7 +16,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -227,8 +226,29 @@ def forget_client():
     if client.google_client.cache_info().currsize:
         client.google_client().close()
     client.google_client.cache_clear()
-    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
-        gc.collect(1)  # connections, young ones, that Google's client left open where an answer was an error
+
+
+@contextlib.contextmanager
+def _sockets_closed(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Close what Google's client leaves open where an answer was an error: the collector would warn of it, much later.
+
+    To collect all garbage takes seconds instead.
+    """
+    connection = pytest.importorskip("urllib3").util.connection
+    connect = connection.create_connection
+    opened = []
+
+    def create_connection(*args, **more):
+        made = connect(*args, **more)
+        opened.append(weakref.ref(made))
+        return made
+
+    patch.setattr(connection, "create_connection", create_connection)
+    yield
+    forget_client()
+    for made in filter(None, (each() for each in opened)):
+        if made.fileno() >= 0:
+            os.close(made.detach())
 
 
 @pytest.fixture(scope="session")
@@ -247,6 +267,6 @@ def bucket(bucket_server, monkeypatch, tmp_path):
     bucket_server.calm()
     bucket_server.asked.clear()
     forget_client()
-    yield bucket_server
-    bucket_server.calm()
-    forget_client()
+    with _sockets_closed(monkeypatch):
+        yield bucket_server
+        bucket_server.calm()
