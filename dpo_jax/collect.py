@@ -25,4 +25,4 @@ def _collect(request: CollectRequest, several: bool) -> None:
 
 
 if __name__ == "__main__":
-    exit_within_a_limit(main())
+    exit_within_a_limit(main)

@@ -24,7 +24,8 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, err
             errno.ENAMETOOLONG, errno.EFBIG, errno.ETXTBSY, errno.EMFILE, errno.ENFILE, errno.ENOTEMPTY, errno.EEXIST,
             errno.ENOTSUP, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO)  # fmt: skip
 # How long a process may take after its last line: threads of libraries wait for minutes for what will never come. Of
-# several processes that have succeeded, the others wait for the first one, which still writes the report.
+# several processes, which JAX lets wait for each other for five minutes before they end, those that have succeeded wait
+# longer: the first one still writes the report.
 LEAVE_SECONDS, LEAVE_SEVERAL_SECONDS = 10.0, 900.0
 
 
@@ -76,29 +77,38 @@ def run_entry_point(do: Callable[[EntryPoint], object]) -> int:
         except UserError as error:
             print_error_line(f"error: {error}")
             full = error.__cause__ is not None and is_full(error.__cause__)
-            return _leaving(SAVE_FAILED if full and error.code == BAD_INPUT else error.code, entry)
+            return SAVE_FAILED if full and error.code == BAD_INPUT else error.code
         except Exception as error:
             # Of an output that is not ours to watch over; training has others, of libraries, and does not end so.
             if isinstance(error, BrokenPipeError) and entry.needs_output and not entry.several:
                 return 0
             if line := _of_the_file_system(error, entry):
                 print_error_line(f"error: {line}")
-                return _leaving(SAVE_FAILED, entry)
+                return SAVE_FAILED
             if entry.several:
                 from dpo_jax.parallel.processes import end_if_a_peer_is_gone
 
                 end_if_a_peer_is_gone(error)
-            _leaving(1, entry)
             raise
     return 0
 
 
-def exit_within_a_limit(code: int) -> NoReturn:
-    """End this process with its exit code: soon, whatever threads and libraries still wait for. For `__main__`.
+def exit_within_a_limit(command: Callable[[], int]) -> NoReturn:
+    """Run a command and end this process with its exit code: soon, whatever threads and libraries still wait for.
 
     After a failed save at once, where no other process hears of it: orbax's threads would wait for five minutes, and
     then complain of what nobody awaited.
     """
+    try:
+        code = command()
+    except Exception:
+        _begin_to_end(1)  # the traceback is printed first
+        raise
+    _begin_to_end(code)
+    sys.exit(code)
+
+
+def _begin_to_end(code: int) -> None:
     distributed = getattr(sys.modules.get("jax"), "distributed", None)
     joined = distributed is not None and distributed.is_initialized()
     seconds = LEAVE_SEVERAL_SECONDS if joined and code == 0 else LEAVE_SECONDS
@@ -116,7 +126,6 @@ def exit_within_a_limit(code: int) -> NoReturn:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C now needs no traceback of what waits
     threading.Thread(target=end, name="exit", daemon=True).start()
-    sys.exit(code)
 
 
 def print_error_line(line: str) -> None:
@@ -139,15 +148,6 @@ def _of_the_file_system(error: Exception, entry: EntryPoint) -> str:
     else:
         return ""
     return f"{file or entry.place or 'a file'}: {error.strerror}; {mend}; {entry.resumes}"
-
-
-def _leaving(code: int, entry: EntryPoint) -> int:
-    """The exit code; of one of several processes, which would wait for the others, it is the end soon."""
-    if not entry.several:
-        return code
-    from dpo_jax.parallel.processes import leave
-
-    return leave(code)
 
 
 @contextlib.contextmanager

@@ -24,4 +24,4 @@ def _judge(request: JudgeRequest, several: bool) -> None:
 
 
 if __name__ == "__main__":
-    exit_within_a_limit(main())
+    exit_within_a_limit(main)

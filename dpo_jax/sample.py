@@ -97,5 +97,5 @@ class _Callable(types.ModuleType):
 
 
 if __name__ == "__main__":
-    exit_within_a_limit(main())
+    exit_within_a_limit(main)
 sys.modules[__name__].__class__ = _Callable

@@ -78,4 +78,4 @@ def guarded(read: Callable[[], Given], train: Callable[[Given], object]) -> int:
 
 
 if __name__ == "__main__":
-    exit_within_a_limit(main())
+    exit_within_a_limit(main)

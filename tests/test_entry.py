@@ -19,7 +19,7 @@ from dpo_jax.errors import Stopped, UserError
 def do(entry):
 {body}
 if __name__ == "__main__":
-    exit_within_a_limit(run_entry_point(do))
+    exit_within_a_limit(lambda: run_entry_point(do))
 """
 
 
@@ -168,6 +168,16 @@ def test_ctrl_c_is_a_line():
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "interrupted; what is written stays, and the same command resumes it\n"
+
+
+def test_nor_after_an_error_of_ours():
+    body = [
+        "import dpo_jax.entry as e; e.LEAVE_SECONDS = 1.0",
+        "threading.Thread(target=time.sleep, args=(300,)).start()",
+        "raise KeyError('ours')",
+    ]
+    done = subprocess.run(program(*body), stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "KeyError: 'ours'")
 
 
 @pytest.mark.parametrize("code", [2, 74])

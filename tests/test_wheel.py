@@ -53,10 +53,13 @@ def test_configs_are_data_and_no_package(installed):
 
 @pytest.mark.parametrize("command", ["train", "plan", "data", "report", "sample", "judge", "collect", "rlhf"])
 def test_commands_run_from_everywhere(installed, command):
-    run, _ = installed
-    done = run("-m", f"dpo_jax.{command}", "--help")
-    assert done.returncode == 0, done.stderr
-    assert f"python -m dpo_jax.{command}" in done.stdout
+    run, site = installed
+    done, script = (
+        run("-m", f"dpo_jax.{command}", "--help"),
+        run(site.parents[2] / "bin" / f"dpo-jax-{command}", "--help"),
+    )
+    assert (done.returncode, script.returncode) == (0, 0), done.stderr + script.stderr
+    assert f"python -m dpo_jax.{command}" in done.stdout == script.stdout
 
 
 def test_a_missing_config_is_said_with_those_that_are_installed(installed):

@@ -10,16 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_jax.data.comparison import Comparison, LabeledComparison, Message, RatedAnswer, Skip, checked
+from dpo_jax.data.comparison import Comparison, LabeledComparison, Skip, checked
 from dpo_jax.data.containers import read_rows
 from dpo_jax.data.files import find_files, one_line, open_data
-from dpo_jax.data.forms.beside import with_beside
+from dpo_jax.data.forms.alone import ANSWERS, of_equal_answers, read_alone, without_answers
 from dpo_jax.data.forms.chosen import pair_of
-from dpo_jax.data.forms.families import Form, prompts_among
-from dpo_jax.data.forms.fields import CARRIED
-from dpo_jax.data.forms.messages import conversation
-from dpo_jax.data.forms.reader import Read, Reader, make_reader, read_own
-from dpo_jax.data.forms.rename import KNOWN, Columns, parse_columns
+from dpo_jax.data.forms.reader import Read, Reader, read_own
+from dpo_jax.data.forms.rename import Columns, parse_columns
 from dpo_jax.data.json_rows import bounded_lines, json_rows
 from dpo_jax.data.raw import TOO_LONG, BadLine
 from dpo_jax.data.sources import DataSources, Source, find_sources
@@ -27,16 +24,7 @@ from dpo_jax.data.tokenise import PLAINLY
 from dpo_jax.disk import digest
 from dpo_jax.errors import UserError
 
-# Stand where a pair has its answers: prompts are rendered by what renders pairs. Numbers say nothing to any check.
-_ANSWERS = ("1", "2")
-_COMPLETIONS: tuple[list[Message], list[Message]] = (
-    [{"role": "assistant", "content": _ANSWERS[0]}],
-    [{"role": "assistant", "content": _ANSWERS[1]}],
-)
-# Columns of whole conversations, whose last turns are the assistant's in files for SFT.
-_CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue")
 _WORDS = {"empty_prompt": "the prompt is empty or blank"}
-PROMPT_ALONE = "a prompt"  # the form's name
 TEXTS = ".txt"  # of a file with a prompt a line
 
 
@@ -77,7 +65,7 @@ def prompt_of(value: str | Sequence[Mapping[str, Any]], number: int = 1, where: 
       UserError: it says nothing, or is no conversation that a model can answer.
     """
     where = where or f"prompt {number}"
-    pair = pair_of(value, *_ANSWERS)
+    pair = pair_of(value, *ANSWERS)
     return Prompt(None, number, where, _sound(pair, where))
 
 
@@ -228,11 +216,11 @@ def _with_prompts(source: Source) -> Source:
         found = source.spec.read(row)
         if found[0] is not None:  # a pair's columns: what becomes of it is as in the stages that train on pairs
             return found
-        form, outcomes = _alone(row)
+        form, outcomes = read_alone(row)
         if form is None:
             return found
         first = outcomes[0]
-        return form, (first if isinstance(first, Skip) else LabeledComparison(_bare(first), "A"),)
+        return form, (first if isinstance(first, Skip) else LabeledComparison(without_answers(first), "A"),)
 
     return replace(source, spec=replace(source.spec, read=read))
 
@@ -308,19 +296,19 @@ def _read(row: Mapping[str, Any] | BadLine, reader: Reader) -> Comparison | Skip
     read = reader(row)
     for one in read[1]:
         if not isinstance(one, Skip):
-            return _bare(one)
-    if (found := _of_equal_answers(row, read)) is not None:
+            return without_answers(one)
+    if (found := of_equal_answers(row, read)) is not None:
         return found
     if reader is not read_own:
         return next(one for one in read[1] if isinstance(one, Skip))
-    form, (first, *_) = _alone(row)
+    form, (first, *_) = read_alone(row)
     if form is None:  # no column that may be a prompt
         return (
             next(one for one in read[1] if isinstance(one, Skip))
             if read[0]
             else Skip("missing_column", _no_prompt(row))
         )
-    return first if isinstance(first, Skip) else _bare(first)
+    return first if isinstance(first, Skip) else without_answers(first)
 
 
 def _no_prompt(row: Mapping[str, Any]) -> str:
@@ -331,65 +319,11 @@ def _no_prompt(row: Mapping[str, Any]) -> str:
     )
 
 
-def _bare(one: LabeledComparison | RatedAnswer) -> Comparison:
-    """The prompt, with answers that stand for any; the pair itself where only the tokenizer can find the prompt."""
-    if isinstance(one, RatedAnswer):
-        texts = None if one.texts is None else (one.texts[0], *_ANSWERS)
-        return Comparison(one.prompt_conversation, *_COMPLETIONS, one.tools, one.chat_template_kwargs, texts)
-    what = one.comparison
-    if what.texts is None:
-        return replace(what, completion_a=_COMPLETIONS[0], completion_b=_COMPLETIONS[1])
-    if not what.prompt_conversation:
-        return what
-    return replace(what, completion_a=_COMPLETIONS[0], completion_b=_COMPLETIONS[1], texts=(what.texts[0], *_ANSWERS))
-
-
-def _of_equal_answers(row: Mapping[str, Any], read: Read) -> Comparison | None:
-    """The prompt of a sound row that gives no pair, as its answers are the same or tie."""
-    form, outcomes = read
-    if form is None or not all(isinstance(one, Skip) and one.deliberate for one in outcomes):
-        return None
-    parsed = form.parse(row)
-    one = with_beside(row, form.beside, parsed[0] if isinstance(parsed, list) else parsed)
-    if not isinstance(one, LabeledComparison) or not one.comparison.prompt_conversation:
-        return None
-    sound = checked(LabeledComparison(_bare(one), "A"))
-    return None if isinstance(sound, Skip) else sound.comparison
-
-
-def _prompts_alone(there: set[str]) -> list[Form]:
-    """Forms that read nothing but a prompt; answers and what is said of them may stand beside it."""
-    ways = prompts_among(there)
-    inputs = {name for way in ways for name in way.reads}  # those that are not the prompt might change it
-    beside = dict.fromkeys(sorted((there & KNOWN) - inputs - {*CARRIED}), "not read")
-    return [
-        Form(
-            PROMPT_ALONE,
-            {**way.reads, **beside},
-            lambda row, way=way: _alone_parsed(way.value(row), next(iter(way.reads))),  # type: ignore[misc]
-            (*way.may_lack, *beside),
-        )
-        for way in ways
-    ]
-
-
-def _alone_parsed(value: Any, column: str) -> Any:
-    if column in _CONVERSATIONS and not isinstance(value, str):
-        turns = conversation(value)
-        if not isinstance(turns, Skip):
-            said = len(list(itertools.takewhile(lambda turn: turn["role"] == "assistant", reversed(turns))))
-            value = turns[: len(turns) - said] or turns
-    return pair_of(value, *_ANSWERS)
-
-
-_alone = make_reader((_prompts_alone,))
-
-
 def _sound(pair: Any, where: str) -> Comparison:
     one = pair if isinstance(pair, Skip) else checked(pair)
     if isinstance(one, Skip):
         raise prompt_refusal(where, one)
-    return _bare(one)
+    return without_answers(one)
 
 
 def prompt_refusal(where: str, skip: Skip) -> UserError:

@@ -13,9 +13,6 @@ import jax
 from dpo_jax.errors import STUCK, UserError
 from dpo_jax.parallel.address import answers, host_and_port, try_to_listen
 
-# Before they end, JAX's processes wait for each other: after an error that only this process has it would wait five
-# minutes for the others.
-LEAVE_SECONDS = 10.0
 JOIN_SECONDS = 300.0  # for which a process waits for the others at the start
 SILENT_SECONDS = 10.0  # of these, before it says so
 # Words of what JAX raises when a process that it talks to is gone.
@@ -114,13 +111,6 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def leave(code: int) -> int:
-    """The exit code, with which this process ends soon even where others keep it waiting."""
-    if jax.distributed.is_initialized():
-        threading.Thread(target=_end, args=(code, LEAVE_SECONDS), daemon=True).start()
-    return code
-
-
 def is_of_a_lost_peer(error: BaseException) -> bool:
     """Whether an error means that another process of this run is gone, or silent for longer than Gloo waits: 30 s."""
     said = str(error).lower()
@@ -142,9 +132,5 @@ def end_if_a_peer_is_gone(error: BaseException) -> None:
         flush=True,
     )
     # JAX aborts the others as soon as the first process is gone, so that one waits for them to print their lines.
-    _end(STUCK, LEAVE_SECONDS / 2 if jax.process_index() == 0 else 0.0)
-
-
-def _end(code: int, seconds: float) -> None:
-    time.sleep(seconds)
-    os._exit(code)
+    time.sleep(5.0 if jax.process_index() == 0 else 0.0)
+    os._exit(STUCK)

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dpo_jax.config.settings import Settings
+from dpo_jax.data.forms.alone import PROMPT_ALONE
 from dpo_jax.data.mixture import Mixture
-from dpo_jax.data.prompts import PROMPT_ALONE
 from dpo_jax.data.sources import parse_mixture
 from dpo_jax.errors import UserError
 from dpo_jax.plan.known import draw_lengths, published_pairs

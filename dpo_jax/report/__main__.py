@@ -4,4 +4,4 @@ from dpo_jax.entry import exit_within_a_limit
 from dpo_jax.report.command import main
 
 if __name__ == "__main__":
-    exit_within_a_limit(main())
+    exit_within_a_limit(main)
