@@ -190,7 +190,7 @@ def test_a_checkpoint_knows_what_it_was_made_with(tmp_path):
     with checkpoint.open_checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         checkpoints.made_with = lambda: {"config": {"seed": 1}, "records": held}
         checkpoint.save_checkpoint(checkpoints, 5, state)
-        checkpoint.finish_saving(checkpoints)
+        checkpoint.finish_saving(checkpoints, 0.0)
         assert checkpoint.records_made_with(tmp_path / "checkpoints" / "5") == held
     assert checkpoint.set_aside_damaged(tmp_path / "checkpoints") == []
 
