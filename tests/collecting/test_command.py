@@ -93,7 +93,7 @@ def test_the_file_is_a_dataset(whole, tmp_path):
     assert len(found.train) == len(lines(whole))
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 def test_stopped_anywhere_it_ends_byte_for_byte_the_same(whole, rows, tmp_path, blocks, monkeypatch, capsys):
     out = tmp_path / "pairs.jsonl"
@@ -161,6 +161,7 @@ def test_prompts_that_are_held_out_or_there_again_are_left_out(rows, tmp_path, c
     assert "all 36 prompts are held out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_prompts_that_the_model_cannot_answer_are_counted(tmp_path, capsys):
     """Also where a whole block is left out, and a judge that scores has nothing to score."""
     rows = tmp_path / "rows.jsonl"
@@ -204,6 +205,7 @@ def test_a_templated_prompt_is_written_letter_for_letter():
     assert (line["prompt_conversation"], line["completion_a"]) == ("<s>user Hi</s>", " yes")
 
 
+@pytest.mark.slow
 def test_a_full_disk_has_its_own_code_and_only_room_is_needed(whole, rows, tmp_path, capsys):
     with small_disk(tmp_path / "disk", "12k"):
         out = tmp_path / "disk" / "pairs.jsonl"

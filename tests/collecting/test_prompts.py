@@ -34,6 +34,7 @@ def peak(path):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_memory_hardly_grows_with_the_prompts(tmp_path):
     """A prompt in memory takes more than a kilobyte; of one that was read a few numbers of eight bytes are left."""
     words = "a question that is neither short nor long, and that goes on for a while, number"

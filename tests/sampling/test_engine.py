@@ -128,11 +128,12 @@ def test_answers_do_not_depend_on_the_other_prompts(params):
     assert twice[0] == whole[0][:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes", [(2, 2, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in [(8, 1, 1), (1, 8, 1), (1, 2, 4)])]
+    ("config", "sizes"),
+    [(CONFIG, (2, 2, 2)), (CONFIG, (8, 1, 1)), (CONFIG, (1, 2, 4)), (WINDOW, (1, 8, 1)), (WINDOW, (2, 2, 2))],
 )
-@pytest.mark.parametrize("config", [CONFIG, pytest.param(WINDOW, marks=pytest.mark.slow)])
-def test_answers_do_not_depend_on_the_devices(params, sizes, config):
+def test_answers_do_not_depend_on_the_devices(params, config, sizes):
     """Also with more devices than kv-heads along an axis, and with rows that are refilled."""
     whole = tokens(answers(params, layout_of(config), n=3, max_tokens=24, seed=3))
     for capacity in (Capacity(), Capacity(rows=1, page=8)):

@@ -40,6 +40,7 @@ def saved(directory, *steps, keep=5):
             checkpoint.save_checkpoint(checkpoints, step, tree(float(step)))
 
 
+@pytest.mark.slow
 def test_the_checksums_come_before_the_mark_and_old_ones_go_afterwards(bucket):
     directory = as_path("gs://bucket/order/checkpoints")
     saved(directory, 1, 2, 3, keep=2)

@@ -62,7 +62,7 @@ def _value_and_gradients(attend, q, k, v, segments, cotangent):
     return jax.tree.map(lambda x: np.asarray(x, np.float32), (jnp.where(real, out, 0), *pull(cotangent)))
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "within", "softcap", "heads"),  # pairwise
     [
