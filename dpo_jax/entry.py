@@ -37,13 +37,13 @@ class EntryPoint:
       place: where it writes, for an error of the file system that names no file.
       several: whether this is one process of several, which would wait for the others when it ends.
       needs_output: whether it ends when nothing more can be printed. Training does not: its records are in files.
-      resumes: what is said after an interruption and where a file system refused something.
+      afterwards: what is said after an interruption and where a file system refused something.
     """
 
     place: Path | None = None
     several: bool = False
     needs_output: bool = True
-    resumes: str = "what is written stays, and the same command resumes it"
+    afterwards: str = "what is written stays, and the same command resumes it"
 
 
 class OutputLostError(Exception):
@@ -68,11 +68,11 @@ def run_entry_point(do: Callable[[EntryPoint], object]) -> int:
             print_error_line(f"stopped by {stopped.name}; everything is saved, the same command resumes the run")
             return 128 + stopped.signal
         except KeyboardInterrupt:
-            print_error_line(f"interrupted; {entry.resumes}")
+            print_error_line(f"interrupted; {entry.afterwards}")
             return 128 + signal.SIGINT
         except OutputLostError as error:
             if error.code:
-                print_error_line(f"error: {error}; {entry.resumes}")
+                print_error_line(f"error: {error}; {entry.afterwards}")
             return error.code
         except UserError as error:
             print_error_line(f"error: {error}")
@@ -147,7 +147,7 @@ def _of_the_file_system(error: Exception, entry: EntryPoint) -> str:
         mend = "make it writable" if error.errno != errno.ENOENT else "leave it there"
     else:
         return ""
-    return f"{file or entry.place or 'a file'}: {error.strerror}; {mend}; {entry.resumes}"
+    return f"{file or entry.place or 'a file'}: {error.strerror}; {mend}; {entry.afterwards}"
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], stages: str 
 
     Raises:
       UserError: bad input, in one line.
-      Stopped: SIGTERM came; the state is saved and the same call goes on.
+      Stopped: a signal came; the state is saved and the same call goes on.
     """
     directory, keys = check_workdir(workdir), dict(config)
     check(keys)

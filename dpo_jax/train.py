@@ -34,7 +34,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> dict[str,
 
     Raises:
       UserError: bad input, in one line.
-      Stopped: SIGTERM came; the state is saved and the same call resumes it.
+      Stopped: a signal came; the state is saved and the same call resumes it.
     """
     directory, keys = check_workdir(workdir), dict(config)
     check(keys)
@@ -64,7 +64,7 @@ def guarded(read: Callable[[], Given], train: Callable[[Given], object]) -> int:
     """Read a command line and train what it asks for; whatever ends it becomes a line and an exit code."""
 
     def read_and_train(entry: EntryPoint) -> None:
-        entry.resumes = "checkpoints that are there are kept, and the same command resumes the run"
+        entry.afterwards = "checkpoints that are there are kept, and the same command resumes the run"
         given = read()
         entry.place, entry.needs_output = given.workdir, False
         if given.distributed:  # first of all, as the others wait for this process

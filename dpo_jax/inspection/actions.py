@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from dpo_jax.bucket.local import cache_root
 from dpo_jax.config.settings import Settings
 from dpo_jax.config.values import check_workdir
 from dpo_jax.data.cache.shared import shared_address
-from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.prepare import Prepared, Progress, Reading
 from dpo_jax.data.summary import field_lines, form_lines
 from dpo_jax.errors import UserError, escaped

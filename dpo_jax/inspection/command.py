@@ -9,7 +9,7 @@ from absl import flags
 
 from dpo_jax.config.command_line import Command, read_flags
 from dpo_jax.config.settings import check_paths, read_settings
-from dpo_jax.entry import run_entry_point
+from dpo_jax.entry import EntryPoint, run_entry_point
 from dpo_jax.errors import UserError
 
 _USAGE = "python -m dpo_jax.data {} --config=configs/hhh.py[:PRESET] [--config.KEY=VALUE ...]"
@@ -50,7 +50,12 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 2 for what the user can mend."""
     given = sys.argv if argv is None else argv
-    return run_entry_point(lambda _: _run(*given))
+
+    def do(entry: EntryPoint) -> None:
+        entry.afterwards = "pairs that are in the cache stay there"
+        _run(*given)
+
+    return run_entry_point(do)
 
 
 def _run(program: str, *rest: str) -> None:

@@ -4,7 +4,7 @@
     python -m dpo_jax.plan --sample --config=configs/hhh.py:llama3.1-8b --topology=v6e:2x4 [--sample_rows=256]
 
 Needs the `tpu` extra (the compiler, not a TPU). No weights are read. Exit codes: 0 planned, fitting or not; 2 bad
-input.
+input; 74 the disk is full, or takes no file; 130 interrupted.
 """
 
 import dataclasses
@@ -59,11 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     given = sys.argv if argv is None else argv
 
-    def plan(_: EntryPoint) -> None:
-        try:
-            _run(given)
-        except OSError as e:
-            raise UserError(str(e)) from e
+    def plan(entry: EntryPoint) -> None:
+        entry.afterwards = "the same command begins anew"
+        _run(given)
 
     return run_entry_point(plan)
 

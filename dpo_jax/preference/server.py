@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from dpo_jax.data.cache.store import cache_root
+from dpo_jax.bucket.local import cache_root
 from dpo_jax.data.comparison import Comparison, Message
 from dpo_jax.disk import digest
 from dpo_jax.errors import UserError

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.bucket.twin import local_twin
+from dpo_jax.bucket.local import local_twin
 from dpo_jax.disk import read_json, write_json
 from dpo_jax.errors import UserError
 from dpo_jax.records.records import Record

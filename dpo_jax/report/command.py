@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="a run's --workdir, gs:// too; several are compared")
     parser.add_argument("--out", help="the page to write (default: DIR/report.html, or ./compare.html)")
 
-    def write(_: EntryPoint) -> None:
+    def write(entry: EntryPoint) -> None:
+        entry.afterwards = "the same command begins anew"
         options = parser.parse_args(arguments)
         workdirs, out = [as_path(one) for one in options.workdirs], as_path(options.out) if options.out else None
         if len(workdirs) > 1:

@@ -44,7 +44,7 @@ def params_after_rl(run: Run, schedule: Schedule, steps: int) -> Params:
 
     Raises:
       UserError: a reward or a judge cannot be had.
-      Stopped: SIGTERM came; everything up to the last update is saved.
+      Stopped: a signal came; everything up to the last update is saved.
     """
     s, layout = run.settings, run.layout
     tx, rate = setup.make_optimizer(s.optimizer, steps)

@@ -38,7 +38,7 @@ def run_stages(
 
     Raises:
       UserError: a stage lacks what it is made of, or was made of something else.
-      Stopped: SIGTERM came; the same call goes on.
+      Stopped: a signal came; the same call goes on.
     """
     for number, stage in enumerate(stages, 1):
         where, entry = workdir / stage.name, _kept(workdir).get(stage.name)

@@ -30,6 +30,7 @@ from dpo_jax.training.on_policy import draw_and_score
 from dpo_jax.training.own_prompts import OwnPrompts
 from dpo_jax.training.setup import Run
 
+LIKE_BATCHES = 24  # of which row shapes are to hold each
 OldLogps = Callable[[Params, Batch[jax.Array], Any], jax.Array]
 
 
@@ -114,7 +115,7 @@ class Rollouts:
 
         Raises:
           UserError: a reward cannot be had, or no answer of a rollout has one.
-          Stopped: SIGTERM came while answers were drawn or rewarded.
+          Stopped: a signal came while answers were drawn or rewarded.
         """
         for number in range(start // self.rl.updates, self.count):
             self._rollout = self.rollout(number, params())
@@ -157,10 +158,12 @@ class Rollouts:
     def _items(self, rollout: Rollout, number: int, params: Callable[[], Params]) -> Iterator[Item]:
         """The batches of a rollout; with several updates all of them see the policy as it drew the answers."""
         s, mesh, updates = self.run.settings, self.run.layout.mesh, self.rl.updates
-        order = replace(s.batch.order, drop_remainder=False, seed=s.seed + number)
+        # The prompts' own order is random. One batch could not be balanced by exchanges with others.
+        order = replace(s.batch.order, drop_remainder=False, shuffle=False)
         longest = np.array([int(self.run.data.train.lengths[:, 0].max()), *[s.data.max_completion_length] * self.rl.n])
         before = self._shapes.before(number)
-        schedule = fitted(rollout, s.batch.size, self._limits, order, longest=longest, before=before)
+        like = lengths_like(rollout.lengths, self.run.data.train.lengths[:, 0], LIKE_BATCHES * s.batch.size, s.seed)
+        schedule = fitted(rollout, s.batch.size, self._limits, order, longest=longest, before=before, like=like)
         self._shapes.keep(number, schedule.ladder)
         share = np.full(len(rollout), rollout.lengths[:, 1:].sum() / len(rollout), np.float32)
         given = {"rewards": rollout.rewards.astype(np.float32), "drawn_tokens": share}
@@ -194,6 +197,22 @@ class Rollouts:
     def _check_stop(self) -> None:
         if any_process(self.run.stop.is_set()):
             raise Stopped
+
+
+def lengths_like(lengths: np.ndarray, prompts: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Lengths of groups as they may come, from those of one rollout: the bootstrap (Efron, 1979).
+
+    Args:
+      lengths: int `[N, 1+n]` of the rollout's prompts and answers.
+      prompts: int `[M]` of all training prompts.
+      count: groups to make.
+
+    Returns:
+      int `[count, 1+n]`: a prompt of any length there is, with answers drawn from those of one group.
+    """
+    rng, n = np.random.default_rng([seed, 5]), lengths.shape[1] - 1
+    answers = lengths[rng.integers(len(lengths), size=count)[:, None], 1 + rng.integers(n, size=(count, n))]
+    return np.concatenate([rng.choice(prompts, size=count)[:, None], answers], axis=1).astype(np.int32)
 
 
 def _assembled(

@@ -188,6 +188,7 @@ def make_schedule(
 
 
 WORTH = 1.15  # so many times more tokens to compute, and other groups get rows of their own
+WORTH_OF_ONE = 1.5  # the same where a step is compiled for one batch, and its answers may be longer by chance
 
 
 def fitted(
@@ -198,6 +199,7 @@ def fitted(
     *,
     longest: np.ndarray,
     before: Ladder | None,
+    like: np.ndarray | None = None,
 ) -> Schedule:
     """The schedule of groups that come after others.
 
@@ -206,12 +208,27 @@ def fitted(
     Args:
       before: the shapes of those others; None: there were none.
       longest: as in `make_schedule`, of all that will come.
+      like: int `[N, 1+n]`, lengths of many batches that stand for all that will come, where these groups are too few to
+        tell; in file order only.
     """
     filled = lambda one: efficiency(one.epoch(0), one.lengths)
+    lengths = np.asarray(groups.lengths)
+
+    def chosen() -> Schedule:
+        if like is None:
+            return make_schedule(groups, batch_size, limits, order, longest=longest)
+        ladder = choose_ladder(like, batch_size, limits, order, longest=np.maximum(by_length(like).max(0), longest))
+        return Schedule(groups, lengths, batch_size, ladder, order)
+
     if before is None:
-        return make_schedule(groups, batch_size, limits, order, longest=longest)
-    kept = Schedule(groups, np.asarray(groups.lengths), batch_size, before, order)
-    if WORTH * filled(kept) > 1:  # rows that are full are not so much better: choosing some takes longer than this
+        return chosen()
+    kept = Schedule(groups, lengths, batch_size, before, order)
+    worth = WORTH if like is None else WORTH_OF_ONE
+    if worth * filled(kept) > 1:  # rows that are full are not so much better: choosing some takes longer than this
         return kept
-    schedule = make_schedule(groups, batch_size, limits, order, longest=longest)
-    return kept if filled(schedule) < WORTH * filled(kept) else schedule
+    schedule = chosen()
+    if like is None:
+        now, then = filled(kept), filled(schedule)
+    else:  # the fill of one batch is a matter of luck
+        now, then = (efficiency(schedule_epoch(like, batch_size, x, order), like) for x in (before, schedule.ladder))
+    return kept if then < worth * now else schedule

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.bucket.twin import local_twin
+from dpo_jax.bucket.local import local_twin
 from dpo_jax.config.settings import BatchOptions, Settings
 from dpo_jax.data.cache.manifest import LARGEST_ID
 from dpo_jax.data.prepare import DataRequest, Prepared, Progress, prepare, sources_for

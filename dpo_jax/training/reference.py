@@ -194,7 +194,7 @@ def kept_reference(run: Run, schedule: Schedule, steps: int, start: Params | Non
     What is not known from an earlier run is computed; the reference's parameters are freed again.
 
     Raises:
-      Stopped: SIGTERM came; what is computed is kept.
+      Stopped: a signal came; what is computed is kept.
     """
     train = run.data.train
     if not run.settings.reference.cache:

@@ -76,7 +76,7 @@ class RoundCollector:
 
         Raises:
           UserError: the judge does not answer, or no pair could be made.
-          Stopped: SIGTERM came; the blocks that are done are kept.
+          Stopped: a signal came; the blocks that are done are kept.
         """
         for earlier in range(
             self._scheduled, number

@@ -61,7 +61,7 @@ def train_policy(settings: Settings, workdir: Path, training: Training | None = 
 
     Raises:
       UserError: bad input, in one line.
-      Stopped: SIGTERM came; the state is saved and the same call resumes it.
+      Stopped: a signal came; the state is saved and the same call resumes it.
     """
     keep_compiled(settings)
     with claim.locked(workdir):

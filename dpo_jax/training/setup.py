@@ -15,9 +15,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from dpo_jax.bucket.local import cache_root
 from dpo_jax.bucket.path import SCHEME, as_path
 from dpo_jax.config.settings import ObjectiveOptions, OptimizerOptions, Settings
-from dpo_jax.data.cache.store import cache_root
 from dpo_jax.data.prepare import Prepared
 from dpo_jax.disk import write_whole
 from dpo_jax.model.config import Params

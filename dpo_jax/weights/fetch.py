@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_jax.bucket import client
+from dpo_jax.bucket.local import local_twin
 from dpo_jax.bucket.path import SCHEME, BucketPath, as_path
-from dpo_jax.bucket.twin import local_twin
 from dpo_jax.disk import digest
 from dpo_jax.errors import SAVE_FAILED, UserError
 

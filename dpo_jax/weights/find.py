@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from dpo_jax.bucket.twin import local_twin
+from dpo_jax.bucket.local import local_twin
 from dpo_jax.errors import Stopped, UserError
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families import classifier_config, hf_config

@@ -10,9 +10,9 @@ import jax
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 
+from dpo_jax.bucket.local import local_twin
 from dpo_jax.bucket.path import BucketPath
 from dpo_jax.bucket.tree import replace_objects
-from dpo_jax.bucket.twin import local_twin
 from dpo_jax.errors import SAVE_FAILED, UserError
 from dpo_jax.weights.hub import ADAPTER_CONFIG, CONFIG
 

@@ -10,8 +10,8 @@ import pytest
 
 from dpo_jax import disk
 from dpo_jax.bucket import tree
+from dpo_jax.bucket.local import local_twin
 from dpo_jax.bucket.path import BucketPath, as_path
-from dpo_jax.bucket.twin import local_twin
 from dpo_jax.errors import UserError
 
 FILES = {

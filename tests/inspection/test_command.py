@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from dpo_jax.bucket.local import cache_root
 from dpo_jax.data import lengths
-from dpo_jax.data.cache.store import cache_root
 from dpo_jax.inspection import actions
 from dpo_jax.inspection import command as data_command
 from dpo_jax.inspection import console as inspection_text

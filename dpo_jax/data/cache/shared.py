@@ -23,9 +23,10 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
+from dpo_jax.bucket.local import cache_root
 from dpo_jax.data.cache.lock import cache_lock, warn
 from dpo_jax.data.cache.manifest import MANIFEST, parse_manifest
-from dpo_jax.data.cache.store import PairCache, cache_key, cache_root, find_fault, find_or_write, holds, unwritable
+from dpo_jax.data.cache.store import PairCache, cache_key, find_fault, find_or_write, holds, unwritable
 from dpo_jax.data.cache.write import Produce, write_pairs
 from dpo_jax.data.files import file_system
 from dpo_jax.disk import is_full, whole_file, write_json

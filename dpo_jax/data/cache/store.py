@@ -103,15 +103,6 @@ class PairCache:
         return _reopen, (self.directory,)
 
 
-def cache_root(cache_dir: str = "") -> Path:
-    """The local directory of all caches: `cache_dir`, else $DPO_JAX_CACHE, else ~/.cache/dpo_jax.
-
-    An address such as gs://bucket/dir is passed over: it names a shared cache, of which this directory has copies.
-    """
-    named = (cache_dir, os.environ.get("DPO_JAX_CACHE", ""))
-    return Path(next((path for path in named if path and "://" not in path), "~/.cache/dpo_jax")).expanduser()
-
-
 def cache_key(fingerprint: dict[str, Any]) -> str:
     """The name of the directory of the cache with this fingerprint."""
     return digest(json.dumps(fingerprint, sort_keys=True, separators=(",", ":")))

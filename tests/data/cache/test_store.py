@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpo_jax.bucket.local import cache_root
 from dpo_jax.data.cache import lock
 from dpo_jax.data.cache.manifest import sealed
 from dpo_jax.data.cache.shared import open_or_build
-from dpo_jax.data.cache.store import cache_key, cache_root, open_cache
+from dpo_jax.data.cache.store import cache_key, open_cache
 from dpo_jax.data.cache.write import Pair
 from dpo_jax.errors import SAVE_FAILED, UserError
 from tests import places
