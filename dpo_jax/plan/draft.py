@@ -18,8 +18,9 @@ from dpo_jax.parallel.tpu import Topology
 from dpo_jax.plan.known import MODELS
 from dpo_jax.plan.lengths import Lengths
 from dpo_jax.rl.objective import rl_objective
-from dpo_jax.rows.schedule import Schedule, make_schedule
-from dpo_jax.rows.shape import RowShape
+from dpo_jax.rl.rollouts import LIKE_BATCHES
+from dpo_jax.rows.schedule import Schedule, fitted, make_schedule
+from dpo_jax.rows.shape import RowLimits, RowShape
 from dpo_jax.training import inputs
 from dpo_jax.training.setup import make_objective, make_optimizer
 from dpo_jax.weights import hub
@@ -112,5 +113,15 @@ def make_draft(s: Settings, model: ModelConfig, lengths: Lengths, topology: Topo
     whole, rest = divmod(lengths.pairs, s.batch.size)
     steps = inputs.run_steps(s, whole if s.batch.order.drop_remainder else whole + bool(rest))
     limits = layout.row_limits(s.batch.microbatches)
-    schedule = make_schedule(lengths, s.batch.size, limits, s.batch.order, lengths.mixture)
-    return Draft(s, topology, layout, schedule, steps)
+    return Draft(s, topology, layout, _schedule(s, lengths, limits), steps)
+
+
+def _schedule(s: Settings, lengths: Lengths, limits: RowLimits) -> Schedule:
+    """As training makes it; of RL, which has no epoch at once, as it chooses rows for the rollouts to come."""
+    if s.task != "rl":
+        return make_schedule(lengths, s.batch.size, limits, s.batch.order, lengths.mixture)
+    order, known = dataclasses.replace(s.batch.order, shuffle=False), lengths.lengths
+    like = np.random.default_rng(s.seed).permutation(known)[: LIKE_BATCHES * s.batch.size]
+    longest = np.array([known[:, 0].max(), *[s.data.max_completion_length] * s.rl.n])
+    fit = fitted(lengths, s.batch.size, limits, order, longest=longest, before=None, like=like)
+    return dataclasses.replace(fit, mixture=lengths.mixture)
