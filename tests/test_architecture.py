@@ -10,9 +10,8 @@ import pytest
 
 # Lowest first: a package may import those before it and itself. From `train` on they are doors, which wire the others.
 ORDER = """
-errors bucket disk records data rows parallel entry model batches objective weights sampling config preference report
-training rl inspection plan answering judging collecting train rlhf sample judge collect scripts
-__main__
+scripts errors bucket disk records data rows parallel entry model batches objective weights sampling config preference
+report training rl inspection plan answering judging collecting train rlhf sample judge collect __main__
 """.split()
 # These run where there is no JAX, or before anybody has waited for it.
 WITHOUT_JAX = "errors bucket disk records data rows entry config report inspection answering judging collecting".split()

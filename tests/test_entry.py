@@ -170,16 +170,6 @@ def test_ctrl_c_is_a_line():
     assert err == "interrupted; what is written stays, and the same command resumes it\n"
 
 
-def test_nor_after_an_error_of_ours():
-    body = [
-        "import dpo_jax.entry as e; e.LEAVE_SECONDS = 1.0",
-        "threading.Thread(target=time.sleep, args=(300,)).start()",
-        "raise KeyError('ours')",
-    ]
-    done = subprocess.run(program(*body), stderr=subprocess.PIPE, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "KeyError: 'ours'")
-
-
 @pytest.mark.parametrize("code", [2, 74])
 def test_threads_that_never_end_do_not_keep_a_process_that_has_said_its_last_line(code):
     body = [
@@ -190,6 +180,16 @@ def test_threads_that_never_end_do_not_keep_a_process_that_has_said_its_last_lin
     began = time.monotonic()
     assert finish(program(*body)) == (code, "error: said\n")
     assert time.monotonic() - began < 20
+
+
+def test_nor_one_that_has_printed_a_traceback():
+    body = [
+        "import dpo_jax.entry as e; e.LEAVE_SECONDS = 1.0",
+        "threading.Thread(target=time.sleep, args=(300,)).start()",
+        "raise KeyError('ours')",
+    ]
+    done = subprocess.run(program(*body), stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "KeyError: 'ours'")
 
 
 def test_a_broken_pipe_of_a_library_does_not_end_training_in_silence():

@@ -19,7 +19,7 @@ from dpo_jax.plan.known import MODELS
 from dpo_jax.plan.lengths import Lengths
 from dpo_jax.rl.objective import rl_objective
 from dpo_jax.rl.rollouts import LIKE_BATCHES
-from dpo_jax.rows.schedule import Schedule, fitted, make_schedule
+from dpo_jax.rows.schedule import Schedule, make_schedule
 from dpo_jax.rows.shape import RowLimits, RowShape
 from dpo_jax.training import inputs
 from dpo_jax.training.setup import make_objective, make_optimizer
@@ -123,5 +123,4 @@ def _schedule(s: Settings, lengths: Lengths, limits: RowLimits) -> Schedule:
     order, known = dataclasses.replace(s.batch.order, shuffle=False), lengths.lengths
     like = np.random.default_rng(s.seed).permutation(known)[: LIKE_BATCHES * s.batch.size]
     longest = np.array([known[:, 0].max(), *[s.data.max_completion_length] * s.rl.n])
-    fit = fitted(lengths, s.batch.size, limits, order, longest=longest, before=None, like=like)
-    return dataclasses.replace(fit, mixture=lengths.mixture)
+    return make_schedule(lengths, s.batch.size, limits, order, lengths.mixture, longest, like)

@@ -20,6 +20,7 @@ from dpo_jax.rows.slots import by_length, slot_widths
 SLACK = 0.015
 # How much wider than anything the sample needed a shuffled run's third shape is: other epochs have other luck.
 ROOM = 0.08
+ROOM_FOR_OTHERS = 0.25  # the same in file order, where nothing is exchanged between batches
 SAMPLE_GROUPS = 16_384
 # Rows with this fraction of real tokens (0.95, and what a sample is wrong by) are taken before others, unless their
 # attention makes them that much dearer.
@@ -46,7 +47,13 @@ class Ladder:
 
 
 def choose_ladder(
-    lengths: np.ndarray, batch_size: int, limits: RowLimits, order: Order, *, longest: np.ndarray | None = None
+    lengths: np.ndarray,
+    batch_size: int,
+    limits: RowLimits,
+    order: Order,
+    *,
+    longest: np.ndarray | None = None,
+    others: bool = False,
 ) -> Ladder:
     """Choose at most four row shapes from the lengths: three for what balancing reaches, and one that always fits.
 
@@ -54,6 +61,7 @@ def choose_ladder(
       lengths: int `[N, 1+n]` tokens of prompt and completions of every group of an epoch.
       batch_size: groups a step.
       longest: int `[1+n]`, of all groups (`slots.by_length`), where other epochs have others.
+      others: in file order, whether the batches will be others than these, which stand for them.
     """
     lengths = by_length(np.asarray(lengths, np.int64))
     longest = lengths.max(0) if longest is None else np.asarray(longest, np.int64)
@@ -71,6 +79,9 @@ def choose_ladder(
         last = shapes[-1]
         need = np.maximum(_round_up(needed(placed, lengths, last.widths).max(0), limits.width_multiple), last.widths)
         shapes = [*shapes[:-1], _shape(last.rows, need, last.places)]
+        if others:  # a batch that is a little larger than all of these would have one group a row
+            room = _round_up(np.minimum(need * (1 + ROOM_FOR_OTHERS), longest * last.places), limits.width_multiple)
+            shapes = [shapes[0], shapes[-1], _shape(last.rows, room, last.places)]
         return Ladder(tuple(dict.fromkeys((*shapes, sure))), ())
     sample = lengths[np.random.default_rng([order.seed, 1]).permutation(len(lengths))[:size]]
     # Nothing of this machine: rows divide by a power of two for about eight groups a row, and few devices need others.

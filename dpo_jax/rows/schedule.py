@@ -159,11 +159,14 @@ def make_schedule(
     order: Order,
     mixture: Mixture | None = None,
     longest: np.ndarray | None = None,
+    like: np.ndarray | None = None,
 ) -> Schedule:
     """Choose row shapes for these groups.
 
     Args:
       longest: int `[1+n]`, tokens of prompt and completions that a row must have room for, where there will be others.
+      like: int `[N, 1+n]`, lengths of many batches that stand for all that will come, where these groups are too few to
+        tell.
 
     Raises:
       UserError: a part of the mixture has too few pairs for one batch of the proportions asked for.
@@ -181,9 +184,9 @@ def make_schedule(
             f"{', '.join(map(str, mixture.sizes))} gives nothing of one part to an epoch of {draft.epoch_size}; "
             "bring the weights nearer together, or leave the part out"
         )
-    epoch = lengths[draft.members(0)]
+    epoch = lengths[draft.members(0)] if like is None else like
     widest_groups = by_length(lengths).max(0) if longest is None else np.maximum(by_length(lengths).max(0), longest)
-    ladder = choose_ladder(epoch, batch_size, limits, order, longest=widest_groups)
+    ladder = choose_ladder(epoch, batch_size, limits, order, longest=widest_groups, others=like is not None)
     return dataclasses.replace(draft, ladder=ladder)
 
 
@@ -207,22 +210,13 @@ def fitted(
 
     Args:
       before: the shapes of those others; None: there were none.
-      longest: as in `make_schedule`, of all that will come.
-      like: int `[N, 1+n]`, lengths of many batches that stand for all that will come, where these groups are too few to
-        tell; in file order only.
+      longest, like: as in `make_schedule`, of all that will come.
     """
     filled = lambda one: efficiency(one.epoch(0), one.lengths)
-    lengths = np.asarray(groups.lengths)
-
-    def chosen() -> Schedule:
-        if like is None:
-            return make_schedule(groups, batch_size, limits, order, longest=longest)
-        ladder = choose_ladder(like, batch_size, limits, order, longest=np.maximum(by_length(like).max(0), longest))
-        return Schedule(groups, lengths, batch_size, ladder, order)
-
+    chosen = functools.partial(make_schedule, groups, batch_size, limits, order, longest=longest, like=like)
     if before is None:
         return chosen()
-    kept = Schedule(groups, lengths, batch_size, before, order)
+    kept = Schedule(groups, np.asarray(groups.lengths), batch_size, before, order)
     worth = WORTH if like is None else WORTH_OF_ONE
     if worth * filled(kept) > 1:  # rows that are full are not so much better: choosing some takes longer than this
         return kept

@@ -5,11 +5,13 @@ import pytest
 
 from dpo_jax import get_config
 from dpo_jax.config.settings import read_settings
+from dpo_jax.plan import draft
 from dpo_jax.plan.iteration import work_of
 from dpo_jax.plan.lengths import completions_of, find_lengths
 from dpo_jax.plan.text import iteration_lines
 from dpo_jax.rows.batch import batch_spec
-from dpo_jax.rows.shape import RowShape
+from dpo_jax.rows.schedule import efficiency, schedule_epoch
+from dpo_jax.rows.shape import RowLimits, RowShape
 from dpo_jax.training.rounds import BLOCK
 
 
@@ -27,6 +29,19 @@ def test_groups_are_as_large_as_the_task_has_them(changed, completions):
     s = settings(**changed)
     assert completions_of(s) == completions
     assert np.asarray(find_lengths(s).lengths).shape[1] == 1 + completions
+
+
+def test_rows_of_rl_are_chosen_as_its_rollouts_choose_them():
+    s = settings(task="rl", rl_n=4, batch_size=8)
+    lengths = find_lengths(s)
+    schedule = draft._schedule(s, lengths, RowLimits())
+    assert not schedule.order.shuffle
+    assert schedule.ladder.home == ()
+    sure = RowShape(int(lengths.lengths[:, 0].max()), (s.data.max_completion_length,) * 4, 8, 1)
+    assert schedule.shapes[-1].rows == sure.rows
+    assert all(0 <= ours - least < 8 for ours, least in zip(schedule.shapes[-1].widths, sure.widths, strict=True))
+    some = np.asarray(lengths.lengths[: 8 * 40])
+    assert efficiency(schedule_epoch(some, 8, schedule.ladder, schedule.order), some) > 0.7
 
 
 def test_a_rewarded_batch_has_what_the_objective_reads():
