@@ -1,6 +1,7 @@
 """Strict numbers and eight CPU devices for every test."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -12,6 +13,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs need not hold from which lines of code they came. With gc's threshold and the pass that is off below, it is a
+# quarter of the tests' time.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Compiling is most of what these tests do, and their models are tiny: LLVM optimises nothing, and the older emitters,
 # which make the same numbers, take half of the time of the newer ones.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -19,6 +23,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
         # From 0.12 on there are no others, and a flag that XLA does not know ends the process.
         *(["--xla_cpu_use_fusion_emitters=false"] if metadata.version("jaxlib") < "0.12" else []),
         "--xla_cpu_parallel_codegen_split_count=1",
@@ -37,6 +42,7 @@ from tests.fakes.launching import cloud, launch_repo  # noqa: F401 (fixtures)
 collect_ignore = ["golden", "fakes/gcloud.py", "fakes/trainer.py"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(200_000, 50, 100)  # tracing makes objects by the million, and few of them are garbage
 
 
 @pytest.fixture(autouse=True, scope="session")

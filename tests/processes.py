@@ -3,7 +3,8 @@
 import multiprocessing
 import os
 import socket
-import subprocess
+
+from tests import programs
 
 
 def of_a_user():
@@ -28,7 +29,7 @@ def with_devices(count):
 
 
 def start(commands, environment=None):
-    """Start `commands` as the processes 0, 1, ... of one run; returns their `Popen`s. Output of both kinds is piped."""
+    """Start `commands` as the processes 0, 1, ... of one run; returns the processes. Output of both kinds is piped."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -39,8 +40,8 @@ def start(commands, environment=None):
             "JAX_NUM_PROCESSES": str(len(commands)),
             "JAX_PROCESS_ID": str(number),
         }
-        env = (os.environ if environment is None else environment) | joined
-        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        env = (environment[number] if isinstance(environment, list) else environment or os.environ) | joined
+        started.append(programs.begin(command, env, stdout=programs.PIPE, stderr=programs.STDOUT))
     return started
 
 

@@ -2,14 +2,13 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 
 from dpo_jax import sample, train
-from tests import processes
+from tests import processes, programs
 from tests.end_to_end.test_train import SMALL
 from tests.places import GOLDEN
 
@@ -47,7 +46,7 @@ def command(rows, out, *more):
 @pytest.fixture(scope="module")
 def whole(rows):
     out = rows.with_name("whole.jsonl")
-    subprocess.run(command(rows, out), env=processes.with_devices(1), check=True, timeout=300)
+    programs.run(command(rows, out), processes.with_devices(1), check=True, timeout=300)
     assert out.read_bytes().count(b"\n") == COUNT
     return out
 
@@ -55,7 +54,7 @@ def whole(rows):
 def test_killed_at_any_time_the_file_ends_byte_for_byte_the_same(rows, whole):
     out = rows.with_name("killed.jsonl")
     for lines in (0, 21):  # before the first, within a block; tests/answering/test_command.py cuts a file anywhere
-        process = subprocess.Popen(command(rows, out), env=processes.with_devices(1), stderr=subprocess.PIPE)
+        process = programs.begin(command(rows, out), processes.with_devices(1), stderr=programs.PIPE)
         begun = out.with_name("killed.jsonl.about.json")
         while process.poll() is None and not (begun.exists() and out.read_bytes().count(b"\n") >= lines):
             time.sleep(0.01)
@@ -66,14 +65,14 @@ def test_killed_at_any_time_the_file_ends_byte_for_byte_the_same(rows, whole):
         assert process.returncode == -signal.SIGKILL, "it was to be killed before its end"
         with out.open("r+b") as file:  # as a kill in the middle of a write would leave it
             file.truncate(max(0, out.stat().st_size - lines % 5))
-    subprocess.run(command(rows, out), env=processes.with_devices(1), check=True, timeout=300)
+    programs.run(command(rows, out), processes.with_devices(1), check=True, timeout=300)
     assert out.read_bytes() == whole.read_bytes()
 
 
 def _refused_while_it_runs(process, same):
     """A second command on the same file; the first is held still, so that it does not end meanwhile."""
     process.send_signal(signal.SIGSTOP)
-    second = subprocess.run(same, env=processes.with_devices(1), capture_output=True, text=True, check=False)
+    second = programs.run(same, processes.with_devices(1), capture_output=True)
     assert second.returncode == 2
     assert "in use by another command" in second.stderr
 

@@ -2,13 +2,12 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 
-from tests import processes
+from tests import processes, programs
 from tests.places import GOLDEN
 
 pytestmark = pytest.mark.slow
@@ -44,12 +43,10 @@ def command(rows, out, *more):
 
 def test_killed_at_any_time_the_file_ends_byte_for_byte_the_same(rows):
     whole, out = (rows.with_name(f"{name}.jsonl") for name in ("whole", "killed"))
-    subprocess.run(
-        command(rows, whole), env=processes.with_devices(1), check=True, timeout=300, stdout=subprocess.DEVNULL
-    )
+    programs.run(command(rows, whole), processes.with_devices(1), check=True, timeout=300, stdout=programs.DEVNULL)
     for lines in (5, 30):  # tests/collecting/test_command.py stops before the first and within every block
-        process = subprocess.Popen(
-            command(rows, out), env=processes.with_devices(1), stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        process = programs.begin(
+            command(rows, out), processes.with_devices(1), stderr=programs.PIPE, stdout=programs.PIPE
         )
         begun = out.with_name("killed.jsonl.about.json")
         while process.poll() is None and not (begun.exists() and out.read_bytes().count(b"\n") > lines):
@@ -57,9 +54,7 @@ def test_killed_at_any_time_the_file_ends_byte_for_byte_the_same(rows):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it was to be killed before its end"
-    subprocess.run(
-        command(rows, out), env=processes.with_devices(1), check=True, timeout=300, stdout=subprocess.DEVNULL
-    )
+    programs.run(command(rows, out), processes.with_devices(1), check=True, timeout=300, stdout=programs.DEVNULL)
     assert whole.read_bytes().count(b"\n") > 40
     assert out.read_bytes() == whole.read_bytes()
 
@@ -67,8 +62,8 @@ def test_killed_at_any_time_the_file_ends_byte_for_byte_the_same(rows):
 def test_two_processes_write_what_one_writes(rows):
     outs = [rows.with_name(f"{name}.jsonl") for name in ("one", "two")]
     few = "--limit=8"
-    subprocess.run(
-        command(rows, outs[0], few), env=processes.with_devices(2), check=True, timeout=300, stdout=subprocess.DEVNULL
+    programs.run(
+        command(rows, outs[0], few), processes.with_devices(2), check=True, timeout=300, stdout=programs.DEVNULL
     )
     processes.end(processes.start([command(rows, outs[1], few)] * 2, processes.with_devices(1)), [0, 0])
     assert outs[0].read_bytes()

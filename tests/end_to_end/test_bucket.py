@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 
@@ -15,7 +14,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.records.records import read_records
 from dpo_jax.report.command import main as report
 from dpo_jax.training.workdir import locked
-from tests import processes
+from tests import processes, programs
 from tests.end_to_end.test_train import CLOCK, SETTINGS, SMALL
 
 pytestmark = pytest.mark.slow
@@ -50,7 +49,7 @@ def killed_at(bucket, environment, arguments, ends, times=1, meanwhile=lambda: N
         return None
 
     bucket.fault = fault
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = programs.begin(arguments, environment, stdout=programs.DEVNULL, stderr=programs.PIPE)
     try:
         for _ in range(2000):
             if reached.wait(0.1) or process.poll() is not None:
@@ -66,7 +65,7 @@ def killed_at(bucket, environment, arguments, ends, times=1, meanwhile=lambda: N
 
 def test_killed_three_times_and_gone_on_is_never_stopped(bucket, environment, tmp_path, capsys):
     whole, run = tmp_path / "whole", as_path("gs://bucket/e2e/run")
-    local = subprocess.run(command(whole), env=environment, capture_output=True, text=True, timeout=400)
+    local = programs.run(command(whole), environment, capture_output=True, timeout=400)
     assert local.returncode == 0, local.stderr
 
     def second_start():
@@ -81,7 +80,7 @@ def test_killed_three_times_and_gone_on_is_never_stopped(bucket, environment, tm
     killed_at(bucket, environment, command(run), "export/model.safetensors")
     assert not (run / "export/config.json").exists()
     bucket.storm(seed=5, share=0.05)
-    done = subprocess.run(command(run), env=environment, capture_output=True, text=True, timeout=400)
+    done = programs.run(command(run), environment, capture_output=True, timeout=400)
     bucket.calm()
     assert done.returncode == 0, done.stderr
     # The last one was under way while the export was: it may have been cut off, too.

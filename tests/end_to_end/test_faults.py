@@ -11,7 +11,7 @@ import pytest
 
 from dpo_jax import train
 from dpo_jax.records.records import read_records
-from tests import processes
+from tests import processes, programs
 from tests.disks import grow, small_disk
 from tests.end_to_end.test_processes import _same
 from tests.end_to_end.test_train import SMALL, _command, _finish, _values, environment  # noqa: F401 (a fixture)
@@ -45,7 +45,7 @@ def _broken(fault, workdir, **changed):
 
 
 def _run(command, env, timeout=300):
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+    done = programs.run(command, env, capture_output=True, timeout=timeout)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -242,7 +242,7 @@ def slow(checkpoints, step, state):
         time.sleep(1000)
 checkpoint.save_checkpoint = slow
 """
-    hangs = subprocess.Popen(_broken(fault, work), env=environment, stdout=subprocess.PIPE, text=True)
+    hangs = programs.begin(_broken(fault, work), environment, stdout=programs.PIPE)
     _wait_for(lambda: (work / "checkpoints" / "4").exists(), hangs)
     said = _refused(_command(work, **FAST), environment)
     assert f"workdir {work} is in use by process {hangs.pid} on " in said
@@ -333,8 +333,7 @@ def test_a_directory_that_cannot_be_written_is_refused_before_compiling(tmp_path
 def test_ctrl_c_saves_first_and_the_same_command_resumes(whole, environment, work):  # noqa: F811
     script = "import signal, sys; from dpo_jax import train; signal.signal(2, signal.default_int_handler); "
     command = [sys.executable, "-c", script + "sys.exit(train.main(sys.argv))", *_command(work, **FAST)[3:]]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as run:
+    with programs.begin(command, environment, stdout=programs.PIPE, stderr=programs.PIPE) as run:
         _wait_for(lambda: _steps_in(work), run)
         run.send_signal(signal.SIGINT)
         _, err = run.communicate(timeout=100)
@@ -353,7 +352,7 @@ def test_an_unwritable_directory_ends_an_unread_run_in_time(environment, work): 
     """Nobody reads its log any more, which is said; then no checkpoint can be written, and it ends soon."""
     command = _command(work, **FAST | {"num_steps": 200_000, "checkpoint_every": 50, "log_every": 1})
     checkpoints = work / "checkpoints"
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    with programs.begin(command, environment, stdout=programs.PIPE, stderr=programs.PIPE) as run:
         run.stdout.readline()
         run.stdout.close()
         _wait_for((checkpoints / "50").exists, run)

@@ -8,14 +8,13 @@ which takes about half a minute a loss on two idle cores and writes its accuraci
 """
 
 import os
-import subprocess
 import sys
 
 import pytest
 
 from dpo_jax.objective.losses import LOSSES
 from dpo_jax.records.records import read_records
-from tests import processes
+from tests import processes, programs
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +54,7 @@ def _train(workdir, environment, settings):
     """Run the tiny preset; returns the last held-out record."""
     keys = [f"--config.{k}={v}" for k, v in settings.items()]
     command = [sys.executable, "-m", "dpo_jax.train", "--config=configs/hhh.py:tiny", f"--workdir={workdir}", *keys]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = programs.run(command, environment, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return [r for r in read_records(workdir / "metrics.jsonl") if r["split"] == "eval"][-1]
 

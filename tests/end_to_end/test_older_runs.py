@@ -5,7 +5,6 @@ three updates of DPO, `whole/metrics.jsonl` without a stop.
 """
 
 import json
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import processes
+from tests import processes, programs
 from tests.end_to_end.test_train import CLOCK
 
 pytestmark = pytest.mark.slow
@@ -42,7 +41,7 @@ def resumed(tmp_path_factory):
     command = [sys.executable, "-m", "dpo_jax.train", "--config=configs/hhh.py:tiny"]
     command += [f"--workdir={directory / 'stopped'}", *(f"--config.{key}" for key in KEYS)]
     environment = processes.quick_to_compile() | {"DPO_JAX_CACHE": str(directory / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = programs.run(command, environment, capture_output=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     return directory, before, done.stdout
 

@@ -130,7 +130,7 @@ def test_hosts_with_disks_of_their_own_agree_on_what_the_reference_has_said(tmp_
     kept |= {"reference_cache": True, "kl_prompts": 0}
     for name, computed in (("first", "24 to compute"), ("second", "0 to compute")):
         command = [*_command(tmp_path / name, **kept), "--distributed"]
-        commands = [["env", f"DPO_JAX_CACHE={tmp_path}/disk{number}", *command] for number in range(2)]
-        printed = processes.end(processes.start(commands, environment), [0, 0])
+        disks = [environment | {"DPO_JAX_CACHE": f"{tmp_path}/disk{number}"} for number in range(2)]
+        printed = processes.end(processes.start([command] * 2, disks), [0, 0])
         assert computed in printed[0]
     _same(_values(tmp_path / "first"), _values(tmp_path / "second"))

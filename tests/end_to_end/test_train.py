@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from dpo_jax.records.length_bias import GROUPS
 from dpo_jax.records.records import read_records
 from dpo_jax.training import phases, setup
 from dpo_jax.weights import huggingface as weights
-from tests import processes
+from tests import processes, programs
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +62,7 @@ def _command(workdir, **changed):
 
 
 def _finish(workdir, environment, **changed):
-    done = subprocess.run(_command(workdir, **changed), env=environment, capture_output=True, text=True, timeout=400)
+    done = programs.run(_command(workdir, **changed), environment, capture_output=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -180,7 +179,7 @@ def test_the_same_command_again_changes_nothing(finished, environment):
 def _stop_at(workdir, environment, split, step, how, saved=None, **changed):
     """Start the run and send a signal when a record, and checkpoint `saved`, are there; returns the exit code."""
     command = _command(workdir, **changed)
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = programs.begin(command, environment, stdout=programs.DEVNULL, stderr=programs.PIPE)
     path, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         records = read_records(path) if path.exists() else []
@@ -190,7 +189,7 @@ def _stop_at(workdir, environment, split, step, how, saved=None, **changed):
             break
         time.sleep(0.01)
     _, err = process.communicate(timeout=300)
-    return process.returncode, err.decode()
+    return process.returncode, err
 
 
 def test_killed_in_sft_stopped_by_sigterm_in_dpo_and_gone_on_is_never_stopped(environment, tmp_path):
