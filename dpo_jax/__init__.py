@@ -5,10 +5,16 @@ The public names, each imported when it is first used: importing this package ta
 
 import importlib
 import os
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 # transformers is asked for tokenizers and configs only; without torch it would say so at every start.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# `python -m dpo_jax.train`: until it has begun (entry.py), Ctrl-C ends it as any program, without a traceback.
+_begins = sys.argv[:1] == ["-m"] and any(name.startswith("dpo_jax.") for name in sys.orig_argv[1:])
+if _begins and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if TYPE_CHECKING:
     from dpo_jax.answering.api import sample
@@ -51,9 +57,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if (
-        name == "sample"
-    ):  # the module of this name, which can be called as the function: one thing, however it is reached
+    if name == "sample":  # the module of this name can be called as the function: one thing, however it is reached
         return importlib.import_module("dpo_jax.sample")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

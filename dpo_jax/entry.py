@@ -61,6 +61,8 @@ def run_entry_point(do: Callable[[EntryPoint], object]) -> int:
       The exit code; the one line of whatever ended it is printed.
     """
     entry = EntryPoint()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on it is a line
     with _streams(entry):
         try:
             do(entry)

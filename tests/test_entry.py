@@ -199,3 +199,27 @@ def test_a_broken_pipe_of_a_library_does_not_end_training_in_silence():
 
     with pytest.raises(BrokenPipeError):
         run_entry_point(train)
+
+
+@pytest.mark.parametrize(
+    ("seen", "code"),
+    [
+        (" dpo_jax\n", -signal.SIGINT),  # its command is not imported yet: Python's own traceback would be all it says
+        (" jax._src.config\n", 130),
+    ],
+)
+def test_ctrl_c_while_modules_are_imported_has_no_traceback(seen, code, tmp_path):
+    command = [sys.executable, "-X", "importtime", "-m", "dpo_jax.train", "--config=configs/hhh.py:tiny"]
+    command += [f"--workdir={tmp_path}/run"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        for line in process.stderr:
+            if line.endswith(seen):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == code, rest
+    assert "Traceback" not in rest
+    if code == 130:
+        assert [one for one in rest.splitlines() if not one.startswith("import time:")] == [
+            "interrupted; checkpoints that are there are kept, and the same command resumes the run"
+        ]
