@@ -38,8 +38,8 @@ from tests.fakes.bucket import bucket, bucket_server  # noqa: F401 (fixtures)
 from tests.fakes.hub import hub  # noqa: F401 (a fixture)
 from tests.fakes.launching import cloud, launch_repo  # noqa: F401 (fixtures)
 
-# Scripts for another environment (torch, TRL), and programs that tests put in place of real ones.
-collect_ignore = ["golden", "fakes/gcloud.py", "fakes/trainer.py"]
+# Scripts for another environment (torch, TRL), what tests start, and programs that they put in place of real ones.
+collect_ignore = ["golden", "preloaded.py", "fakes/gcloud.py", "fakes/trainer.py"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(200_000, 50, 100)  # tracing makes objects by the million, and few of them are garbage

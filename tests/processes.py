@@ -1,6 +1,5 @@
 """Processes that tests start: several that find each other over loopback, for tests of pods without one."""
 
-import multiprocessing
 import os
 import socket
 
@@ -58,7 +57,7 @@ def end(started, codes, timeout=300):
 
 def run_all(target, arguments):
     """Call `target` in as many fresh processes as there are tuples of arguments, all at once; all must succeed."""
-    context = multiprocessing.get_context("spawn")
+    context = programs.FORKING
     started = [context.Process(target=target, args=one) for one in arguments]
     for process in started:
         process.start()

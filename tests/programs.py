@@ -20,11 +20,11 @@ from multiprocessing.connection import Connection
 
 PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
 # What is read when a module is imported must be as it was then: these alone may differ.
-MAY_DIFFER = ("XLA_FLAGS", "PYTHONPATH", "DPO_JAX_", "JAX_COORDINATOR_", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID",
-              "STORAGE_EMULATOR_HOST", "TENSORSTORE_")  # fmt: skip
+MAY_DIFFER = ("PYTEST_", "XLA_FLAGS", "PYTHONPATH", "DPO_JAX_", "JAX_COORDINATOR_", "JAX_NUM_PROCESSES",
+              "JAX_PROCESS_ID", "STORAGE_EMULATOR_HOST", "TENSORSTORE_")  # fmt: skip
 
-_forking = multiprocessing.get_context("forkserver")
-_forking.set_forkserver_preload(["tests.preloaded"])
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["tests.preloaded"])
 _first: dict[str, str] = {}  # the environment that the fork server has
 
 
@@ -52,7 +52,7 @@ class Program:
                 given[name] = Connection(write, readable=False)
             else:
                 given[name] = {None: "same", DEVNULL: "none", STDOUT: "stdout"}[kind]
-        self._process = _forking.Process(target=_become, args=(self.args, env, given["stdout"], given["stderr"]))
+        self._process = FORKING.Process(target=_become, args=(self.args, env, given["stdout"], given["stderr"]))
         self._process.start()
         self.pid = self._process.pid
         for end in given.values():
@@ -103,8 +103,8 @@ class Program:
 
     def _read(self, name):
         self._kept[name] = ""
-        with contextlib.suppress(ValueError):  # closed meanwhile
-            for text in iter(lambda: getattr(self, name).read(1 << 16), ""):
+        with contextlib.suppress(ValueError), getattr(self, name) as pipe:  # it may be closed
+            for text in iter(lambda: pipe.read(1 << 16), ""):
                 self._kept[name] += text
 
     def __enter__(self):
@@ -151,8 +151,10 @@ def _become(command, env, stdout, stderr):
                 os.dup2(nothing.fileno(), number)
         elif end == "stdout":
             os.dup2(1, 2)
-    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(
+        2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1
+    )
     os.environ.clear()
     os.environ.update(env)
     os._exit(_ended(lambda: _run(command[1:])))

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 
 from configs import hhh
 from dpo_jax.config.settings import read_settings
-from tests import processes
+from tests import processes, programs
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install '.[tpu]'"
@@ -34,7 +33,7 @@ LORA = {"lora_rank": 16, "lora_alpha": 32.0}
 
 def run_plan(*args):
     command = [sys.executable, "-m", "dpo_jax.plan", *args]
-    return subprocess.run(command, env=processes.of_a_user(), capture_output=True, text=True, timeout=600)
+    return programs.run(command, processes.of_a_user(), capture_output=True, timeout=600)
 
 
 def refused(*args):
@@ -59,7 +58,7 @@ for args in json.loads(sys.argv[1]):
 def all_refused(commands):
     """What `refused` says of every command, in one process: importing and asking the compiler takes seconds."""
     command = [sys.executable, "-c", SEVERAL, json.dumps(commands)]
-    done = subprocess.run(command, env=processes.of_a_user(), capture_output=True, text=True, timeout=600)
+    done = programs.run(command, processes.of_a_user(), capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [code for code, _ in found] == [2] * len(commands), found

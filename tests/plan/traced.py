@@ -5,16 +5,16 @@ process of its own, as libtpu puts handlers on signals.
 """
 
 import json
-import subprocess
 import sys
 
+from tests import programs
 from tests.processes import of_a_user
 
 
 def traced_flops(*args: str) -> list[float]:
     """Trace in a process of its own, with the arguments of `python -m dpo_jax.plan`."""
     command = [sys.executable, "-m", "tests.plan.traced", *args]
-    done = subprocess.run(command, env=of_a_user(), capture_output=True, text=True, timeout=600)
+    done = programs.run(command, of_a_user(), capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

@@ -1,7 +1,6 @@
 """RLHF's stages: configs made of one, each done once, refused where it was made of something else, one page at last."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -10,7 +9,7 @@ from dpo_jax import rlhf, train
 from dpo_jax.config.stages import chosen_stages, read_stages
 from dpo_jax.errors import UserError
 from dpo_jax.records.records import read_records
-from tests import processes
+from tests import processes, programs
 from tests.training.small import MODEL, small_config
 
 SETTINGS = {
@@ -113,10 +112,10 @@ def test_all_stages_once_each_and_one_page(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_command_line(tmp_path):
-    done = subprocess.run(
+    done = programs.run(
         [sys.executable, "-m", "dpo_jax.rlhf", "--config=configs/rlhf.py:tiny", f"--workdir={tmp_path}/run",
          "--stages=rl"],
-        capture_output=True, text=True, check=False, timeout=300, env=processes.with_devices(1),
+        processes.with_devices(1), capture_output=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
