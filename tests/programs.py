@@ -19,9 +19,10 @@ import traceback
 from multiprocessing.connection import Connection
 
 PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
-# What is read when a module is imported must be as it was then: these alone may differ.
-MAY_DIFFER = ("PYTEST_", "XLA_FLAGS", "PYTHONPATH", "DPO_JAX_", "JAX_COORDINATOR_", "JAX_NUM_PROCESSES",
-              "JAX_PROCESS_ID", "STORAGE_EMULATOR_HOST", "TENSORSTORE_")  # fmt: skip
+# Names in the environment that are read when modules are imported, so that they must be as they were then; of these the
+# second ones are not.
+AT_IMPORT = ("JAX_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TF_", "PYTHON", "LD_", "OMP_")
+LATER = ("JAX_COORDINATOR_", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "PYTHONPATH")
 
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(["tests.preloaded"])
@@ -35,7 +36,7 @@ def can_be_forked(command, env):
     return (
         command[:1] == [sys.executable]
         and command[1:2] in (["-m"], ["-c"])
-        and all(name.startswith(MAY_DIFFER) for name in differ)
+        and not any(name.startswith(AT_IMPORT) and not name.startswith(LATER) for name in differ)
     )
 
 
