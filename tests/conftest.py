@@ -30,6 +30,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read when gcsfs is imported; it asks Google's own servers
 
 import jax
 import pytest
@@ -42,7 +43,7 @@ from tests.fakes.launching import cloud, launch_repo  # noqa: F401 (fixtures)
 collect_ignore = ["golden", "preloaded.py", "fakes/gcloud.py", "fakes/trainer.py"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-gc.set_threshold(200_000, 50, 100)  # tracing makes objects by the million, and few of them are garbage
+gc.set_threshold(100_000, 20, 20)  # tracing makes objects by the million, and few of them are garbage
 
 
 @pytest.fixture(autouse=True, scope="session")

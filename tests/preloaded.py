@@ -12,5 +12,5 @@ import dpo_jax.training.rounds
 import dpo_jax.training.run  # noqa: F401
 
 assert not jax._src.xla_bridge._backends
-gc.set_threshold(200_000, 50, 100)  # as in tests/conftest.py
+gc.set_threshold(100_000, 20, 20)  # as in tests/conftest.py
 gc.freeze()
