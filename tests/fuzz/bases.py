@@ -1,5 +1,6 @@
-"""What cases are made of and is dear to make: a finished run of the smallest model, and its cache of pairs."""
+"""What cases are made of and is dear to make: finished runs of the smallest model, and their cache of pairs."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -7,9 +8,11 @@ import sys
 from pathlib import Path
 
 from tests import places
+from tests.fakes.bucket import BUCKET, Objects, served
 from tests.fuzz.cases import Place, train
 
 BASE = Path()  # set by `__main__`
+OBJECTS = Objects("")  # of the emulated bucket, once it is served
 
 
 def run() -> Path:
@@ -18,6 +21,11 @@ def run() -> Path:
 
 def cache() -> Path:
     return BASE / "finished/cache"
+
+
+def bucket_run() -> Path:
+    """The objects of a run that was made in a bucket, as files."""
+    return BASE / "in-bucket"
 
 
 def build() -> None:
@@ -33,6 +41,23 @@ def build() -> None:
     done = subprocess.run(words, env=environment, capture_output=True)
     if done.returncode:
         raise SystemExit(f"the run that cases are made of failed:\n{done.stderr.decode()}")
+
+
+def build_in_bucket(until_end: contextlib.ExitStack) -> None:
+    """Serve a bucket until the end, and train the run in it, unless there is one of an earlier call."""
+    global OBJECTS
+    OBJECTS = until_end.enter_context(served(BASE))
+    os.environ["STORAGE_EMULATOR_HOST"] = OBJECTS.direct
+    if (bucket_run() / "report.html").exists():
+        return
+    command = train(Place(BASE / "finished"), workdir=f"gs://{BUCKET}/finished/run")
+    environment = os.environ | {"DPO_JAX_CACHE": str(cache())}
+    done = subprocess.run(
+        [sys.executable, "-m", command.module, *command.arguments], env=environment, capture_output=True
+    )
+    if done.returncode:
+        raise SystemExit(f"the run in a bucket that cases are made of failed:\n{done.stderr.decode()}")
+    OBJECTS.get_tree("finished/run", bucket_run())
 
 
 def copy_run(place: Place) -> Path:

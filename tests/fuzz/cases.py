@@ -98,11 +98,11 @@ class Case:
         return self.name.split("/")[0]
 
 
-def train(place: Place, **changed: object) -> Command:
-    """`python -m dpo_jax.train` on the smallest run, with some keys changed."""
+def train(place: Place, workdir: str = "", **changed: object) -> Command:
+    """`python -m dpo_jax.train` on the smallest run, with some keys changed; in the place if no directory is given."""
     keys = [f"--config.{key}={value}" for key, value in (SMALL | changed).items()]
     preset = f"--config={places.ROOT / 'configs/hhh.py'}:tiny"
-    return Command("dpo_jax.train", [preset, f"--workdir={place.work / 'run'}", *keys])
+    return Command("dpo_jax.train", [preset, f"--workdir={workdir or place.work / 'run'}", *keys])
 
 
 def data(verb: str, place: Place, **changed: object) -> Command:
