@@ -109,12 +109,18 @@ def agreed(flag: bool) -> bool:
 
 def any_process(flag: bool) -> bool:
     """Whether any process's flag is set. Every process calls it."""
-    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+    if jax.process_count() == 1:
+        return flag
+    with jax.transfer_guard_host_to_device("allow"):
+        return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def from_first(array: np.ndarray) -> np.ndarray:
     """The first process's array, of the same shape in all. Every process calls it."""
-    return array if jax.process_count() == 1 else np.array(multihost_utils.broadcast_one_to_all(array))
+    if jax.process_count() == 1:
+        return array
+    with jax.transfer_guard_host_to_device("allow"):
+        return np.array(multihost_utils.broadcast_one_to_all(array))
 
 
 @contextlib.contextmanager

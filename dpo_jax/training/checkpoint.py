@@ -350,7 +350,8 @@ def _reading(what: str, mend: str) -> Iterator[None]:
 
 def save_tree(directory: Path, tree: Any) -> None:
     """Save a tree once (the reference of a run that made its own); a UserError if that fails."""
-    with _saving(directory):
+    # Of several processes orbax sends words between devices, which a phase's guard would refuse.
+    with _saving(directory), jax.transfer_guard_host_to_device("allow"):
         ocp.save(_for_orbax(directory), tree, overwrite=True)
         if jax.process_index() == 0:
             integrity.write_checksums(directory)

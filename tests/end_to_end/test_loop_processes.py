@@ -42,7 +42,10 @@ def test_two_processes_make_the_run_of_one(kind, tmp_path, environment):  # noqa
         for number in ("1", "2"):
             names = [tmp_path / str(count) / "rounds" / f"{number}.jsonl" for count in (1, 2)]
             said = [
-                [{key: r[key] for key in ("prompt", "chosen", "rejected") if key in r} for r in read_records(path)]
+                [
+                    {key: r[key] for key in ("prompt_token_ids", "token_ids_a", "token_ids_b", "label")}
+                    for r in read_records(path)
+                ]
                 for path in names
             ]
             assert said[0] == said[1]
