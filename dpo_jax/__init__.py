@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 # transformers is asked for tokenizers and configs only; without torch it would say so at every start.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-# `python -m dpo_jax.train`: until it has begun (entry.py), Ctrl-C ends it as any program, without a traceback.
-_begins = sys.argv[:1] == ["-m"] and any(name.startswith("dpo_jax.") for name in sys.orig_argv[1:])
-if _begins and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+# A command of ours that is still importing has nothing to save: until entry.py takes it back, Ctrl-C ends it as it ends
+# any program, where Python would print a traceback. While `python -m` looks for its module, "-m" is the program's name.
+_called = os.path.basename((sys.argv or [""])[0])
+_is_command = _called.startswith("dpo-jax-") or (
+    _called == "-m" and any(name.startswith("dpo_jax.") for name in sys.orig_argv[1:])
+)
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if TYPE_CHECKING:

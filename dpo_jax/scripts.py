@@ -1,14 +1,11 @@
 """What an installation puts on the path: `dpo-jax-train` is `python -m dpo_jax.train`, and so on."""
 
 import runpy
-import signal
 import sys
 from pathlib import Path
 
 
 def run_script() -> None:
     """Run the module that the script's own name tells."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it imports; entry.py takes it back
     name = Path(sys.argv[0]).stem.removeprefix("dpo-jax-")
     runpy.run_module(f"dpo_jax.{name}", run_name="__main__", alter_sys=True)

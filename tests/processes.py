@@ -28,7 +28,10 @@ def with_devices(count):
 
 
 def start(commands, environment=None):
-    """Start `commands` as the processes 0, 1, ... of one run; returns the processes. Output of both kinds is piped."""
+    """Start `commands` as the processes 0, 1, ... of one run; returns the processes. Output of both kinds is piped.
+
+    `environment` is that of all, or a list has each one's.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from multiprocessing.connection import Connection
 
 PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
@@ -158,7 +157,7 @@ def _become(command, env, stdout, stderr):
     )
     os.environ.clear()
     os.environ.update(env)
-    os._exit(_ended(lambda: _run(command[1:])))
+    end_as_a_process(lambda: _run(command[1:]))
 
 
 def _run(arguments):
@@ -172,8 +171,11 @@ def _run(arguments):
         exec(compile(what, "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
 
 
-def _ended(program):
-    """Run it and all that an interpreter does at its end; returns the exit code."""
+def end_as_a_process(program):
+    """Of a forked process: run a program, do what an interpreter does at its end, and exit.
+
+    But for taking its modules apart, which is most of the time of a short fork: every page is copied to be forgotten.
+    """
     code = 0
     try:
         program()
@@ -183,11 +185,11 @@ def _ended(program):
             print(code, file=sys.stderr)
             code = 1
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         code = 1
-    threading._shutdown()
+    threading._shutdown()  # waits for threads
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    return (code or 0) & 255
+    os._exit((code or 0) & 255)

@@ -1,7 +1,6 @@
 """`python -m tests.fuzz`: cases of every kind in turn, as many as there is time for; exit code 1 if any failed."""
 
 import argparse
-import atexit
 import collections
 import contextlib
 import gc
@@ -14,7 +13,6 @@ import random
 import runpy
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import NoReturn
 
 from tests import places
 from tests.fuzz.cases import Case, Place
+from tests.programs import end_as_a_process
 
 KINDS = ("config", "run", "bucket", "cache", "model", "data", "worker")
 _LIKE_A_USERS = {
@@ -76,33 +75,19 @@ def _main(kinds: list[str], options: argparse.Namespace, base: Path) -> int:
         command = child.command
     # In a forked process, and outside of the `except`: from here on it is the door's own process.
     sys.argv = [command.module, *command.arguments]
-    _end_as_a_process(command.module)
+    _be(command.module)
     return 0
 
 
-def _end_as_a_process(module: str) -> NoReturn:
-    """What `python -m MODULE` does, its imports being made, and what the interpreter does at its end.
-
-    But for taking its modules apart, which is most of the time of a short fork: every page is copied to be forgotten.
-    """
+def _be(module: str) -> NoReturn:
+    """What `python -m MODULE` does, its imports being made."""
     found = importlib.util.find_spec(module)
     if found is not None and found.submodule_search_locations is not None:
         found = importlib.util.find_spec(f"{module}.__main__")
     assert found is not None
-    assert found.origin is not None
-    code: object = 0
-    try:
-        runpy.run_path(found.origin, run_name="__main__")
-    except SystemExit as end:
-        code = end.code
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    threading._shutdown()  # waits for threads, as the interpreter does
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+    origin = found.origin
+    assert origin is not None
+    end_as_a_process(lambda: runpy.run_path(origin, run_name="__main__"))
 
 
 def _options() -> argparse.Namespace:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import places
 from tests.fakes.bucket import BUCKET, Objects, served
 from tests.fuzz.cases import Place, train
@@ -44,9 +46,16 @@ def build() -> None:
 
 
 def build_in_bucket(until_end: contextlib.ExitStack) -> None:
-    """Serve a bucket until the end, and train the run in it, unless there is one of an earlier call."""
+    """Serve a bucket until the end, and train the run in it, unless there is one of an earlier call.
+
+    Where the emulator is not installed, that is said, and there is no bucket.
+    """
     global OBJECTS
-    OBJECTS = until_end.enter_context(served(BASE))
+    try:
+        OBJECTS = until_end.enter_context(served(BASE))
+    except pytest.skip.Exception as missing:
+        print(f"no cases of the kind bucket: {missing}")
+        return
     os.environ["STORAGE_EMULATOR_HOST"] = OBJECTS.direct
     if (bucket_run() / "report.html").exists():
         return
